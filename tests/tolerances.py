@@ -1,0 +1,22 @@
+"""The one table of tolerances: how far an op may lie from its float64 oracle, for each dtype of its inputs.
+
+Both figures are relative to the largest magnitude of the expected array: max|got - want| <= tolerance * max|want|.
+They follow from the rounding of the dtype and are never loosened to make a test pass.
+"""
+
+from typing import NamedTuple
+
+
+class Tolerance(NamedTuple):
+    value: float
+    gradient: float
+
+
+TOLERANCES: dict[tuple[str, str], Tolerance] = {
+    ("selective_scan", "float64"): Tolerance(1e-12, 1e-11),
+    ("selective_scan", "float32"): Tolerance(1e-5, 1e-5),
+    ("selective_scan", "bfloat16"): Tolerance(2**-7, 2**-7),  # fp32 inside: one rounding of the result
+    ("causal_conv1d", "float64"): Tolerance(1e-12, 1e-11),
+    ("causal_conv1d", "float32"): Tolerance(1e-5, 1e-5),
+    ("causal_conv1d", "bfloat16"): Tolerance(2**-7, 2**-7),
+}
