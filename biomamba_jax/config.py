@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jsonargparse
@@ -54,7 +53,7 @@ class ModelConfig:
     n_groups: int = 1
     """mamba2: groups of heads that share B and C."""
     chunk_size: int | None = None
-    """mamba2: length of the chunks of the SSD algorithm; left out: the platform's best. Results do not depend on it."""
+    """mamba2: length of the SSD algorithm's chunks; left out: the platform's best. Results do not depend on it."""
     bias: bool = False
     """Biases on the input and output projections."""
     conv_bias: bool = True
@@ -64,7 +63,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     """Added to the mean square in every RMSNorm."""
     compute_dtype: DType | Literal["auto"] = "auto"
-    """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters stay float32."""
+    """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters: float32."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes of each layer: nothing, all but matrix products, or everything."""
     unroll: int = 1
@@ -161,7 +160,7 @@ class PrepareConfig:
     """Text to tokenized shards."""
 
     input: list[str] = field(default_factory=list)
-    """NLM PubmedArticleSet files (.xml, .xml.gz), JSON lines (.jsonl, .jsonl.gz), plain text (.txt), or the name nlm-sample."""
+    """NLM PubmedArticleSet files (.xml, .xml.gz), JSON lines (.jsonl, .jsonl.gz), text (.txt), or the name nlm-sample."""
     output: str = ""
     """Folder to write; must not exist yet."""
     tokenizer: str | None = None
@@ -184,12 +183,12 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         held_out = self.validation_fraction + self.test_fraction
         _check(
-            0 <= self.validation_fraction,
+            self.validation_fraction >= 0,
             "prepare.validation_fraction",
             self.validation_fraction,
             "must be 0 or more",
         )
-        _check(0 <= self.test_fraction, "prepare.test_fraction", self.test_fraction, "must be 0 or more")
+        _check(self.test_fraction >= 0, "prepare.test_fraction", self.test_fraction, "must be 0 or more")
         _check(
             held_out < 1,
             "prepare.validation_fraction + test_fraction",
@@ -219,7 +218,7 @@ class OptimizerConfig:
     embedding_rate: Literal["bottom", "full"] = "bottom"
     """With layer_decay: the embedding is the lowest layer, or keeps the full rate (as BioMamba was published)."""
     ema: float = 0.0
-    """Decay of the exponential moving average of the weights; when set, the average is what is evaluated. 0: none."""
+    """Decay of the moving average of the weights; when set, the average is what is evaluated. 0: none."""
 
     def __post_init__(self) -> None:
         _check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
@@ -269,9 +268,7 @@ class LossConfig:
     """Tokens whose logits exist at one time; left out: the platform's best."""
 
     def __post_init__(self) -> None:
-        _check(
-            0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)"
-        )
+        _check(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
         _check(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must be 0 or more")
 
 
@@ -416,10 +413,3 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def existing_file(path: str, key: str) -> Path:
-    """`path` as a Path, or a `UserError` that names `key`."""
-    found = Path(path).expanduser()
-    _check(found.is_file(), key, path, "no such file")
-    return found
