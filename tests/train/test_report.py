@@ -1,0 +1,175 @@
+"""The report and the progress line: what a person sees of a run."""
+
+import io
+import json
+import math
+
+import lxml.html
+import pytest
+from rich.console import Console
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.train.metrics import MetricsWriter
+from biomamba_jax.train.progress import Progress, summary_table
+from biomamba_jax.train.report import environment, record_start, thin, write_report
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    folder = tmp_path / "run <1>"
+    with MetricsWriter(folder, last_step=None, tensorboard=False) as writer:
+        for step in range(0, 100, 10):
+            loss = 2 + 7 * math.exp(-step / 30)
+            values = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 3}
+            writer.write(step, "validation", values, domain="pubmed")
+            values = {"loss": loss, "learning_rate": 1e-3, "gradient_norm": 1.0, "tokens": 1000 * step}
+            writer.write(step + 10, "train", values | {"skipped_updates": 3})
+            writer.write_timing(step + 10, {"tokens_per_second": 4321.0, "share_of_peak": 0.25})
+    (folder / "config.yaml").write_text("data:\n  path: <script>alert(1)</script> & co\n")
+    return folder
+
+
+def page(run_dir):
+    return lxml.html.parse(str(write_report(run_dir))).getroot()
+
+
+def cells(root):
+    return [[cell.text_content() for cell in row] for row in root.xpath("//table[@class='results']/tbody/tr")]
+
+
+def test_the_table_compares_before_and_after_with_baselines_of_the_same_text(run_dir):
+    baselines = [
+        {"name": "unigram", "split": "validation", "domain": "pubmed", "perplexity": 800.0, "bits_per_byte": 2.5},
+        {"name": "elsewhere", "split": "validation", "domain": "wikipedia", "perplexity": 1.0, "bits_per_byte": 1.0},
+    ]
+    (run_dir / "baselines.json").write_text(json.dumps(baselines))
+    assert cells(page(run_dir)) == [
+        ["pubmed validation", "this run at step 0", "8,103", "3"],
+        ["pubmed validation", "unigram", "800", "2.5"],
+        ["pubmed validation", "this run at step 90", "10.47", "0.7828"],
+    ]
+
+
+def test_it_is_one_file_that_runs_nothing_and_fetches_nothing(run_dir):
+    root = page(run_dir)
+    assert not root.xpath("//script | //link | //img | //iframe | //object | //use[not(starts-with(@*, '#'))]")
+    assert not [value for value in root.xpath("//@src | //@href") if not value.startswith("#")]
+    assert "@import" not in (run_dir / "report.html").read_text()
+
+
+def test_names_and_configuration_are_shown_as_they_are(run_dir):
+    root = page(run_dir)
+    assert root.findtext(".//h1") == "run <1>"
+    assert root.findtext(".//pre") == "data:\n  path: <script>alert(1)</script> & co\n"
+
+
+def test_there_is_a_curve_for_loss_rate_gradient_and_speed_in_the_colour_of_the_page(run_dir):
+    figures = page(run_dir).xpath("//figure/svg")
+    assert [figure.get("aria-label") for figure in figures] == [
+        "Loss (nats per token)",
+        "Learning rate",
+        "Gradient norm",
+        "Tokens per second",
+    ]
+    assert all("currentColor" in lxml.html.tostring(figure).decode() for figure in figures)
+
+
+def test_it_tells_of_resumes_and_skipped_updates(run_dir):
+    for step in (0, 40, 70):
+        record_start(run_dir, step, ["12 M parameters"])
+    root = page(run_dir)
+    events = [item.text_content() for item in root.xpath("//li")]
+    assert events[0] == "updates skipped for a non-finite gradient: 3"
+    assert [event.split(" on ")[0] for event in events[1:]] == ["started", "resumed at step 40", "resumed at step 70"]
+    assert "12 M parameters" in root.findtext(".//header/p")
+
+
+def test_a_start_at_step_0_opens_a_new_history(tmp_path):
+    for step in (0, 40, 0):
+        record_start(tmp_path, step)
+    assert [start["step"] for start in json.loads((tmp_path / "environment.json").read_text())["starts"]] == [0]
+
+
+def test_a_run_that_has_only_begun_has_a_report(tmp_path):
+    assert page(tmp_path).findtext(".//h1") == tmp_path.name
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_curves(run_dir):
+    with MetricsWriter(run_dir, last_step=100, tensorboard=False) as writer:
+        writer.write(101, "train", {"loss": math.nan, "gradient_norm": math.inf})
+    assert len(page(run_dir).xpath("//figure")) == 4
+
+
+def test_a_broken_file_is_named_and_the_old_report_stays(run_dir):
+    before = write_report(run_dir).read_bytes()
+    (run_dir / "baselines.json").write_text("{")
+    with pytest.raises(UserError, match=r"baselines\.json: not JSON"):
+        write_report(run_dir)
+    assert (run_dir / "report.html").read_bytes() == before
+
+
+def test_a_long_curve_is_thinned_without_losing_its_spikes():
+    xs = list(map(float, range(100_000)))
+    ys = [0.0] * len(xs)
+    ys[12_345], ys[77_777] = 9.0, -9.0
+    thin_xs, thin_ys = thin(xs, ys, limit=2000)
+    assert len(thin_xs) <= 2000 and thin_xs == sorted(thin_xs)
+    assert max(thin_ys) == 9.0 and min(thin_ys) == -9.0
+
+
+def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
+    about = environment()
+    assert {"jax", "flax", "python", "biomamba-jax"} <= about["versions"].keys()
+    assert "cpu" in about["devices"] and "pytest" in about["command"]
+    assert "hush-hush" not in json.dumps(about)
+
+
+def steps(progress, clock, count):
+    for step in range(1, count + 1):
+        clock[0] += 1.0
+        progress.update(step, 5.0, 1234.5, share_of_peak=0.5)
+
+
+def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_the_end():
+    out, clock = io.StringIO(), [0.0]
+    with Progress(100, console=Console(file=out, width=80), clock=lambda: clock[0]) as progress:
+        steps(progress, clock, 25)
+        progress.log("saved [step 25]")
+    assert out.getvalue().splitlines() == [
+        "step 1/100 (1 %)  loss 5.0000  1,234 tokens/s  50.0 % of peak",
+        "step 11/100 (11 %)  loss 5.0000  0:01:29 left  1,234 tokens/s  50.0 % of peak",
+        "step 21/100 (21 %)  loss 5.0000  0:01:19 left  1,234 tokens/s  50.0 % of peak",
+        "saved [step 25]",
+        "step 25/100 (25 %)  loss 5.0000  0:01:15 left  1,234 tokens/s  50.0 % of peak",
+    ]
+
+
+def test_ctrl_c_gives_the_terminal_back_with_its_cursor():
+    out, clock = io.StringIO(), [0.0]
+    console = Console(file=out, force_terminal=True, width=80)
+    with pytest.raises(KeyboardInterrupt), Progress(100, console=console, clock=lambda: clock[0]) as progress:
+        steps(progress, clock, 3)
+        raise KeyboardInterrupt
+    assert "\x1b[?25l" in out.getvalue() and out.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_an_unknown_peak_is_not_shown():
+    out = io.StringIO()
+    with Progress(10, console=Console(file=out)) as progress:
+        progress.update(1, 5.0, 10.0, share_of_peak=None)
+    assert "peak" not in out.getvalue()
+
+
+def test_only_the_first_process_shows_progress(monkeypatch, capfd):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    with Progress(10) as progress:
+        progress.update(1, 5.0, 10.0)
+        progress.log("hello")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_summary_table_is_not_squeezed_where_stdout_is_a_file(capsys):
+    summary_table("Held-out text", ["model", "perplexity"], [["x" * 100, 31.2], ["[brackets]", None]])
+    out = capsys.readouterr().out
+    assert "x" * 100 in out and "[brackets]" in out and "31.2" in out and "–" in out
