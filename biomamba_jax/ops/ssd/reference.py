@@ -1,0 +1,47 @@
+"""The recurrence of `ssd`, one step at a time: slow, and plainly right. The oracle of every other implementation."""
+
+import jax
+import jax.numpy as jnp
+
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.numerics import accumulator_dtype
+
+
+def ssd(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+    chunk_size: int | None,
+) -> tuple[Array, Array]:
+    """See `biomamba_jax.ops.ssd`; all in float32, or float64 for float64 x; `chunk_size` plays no part."""
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    dtype = accumulator_dtype(x.dtype)
+    u, dt, A, B, C = (v.astype(dtype) for v in (x, dt, A, B, C))
+    dt = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dtype))
+    B, C = (jnp.repeat(v, heads // groups, axis=2) for v in (B, C))
+    starts = jnp.zeros((batch, length), bool)
+    if segment_ids is not None:
+        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, headdim, d_state), dtype)
+
+    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
+        u_t, dt_t, b_t, c_t, start = inputs
+        state = jnp.where(start[:, None, None, None], 0, state)
+        decay = jnp.exp(dt_t * A)[:, :, None, None]
+        state = decay * state + (dt_t[:, :, None] * u_t)[..., None] * b_t[:, :, None, :]
+        return state, jnp.einsum("bhpn,bhn->bhp", state, c_t, precision="highest")
+
+    over_time = tuple(jnp.moveaxis(v, 1, 0) for v in (u, dt, B, C, starts))
+    final_state, y = jax.lax.scan(step, initial_state.astype(dtype), over_time)
+    y = jnp.moveaxis(y, 0, 1)
+    if D is not None:
+        y = y + D.astype(dtype)[:, None] * u
+    return y.astype(x.dtype), final_state

@@ -1,0 +1,316 @@
+"""Chunked SSD with its own backward pass, for any XLA backend.
+
+Within a chunk of l tokens the recurrence is a masked matrix product, between chunks a state is handed on (Dao and Gu 2024,
+arXiv 2405.21060, section 6). With d = softplus(dt + dt_bias) and, inside one segment, c_t the sum of d A up to t:
+
+    M[t, s] = (C_t . B_s) exp(c_t - c_s) d_s  for s <= t,  plus D on the diagonal
+    y_t     = sum_s M[t, s] x_s + exp(c_t) C_t . S
+    S'      = exp(c_last) S + sum_s exp(c_last - c_s) d_s B_s x_s^T
+
+One `lax.scan` over chunks does all of it, so the quadratic arrays exist for one chunk at a time and stay in cache. The forward
+pass keeps the inputs and the state before each chunk; the backward pass computes the rest again, chunk by chunk.
+
+Inside, per-token scalars are [B H l], B and C [B G l N], and the channels of a group's heads lie side by side: x and y are
+[B G l W] and states [B G N W] with W = (H / G) P. That makes the three products with a state one large matrix product a group.
+Every einsum has its batch axes first and its operands in the order of the result: XLA's CPU backend then copies nothing.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biomamba_jax.ops import dispatch
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.numerics import accumulator_dtype
+
+# Accelerators: traffic is about 4 H l bytes a token for M and 4 N W / l for the saved states, least near 128 for the published
+# shapes. CPU: measured, see `benchmark`; 32 and 128 are a quarter slower.
+_CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
+
+
+def ssd(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+    chunk_size: int | None,
+) -> tuple[Array, Array]:
+    """See `biomamba_jax.ops.ssd`."""
+    batch, length, heads, headdim = x.shape
+    groups, d_state = B.shape[2:]
+    dtype = accumulator_dtype(x.dtype)
+    dt, A = dt.astype(dtype), A.astype(dtype)
+    dt = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dtype))
+    D = jnp.zeros(heads, dtype) if D is None else D.astype(dtype)
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, headdim, d_state), dtype)
+    initial_state = initial_state.astype(dtype)
+    if length == 1:
+        return _step(x, dt, A, B, C, D, initial_state)
+
+    starts = jnp.zeros((batch, length), bool)
+    if segment_ids is not None:
+        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+    chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
+    # A padded step has d = 0: it leaves the state as it is.
+    x, dt, B, C, starts = (_pad_length(v, -length % chunk) for v in (x, dt, B, C, starts))
+    state = initial_state.reshape(batch, groups, -1, d_state).swapaxes(2, 3)
+    y, state = _scan_chunks(x, dt, A, B, C, D, starts, state, chunk)
+    return y[:, :length], state.swapaxes(2, 3).reshape(initial_state.shape)
+
+
+def _step(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, state: Array) -> tuple[Array, Array]:
+    """The recurrence for one token, as in decoding."""
+    batch, _, heads, headdim = x.shape
+    groups = B.shape[2]
+    u = x[:, 0].astype(state.dtype)
+    b, c = (v[:, 0].astype(state.dtype) for v in (B, C))
+    increment = (dt[:, 0, :, None] * u).reshape(batch, groups, -1)[..., None] * b[:, :, None, :]
+    state = jnp.exp(dt[:, 0] * A)[:, :, None, None] * state + increment.reshape(state.shape)
+    y = jnp.einsum("bgwn,bgn->bgw", state.reshape(increment.shape), c, precision="highest")
+    y = y.reshape(u.shape) + D[:, None] * u
+    return y[:, None].astype(x.dtype), state
+
+
+def _pad_length(v: Array, amount: int) -> Array:
+    return jnp.pad(v, [(0, 0), (0, amount)] + [(0, 0)] * (v.ndim - 2)) if amount else v
+
+
+class _Chunk(NamedTuple):
+    """One chunk's inputs."""
+
+    x: Array  # [B G l W]
+    dt: Array  # [B H l], after the softplus
+    B: Array  # [B G l N]
+    C: Array  # [B G l N]
+    segment: Array  # [B l], resets in this chunk up to each token; 0: still the segment of the state handed in
+
+
+class _Decays(NamedTuple):
+    """exp of sums of d A, zero wherever a reset lies between."""
+
+    pair: Array  # [B H l l], from token s (last axis) to token t >= s; 1 on the diagonal
+    from_start: Array  # [B H l], of the state handed in, to each token
+    to_end: Array  # [B H l], from each token to the state handed on
+    across: Array  # [B H 1], of the state handed in, to the state handed on
+
+
+def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, l: int) -> _Chunk:  # noqa: E741
+    """All chunks, stacked on a new first axis."""
+    batch, length = starts.shape
+    n, groups = length // l, B.shape[2]
+
+    def grouped(v: Array) -> Array:
+        return v.reshape(batch, n, l, groups, -1).transpose(1, 0, 3, 2, 4)
+
+    segment = jnp.cumsum(starts.reshape(batch, n, l), axis=2, dtype=jnp.int32).swapaxes(0, 1)
+    return _Chunk(grouped(x), dt.reshape(batch, n, l, -1).transpose(1, 0, 3, 2), grouped(B), grouped(C), segment)
+
+
+def _unchunk(v: Array, shape: tuple[int, ...]) -> Array:
+    """[n B G l W] back to `shape`, [B L ...]."""
+    return v.transpose(1, 0, 3, 2, 4).reshape(shape)
+
+
+def _dot(spec: str, *operands: Array, dtype: jnp.dtype) -> Array:
+    """A product in `dtype` with float32 (float64) accumulation and result."""
+    operands = tuple(v.astype(dtype) for v in operands)
+    return jnp.einsum(spec, *operands, preferred_element_type=accumulator_dtype(dtype))
+
+
+def _exact(spec: str, *operands: Array) -> Array:
+    """A product at full precision, also where the backend's default is less: for sums of exponents and of gradients."""
+    return jnp.einsum(spec, *operands, precision="highest")
+
+
+def _sum(v: Array, axis: int) -> Array:
+    """Sum over the last axis (-1) or the one before (-2), on the CPU as a product with ones (see `numerics.sum_leading`)."""
+    if dispatch.platform() != "cpu":
+        return jnp.sum(v, axis)
+    if axis == -1:
+        return jnp.einsum("...k,k->...", v, jnp.ones(v.shape[-1:], v.dtype))
+    return jnp.einsum("...ok,...kw->...ow", jnp.ones((*v.shape[:-2], 1, v.shape[-2]), v.dtype), v)[..., 0, :]
+
+
+def _spread(v: Array, groups: int, headdim: int) -> Array:
+    """One value a head to all its channels: [B H l] -> [B G l W]."""
+    batch, heads, l = v.shape  # noqa: E741
+    v = v.reshape(batch, groups, heads // groups, l).swapaxes(2, 3)
+    return jnp.broadcast_to(v[..., None], (*v.shape, headdim)).reshape(batch, groups, l, -1)
+
+
+def _sum_channels(v: Array, headdim: int) -> Array:
+    """The transpose of `_spread`: [B G l W] -> [B H l]."""
+    batch, groups, l, width = v.shape  # noqa: E741
+    sums = _sum(v.reshape(batch, groups, l, width // headdim, headdim), -1)
+    return sums.swapaxes(2, 3).reshape(batch, -1, l)
+
+
+def _by_head(v: Array, headdim: int) -> Array:
+    """[B G l W] -> [B H l P]."""
+    batch, groups, l, width = v.shape  # noqa: E741
+    return v.reshape(batch, groups, l, width // headdim, headdim).swapaxes(2, 3).reshape(batch, -1, l, headdim)
+
+
+def _side_by_side(v: Array, groups: int) -> Array:
+    """[B H l P] -> [B G l W]."""
+    batch, heads, l, headdim = v.shape  # noqa: E741
+    return v.reshape(batch, groups, heads // groups, l, headdim).swapaxes(2, 3).reshape(batch, groups, l, -1)
+
+
+def _per_head(v: Array, heads: int) -> Array:
+    """The same value for all heads of a group: [B G ...] -> [B H ...]."""
+    batch, groups, *rest = v.shape
+    return jnp.broadcast_to(v[:, :, None], (batch, groups, heads // groups, *rest)).reshape(batch, heads, *rest)
+
+
+def _same_segment(segment: Array) -> Array:
+    """[B l l], true where token s (last axis) is not after token t and no reset lies between."""
+    l = segment.shape[1]  # noqa: E741
+    return jnp.tril(jnp.ones((l, l), bool)) & (segment[:, :, None] == segment[:, None, :])
+
+
+def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
+    """d A [B H l], and whether it has any effect.
+
+    At a reset it has none. A step that decays to zero is cut to the smallest exponent that still does so, or else the sum of
+    exponents would lose the small steps beside a huge one.
+    """
+    info = np.finfo(dt.dtype)
+    floor = np.log(info.smallest_subnormal).astype(dt.dtype) - 1
+    exponent = dt * A[:, None]
+    before = jnp.pad(segment[:, :-1], ((0, 0), (1, 0)))
+    effective = (exponent > floor) & (segment == before)[:, None]
+    return jnp.where(effective, exponent, jnp.where(segment == before, floor, 0)[:, None]), effective
+
+
+def _decays(exponent: Array, segment: Array) -> _Decays:
+    """Masks come before exp: no infinity and no NaN, in values or gradients."""
+    same = _same_segment(segment)
+    c = _exact("bhs,bts->bht", exponent, same.astype(exponent.dtype))
+    last = c[..., -1:]
+
+    def masked_exp(mask: Array, v: Array) -> Array:
+        return jnp.exp(jnp.where(mask[:, None], v, -jnp.inf))
+
+    return _Decays(
+        pair=masked_exp(same, c[..., :, None] - c[..., None, :]),
+        from_start=masked_exp(segment == 0, c),
+        to_end=masked_exp(segment == segment[:, -1:], last - c),
+        across=masked_exp(segment[:, -1:] == 0, last),
+    )
+
+
+def _mixing_matrix(decays: _Decays, cb: Array, dt: Array, D: Array) -> Array:
+    """M [B H l l] of the module's docstring."""
+    diagonal = D[:, None, None] * jnp.eye(dt.shape[-1], dtype=dt.dtype)
+    return _per_head(cb, dt.shape[1]) * decays.pair * dt[..., None, :] + diagonal
+
+
+def _run(x, dt, A, B, C, D, starts, state, chunk) -> tuple[Array, Array, Array]:
+    """y [B L H P], the last state [B G N W], and the states before each chunk [n B G N W]."""
+    heads, headdim = x.shape[2:]
+    groups = B.shape[2]
+    dot = partial(_dot, dtype=x.dtype)
+
+    def body(state: Array, part: _Chunk) -> tuple[Array, tuple[Array, Array]]:
+        exponent, _ = _exponents(part.dt, A, part.segment)
+        decays = _decays(exponent, part.segment)
+        cb = dot("bgtn,bgsn->bgts", part.C, part.B)
+        inside = dot("bhts,bhsp->bhtp", _mixing_matrix(decays, cb, part.dt, D), _by_head(part.x, headdim))
+        handed_in = dot("bgtn,bgnw->bgtw", part.C, state) * _spread(decays.from_start, groups, headdim)
+        y = _side_by_side(inside, groups) + handed_in
+        weighted = part.x * _spread(decays.to_end * part.dt, groups, headdim)
+        increment = dot("bgsn,bgsw->bgnw", part.B, weighted)
+        return _spread(decays.across, groups, headdim) * state + increment, (y.astype(x.dtype), state)
+
+    final_state, (y, states) = jax.lax.scan(body, state, _chunks(x, dt, B, C, starts, chunk))
+    return _unchunk(y, x.shape), final_state, states
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _scan_chunks(x, dt, A, B, C, D, starts, state, chunk: int) -> tuple[Array, Array]:
+    y, final_state, _ = _run(x, dt, A, B, C, D, starts, state, chunk)
+    return y, final_state
+
+
+def _forward(x, dt, A, B, C, D, starts, state, chunk: int):
+    y, final_state, states = _run(x, dt, A, B, C, D, starts, state, chunk)
+    return (y, final_state), (x, dt, A, B, C, D, starts, states)
+
+
+def _backward(chunk: int, residuals, cotangents):
+    """Gradients by the transposed recurrence, from the last chunk to the first.
+
+    The gradient of an exponent d_k A is the sum over all paths s -> t (s < k <= t) of path value times its gradient. Paths
+    within the chunk are sums over rows minus sums over columns; the diagonal is no such path and stays out, so that nothing
+    large cancels. Sums run over the tokens of the same segment only: exactly nothing leaks.
+    """
+    x, dt, A, B, C, D, starts, states = residuals
+    dy, d_final_state = cotangents
+    heads, headdim = x.shape[2:]
+    groups = B.shape[2]
+    dot = partial(_dot, dtype=x.dtype)
+    off_diagonal = 1 - jnp.eye(chunk, dtype=dt.dtype)
+
+    def body(d_state: Array, inputs: tuple[_Chunk, Array, Array]):
+        part, state, dy = inputs
+        exponent, effective = _exponents(part.dt, A, part.segment)
+        decays = _decays(exponent, part.segment)
+        cb = dot("bgtn,bgsn->bgts", part.C, part.B)
+
+        # y_t = sum_s M[t, s] x_s
+        x_h, dy_h = _by_head(part.x, headdim), _by_head(dy, headdim)
+        d_mixing = dot("bhtp,bhsp->bhts", dy_h, x_h)
+        dx = _side_by_side(dot("bhts,bhtp->bhsp", _mixing_matrix(decays, cb, part.dt, D), dy_h), groups)
+        d_diagonal = _sum_channels(dy.astype(dt.dtype) * part.x, headdim)
+        d_product = d_mixing * decays.pair
+        d_cb = (d_product * part.dt[..., None, :]).reshape(*cb.shape[:2], heads // groups, chunk * chunk)
+        d_cb = _sum(d_cb, -2).reshape(cb.shape)
+        paths = d_product * _per_head(cb, heads) * off_diagonal
+        from_s = _sum(paths, -2)
+        to_t = _exact("bhts,bhso->bhto", paths, part.dt[..., None])[..., 0]
+
+        # y_t += exp(c_t) C_t . S
+        dy_decayed = dy * _spread(decays.from_start, groups, headdim)
+        d_c = dot("bgtw,bgnw->bgtn", dy_decayed, state) + dot("bgts,bgsn->bgtn", d_cb, part.B)
+        to_t += _sum_channels(dy_decayed * dot("bgtn,bgnw->bgtw", part.C, state), headdim)
+
+        # S' += sum_s exp(c_last - c_s) d_s B_s x_s^T
+        to_end = _spread(decays.to_end * part.dt, groups, headdim)
+        d_weighted = dot("bgsn,bgnw->bgsw", part.B, d_state)
+        dx += to_end * d_weighted
+        d_b = dot("bgsw,bgnw->bgsn", part.x * to_end, d_state) + dot("bgts,bgtn->bgsn", d_cb, part.C)
+        from_s_to_end = _sum_channels(d_weighted * part.x, headdim) * decays.to_end
+
+        # S' += exp(c_last) S
+        through = _sum_channels(_sum(d_state * state, -2)[:, :, None], headdim) * decays.across
+        d_state = _spread(decays.across, groups, headdim) * d_state + dot("bgtn,bgtw->bgnw", part.C, dy_decayed)
+
+        same = _same_segment(part.segment).astype(dt.dtype)
+        d_exponent = _exact("bht,btk->bhk", to_t - from_s * part.dt, same) + through
+        d_exponent += _exact("bhs,bks->bhk", from_s_to_end * part.dt, same * off_diagonal)
+        d_exponent = jnp.where(effective, d_exponent, 0)
+        cb_diagonal = _per_head(jnp.diagonal(cb, axis1=-2, axis2=-1), heads)
+        d_dt = d_exponent * A[:, None] + from_s + from_s_to_end + d_diagonal * cb_diagonal
+        d_a = _exact("bhk,bhk->h", d_exponent, part.dt)
+        outputs = dx.astype(x.dtype), d_dt, d_b.astype(B.dtype), d_c.astype(C.dtype), d_a, jnp.sum(d_diagonal, (0, 2))
+        return d_state, outputs
+
+    parts = _chunks(x, dt, B, C, starts, chunk)
+    dy = _chunks(dy, dt, B, C, starts, chunk).x
+    d_initial, (dx, d_dt, d_b, d_c, d_a, d_d) = jax.lax.scan(body, d_final_state, (parts, states, dy), reverse=True)
+    d_dt = d_dt.transpose(1, 0, 3, 2).reshape(dt.shape)
+    dx, d_b, d_c = (_unchunk(v, like.shape) for v, like in ((dx, x), (d_b, B), (d_c, C)))
+    return dx, d_dt, jnp.sum(d_a, 0), d_b, d_c, jnp.sum(d_d, 0), None, d_initial
+
+
+_scan_chunks.defvjp(_forward, _backward)
