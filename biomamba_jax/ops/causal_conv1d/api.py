@@ -1,0 +1,64 @@
+"""The public causal convolution: checks the arguments and hands them to the implementation that was chosen."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.ops import dispatch
+from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.causal_conv1d import reference, xla
+
+_IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1d}
+_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+
+
+def causal_conv1d(
+    x: Float[Array, "B L C"],
+    weight: Float[Array, "C K"],
+    bias: Float[Array, " C"] | None = None,
+    *,
+    activation: Literal["silu"] | None = "silu",
+    segment_ids: Int[Array, "B L"] | None = None,
+    initial_state: Float[Array, "B K-1 C"] | None = None,
+    return_final_state: bool = False,
+    implementation: dispatch.Implementation | None = None,
+) -> Float[Array, "B L C"] | tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+    """A depthwise convolution over time that never looks ahead: y_t = act(bias + sum_k weight[:, k] x_{t-K+1+k}).
+
+    As in the authors' `causal_conv1d` (github.com/Dao-AILab/causal-conv1d). Differentiable in every floating-point
+    argument; products are accumulated in float32 (float64 where x is).
+
+    Args:
+      x: input [B L C], any float dtype.
+      weight: taps of each channel [C K], the oldest first.
+      bias: [C], or None.
+      activation: "silu", or None for none.
+      segment_ids: document of each token [B L]. A tap that would reach across a change of id reads zero.
+      initial_state: the K-1 inputs before the first token [B K-1 C], of that token's segment; None is zeros.
+      return_final_state: also return the last K-1 inputs, zeros where the last token's segment is younger than that.
+      implementation: "xla", "reference", or None for the best on this platform.
+
+    Returns:
+      y [B L C] of x's dtype; with `return_final_state` a pair (y, state [B K-1 C] of x's dtype).
+
+    Raises:
+      UserError: shapes do not fit together, the activation is unknown, or the implementation does not exist.
+    """
+    rows, length, channels = x.shape
+    width = weight.shape[-1]
+    expected = {
+        "weight": (weight, (channels, width)),
+        "bias": (bias, (channels,)),
+        "segment_ids": (segment_ids, (rows, length)),
+        "initial_state": (initial_state, (rows, width - 1, channels)),
+    }
+    for name, (array, shape) in expected.items():
+        if array is not None and array.shape != shape:
+            raise UserError(f"causal_conv1d: {name} has shape {array.shape}, expected {shape} for x {x.shape}")
+    if length == 0:
+        raise UserError("causal_conv1d: x has no time steps; give at least one token")
+    if activation not in ("silu", None):
+        raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
+    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, _PREFERRED)
+    y, final_state = conv(x, weight, bias, activation, segment_ids, initial_state)
+    return (y, final_state) if return_final_state else y

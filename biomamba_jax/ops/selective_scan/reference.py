@@ -1,0 +1,49 @@
+"""The selective scan as a plain loop over time: the oracle that every implementation is tested against."""
+
+import jax
+import jax.numpy as jnp
+
+from biomamba_jax.ops.array_typing import Array, Float, Int
+
+
+def selective_scan(
+    x: Float[Array, "B L E"],
+    dt: Float[Array, "B L E"],
+    A: Float[Array, "E N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, " E"] | None,
+    z: Float[Array, "B L E"] | None,
+    dt_bias: Float[Array, " E"] | None,
+    segment_ids: Int[Array, "B L"] | None,
+    initial_state: Float[Array, "B E N"] | None,
+) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
+    """Steps through time, one token at a time, and returns all outputs and the last state."""
+    dtype = x.dtype
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x, dt, A, B, C = (v.astype(wide) for v in (x, dt, A, B, C))
+    if dt_bias is not None:
+        dt = dt + dt_bias.astype(wide)
+    delta = jax.nn.softplus(dt)
+    rows, length, channels = x.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((rows, channels, A.shape[1]))
+    if segment_ids is None:
+        segment_ids = jnp.zeros((rows, length), jnp.int32)
+
+    def step(carry, token):
+        state, segment = carry
+        x_t, delta_t, B_t, C_t, segment_t = token
+        state = jnp.where((segment_t == segment)[:, None, None], state, 0)
+        # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t;  y_t = C_t h_t  (Mamba, arXiv 2312.00752, eq. 2)
+        state = jnp.exp(delta_t[:, :, None] * A) * state + (delta_t * x_t)[:, :, None] * B_t[:, None, :]
+        return (state, segment_t), jnp.sum(state * C_t[:, None, :], -1)
+
+    time_major = [v.swapaxes(0, 1) for v in (x, delta, B, C, segment_ids)]
+    (state, _), y = jax.lax.scan(step, (initial_state.astype(wide), segment_ids[:, 0]), time_major)
+    y = y.swapaxes(0, 1)
+    if D is not None:
+        y = y + D.astype(wide) * x
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(wide))
+    return y.astype(dtype), state
