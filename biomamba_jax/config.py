@@ -136,11 +136,9 @@ class DataConfig:
     """Rows of one optimizer step, over all devices and hosts."""
     num_workers: int = 2
     """Worker processes of each host that read and pack rows ahead; 0 does it in the training process."""
-    window: int = 4096
-    """Documents that are packed together; larger fills rows better and takes longer to start."""
 
     def __post_init__(self) -> None:
-        for key in ("sequence_length", "batch_size", "window"):
+        for key in ("sequence_length", "batch_size"):
             _check(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "must be at least 1")
         _check(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be 0 or more")
 
@@ -269,7 +267,7 @@ class TrainConfig:
     steps: int | None = None
     """Optimizer steps; give this or epochs."""
     epochs: float | None = None
-    """Passes over the training text; give this or steps."""
+    """Passes over the training text, by tokens; give this or steps."""
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other; gradients are weighted by tokens."""
     seed: int = 0
@@ -278,8 +276,8 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 500
     """Steps between evaluations on held-out text; 0: only before and after."""
-    eval_documents: int | None = None
-    """Held-out documents used during training; left out: all. The first and last evaluation always use all."""
+    eval_batches: int | None = None
+    """Held-out batches of each evaluation, the same ones every time; left out: all of the validation split."""
     max_skipped_steps: int = 10
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
 

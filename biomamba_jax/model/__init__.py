@@ -1,0 +1,6 @@
+"""What is computed: Mamba-1 and Mamba-2 language models and their recurrent state."""
+
+from biomamba_jax.model.language_model import LanguageModel
+from biomamba_jax.model.state import MixerState, ModelState
+
+__all__ = ["LanguageModel", "MixerState", "ModelState"]

@@ -1,0 +1,128 @@
+"""The language model: embedding, a stack of residual blocks, a final norm and the output head.
+
+One function serves training, prefill, chunked prefill and decode: any split of a text into calls gives the same logits.
+Layers are stacked along a first axis and run by one `jax.lax.scan`. The residual stream is float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.model import initializers
+from biomamba_jax.model.layers import RMSNorm
+from biomamba_jax.model.mamba1 import Mamba1Mixer
+from biomamba_jax.model.mamba2 import Mamba2Mixer
+from biomamba_jax.model.state import MixerState, ModelState, empty_state, enter_segments
+from biomamba_jax.ops import dispatch
+from biomamba_jax.ops.array_typing import Array, Float, Int
+
+_MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
+_REMAT = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The type of activations and matrix products, with "auto" resolved for the platform in use."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype(jnp.float32 if dispatch.platform() == "cpu" else jnp.bfloat16)
+    return jnp.dtype(config.compute_dtype)
+
+
+class Block(nnx.Module):
+    """h + mixer(norm(h))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype)
+        self.mixer = _MIXERS[config.kind](config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, h: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
+    ) -> tuple[Float[Array, "B L D"], MixerState]:
+        y, state = self.mixer(self.norm(h), state, segment_ids)
+        return h + y.astype(h.dtype), state
+
+
+class LanguageModel(nnx.Module):
+    """A Mamba-1 or Mamba-2 language model.
+
+    Args:
+      config: sizes; `vocab_size` must be set.
+      dtype: compute type; left out, that of the config.
+      rngs: source of initial values.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike | None = None, rngs: nnx.Rngs):
+        self.config = config
+        self.dtype = jnp.dtype(dtype) if dtype is not None else compute_dtype(config)
+
+        @nnx.split_rngs(splits=config.n_layers)
+        @nnx.vmap
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, dtype=self.dtype, rngs=rngs)
+
+        table = (config.padded_vocab, config.d_model)
+        self.embedding = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), table))
+        self.layers = stack(rngs)
+        self.norm_f = RMSNorm(config.d_model, eps=config.norm_eps, dtype=self.dtype)
+        untied = initializers.linear(config.d_model)
+        self.lm_head = None if config.tie_embeddings else nnx.Param(untied(rngs.params(), table))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B L"],
+        state: ModelState | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L V"], ModelState]:
+        """Logits of the next token after each token, and the state after the last.
+
+        Args:
+          tokens: token ids.
+          state: what `empty_state` or the call before returned; None before the first token.
+          segment_ids: the document that each token belongs to; the model forgets everything where it changes.
+
+        Returns:
+          Float32 logits over the padded vocabulary (ids from `config.vocab_size` on stand for nothing), and the state.
+        """
+        hidden, state = self.hidden(tokens, state, segment_ids)
+        head = self.head[...].astype(self.dtype)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        return jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=wide), state
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B L"],
+        state: ModelState | None = None,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], ModelState]:
+        """As `__call__`, but the hidden vectors that the head turns into logits."""
+        if state is not None and segment_ids is not None:
+            state = enter_segments(state, segment_ids[:, 0])
+        graph, layers = nnx.split(self.layers)
+
+        def layer(h: Array, inputs: tuple) -> tuple[Array, MixerState]:
+            parameters, layer_state = inputs
+            return nnx.merge(graph, parameters)(h, layer_state, segment_ids)
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=False)
+        h = self.embedding[...][tokens].astype(jnp.promote_types(self.dtype, jnp.float32))
+        h, states = jax.lax.scan(layer, h, (layers, state and state.layers), unroll=self.config.unroll)
+        if segment_ids is not None:
+            last = segment_ids[:, -1]
+        else:
+            last = state.segment_ids if state is not None else jnp.zeros(tokens.shape[0], jnp.int32)
+        return self.norm_f(h), ModelState(layers=states, segment_ids=last)
+
+    @property
+    def head(self) -> nnx.Param:
+        """[V D]: the output head, which is the embedding unless the config unties them."""
+        return self.embedding if self.lm_head is None else self.lm_head
+
+    def empty_state(self, batch_size: int) -> ModelState:
+        """The state before the first token."""
+        return empty_state(self.config, batch_size, self.dtype)

@@ -1,0 +1,66 @@
+"""The small parts that both mixers are built from."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from biomamba_jax.model import initializers
+from biomamba_jax.ops import causal_conv1d, rms_norm
+from biomamba_jax.ops.array_typing import Array, Float, Int
+
+
+def dense(
+    d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.Linear:
+    """A linear layer with float32 parameters that computes in `dtype`."""
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=bias,
+        dtype=dtype,
+        kernel_init=initializers.linear(d_in, scale),
+        bias_init=nnx.initializers.zeros,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a weight; the output has the compute type. See `ops.rms_norm`."""
+
+    def __init__(self, channels: int, *, eps: float, groups: int = 1, dtype: DTypeLike):
+        self.weight = nnx.Param(jnp.ones(channels))
+        self.eps, self.groups, self.dtype = eps, groups, dtype
+
+    def __call__(self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None) -> Float[Array, "B L C"]:
+        return rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
+
+
+class CausalConv1d(nnx.Module):
+    """Depthwise causal convolution with SiLU that resets at segment borders. See `ops.causal_conv1d`."""
+
+    def __init__(self, channels: int, width: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        init = initializers.linear(width)
+        self.weight = nnx.Param(init(rngs.params(), (channels, width)))
+        self.bias = nnx.Param(init(rngs.params(), (channels,))) if bias else None
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        x: Float[Array, "B L C"],
+        state: Float[Array, "B K-1 C"] | None,
+        segment_ids: Int[Array, "B L"] | None,
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+        return causal_conv1d(
+            x,
+            self.weight[...].astype(self.dtype),
+            None if self.bias is None else self.bias[...].astype(self.dtype),
+            segment_ids=segment_ids,
+            initial_state=state,
+            return_final_state=True,
+        )
+
+
+def negative_exp(a_log: nnx.Param) -> jax.Array:
+    """A = -exp(A_log): every mode decays."""
+    return -jnp.exp(a_log[...])

@@ -1,0 +1,54 @@
+"""The Mamba-1 mixer: Gu and Dao 2023 (arXiv 2312.00752), section 3.4.
+
+The projections of x and z (one matrix in the released weights) are kept apart, so that each can be sharded over its own
+channels and none has to be sliced; `interop` joins them.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.model import initializers
+from biomamba_jax.model.layers import CausalConv1d, dense, negative_exp
+from biomamba_jax.model.state import MixerState
+from biomamba_jax.ops import selective_scan
+from biomamba_jax.ops.array_typing import Array, Float, Int
+
+
+class Mamba1Mixer(nnx.Module):
+    """x, z = in(u); x = silu(conv(x)); dt, B, C = proj(x); y = selective_scan(x, dt, A, B, C, D, z); out(y)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, rank, d_state = config.d_inner, config.rank, config.state_size
+        self.in_x = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.in_z = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.conv = CausalConv1d(width, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.x_proj = dense(width, rank + 2 * d_state, dtype=dtype, rngs=rngs)
+        self.dt_proj = dense(rank, width, dtype=dtype, rngs=rngs)
+        self.dt_bias = nnx.Param(initializers.dt_bias(rngs.params(), (width,)))
+        self.A_log = nnx.Param(initializers.a_log_range(None, (width, d_state)))
+        self.D = nnx.Param(jnp.ones(width))
+        scale = config.n_layers**-0.5
+        self.out = dense(width, config.d_model, bias=config.bias, scale=scale, dtype=dtype, rngs=rngs)
+        self.split = (rank, rank + d_state)
+
+    def __call__(
+        self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
+    ) -> tuple[Float[Array, "B L D"], MixerState]:
+        x, conv = self.conv(self.in_x(u), state and state.conv_x, segment_ids)
+        dt, B, C = jnp.split(self.x_proj(x), self.split, axis=-1)
+        y, ssm = selective_scan(
+            x,
+            self.dt_proj(dt),
+            negative_exp(self.A_log),
+            B,
+            C,
+            self.D[...],
+            self.in_z(u),
+            dt_bias=self.dt_bias[...],
+            segment_ids=segment_ids,
+            initial_state=state and state.ssm,
+            return_final_state=True,
+        )
+        return self.out(y), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)

@@ -1,0 +1,60 @@
+"""The Mamba-2 mixer: Dao and Gu 2024 (arXiv 2405.21060), section 7.
+
+The projections of z, x, B and C, and dt (one matrix in the released weights), and the convolutions over x and over B
+and C, are kept apart, so that heads can be sharded while B and C are shared by the heads of a group; `interop` joins
+them.
+"""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.model import initializers
+from biomamba_jax.model.layers import CausalConv1d, RMSNorm, dense, negative_exp
+from biomamba_jax.model.state import MixerState
+from biomamba_jax.ops import ssd
+from biomamba_jax.ops.array_typing import Array, Float, Int
+
+
+class Mamba2Mixer(nnx.Module):
+    """z, x, BC, dt = in(u); x, B, C = silu(conv(x, BC)); y = ssd(x, dt, A, B, C, D); out(norm(y * silu(z)))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width, heads = config.d_inner, config.n_heads
+        groups, d_state = config.n_groups, config.state_size
+        self.in_z = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.in_x = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.in_bc = dense(config.d_model, 2 * groups * d_state, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.in_dt = dense(config.d_model, heads, bias=config.bias, dtype=dtype, rngs=rngs)
+        self.conv_x = CausalConv1d(width, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.conv_bc = CausalConv1d(2 * groups * d_state, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.dt_bias = nnx.Param(initializers.dt_bias(rngs.params(), (heads,)))
+        self.A_log = nnx.Param(initializers.a_log_uniform(rngs.params(), (heads,)))
+        self.D = nnx.Param(jnp.ones(heads))
+        self.norm = RMSNorm(width, eps=config.norm_eps, groups=groups, dtype=dtype)
+        scale = config.n_layers**-0.5
+        self.out = dense(width, config.d_model, bias=config.bias, scale=scale, dtype=dtype, rngs=rngs)
+        self.heads, self.groups, self.chunk_size = heads, groups, config.chunk_size
+
+    def __call__(
+        self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
+    ) -> tuple[Float[Array, "B L D"], MixerState]:
+        x, conv_x = self.conv_x(self.in_x(u), state and state.conv_x, segment_ids)
+        bc, conv_bc = self.conv_bc(self.in_bc(u), state and state.conv_bc, segment_ids)
+        B, C = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
+        y, ssm = ssd(
+            x.reshape(*x.shape[:2], self.heads, -1),
+            self.in_dt(u),
+            negative_exp(self.A_log),
+            B,
+            C,
+            self.D[...],
+            dt_bias=self.dt_bias[...],
+            segment_ids=segment_ids,
+            initial_state=state and state.ssm,
+            return_final_state=True,
+            chunk_size=self.chunk_size,
+        )
+        y = self.norm(y.reshape(x.shape), self.in_z(u))
+        return self.out(y), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)

@@ -1,0 +1,75 @@
+"""RMSNorm, plain and gated, with its own backward pass.
+
+Zhang and Sennrich 2019 (arXiv 1910.07467); the gated form is Mamba-2's (arXiv 2405.21060): the norm of x * silu(gate),
+with statistics per group of channels. Statistics and gradients of the weight are kept in float32.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
+
+
+def rms_norm(
+    x: Float[Array, "*batch C"],
+    weight: Float[Array, " C"],
+    gate: Float[Array, "*batch C"] | None = None,
+    *,
+    eps: float = 1e-5,
+    groups: int = 1,
+) -> Float[Array, "*batch C"]:
+    """RMSNorm over the last axis: u * rsqrt(mean(u^2) + eps) * weight, with u = x, or x * silu(gate).
+
+    Args:
+      groups: the mean is taken within each of this many equal parts of the channels.
+
+    Returns:
+      An array of x's shape, in float32 (float64 for float64 inputs): the caller casts it to its compute type.
+    """
+    return _rms_norm(x, weight, gate, eps, groups)
+
+
+def _gated(x: Array, gate: Array | None) -> Array:
+    u = x.astype(accumulator_dtype(x.dtype))
+    return u if gate is None else u * jax.nn.silu(gate.astype(u.dtype))
+
+
+def _mean(x: Array, groups: int) -> Array:
+    """Mean within each group of channels, spread back over them."""
+    if groups == 1:
+        return jnp.mean(x, axis=-1, keepdims=True)
+    grouped = x.reshape(*x.shape[:-1], groups, -1)
+    return jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape).reshape(x.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _rms_norm(x: Array, weight: Array, gate: Array | None, eps: float, groups: int) -> Array:
+    u = _gated(x, gate)
+    return u * jax.lax.rsqrt(_mean(u * u, groups) + eps) * weight
+
+
+def _forward(x: Array, weight: Array, gate: Array | None, eps: float, groups: int):
+    return _rms_norm(x, weight, gate, eps, groups), (x, weight, gate)
+
+
+def _backward(eps: float, groups: int, residuals, dy: Array):
+    x, weight, gate = residuals
+    u = _gated(x, gate)
+    scale = jax.lax.rsqrt(_mean(u * u, groups) + eps)
+    normed = u * scale
+    d_normed = dy * weight
+    du = scale * (d_normed - normed * _mean(d_normed * normed, groups))
+    d_weight = sum_leading(dy * normed).astype(weight.dtype)
+    if gate is None:
+        return du.astype(x.dtype), d_weight, None
+    z = gate.astype(u.dtype)
+    sigmoid = jax.nn.sigmoid(z)
+    dx = du * z * sigmoid
+    d_gate = du * x.astype(u.dtype) * sigmoid * (1 + z * (1 - sigmoid))
+    return dx.astype(x.dtype), d_weight, d_gate.astype(gate.dtype)
+
+
+_rms_norm.defvjp(_forward, _backward)

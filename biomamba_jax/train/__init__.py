@@ -1,0 +1,1 @@
+"""Batches to weights: optimizer, schedule, step, loop, checkpoints and metrics."""

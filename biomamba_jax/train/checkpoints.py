@@ -1,0 +1,99 @@
+"""Checkpoints of a run, on orbax: written in the background, atomic, and compared with the run before they are
+restored.
+
+A checkpoint holds the train state (parameters, optimizer state, moving average, step, random key, counters) and, as
+JSON, what the loop needs to go on exactly where it stopped: the data iterator's state and the sums of the metrics line
+in progress.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from biomamba_jax.config import CheckpointConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.train.optimizer import path_names
+
+
+class Checkpoints:
+    """The checkpoints of one run directory; a context manager that waits for writes in progress when it closes."""
+
+    def __init__(self, run_dir: Path, config: CheckpointConfig):
+        self.folder = run_dir / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last,
+            keep_period=config.keep_every,
+            cleanup_tmp_directories=True,  # what a killed process left half-written
+            enable_async_checkpointing=True,
+        )
+        # Handlers are named here so that a new process can read what an earlier one wrote.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, loop: dict[str, Any]) -> None:
+        """Starts writing a checkpoint; returns as soon as the arrays have been copied. A step that exists is left as it
+        is.
+
+        Args:
+          state: a pytree of arrays.
+          loop: whatever JSON can hold.
+        """
+        if step in self._manager.all_steps():
+            return
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint's state and loop data.
+
+        Args:
+          like: the state expected, as arrays or `jax.ShapeDtypeStruct`s with shardings.
+
+        Raises:
+          UserError: there is none, or its tree, shapes or types differ; the message lists every difference.
+        """
+        step = self.latest
+        if step is None:
+            raise UserError(f"{self.folder}: no checkpoint")
+        like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        metadata = self._manager.item_metadata(step)
+        check_same_tree(metadata["state"], like, f"{self.folder / str(step)}")
+        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=items)
+        return restored["state"], restored["loop"]
+
+    def wait(self) -> None:
+        """Blocks until everything saved so far is on disk."""
+        self._manager.wait_until_finished()
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """path -> "dtype[shape]" of every array."""
+    names = jax.tree.leaves(path_names(tree))
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, jax.tree.leaves(tree), strict=True)}
+
+
+def check_same_tree(saved: Any, expected: Any, where: str) -> None:
+    """Compares two trees of arrays (or of anything with shape and dtype) by path, shape and type.
+
+    Raises:
+      UserError: they differ; the message is a table of key, saved and expected.
+    """
+    left, right = _leaves(saved), _leaves(expected)
+    keys = [key for key in sorted(left | right) if left.get(key) != right.get(key)]
+    if keys:
+        rows = "; ".join(f"{key}: saved {left.get(key, '-')}, expected {right.get(key, '-')}" for key in keys)
+        raise UserError(f"{where} does not fit this config ({len(keys)} differences): {rows}")

@@ -1,0 +1,65 @@
+"""Loss on held-out text during training: token-weighted, every token of every document predicted."""
+
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from biomamba_jax.config import DataConfig, LossConfig
+from biomamba_jax.data.pipeline import evaluation_batches
+from biomamba_jax.data.shards import Manifest
+from biomamba_jax.errors import UserError
+from biomamba_jax.parallel.mesh import rows_per_host, shard_rows
+from biomamba_jax.train.step import language_model_loss
+
+
+class HeldOut:
+    """Evaluates parameters on one split of the shards, always on the same batches.
+
+    Args:
+      batches: how many batches; None takes the whole split, and then bits per byte are exact. Otherwise they are those
+        of the split's mean bytes per token.
+    """
+
+    def __init__(
+        self, graph: nnx.GraphDef, data: DataConfig, mesh: Mesh, *, batches: int | None, split: str = "validation"
+    ):
+        self.data, self.mesh, self.split = data, mesh, split
+        info = Manifest.load(data.path).splits[split]
+        if info.documents == 0:
+            raise UserError(f"{data.path}: the {split} split is empty; prepare with a larger {split}_fraction")
+        self.batches = batches
+        self.bytes_per_token = info.bytes / info.tokens
+        # What is reported is the plain cross-entropy, whatever the training loss adds to it.
+        self.sums = jax.jit(lambda params, batch: language_model_loss(graph, LossConfig())(params, batch)[1])
+
+    def __call__(self, params: Any) -> dict[str, float]:
+        """Loss in nats per token, perplexity and bits per byte."""
+        nll = tokens = 0.0
+        batches = evaluation_batches(
+            self.data.path,
+            sequence_length=self.data.sequence_length,
+            batch_size=rows_per_host(self.data.batch_size, self.mesh),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            split=self.split,
+        )
+        for index, batch in enumerate(batches):
+            if index == self.batches:
+                break
+            sums = jax.device_get(self.sums(params, shard_rows(batch, self.mesh)))
+            nll, tokens = nll + float(sums.nll), tokens + float(sums.weight)
+        loss = nll / tokens
+        return {
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "tokens": int(tokens),
+        }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,0 +1,108 @@
+"""What a run needs before its first step: sizes that the shards decide, initial values, and the run directory."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import yaml
+from flax import nnx
+
+from biomamba_jax.command_line import to_yaml
+from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.data.shards import Manifest
+from biomamba_jax.errors import UserError
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.parallel.hardware import measure_matmul_flops, peak_flops
+from biomamba_jax.train.report import record_start
+from biomamba_jax.train.step import TrainState
+
+
+def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
+    """`model` with the vocabulary of the shards' tokenizer.
+
+    Raises:
+      UserError: the config names a vocabulary that is too small for the shards.
+    """
+    vocabulary = manifest.tokenizer.vocab_size
+    if model.vocab_size is not None and model.vocab_size < vocabulary:
+        raise UserError(
+            f"model.vocab_size = {model.vocab_size}: the shards' tokenizer {manifest.tokenizer.name!r} has "
+            f"{vocabulary} ids; leave vocab_size out to take them from the shards"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
+
+
+def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
+    """Optimizer steps of the run. An epoch is as many steps as the training split's tokens fill."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None  # the config's own check
+    tokens_a_step = config.data.batch_size * config.data.sequence_length
+    return max(1, math.ceil(config.train.epochs * manifest.splits["train"].tokens / tokens_a_step))
+
+
+def initial_state(model: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    """The state before the first step."""
+    initial, key = jax.random.split(jax.random.key(seed))
+    params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero, params=params, optimizer=optimizer.init(params), key=key, skipped=zero, skipped_in_a_row=zero
+    )
+
+
+def open_run_dir(run_dir: Path, config: PretrainConfig, start: int | None) -> list[str]:
+    """Writes the resolved config and this start into the run directory; called on every process, the first one writes.
+
+    Returns:
+      One line for each setting that differs from the run's earlier ones.
+    """
+    if jax.process_index() != 0:
+        return []
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "config.yaml"
+    earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
+    path.write_text(to_yaml(config), encoding="utf-8")
+    record_start(run_dir, start or 0)
+    if earlier is None:
+        return []
+    before, now = dict(_flat(earlier)), dict(_flat(dataclasses.asdict(config)))
+    changed = [key for key in now if before.get(key) != now[key]]
+    return [f"changed since this run began: {key} was {before.get(key)!r}, is {now[key]!r}" for key in changed]
+
+
+def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def describe(config: PretrainConfig, manifest: Manifest, steps: int, start: int | None, params: Any) -> str:
+    """One line that says what is about to happen."""
+    data, model = config.data, config.model
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    tokens = steps * data.batch_size * data.sequence_length
+    epochs = tokens / max(manifest.splits["train"].tokens, 1)
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    where = f"resumed at step {start:,}" if start is not None else "from the start"
+    return (
+        f"{model.kind}, {model.n_layers} layers of {model.d_model}, {count / 1e6:.1f} M parameters, vocabulary "
+        f"{model.vocab_size:,}; {data.batch_size} x {data.sequence_length:,} tokens a step, {steps:,} steps = "
+        f"{tokens / 1e6:,.1f} M tokens = {epochs:.2f} epochs; {devices}; {where}"
+    )
+
+
+def total_peak_flops(dtype: jnp.dtype) -> float | None:
+    """Peak FLOP/s of all devices for products of `dtype`; measured on a CPU, None where it is not known."""
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return measure_matmul_flops()  # virtual devices share one CPU
+    peak = peak_flops(device.device_kind, dtype)
+    return peak and peak * jax.device_count()

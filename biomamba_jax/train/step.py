@@ -1,0 +1,115 @@
+"""One optimizer step: a batch in, new weights and the sums of the loss out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, struct
+
+from biomamba_jax.config import LossConfig
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.ops import linear_cross_entropy
+from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.cross_entropy import LossSums
+
+Batch = dict[str, Int[Array, "B L"]]
+LossFunction = Callable[[Any, Batch], tuple[Array, LossSums]]
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes, and a checkpoint holds."""
+
+    step: Int[Array, ""]
+    """Steps done, skipped updates included."""
+    params: Any
+    """Float32 parameters, a nested dict."""
+    optimizer: Any
+    """State of the optax transforms, the average of the weights among them."""
+    key: Array
+    """Random key of the run."""
+    skipped: Int[Array, ""]
+    """Updates skipped because a gradient was not finite."""
+    skipped_in_a_row: Int[Array, ""]
+    """How many of them came last, one after the other."""
+
+
+@struct.dataclass
+class StepMetrics:
+    """What a step reports; sums are over the batch's tokens."""
+
+    sums: LossSums
+    gradient_norm: Float[Array, ""]
+    """Global norm of the mean gradient, before clipping."""
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+def language_model_loss(graph: nnx.GraphDef, config: LossConfig) -> LossFunction:
+    """The summed next-token loss of a batch as a function of the parameters.
+
+    Args:
+      graph: the model's graph definition, from `nnx.split`.
+    """
+
+    def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
+        model: LanguageModel = nnx.merge(graph, params)
+        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
+        sums = linear_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            model.head[...],
+            batch["targets"].reshape(-1),
+            weights=(batch["segment_ids"] != 0).reshape(-1).astype(jnp.float32),
+            valid_vocab_size=model.config.known_vocab,
+            label_smoothing=config.label_smoothing,
+            z_loss=config.z_loss,
+            chunk_size=config.chunk_size,
+        )
+        return sums.loss, sums
+
+    return loss
+
+
+def make_train_step(
+    loss: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The function of one step; the caller compiles it and donates the state.
+
+    A batch is computed in `accumulation` parts. Gradients of sums are added up and divided by the tokens of the whole
+    batch, so that the result does not depend on how tokens fall into parts. A gradient that is not finite changes
+    nothing but the counters.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+            return jax.tree.map(jnp.add, total, (sums, grads)), None
+
+        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
+        first = jax.tree.map(lambda x: x[0], parts)
+        shapes = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), state.params, first)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
+        (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
+
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def if_finite(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, old)
+
+        new = TrainState(
+            step=state.step + 1,
+            params=if_finite(params, state.params),
+            optimizer=if_finite(optimizer_state, state.optimizer),
+            key=state.key,
+            skipped=state.skipped + ~finite,
+            skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
+        )
+        return new, StepMetrics(sums, norm, new.skipped, new.skipped_in_a_row)
+
+    return train_step
