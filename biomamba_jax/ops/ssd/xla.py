@@ -1,18 +1,19 @@
 """Chunked SSD with its own backward pass, for any XLA backend.
 
-Within a chunk of l tokens the recurrence is a masked matrix product, between chunks a state is handed on (Dao and Gu 2024,
-arXiv 2405.21060, section 6). With d = softplus(dt + dt_bias) and, inside one segment, c_t the sum of d A up to t:
+Within a chunk of l tokens the recurrence is a masked matrix product, between chunks a state is handed on (Dao and Gu
+2024, arXiv 2405.21060, section 6). With d = softplus(dt + dt_bias), c_t the sum of d A up to t, and one segment:
 
     M[t, s] = (C_t . B_s) exp(c_t - c_s) d_s  for s <= t,  plus D on the diagonal
     y_t     = sum_s M[t, s] x_s + exp(c_t) C_t . S
     S'      = exp(c_last) S + sum_s exp(c_last - c_s) d_s B_s x_s^T
 
-One `lax.scan` over chunks does all of it, so the quadratic arrays exist for one chunk at a time and stay in cache. The forward
-pass keeps the inputs and the state before each chunk; the backward pass computes the rest again, chunk by chunk.
+One `lax.scan` over chunks does all of it, so the quadratic arrays exist for one chunk at a time and stay in cache. The
+forward pass keeps the inputs and the state before each chunk; the backward pass computes the rest again.
 
-Inside, per-token scalars are [B H l], B and C [B G l N], and the channels of a group's heads lie side by side: x and y are
-[B G l W] and states [B G N W] with W = (H / G) P. That makes the three products with a state one large matrix product a group.
-Every einsum has its batch axes first and its operands in the order of the result: XLA's CPU backend then copies nothing.
+Inside, per-token scalars are [B H l], B and C [B G l N], and the channels of a group's heads lie side by side: x and y
+are [B G l W] and states [B G N W] with W = (H / G) P. That makes each product with a state one large matrix product a
+group. Every einsum has its batch axes first and its operands in the order of the result: XLA's CPU backend then copies
+nothing.
 """
 
 from functools import partial
@@ -26,8 +27,8 @@ from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.numerics import accumulator_dtype
 
-# Accelerators: traffic is about 4 H l bytes a token for M and 4 N W / l for the saved states, least near 128 for the published
-# shapes. CPU: measured, see `benchmark`; 32 and 128 are a quarter slower.
+# CPU: measured; 32 and 128 are a quarter slower. Accelerators: a token moves about 4 H l bytes for each array like M and
+# 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
@@ -69,8 +70,7 @@ def ssd(
 
 def _step(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, state: Array) -> tuple[Array, Array]:
     """The recurrence for one token, as in decoding."""
-    batch, _, heads, headdim = x.shape
-    groups = B.shape[2]
+    batch, groups = x.shape[0], B.shape[2]
     u = x[:, 0].astype(state.dtype)
     b, c = (v[:, 0].astype(state.dtype) for v in (B, C))
     increment = (dt[:, 0, :, None] * u).reshape(batch, groups, -1)[..., None] * b[:, :, None, :]
@@ -91,7 +91,7 @@ class _Chunk(NamedTuple):
     dt: Array  # [B H l], after the softplus
     B: Array  # [B G l N]
     C: Array  # [B G l N]
-    segment: Array  # [B l], resets in this chunk up to each token; 0: still the segment of the state handed in
+    starts: Array  # [B l], true where the state resets
 
 
 class _Decays(NamedTuple):
@@ -111,8 +111,8 @@ def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, l: int) -> _
     def grouped(v: Array) -> Array:
         return v.reshape(batch, n, l, groups, -1).transpose(1, 0, 3, 2, 4)
 
-    segment = jnp.cumsum(starts.reshape(batch, n, l), axis=2, dtype=jnp.int32).swapaxes(0, 1)
-    return _Chunk(grouped(x), dt.reshape(batch, n, l, -1).transpose(1, 0, 3, 2), grouped(B), grouped(C), segment)
+    starts = starts.reshape(batch, n, l).swapaxes(0, 1)
+    return _Chunk(grouped(x), dt.reshape(batch, n, l, -1).transpose(1, 0, 3, 2), grouped(B), grouped(C), starts)
 
 
 def _unchunk(v: Array, shape: tuple[int, ...]) -> Array:
@@ -132,7 +132,7 @@ def _exact(spec: str, *operands: Array) -> Array:
 
 
 def _sum(v: Array, axis: int) -> Array:
-    """Sum over the last axis (-1) or the one before (-2), on the CPU as a product with ones (see `numerics.sum_leading`)."""
+    """Sum over the last axis (-1) or the one before (-2); on the CPU a product with ones, see `numerics.sum_leading`."""
     if dispatch.platform() != "cpu":
         return jnp.sum(v, axis)
     if axis == -1:
@@ -172,6 +172,16 @@ def _per_head(v: Array, heads: int) -> Array:
     return jnp.broadcast_to(v[:, :, None], (batch, groups, heads // groups, *rest)).reshape(batch, heads, *rest)
 
 
+def _segments(starts: Array) -> Array:
+    """[B l], the resets in this chunk up to each token; 0: still the segment of the state handed in.
+
+    As a product: a cumulative sum outside the scan would be sliced inside the loops that use it as a mask, which XLA's CPU
+    backend then doesn't vectorise (10 times slower).
+    """
+    l = starts.shape[1]  # noqa: E741
+    return _exact("bs,ts->bt", starts, jnp.tril(jnp.ones((l, l), starts.dtype)))
+
+
 def _same_segment(segment: Array) -> Array:
     """[B l l], true where token s (last axis) is not after token t and no reset lies between."""
     l = segment.shape[1]  # noqa: E741
@@ -181,7 +191,7 @@ def _same_segment(segment: Array) -> Array:
 def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
     """d A [B H l], and whether it has any effect.
 
-    At a reset it has none. A step that decays to zero is cut to the smallest exponent that still does so, or else the sum of
+    At a reset it has none. A step that decays to zero is cut to an exponent that just does so, or else the sum of
     exponents would lose the small steps beside a huge one.
     """
     info = np.finfo(dt.dtype)
@@ -198,8 +208,8 @@ def _decays(exponent: Array, segment: Array) -> _Decays:
     c = _exact("bhs,bts->bht", exponent, same.astype(exponent.dtype))
     last = c[..., -1:]
 
-    def masked_exp(mask: Array, v: Array) -> Array:
-        return jnp.exp(jnp.where(mask[:, None], v, -jnp.inf))
+    def masked_exp(where: Array, v: Array) -> Array:
+        return jnp.exp(jnp.where(where[:, None], v, -jnp.inf))
 
     return _Decays(
         pair=masked_exp(same, c[..., :, None] - c[..., None, :]),
@@ -217,13 +227,13 @@ def _mixing_matrix(decays: _Decays, cb: Array, dt: Array, D: Array) -> Array:
 
 def _run(x, dt, A, B, C, D, starts, state, chunk) -> tuple[Array, Array, Array]:
     """y [B L H P], the last state [B G N W], and the states before each chunk [n B G N W]."""
-    heads, headdim = x.shape[2:]
-    groups = B.shape[2]
+    groups, headdim = B.shape[2], x.shape[3]
     dot = partial(_dot, dtype=x.dtype)
 
     def body(state: Array, part: _Chunk) -> tuple[Array, tuple[Array, Array]]:
-        exponent, _ = _exponents(part.dt, A, part.segment)
-        decays = _decays(exponent, part.segment)
+        segment = _segments(part.starts.astype(dt.dtype))
+        exponent, _ = _exponents(part.dt, A, segment)
+        decays = _decays(exponent, segment)
         cb = dot("bgtn,bgsn->bgts", part.C, part.B)
         inside = dot("bhts,bhsp->bhtp", _mixing_matrix(decays, cb, part.dt, D), _by_head(part.x, headdim))
         handed_in = dot("bgtn,bgnw->bgtw", part.C, state) * _spread(decays.from_start, groups, headdim)
@@ -250,9 +260,9 @@ def _forward(x, dt, A, B, C, D, starts, state, chunk: int):
 def _backward(chunk: int, residuals, cotangents):
     """Gradients by the transposed recurrence, from the last chunk to the first.
 
-    The gradient of an exponent d_k A is the sum over all paths s -> t (s < k <= t) of path value times its gradient. Paths
-    within the chunk are sums over rows minus sums over columns; the diagonal is no such path and stays out, so that nothing
-    large cancels. Sums run over the tokens of the same segment only: exactly nothing leaks.
+    The gradient of an exponent d_k A is the sum over all paths s -> t (s < k <= t) of path value times its gradient.
+    Paths within the chunk are sums over rows minus sums over columns; the diagonal is no such path and stays out, so
+    that nothing large cancels. Sums run over the tokens of the same segment only: exactly nothing leaks.
     """
     x, dt, A, B, C, D, starts, states = residuals
     dy, d_final_state = cotangents
@@ -263,8 +273,9 @@ def _backward(chunk: int, residuals, cotangents):
 
     def body(d_state: Array, inputs: tuple[_Chunk, Array, Array]):
         part, state, dy = inputs
-        exponent, effective = _exponents(part.dt, A, part.segment)
-        decays = _decays(exponent, part.segment)
+        segment = _segments(part.starts.astype(dt.dtype))
+        exponent, effective = _exponents(part.dt, A, segment)
+        decays = _decays(exponent, segment)
         cb = dot("bgtn,bgsn->bgts", part.C, part.B)
 
         # y_t = sum_s M[t, s] x_s
@@ -295,7 +306,7 @@ def _backward(chunk: int, residuals, cotangents):
         through = _sum_channels(_sum(d_state * state, -2)[:, :, None], headdim) * decays.across
         d_state = _spread(decays.across, groups, headdim) * d_state + dot("bgtn,bgtw->bgnw", part.C, dy_decayed)
 
-        same = _same_segment(part.segment).astype(dt.dtype)
+        same = _same_segment(segment).astype(dt.dtype)
         d_exponent = _exact("bht,btk->bhk", to_t - from_s * part.dt, same) + through
         d_exponent += _exact("bhs,bks->bhk", from_s_to_end * part.dt, same * off_diagonal)
         d_exponent = jnp.where(effective, d_exponent, 0)
