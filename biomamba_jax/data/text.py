@@ -1,0 +1,69 @@
+"""Clean text: what is done to every title, abstract and document before anything is counted or tokenized.
+
+All text is NFC with single spaces, one paragraph a line, so that decode(encode(text)) == text for our tokenizers.
+"""
+
+import hashlib
+import html
+import re
+import unicodedata
+
+_DOUBLE_ESCAPED = re.compile(r"&(?:lt|gt|amp|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
+# Publishers also deliver HTML tags as escaped text; one with a known name is markup, `P<0.05` and `a<c>d` are not.
+_ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?: [^<>]*)?/?>", re.IGNORECASE)
+_PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
+
+
+def clean_line(text: str) -> str:
+    """`text` in NFC with every run of white space (Unicode's: U+00A0, U+2009, U+202F, line ends ...) as one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def clean_document(text: str) -> str:
+    """Free text, line by line as `clean_line`, without empty lines; lone surrogates become U+FFFD."""
+    if not text.isascii():
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    lines = (clean_line(line) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def clean_markup(text: str) -> str:
+    """The text content of an XML element as one clean line: what was escaped twice is unescaped once more.
+
+    Only `&lt; &gt; &amp; &#N;` are (FACTS of the field: other names occur in addresses and chemistry), and HTML tags
+    that arrive as escaped text are dropped.
+    """
+    if "&" in text:
+        text = _DOUBLE_ESCAPED.sub(lambda match: html.unescape(match[0]), text)
+    if "<" in text:
+        text = _ESCAPED_TAG.sub("", text)
+    return clean_line(text)
+
+
+def clean_title(text: str) -> str:
+    """A title as `clean_markup`, without the [brackets] that mark a translation and without NLM's placeholders."""
+    title = clean_markup(text)
+    if title.startswith("[") and title.endswith(("]", "].")) and _closing_bracket(title) >= len(title) - 2:
+        title = (title[1:-2] + "." if title.endswith(".") else title[1:-1]).strip()
+        title = title[:-1] if title.endswith(("..", "?.", "!.")) else title
+    return "" if title in _PLACEHOLDER_TITLES else title
+
+
+def _closing_bracket(text: str) -> int:
+    """Index of the bracket that closes text[0]; `[3H]Raffinose in [14C].` is no translation. -1: there is none."""
+    depth = 0
+    for match in re.finditer(r"[\[\]]", text):
+        depth += 1 if match[0] == "[" else -1
+        if depth == 0:
+            return match.start()
+    return -1
+
+
+def normalized_digest(text: str) -> bytes:
+    """16 bytes that are equal for texts that differ in case or white space only."""
+    return hashlib.blake2b("".join(text.casefold().split()).encode(), digest_size=16).digest()
+
+
+def split_position(key: bytes) -> int:
+    """Where a document stands in [0, 2**32) when splits are cut: a hash of its key alone, so it never changes side."""
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big")
