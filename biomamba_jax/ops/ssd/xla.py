@@ -27,8 +27,8 @@ from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.numerics import accumulator_dtype
 
-# CPU: measured; 32 and 128 are a quarter slower. Accelerators: a token moves about 4 H l bytes for each array like M and
-# 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
+# CPU: measured; 32 and 128 are a quarter slower. Accelerators: a token moves about 4 H l bytes for each array like M
+# and 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
@@ -132,7 +132,7 @@ def _exact(spec: str, *operands: Array) -> Array:
 
 
 def _sum(v: Array, axis: int) -> Array:
-    """Sum over the last axis (-1) or the one before (-2); on the CPU a product with ones, see `numerics.sum_leading`."""
+    """Sum over axis -1 or -2; on the CPU as a product with ones, see `numerics.sum_leading`."""
     if dispatch.platform() != "cpu":
         return jnp.sum(v, axis)
     if axis == -1:
@@ -175,8 +175,8 @@ def _per_head(v: Array, heads: int) -> Array:
 def _segments(starts: Array) -> Array:
     """[B l], the resets in this chunk up to each token; 0: still the segment of the state handed in.
 
-    As a product: a cumulative sum outside the scan would be sliced inside the loops that use it as a mask, which XLA's CPU
-    backend then doesn't vectorise (10 times slower).
+    As a product: a cumulative sum outside the scan would be sliced inside the loops that use it as a mask, which XLA's
+    CPU backend then doesn't vectorise (10 times slower).
     """
     l = starts.shape[1]  # noqa: E741
     return _exact("bs,ts->bt", starts, jnp.tril(jnp.ones((l, l), starts.dtype)))
