@@ -1,0 +1,186 @@
+"""Packing: whole documents into rows of fixed length, as one deterministic sequence of rows that can be indexed.
+
+    epoch    every document once, in an order drawn from (seed, epoch) by grain's index_shuffle: a Feistel
+             permutation that answers for one position at a time, so 38 million documents need no table
+    window   about `window` neighbours of that order, packed on their lengths alone by best fit decreasing
+    row      the window's rows in an order drawn from (seed, epoch, window)
+
+Row i is thus a pure function of (lengths, sequence length, seed, window) and i: hosts, workers and batch size only
+choose which i they look at, and a run is resumed at row i without replay.
+"""
+
+import bisect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+DEFAULT_WINDOW = 4096
+_KEPT_WINDOWS = 4  # packed windows held in memory; a batch rarely spans more
+_SHUFFLE_ROUNDS = 4  # what grain's own shuffle uses
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of a document; start > 0 only in documents longer than a row."""
+
+    document: int
+    start: int
+    stop: int
+
+
+class WindowStart(NamedTuple):
+    """Where a window begins in the sequence of rows; windows are numbered on and on through the epochs."""
+
+    window: int
+    row: int
+
+
+FIRST_WINDOW = WindowStart(0, 0)
+
+
+def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """Row number [items] of every item, so that the lengths in a row sum to at most `capacity`.
+
+    Items, longest first, go to the fullest row that still has room (Johnson 1974: at most 11/9 of the optimum).
+    `lengths` are integers in 1 ... capacity. Rows with k tokens of room are found by bit k of one integer.
+    """
+    rows = np.empty(len(lengths), np.int64)
+    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    occupied = 0  # bit k is set while rows_with_room[k] is not empty
+    num_rows = 0
+    order = np.argsort(-lengths.astype(np.int64), kind="stable")
+    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = occupied >> length << length
+        if fitting:
+            lowest = fitting & -fitting
+            room = lowest.bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                occupied ^= lowest
+        else:
+            room, row = capacity, num_rows
+            num_rows += 1
+        if room > length:
+            rows_with_room[room - length].append(row)
+            occupied |= 1 << (room - length)
+        rows[item] = row
+    return rows
+
+
+class RowPlan:
+    """The sequence of rows over documents of the given lengths: `plan[i]` lists the pieces of row i.
+
+    lengths          integers [documents], each at least 1 (a memory map will do)
+    sequence_length  tokens in a row; longer documents are cut into pieces of this length and a rest
+    seed             of the shuffles, 0 ... 2**32 - 1; None keeps the order of documents and windows, for one pass
+    window           documents packed together; more fill rows better and cost memory
+    start            a window start that this plan gave before; rows before it cannot be asked for
+
+    With a seed the sequence is endless; without one it has `num_rows` rows. Safe to share between threads.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        sequence_length: int,
+        *,
+        seed: int | None,
+        window: int = DEFAULT_WINDOW,
+        start: WindowStart = FIRST_WINDOW,
+    ):
+        if len(lengths) == 0 or sequence_length < 1 or window < 1:
+            raise ValueError(f"cannot pack {len(lengths)} documents into rows of {sequence_length} by {window}")
+        self.sequence_length = sequence_length
+        self._lengths = lengths
+        self._seed = seed
+        # Windows of equal size: a small last one would end every epoch with rows that are nearly empty.
+        self.windows_per_epoch = max(1, round(len(lengths) / window))
+        self._first_window = start.window
+        self._starts = [start.row]  # first row of windows _first_window, _first_window + 1, ...
+        self._kept: OrderedDict[int, list[list[Piece]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> list[Piece]:
+        start = self.window_start(row)
+        with self._lock:
+            return self._window(start.window)[row - start.row]
+
+    def window_start(self, row: int) -> WindowStart:
+        """The start of the window that holds `row`; a plan that begins there knows all rows from there on."""
+        with self._lock:
+            if row < self._starts[0]:
+                raise IndexError(f"row {row} lies before row {self._starts[0]}, where the plan starts")
+            while self._starts[-1] <= row:
+                following = self._first_window + len(self._starts) - 1
+                if self._seed is None and following == self.windows_per_epoch:
+                    raise IndexError(f"row {row} of {self._starts[-1]}")
+                self._starts.append(self._starts[-1] + len(self._window(following)))
+            index = bisect.bisect_right(self._starts, row) - 1
+            return WindowStart(self._first_window + index, self._starts[index])
+
+    def epoch(self, row: int) -> int:
+        """How many times the documents had been gone through when `row` began."""
+        return self.window_start(row).window // self.windows_per_epoch
+
+    def rows_in_epoch(self, epoch: int = 0) -> int:
+        """Rows of one epoch; packs all its lengths, about 12 ms for 4,096 documents."""
+        windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)
+        return sum(len(self._pack(window)) for window in windows)
+
+    def _window(self, window: int) -> list[list[Piece]]:
+        """The rows of a window, packed or remembered. The caller holds the lock."""
+        if window not in self._kept:
+            self._kept[window] = self._pack(window)
+            if len(self._kept) > _KEPT_WINDOWS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(window)
+        return self._kept[window]
+
+    def _pack(self, window: int) -> list[list[Piece]]:
+        epoch, window_in_epoch = divmod(window, self.windows_per_epoch)
+        total = len(self._lengths)
+        positions = range(
+            window_in_epoch * total // self.windows_per_epoch, (window_in_epoch + 1) * total // self.windows_per_epoch
+        )
+        documents = _shuffled(positions, total, self._seed, epoch)
+        pieces = [
+            Piece(document, start, min(start + self.sequence_length, length))
+            for document, length in zip(documents, self._lengths[documents].tolist(), strict=True)
+            for start in range(0, length, self.sequence_length)
+        ]
+        row_of = best_fit_decreasing(np.array([p.stop - p.start for p in pieces]), self.sequence_length)
+        rows: list[list[Piece]] = [[] for _ in range(row_of.max() + 1)]
+        for piece, row in zip(pieces, row_of.tolist(), strict=True):
+            rows[row].append(piece)
+        return [rows[i] for i in _shuffled(range(len(rows)), len(rows), self._seed, epoch, window_in_epoch)]
+
+
+def _shuffled(positions: range, total: int, seed: int | None, *key: int) -> list[int]:
+    """Which of range(total) stand at `positions` of the permutation drawn from (seed, *key)."""
+    if seed is None:
+        return list(positions)
+    word = int(np.random.SeedSequence((seed, *key)).generate_state(1)[0])  # stable across NumPy versions
+    return [index_shuffle(i, total - 1, word, _SHUFFLE_ROUNDS) for i in positions]
+
+
+def fill_row(pieces: Sequence[Piece], sequence_length: int, read: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays int32 [sequence_length] of one row: "inputs", "targets" and "segment_ids".
+
+    read(document) gives its ids t1 ... tn, EOS. Targets are these ids; inputs are the same one place later, led by
+    EOS (which thus doubles as the start symbol) or, in a later piece of a long document, by the token before it.
+    Segments count 1, 2, ... along the row. The rest of the row, and all of it without pieces, is 0: padding.
+    """
+    row = {name: np.zeros(sequence_length, np.int32) for name in ("inputs", "targets", "segment_ids")}
+    begin = 0
+    for segment, (document, start, stop) in enumerate(pieces, 1):
+        ids = read(document)
+        end = begin + stop - start
+        row["targets"][begin:end] = ids[start:stop]
+        row["inputs"][begin] = ids[start - 1]  # of a first piece: ids[-1], the EOS
+        row["inputs"][begin + 1 : end] = ids[start : stop - 1]
+        row["segment_ids"][begin:end] = segment
+        begin = end
+    return row
