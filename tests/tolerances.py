@@ -19,4 +19,10 @@ TOLERANCES: dict[tuple[str, str], Tolerance] = {
     ("causal_conv1d", "float64"): Tolerance(1e-12, 1e-11),
     ("causal_conv1d", "float32"): Tolerance(1e-5, 1e-5),
     ("causal_conv1d", "bfloat16"): Tolerance(2**-7, 2**-7),
+    ("ssd", "float64"): Tolerance(1e-12, 1e-11),
+    ("ssd", "float32"): Tolerance(1e-5, 1e-5),
+    ("ssd", "bfloat16"): Tolerance(2**-6, 2**-6),  # factors of products are rounded, and products of products again
+    ("linear_cross_entropy", "float64"): Tolerance(1e-12, 1e-11),
+    ("linear_cross_entropy", "float32"): Tolerance(1e-5, 1e-5),
+    ("linear_cross_entropy", "bfloat16"): Tolerance(2**-7, 2**-7),  # float32 logits from products of rounded factors
 }

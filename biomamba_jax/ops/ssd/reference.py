@@ -28,7 +28,7 @@ def ssd(
     B, C = (jnp.repeat(v, heads // groups, axis=2) for v in (B, C))
     starts = jnp.zeros((batch, length), bool)
     if segment_ids is not None:
-        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, headdim, d_state), dtype)
 

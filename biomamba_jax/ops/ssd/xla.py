@@ -59,7 +59,7 @@ def ssd(
 
     starts = jnp.zeros((batch, length), bool)
     if segment_ids is not None:
-        starts = starts.at[:, 1:].set(segment_ids[:, 1:] != segment_ids[:, :-1])
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
     # A padded step has d = 0: it leaves the state as it is.
     x, dt, B, C, starts = (_pad_length(v, -length % chunk) for v in (x, dt, B, C, starts))
