@@ -113,19 +113,23 @@ def _check_head(path: str | Path) -> None:
     Entity bombs thus end before the first record is parsed, at the cost of reading some hundred bytes twice.
     """
     parser = etree.XMLPullParser(events=("start",), **_SAFE)
-    try:
-        for chunk in read_chunks(path, 1024):
+    error: etree.XMLSyntaxError | None = None
+    for chunk in read_chunks(path, 1024):
+        try:
             parser.feed(chunk)
-            for _, root in parser.read_events():
-                dtd = root.getroottree().docinfo.internalDTD
-                if dtd is not None and next(dtd.iterentities(), None) is not None:
-                    raise UserError(f"{path}: declares XML entities, which NLM's files never do; refused as unsafe")
-                if root.tag not in (_SET, *_RECORDS):
-                    raise UserError(f"{path}: its root is <{root.tag}>, not <{_SET}>; give NLM PubMed XML files")
-                return
-        parser.close()
-    except etree.XMLSyntaxError as error:
-        raise UserError(f"{path}: not well-formed XML before the first record: {error.msg}; {_AGAIN}") from None
+        except etree.XMLSyntaxError as caught:
+            error = caught  # libxml2 itself stops an entity bomb; what it is shows in the DOCTYPE
+        for _, root in parser.read_events():
+            dtd = root.getroottree().docinfo.internalDTD
+            if dtd is not None and next(dtd.iterentities(), None) is not None:
+                raise UserError(f"{path}: declares XML entities, which NLM's files never do; refused as unsafe")
+            if root.tag not in (_SET, *_RECORDS):
+                raise UserError(f"{path}: its root is <{root.tag}>, not <{_SET}>; give NLM PubMed XML files")
+            return
+        if error is not None:
+            break
+    reason = error.msg if error else "it has no element"
+    raise UserError(f"{path}: not well-formed XML before the first record: {reason}; {_AGAIN}")
 
 
 def _is_known(element: etree._Element) -> bool:
