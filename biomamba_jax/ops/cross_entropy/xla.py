@@ -82,7 +82,9 @@ def token_negative_log_likelihoods(
 
 
 def _chunk_size(chunk_size: int | None, tokens: int) -> int:
-    return min(chunk_size or _CHUNK_SIZE[dispatch.platform()], tokens)
+    """At most `chunk_size`, and such that hardly any tokens have to be added to fill the last chunk."""
+    chunks = -(-tokens // (chunk_size or _CHUNK_SIZE[dispatch.platform()]))
+    return -(-tokens // chunks)
 
 
 def _chunks(tokens: _Tokens, chunk: int) -> _Tokens:
