@@ -1,0 +1,362 @@
+"""`prepare`: files in, shards out; every record accounted for, the same bytes however it is run, all or nothing."""
+
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from nlm_xml import LONG, article, deletions, write_set
+
+from biomamba_jax import prepare
+from biomamba_jax.command_line import run_command
+from biomamba_jax.data.build import Settings, build_shards
+from biomamba_jax.data.files import in_order
+from biomamba_jax.data.resolve import resolve
+from biomamba_jax.data.shards import Manifest, ShardReader
+from biomamba_jax.data.spool import CODE, DELETION, INDEX, KEPT, REASONS, Filters
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+
+WORDS = [
+    "tumour",
+    "cells",
+    "grew in mice",
+    "inhibited by",
+    "the drug",
+    "at 25 mg",
+    "per kg",
+    "p53 expression",
+    "rose",
+    "3.5 fold",
+]
+BOOK = "<PubmedBookArticle><BookDocument/></PubmedBookArticle>"
+
+
+def abstract(seed: object) -> str:
+    text = " ".join(random.Random(str(seed)).choices(WORDS, k=60))
+    return f"<AbstractText>{text}.</AbstractText>"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[str]:
+    """A baseline and two updates with versions, deletions, every reason to be left out, and 300 good documents."""
+    folder = tmp_path_factory.mktemp("nlm")
+    good = [article(pmid, abstract(pmid)) for pmid in range(1000, 1300)]
+    write_set(
+        folder / "pubmed26n0001.xml.gz",
+        *good,
+        article(1, abstract("old")),
+        article(2, abstract(2)),
+        article(3, abstract(3)),
+        article(3, abstract("v2"), version=2),
+        article("", abstract(4)),
+        article(5, ""),
+        article(6, "<AbstractText>Short.</AbstractText>"),
+        article(7, abstract(7), publication_type="Retracted Publication"),
+        article(8, abstract(1000).upper().replace("ABSTRACTTEXT", "AbstractText"), title="A  TITLE."),
+        BOOK,
+        "<Foreign/>",
+    )
+    write_set(
+        folder / "pubmed26n0002.xml", article(1, abstract("new")), article(3, abstract("v1 again")), deletions(2, 9)
+    )
+    write_set(folder / "pubmed26n0010.xml.gz", article(9, abstract("back")), article(10, abstract(10)), deletions(10))
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def output(files, tmp_path_factory) -> Path:
+    """The files prepared in one process, with a small trained tokenizer."""
+    folder = tmp_path_factory.mktemp("out") / "shards"
+    build_shards(files, folder, settings=SMALL, workers=1)
+    return folder
+
+
+SMALL = Settings(validation_fraction=0.1, test_fraction=0.2, train_tokenizer=300)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def documents(folder: Path) -> dict[int | None, str]:
+    """PMID to text, read back from the shards of all splits."""
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
+    found = {}
+    for split in manifest.splits:
+        reader = ShardReader(folder / split)
+        for i in range(len(reader)):
+            assert reader[i].ids[-1] == tokenizer.eos_id
+            text = tokenizer.decode(reader[i].ids[:-1])
+            assert len(text.encode()) == reader[i].num_bytes
+            found[reader[i].pmid] = text
+    return found
+
+
+def test_every_record_is_kept_or_counted_under_one_reason(output):
+    manifest = Manifest.load(output)
+    assert manifest.filters == {reason: 1 for reason in REASONS} | {"deleted": 2, "superseded": 3}
+    kept = sum(split.documents for split in manifest.splits.values())
+    assert sum(source["records"] for source in manifest.sources) == kept + sum(manifest.filters.values())
+    assert kept == sum(source["documents"] for source in manifest.sources) == len(documents(output))
+
+
+def test_the_newest_version_of_the_latest_file_is_what_is_stored(output):
+    stored = documents(output)
+    assert {pmid for pmid in stored if pmid < 1000} == {1, 3, 9}
+    for pmid, seed in ((1, "new"), (3, "v2"), (9, "back"), (1234, 1234)):
+        assert stored[pmid] == "A title.\n" + abstract(seed)[len("<AbstractText>") : -len("</AbstractText>")]
+
+
+def test_the_manifest_s_totals_are_those_of_the_shards(output):
+    manifest = Manifest.load(output)
+    for name, split in manifest.splits.items():
+        reader = ShardReader(output / name)
+        assert (split.documents, split.tokens) == (len(reader), int(reader.lengths.sum()))
+        assert split.bytes == sum(reader[i].num_bytes for i in range(len(reader)))
+    tokenizer = load_tokenizer(output / manifest.tokenizer.file)
+    manifest.check_tokenizer(tokenizer.sha256)
+    assert (manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id) == (300, 0)
+
+
+def test_the_output_holds_shards_tokenizer_and_manifest_and_nothing_else(output):
+    assert {path.name for path in output.iterdir()} == {
+        "train",
+        "validation",
+        "test",
+        "manifest.json",
+        "tokenizer.model",
+    }
+    assert [path.name for path in output.parent.iterdir()] == ["shards"]
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_shards_are_the_same_bytes_whatever_the_order_and_the_number_of_processes(files, output, tmp_path, workers):
+    build_shards(random.Random(workers).sample(files, 3), tmp_path / "again", settings=SMALL, workers=workers)
+    assert contents(tmp_path / "again") == contents(output)
+
+
+def test_a_document_s_split_hangs_on_its_pmid_alone(files, output, tmp_path):
+    """Other settings, other neighbours, another text: the same side."""
+    write_set(tmp_path / "other.xml", *(article(pmid, abstract(-pmid)) for pmid in range(1100, 1400)))
+    build_shards([str(tmp_path / "other.xml")], tmp_path / "other", output / "tokenizer.model", SMALL_GIVEN, workers=1)
+
+    def side(folder: Path) -> dict[int | None, str]:
+        readers = {split: ShardReader(folder / split) for split in ("train", "validation", "test")}
+        return {reader[i].pmid: split for split, reader in readers.items() for i in range(len(reader))}
+
+    ours, others = side(output), side(tmp_path / "other")
+    both = ours.keys() & others.keys()
+    assert len(both) == 200
+    assert all(ours[pmid] == others[pmid] for pmid in both)
+    shares = [list(others.values()).count(split) / len(others) for split in ("test", "validation")]
+    assert shares == pytest.approx([0.2, 0.1], abs=0.07)
+
+
+SMALL_GIVEN = Settings(validation_fraction=0.1, test_fraction=0.2)
+
+
+def test_retracted_records_are_kept_when_asked(files, output, tmp_path):
+    settings = Settings(Filters(min_abstract_characters=3, keep_retracted=True))
+    build_shards(files, tmp_path / "all", output / "tokenizer.model", settings, workers=1)
+    assert {6, 7} <= documents(tmp_path / "all").keys()
+
+
+def test_json_lines_and_paragraphs_of_text_are_documents(output, tmp_path):
+    lines = [{"text": f"{LONG} one.", "pmid": 77}, {"text": f"{LONG}\r\n\n two.\ud800", "id": "x"}, {"text": " "}]
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, lines)) + "\n\n")
+    (tmp_path / "b.txt").write_text(f"{LONG} three\nand  more.\n\n \n{LONG} four.\n")
+    inputs = [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.txt")]
+    manifest = build_shards(inputs, tmp_path / "o", output / "tokenizer.model", Settings(), workers=1)
+    assert documents(tmp_path / "o")[77] == f"{LONG} one."
+    reader = ShardReader(tmp_path / "o" / "train")
+    tokenizer = load_tokenizer(output / "tokenizer.model")
+    texts = {tokenizer.decode(reader[i].ids[:-1]) for i in range(len(reader))}
+    assert texts == {f"{LONG} one.", f"{LONG}\ntwo.\ufffd", f"{LONG} three\nand more.", f"{LONG} four."}
+    assert manifest.filters["no_abstract"] == 1
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"txt": "a"}', '{"text": 1}', '{"text": "a", "pmid": "x"}'])
+def test_a_bad_json_line_is_named(tmp_path, output, line):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": LONG}) + "\n" + line)
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2 is not"):
+        build_shards([str(tmp_path / "a.jsonl")], tmp_path / "o", output / "tokenizer.model", workers=1)
+
+
+def broken(folder: Path) -> dict[str, Path]:
+    truncated = write_set(folder / "truncated.xml.gz", *(article(pmid, abstract(pmid)) for pmid in range(1, 200)))
+    truncated.write_bytes(truncated.read_bytes()[:-40])
+    sums = write_set(folder / "sums.xml", article())
+    Path(f"{sums}.md5").write_text(f"MD5(sums.xml)= {'0' * 32}")
+    bomb = '<!DOCTYPE PubmedArticleSet [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]>'
+    return {
+        "truncated or damaged gzip": truncated,
+        "MD5": sums,
+        "not well-formed": write_set(folder / "malformed.xml", article(1), "<PubmedArticle>"),
+        "declares XML entities": write_set(folder / "bomb.xml", article(), doctype=bomb),
+        "unknown kind of file": write_set(folder / "a.pdf", article()),
+        "cannot be read": folder / "missing.xml",
+        "no document is left": write_set(folder / "empty.xml", article(1, "")),
+    }
+
+
+REFUSALS = (
+    "truncated or damaged gzip",
+    "MD5",
+    "not well-formed",
+    "declares XML entities",
+    "unknown kind of file",
+    "cannot be read",
+    "no document is left",
+)
+
+
+@pytest.mark.parametrize("reason", REFUSALS)
+def test_broken_input_ends_in_one_line_and_leaves_nothing(tmp_path, output, capsys, reason):
+    path = broken(tmp_path)[reason]
+    before = set(tmp_path.rglob("*"))
+    argv = ["--input", str(path), "--output", str(tmp_path / "o"), "--tokenizer", str(output / "tokenizer.model")]
+    with pytest.raises(SystemExit) as ended:
+        run_command(prepare.main, [*argv, "--workers", "1"])
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("error: ")
+    assert reason in line
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_one_broken_file_among_workers_ends_the_others(files, tmp_path):
+    bad = broken(tmp_path)["not well-formed"]
+    with pytest.raises(UserError, match=r"malformed\.xml"):
+        build_shards([*files, str(bad)], tmp_path / "o", settings=SMALL, workers=2)
+    assert not list(tmp_path.glob("o*"))
+
+
+def test_an_output_that_exists_is_not_touched(files, output):
+    before = contents(output)
+    with pytest.raises(UserError, match="already exists"):
+        build_shards(files, output, settings=SMALL, workers=1)
+    assert contents(output) == before
+
+
+def test_a_file_given_twice_is_refused(files, tmp_path):
+    with pytest.raises(UserError, match="given twice"):
+        build_shards([*files, files[0]], tmp_path / "o", settings=SMALL, workers=1)
+
+
+def test_one_of_a_given_and_a_trained_tokenizer_must_be_chosen(files, output, tmp_path):
+    for tokenizer, settings in ((None, Settings()), (output / "tokenizer.model", SMALL)):
+        with pytest.raises(UserError, match="either --tokenizer"):
+            build_shards(files, tmp_path / "o", tokenizer, settings, workers=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, number):
+    path = write_set(tmp_path / "a.xml", *(article(pmid, abstract(pmid)) for pmid in range(1, 6000)))
+    arguments = ["--input", path, "--output", tmp_path / "o", "--train-tokenizer", "300", "--workers", "2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "biomamba_jax.prepare", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+    )
+    while not list(tmp_path.glob("o.partial-*/scratch/spools/*")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_command_prints_what_became_of_every_record(files, tmp_path, capsys):
+    prepare.main(["--input", *files, "--output", str(tmp_path / "o"), "--train-tokenizer=300", "--workers=1"])
+    printed = capsys.readouterr().out
+    for word in ("superseded", "duplicate_text", "validation", "bytes/token", "315", "303"):
+        assert word in printed
+
+
+def test_a_config_file_says_the_same_as_options(files, output, tmp_path):
+    config = tmp_path / "prepare.yaml"
+    listed = "".join(f"- {path}\n" for path in files)
+    config.write_text(
+        f"input:\n{listed}train_tokenizer: 300\nvalidation_fraction: 0.1\ntest_fraction: 0.2\nworkers: 1\n"
+    )
+    prepare.main(["--config", str(config), "--output", str(tmp_path / "o")])
+    assert contents(tmp_path / "o") == contents(output)
+
+
+def test_nlm_files_go_by_year_and_number_and_others_stay_as_given():
+    given = [
+        "b.xml",
+        "x/pubmed26n0002.xml.gz",
+        "a.jsonl",
+        "pubmed26n0010.xml.gz",
+        "pubmed25n1335.xml",
+        "y/pubmed26n0001.xml",
+    ]
+    ordered = [path.name for path in in_order(given)]
+    assert ordered[:4] == ["pubmed25n1335.xml", "pubmed26n0001.xml", "pubmed26n0002.xml.gz", "pubmed26n0010.xml.gz"]
+    assert ordered[4:] == ["b.xml", "a.jsonl"]
+
+
+EVENTS = st.tuples(
+    st.integers(0, 4), st.integers(1, 3), st.sampled_from([KEPT, KEPT, DELETION, CODE["retracted"]]), st.integers(0, 3)
+)
+
+
+@hypothesis.given(st.lists(st.lists(EVENTS, max_size=12), min_size=1, max_size=4))
+@hypothesis.settings(max_examples=300)
+def test_resolution_is_that_of_reading_record_by_record(batches):
+    """(pmid, version, status, text) per record; the oracle keeps one dictionary and walks through all files."""
+    indexes = []
+    for batch in batches:
+        index = np.zeros(len(batch), INDEX)
+        for row, (pmid, version, status, text) in zip(index, batch, strict=True):
+            row["pmid"], row["version"], row["status"] = (
+                pmid,
+                version,
+                KEPT if status == DELETION and not pmid else status,
+            )
+            row["digest"] = (text % 2, text // 2)
+        indexes.append(index)
+    rows = [(number, i) for number, index in enumerate(indexes) for i in range(len(index))]
+    expected = {place: int(indexes[place[0]][place[1]]["status"]) for place in rows}
+    current: dict[int, tuple[int, int]] = {}
+    for place in rows:
+        row = indexes[place[0]][place[1]]
+        pmid = int(row["pmid"])
+        if pmid == 0:
+            continue
+        if row["status"] == DELETION:
+            for other in rows[: rows.index(place)]:
+                if indexes[other[0]][other[1]]["pmid"] == pmid and expected[other] != DELETION:
+                    expected[other] = CODE["deleted"]
+            current.pop(pmid, None)
+        elif pmid in current and indexes[current[pmid][0]][current[pmid][1]]["version"] > row["version"]:
+            expected[place] = CODE["superseded"]
+        else:
+            if pmid in current:
+                expected[current[pmid]] = CODE["superseded"]
+            current[pmid] = place
+    seen: set[tuple[int, ...]] = set()
+    for place in rows:
+        text = tuple(indexes[place[0]][place[1]]["digest"].tolist())
+        if expected[place] == KEPT:
+            expected[place] = CODE["duplicate_text"] if text in seen else KEPT
+            seen.add(text)
+    found = resolve(indexes)
+    assert {place: int(found[place[0]][place[1]]) for place in rows} == expected
