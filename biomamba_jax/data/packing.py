@@ -75,7 +75,7 @@ class RowPlan:
 
     lengths          integers [documents], each at least 1 (a memory map will do)
     sequence_length  tokens in a row; longer documents are cut into pieces of this length and a rest
-    seed             of the shuffles, 0 ... 2**32 - 1; None keeps the order of documents and windows, for one pass
+    seed             of the shuffles, not negative; None keeps the order of documents and windows, for one pass
     window           documents packed together; more fill rows better and cost memory
     start            a window start that this plan gave before; rows before it cannot be asked for
 

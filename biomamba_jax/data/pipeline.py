@@ -41,6 +41,7 @@ class _Batches:
         seed: int | None,
         process_index: int,
         process_count: int,
+        window: int = DEFAULT_WINDOW,
         first_row: int = 0,
         start: WindowStart = FIRST_WINDOW,
     ):
@@ -54,6 +55,7 @@ class _Batches:
         self._length = sequence_length
         self._batch_size = batch_size
         self._seed = seed
+        self._window = window
         self._host = process_index
         self._first_row = first_row
         self._start = start
@@ -61,7 +63,7 @@ class _Batches:
         self._make_plan()
 
     def _make_plan(self) -> None:
-        self.plan = RowPlan(self._reader.lengths, self._length, seed=self._seed, start=self._start)
+        self.plan = RowPlan(self._reader.lengths, self._length, seed=self._seed, window=self._window, start=self._start)
         self._num_rows = self.plan.rows_in_epoch() if self._seed is None else None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,7 +104,7 @@ class TrainIterator:
             "documents": len(reader),
             "tokens": int(reader.lengths.sum(dtype=np.int64)),
             "sequence_length": source["sequence_length"],
-            "window": DEFAULT_WINDOW,
+            "window": source["window"],
             "seed": seed,
         }
         self._start_at(0, FIRST_WINDOW)
@@ -169,6 +171,7 @@ def train_iterator(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    window: int = DEFAULT_WINDOW,
     split: str = "train",
     tokenizer_sha256: str | None = None,
 ) -> TrainIterator:
@@ -176,8 +179,9 @@ def train_iterator(
 
     folder           what `prepare --output` wrote
     batch_size       rows of this host in a batch; a step takes process_count * batch_size rows of the sequence
-    seed             of the shuffle, 0 ... 2**32 - 1
+    seed             of the shuffle, not negative
     num_workers      worker processes that read ahead; 0 reads ahead in a thread of this process
+    window           documents packed together; see `packing.RowPlan`
     tokenizer_sha256 refuses shards that another tokenizer made
 
     Raises UserError for shards that are missing, damaged or made with another tokenizer.
@@ -192,6 +196,7 @@ def train_iterator(
         batch_size=batch_size,
         process_index=process_index,
         process_count=process_count,
+        window=window,
     )
 
 
