@@ -1,10 +1,7 @@
 """The selective scan in XLA operations, with its own backward pass.
 
-The forward pass keeps the state at the start of every chunk of time steps and nothing else of size [.., N]; the backward
-pass recomputes the states inside a chunk from there. Inside a chunk the recurrence h_t = a_t h_{t-1} + b_t is solved in
-one of two ways: an associative scan on accelerators, where depth costs more than work, and a loop on CPU, where it is
-the other way round. States are held as [.., N, E], channels minor, so that every operation runs along whole vectors, and
-sums over any axis are written as matrix products, since XLA's CPU reductions over a major axis are many times slower.
+The forward pass keeps the state at the start of every chunk of time steps and nothing else with an axis N; the backward
+pass recomputes the states of one chunk at a time from there (`chunks`).
 """
 
 from functools import partial
@@ -12,16 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
+from biomamba_jax.ops.selective_scan.chunks import ASSOCIATIVE, SEQUENTIAL, Chunk, loop
 
-CHUNK_SIZE = {"cpu": 16, "gpu": 64, "tpu": 64}
-
-# TPUs would otherwise multiply in bfloat16.
-_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+_CHUNK_SIZE = {"cpu": 32, "gpu": 64, "tpu": 64}
 
 
 class _Inputs(NamedTuple):
@@ -35,6 +29,23 @@ class _Inputs(NamedTuple):
     dt_bias: Float[Array, " E"] | None
     segment_ids: Int[Array, "B L"] | None
     initial_state: Float[Array, "B E N"] | None
+
+
+class _Plan(NamedTuple):
+    """How the work is cut up; static."""
+
+    chunk_size: int  # at most the length
+    associative: bool
+
+
+class _Tokens(NamedTuple):
+    """What the recurrence reads, in the wide type, cut into chunks: with rows [B chunks T ..], of one row without B."""
+
+    x: Array
+    delta: Array
+    B: Array
+    C: Array
+    same: Array | None  # the token before belongs to the same segment
 
 
 def selective_scan(
@@ -56,105 +67,94 @@ def selective_scan(
 
     Args:
       chunk_size: time steps between two states that are kept; None is the platform's best.
-      associative: solve the recurrence inside a chunk by an associative scan (True) or a loop (False); None is the
-        platform's best.
+      associative: solve the recurrence inside a chunk by an associative scan (True) or step by step (False); None is
+        the platform's best.
     """
     platform = dispatch.platform()
-    chunk_size = min(chunk_size or CHUNK_SIZE[platform], x.shape[1])
     if associative is None:
         associative = platform != "cpu"
-    return _scan(_Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state), chunk_size, associative)
+    plan = _Plan(min(chunk_size or _CHUNK_SIZE[platform], x.shape[1]), associative)
+    return _scan(_Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state), plan)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _scan(inputs: _Inputs, chunk_size: int, associative: bool):
-    return _forward(inputs, chunk_size, associative)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _scan(inputs: _Inputs, plan: _Plan) -> tuple[Array, Array]:
+    return _forward(inputs, plan)[0]
 
 
-def _forward(inputs: _Inputs, chunk_size: int, associative: bool):
+def _forward(inputs: _Inputs, plan: _Plan):
     wide = accumulator_dtype(inputs.x.dtype)
-    rows, length, _ = inputs.x.shape
+    rows, length, channels = inputs.x.shape
     A = inputs.A.T.astype(wide)
     if inputs.initial_state is None:
-        state = jnp.zeros((rows, *A.shape), wide)
+        initial = jnp.zeros((rows, *A.shape), wide)
     else:
-        state = inputs.initial_state.swapaxes(1, 2).astype(wide)
+        initial = inputs.initial_state.swapaxes(1, 2).astype(wide)
+    form = ASSOCIATIVE if plan.associative else SEQUENTIAL
 
-    def chunk(state, tokens):
-        x, delta, B, C, keep = tokens
-        states = _recurrence(_decay(delta, A, keep), _outer(delta * x, B), state, associative)
-        return states[-1], (_einsum("tbne,tbn->tbe", states, C), state)
+    def row(args):
+        def chunk(state, tokens: _Tokens):
+            last, y = form.outputs(_recurrence(tokens, A), state)
+            return last, (y, state)
 
-    tokens = _chunks(inputs, _delta(inputs, wide), chunk_size, wide)
-    state, (y, starts) = _loop(chunk, state, tokens)
-    y = _unchunk(y, length)
+        return loop(chunk, *args)
+
+    state, (y, starts) = _map_rows(row, (initial, _tokens(inputs, plan)), plan)
+    y = y.reshape(rows, -1, channels)[:, :length]
     if inputs.D is not None:
         y = y + inputs.D.astype(wide) * inputs.x
-    ungated = y.astype(inputs.x.dtype) if inputs.z is not None else None
+    ungated = None
     if inputs.z is not None:
+        ungated = y.astype(inputs.x.dtype)
         y = y * jax.nn.silu(inputs.z.astype(wide))
     return (y.astype(inputs.x.dtype), state.swapaxes(1, 2)), (inputs, starts, ungated)
 
 
-def _backward(chunk_size: int, associative: bool, residuals, cotangents):
+def _backward(plan: _Plan, residuals, cotangents):
     inputs, starts, ungated = residuals
-    wide = starts.dtype
-    dy = cotangents[0].astype(wide)
-    d_state = cotangents[1].swapaxes(1, 2)
-    length = inputs.x.shape[1]
+    wide = accumulator_dtype(inputs.x.dtype)
+    rows, length, _ = inputs.x.shape
     A = inputs.A.T.astype(wide)
+    dy = cotangents[0].astype(wide)
     dz = None
     if inputs.z is not None:
-        gate, gate_vjp = jax.vjp(jax.nn.silu, inputs.z.astype(wide))
-        (dz,) = gate_vjp(dy * ungated)
-        dy = dy * gate
-    delta = _delta(inputs, wide)
+        z = inputs.z.astype(wide)
+        sigmoid = jax.nn.sigmoid(z)
+        dz = (dy * ungated * sigmoid * (1 + z * (1 - sigmoid))).astype(inputs.z.dtype)
+        dy = dy * z * sigmoid
+    form = ASSOCIATIVE if plan.associative else SEQUENTIAL
 
-    def chunk(carry, tokens):
-        # `into` is the gradient that reaches the chunk's last state from all that comes after the chunk.
-        into, dA = carry
-        start, dy, (x, delta, B, C, keep) = tokens
-        decay = _decay(delta, A, keep)
-        u = delta * x
-        states = _recurrence(decay, _outer(u, B), start, associative)
-        # G_t = C_t dy_t + a_{t+1} G_{t+1}: the same recurrence, backwards, with the decays moved by one step.
-        following = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])
-        G = _recurrence(following, _outer(dy, C), into, associative, reverse=True)
-        before = jnp.concatenate([start[None], states[:-1]])
-        through = G * decay
-        d_exponent = through * before
-        dC = _einsum("tbne,tbe->tbn", states, dy)
-        dB = _einsum("tbne,tbe->tbn", G, u)
-        du = _einsum("tbne,tbn->tbe", G, B)
-        d_delta = _einsum("tbne,n->tbe", d_exponent * A, jnp.ones(A.shape[0], wide)) + du * x
-        dA = dA + sum_leading((d_exponent * delta[:, :, None, :]).reshape(-1, A.size)).reshape(A.shape)
-        return (through[0], dA), (du * delta, d_delta, dB, dC)
+    def row(args):
+        def chunk(carry, xs):
+            d_last, dA = carry
+            start, dy, tokens = xs
+            g = form.gradients(_recurrence(tokens, A), start, A, tokens.delta, dy, d_last, dA)
+            # u = delta x, in the input of the recurrence and (through g.delta) in its decay.
+            return (g.initial, g.A), (g.u * tokens.delta, g.delta + g.u * tokens.x, g.B, g.C)
 
-    tokens = (starts, _chunk(dy, chunk_size), _chunks(inputs, delta, chunk_size, wide))
-    (d_initial, dA), grads = _loop(chunk, (d_state, jnp.zeros_like(A)), tokens, reverse=True)
-    dx, d_delta, dB, dC = (_unchunk(g, length) for g in grads)
+        d_state, *xs = args
+        return loop(chunk, (d_state, jnp.zeros_like(A)), tuple(xs), reverse=True)
+
+    args = (cotangents[1].swapaxes(1, 2).astype(wide), starts, _cut(dy, plan), _tokens(inputs, plan))
+    (d_initial, dA), chunks = _map_rows(row, args, plan)
+    dx, d_delta, dB, dC = (v.reshape(rows, -1, v.shape[-1])[:, :length] for v in chunks)
     dD = None
     if inputs.D is not None:
         dx = dx + dy * inputs.D.astype(wide)
         dD = sum_leading(dy * inputs.x).astype(inputs.D.dtype)
-    raw = inputs.dt.astype(wide)
-    if inputs.dt_bias is not None:
-        raw = raw + inputs.dt_bias.astype(wide)
-    d_dt = d_delta * jax.nn.sigmoid(raw)
-    d_bias = None
-    if inputs.dt_bias is not None:
-        d_bias = sum_leading(d_dt).astype(inputs.dt_bias.dtype)
+    d_dt = d_delta * jax.nn.sigmoid(_biased_dt(inputs))
+    d_bias = None if inputs.dt_bias is None else sum_leading(d_dt).astype(inputs.dt_bias.dtype)
     if inputs.initial_state is not None:
         d_initial = d_initial.swapaxes(1, 2).astype(inputs.initial_state.dtype)
     return (
         _Inputs(
             x=dx.astype(inputs.x.dtype),
             dt=d_dt.astype(inputs.dt.dtype),
-            A=dA.T.astype(inputs.A.dtype),
+            A=sum_leading(dA.reshape(rows, -1)).reshape(A.shape).T.astype(inputs.A.dtype),
             B=dB.astype(inputs.B.dtype),
             C=dC.astype(inputs.C.dtype),
             D=dD,
-            z=None if dz is None else dz.astype(inputs.z.dtype),
+            z=dz,
             dt_bias=d_bias,
             segment_ids=None,
             initial_state=None if inputs.initial_state is None else d_initial,
@@ -165,68 +165,50 @@ def _backward(chunk_size: int, associative: bool, residuals, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _delta(inputs: _Inputs, wide) -> Float[Array, "B L E"]:
-    raw = inputs.dt.astype(wide)
-    if inputs.dt_bias is not None:
-        raw = raw + inputs.dt_bias.astype(wide)
-    return jax.nn.softplus(raw)
+def _biased_dt(inputs: _Inputs) -> Array:
+    dt = inputs.dt.astype(accumulator_dtype(inputs.x.dtype))
+    return dt if inputs.dt_bias is None else dt + inputs.dt_bias.astype(dt.dtype)
 
 
-def _decay(delta, A, keep):
-    """exp(delta A) [T B N E], exactly 0 where the state is reset: masked before the exponential."""
-    exponent = delta[:, :, None, :] * A
-    if keep is not None:
-        exponent = jnp.where(keep[:, :, None, None], exponent, -jnp.inf)
-    return jnp.exp(exponent)
-
-
-def _outer(channels: Float[Array, "T B E"], states: Float[Array, "T B N"]) -> Float[Array, "T B N E"]:
-    return channels[:, :, None, :] * states[:, :, :, None]
-
-
-def _recurrence(a, b, state, associative: bool, reverse: bool = False):
-    """All states of h_t = a_t h_{t-1} + b_t, from `state`; from the last step to the first if `reverse`."""
-    if associative:
-
-        def combine(left, right):
-            return left[0] * right[0], right[0] * left[1] + right[1]
-
-        decay, states = lax.associative_scan(combine, (a, b), reverse=reverse)
-        return decay * state + states
-
-    def step(state, token):
-        state = token[0] * state + token[1]
-        return state, state
-
-    return _loop(step, state, (a, b), reverse)[1]
-
-
-def _loop(body, carry, xs, reverse: bool = False):
-    """`lax.scan`, but without a loop where there is one step only."""
-    if jax.tree.leaves(xs)[0].shape[0] > 1:
-        return lax.scan(body, carry, xs, reverse=reverse)
-    carry, y = body(carry, jax.tree.map(lambda v: v[0], xs))
-    return carry, jax.tree.map(lambda v: v[None], y)
-
-
-def _chunks(inputs: _Inputs, delta, chunk_size: int, wide):
-    """x, delta, B, C and the mask "same segment as the token before", each cut into chunks."""
-    keep = None
+def _tokens(inputs: _Inputs, plan: _Plan) -> _Tokens:
+    wide = accumulator_dtype(inputs.x.dtype)
+    dt = _biased_dt(inputs)
+    # softplus, without the handling of infinities and NaN in `jax.nn.softplus`
+    delta = jnp.maximum(dt, 0) + jnp.log1p(jnp.exp(-jnp.abs(dt)))
+    same = None
     if inputs.segment_ids is not None:
         ids = inputs.segment_ids
-        keep = jnp.concatenate([jnp.ones_like(ids[:, :1], bool), ids[:, 1:] == ids[:, :-1]], axis=1)
-        keep = _chunk(keep, chunk_size, fill=True)
-    return *(_chunk(v.astype(wide), chunk_size) for v in (inputs.x, delta, inputs.B, inputs.C)), keep
+        same = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        same = _cut(same, plan, fill=True)
+    x, B, C = (_cut(v.astype(wide), plan) for v in (inputs.x, inputs.B, inputs.C))
+    return _Tokens(x, _cut(delta, plan), B, C, same)
 
 
-def _chunk(v, chunk_size: int, fill=0):
-    """[B L ..] -> [chunks T B ..], time major. Zeros (delta = 0) at the end leave the state as it is."""
+def _cut(v: Array, plan: _Plan, fill: bool | int = 0) -> Array:
+    """[B L ..] -> [B chunks T ..]. The last chunk is filled with steps of delta = 0, which leave the state as it is."""
     rows, length = v.shape[:2]
-    padding = -length % chunk_size
+    padding = -length % plan.chunk_size
     if padding:
         v = jnp.pad(v, [(0, 0), (0, padding)] + [(0, 0)] * (v.ndim - 2), constant_values=fill)
-    return v.swapaxes(0, 1).reshape(-1, chunk_size, rows, *v.shape[2:])
+    return v.reshape(rows, -1, plan.chunk_size, *v.shape[2:])
 
 
-def _unchunk(v, length: int):
-    return v.reshape(-1, *v.shape[2:]).swapaxes(0, 1)[:, :length]
+def _recurrence(tokens: _Tokens, A: Float[Array, "N E"]) -> Chunk:
+    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t (Mamba, arXiv 2312.00752, eq. 2) in one chunk of one row."""
+    exponent = tokens.delta[:, None, :] * A
+    if tokens.same is not None:
+        # Masked before the exponential: the decay into a new segment is exactly 0, and so is its gradient.
+        exponent = jnp.where(tokens.same[:, None, None], exponent, -jnp.inf)
+    return Chunk(jnp.exp(exponent), tokens.delta * tokens.x, tokens.B, tokens.C)
+
+
+def _map_rows(f, xs, plan: _Plan):
+    """f of every row: all in one operation, or one after the other.
+
+    The step-by-step form takes row after row, since the states of a step then stay in the cache, and since a batch axis
+    would cost copies between layouts: half the time of all rows at once, even for 256 channels. A single token is too
+    little work for a loop.
+    """
+    if plan.associative or plan.chunk_size == 1:
+        return jax.vmap(f)(xs)
+    return loop(lambda _, row: (None, f(row)), None, xs)[1]
