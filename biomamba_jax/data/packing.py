@@ -126,7 +126,7 @@ class RowPlan:
         return self.window_start(row).window // self.windows_per_epoch
 
     def rows_in_epoch(self, epoch: int = 0) -> int:
-        """Rows of one epoch; packs all its lengths, about 12 ms for 4,096 documents."""
+        """Rows of one epoch; packs all its lengths, some 35 ms for 4,096 documents."""
         windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)
         return sum(len(self._pack(window)) for window in windows)
 
