@@ -66,7 +66,18 @@ def ssd(
     return (y, final_state) if return_final_state else y
 
 
-def _check(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size) -> None:
+def _check(
+    x: Array,
+    dt: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    dt_bias: Array | None,
+    segment_ids: Array | None,
+    initial_state: Array | None,
+    chunk_size: int | None,
+) -> None:
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"ssd: x must be [B L H P] with no empty axis, not {x.shape}")
     batch, length, heads, headdim = x.shape

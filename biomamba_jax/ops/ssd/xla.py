@@ -103,16 +103,16 @@ class _Decays(NamedTuple):
     across: Array  # [B H 1], of the state handed in, to the state handed on
 
 
-def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, l: int) -> _Chunk:  # noqa: E741
+def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, chunk: int) -> _Chunk:
     """All chunks, stacked on a new first axis."""
     batch, length = starts.shape
-    n, groups = length // l, B.shape[2]
+    n, groups = length // chunk, B.shape[2]
 
     def grouped(v: Array) -> Array:
-        return v.reshape(batch, n, l, groups, -1).transpose(1, 0, 3, 2, 4)
+        return v.reshape(batch, n, chunk, groups, -1).transpose(1, 0, 3, 2, 4)
 
-    starts = starts.reshape(batch, n, l).swapaxes(0, 1)
-    return _Chunk(grouped(x), dt.reshape(batch, n, l, -1).transpose(1, 0, 3, 2), grouped(B), grouped(C), starts)
+    starts = starts.reshape(batch, n, chunk).swapaxes(0, 1)
+    return _Chunk(grouped(x), dt.reshape(batch, n, chunk, -1).transpose(1, 0, 3, 2), grouped(B), grouped(C), starts)
 
 
 def _unchunk(v: Array, shape: tuple[int, ...]) -> Array:
@@ -142,28 +142,28 @@ def _sum(v: Array, axis: int) -> Array:
 
 def _spread(v: Array, groups: int, headdim: int) -> Array:
     """One value a head to all its channels: [B H l] -> [B G l W]."""
-    batch, heads, l = v.shape  # noqa: E741
-    v = v.reshape(batch, groups, heads // groups, l).swapaxes(2, 3)
-    return jnp.broadcast_to(v[..., None], (*v.shape, headdim)).reshape(batch, groups, l, -1)
+    batch, heads, chunk = v.shape
+    v = v.reshape(batch, groups, heads // groups, chunk).swapaxes(2, 3)
+    return jnp.broadcast_to(v[..., None], (*v.shape, headdim)).reshape(batch, groups, chunk, -1)
 
 
 def _sum_channels(v: Array, headdim: int) -> Array:
     """The transpose of `_spread`: [B G l W] -> [B H l]."""
-    batch, groups, l, width = v.shape  # noqa: E741
-    sums = _sum(v.reshape(batch, groups, l, width // headdim, headdim), -1)
-    return sums.swapaxes(2, 3).reshape(batch, -1, l)
+    batch, groups, chunk, width = v.shape
+    sums = _sum(v.reshape(batch, groups, chunk, width // headdim, headdim), -1)
+    return sums.swapaxes(2, 3).reshape(batch, -1, chunk)
 
 
 def _by_head(v: Array, headdim: int) -> Array:
     """[B G l W] -> [B H l P]."""
-    batch, groups, l, width = v.shape  # noqa: E741
-    return v.reshape(batch, groups, l, width // headdim, headdim).swapaxes(2, 3).reshape(batch, -1, l, headdim)
+    batch, groups, chunk, width = v.shape
+    return v.reshape(batch, groups, chunk, width // headdim, headdim).swapaxes(2, 3).reshape(batch, -1, chunk, headdim)
 
 
 def _side_by_side(v: Array, groups: int) -> Array:
     """[B H l P] -> [B G l W]."""
-    batch, heads, l, headdim = v.shape  # noqa: E741
-    return v.reshape(batch, groups, heads // groups, l, headdim).swapaxes(2, 3).reshape(batch, groups, l, -1)
+    batch, heads, chunk, headdim = v.shape
+    return v.reshape(batch, groups, heads // groups, chunk, headdim).swapaxes(2, 3).reshape(batch, groups, chunk, -1)
 
 
 def _per_head(v: Array, heads: int) -> Array:
@@ -178,14 +178,14 @@ def _segments(starts: Array) -> Array:
     As a product: a cumulative sum outside the scan would be sliced inside the loops that use it as a mask, which XLA's
     CPU backend then doesn't vectorise (10 times slower).
     """
-    l = starts.shape[1]  # noqa: E741
-    return _exact("bs,ts->bt", starts, jnp.tril(jnp.ones((l, l), starts.dtype)))
+    chunk = starts.shape[1]
+    return _exact("bs,ts->bt", starts, jnp.tril(jnp.ones((chunk, chunk), starts.dtype)))
 
 
 def _same_segment(segment: Array) -> Array:
     """[B l l], true where token s (last axis) is not after token t and no reset lies between."""
-    l = segment.shape[1]  # noqa: E741
-    return jnp.tril(jnp.ones((l, l), bool)) & (segment[:, :, None] == segment[:, None, :])
+    chunk = segment.shape[1]
+    return jnp.tril(jnp.ones((chunk, chunk), bool)) & (segment[:, :, None] == segment[:, None, :])
 
 
 def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
