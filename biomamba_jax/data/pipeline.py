@@ -180,8 +180,8 @@ def train_iterator(
     folder           what `prepare --output` wrote
     batch_size       rows of this host in a batch; a step takes process_count * batch_size rows of the sequence
     seed             of the shuffle, not negative
-    num_workers      worker processes that read ahead, through /dev/shm (four batches each, where containers may have
-                     little); 0 reads ahead in a thread of this process: several million tokens/s from a local disk
+    num_workers      worker processes that read ahead, through /dev/shm (up to five batches each; containers may have
+                     little room); 0 reads ahead in a thread of this process: several million tokens/s from a local disk
     window           documents packed together; see `packing.RowPlan`
     tokenizer_sha256 refuses shards that another tokenizer made
 
