@@ -27,8 +27,8 @@ from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.numerics import accumulator_dtype
 
-# CPU: measured; 32 and 128 are a quarter slower. Accelerators: a token moves about 4 H l bytes for each array like M
-# and 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
+# CPU: measured; 32 and 128 are slower by a tenth to a quarter. Accelerators: a token moves 4 H l bytes for each array
+# like M and 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
