@@ -1,4 +1,4 @@
-"""Settings shared by all tests: two virtual CPU threads' worth of work, repeatable examples, and where sample data may lie."""
+"""Settings shared by all tests: repeatable examples, and where sample data may lie."""
 
 import os
 from pathlib import Path

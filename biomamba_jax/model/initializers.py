@@ -1,14 +1,15 @@
 """The authors' initial values (state-spaces/mamba at e9594ce), as initializers of the form (key, shape, dtype) ->
 array."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jax.nn.initializers import Initializer
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4
 
 
-def uniform(limit: float) -> Initializer:
+def uniform(limit: float) -> Callable:
     """U[-limit, limit]."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -17,7 +18,7 @@ def uniform(limit: float) -> Initializer:
     return init
 
 
-def linear(fan_in: int, scale: float = 1.0) -> Initializer:
+def linear(fan_in: int, scale: float = 1.0) -> Callable:
     """U[-s, s] with s = scale / sqrt(fan_in): PyTorch's kaiming_uniform(a = sqrt 5)."""
     return uniform(scale * fan_in**-0.5)
 

@@ -111,7 +111,7 @@ class LanguageModel(nnx.Module):
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=_REMAT[self.config.remat], prevent_cse=False)
         h = self.embedding[...][tokens].astype(jnp.promote_types(self.dtype, jnp.float32))
-        h, states = jax.lax.scan(layer, h, (layers, state and state.layers), unroll=self.config.unroll)
+        h, states = jax.lax.scan(layer, h, (layers, None if state is None else state.layers), unroll=self.config.unroll)
         if segment_ids is not None:
             last = segment_ids[:, -1]
         else:

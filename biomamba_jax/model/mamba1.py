@@ -36,7 +36,8 @@ class Mamba1Mixer(nnx.Module):
     def __call__(
         self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
     ) -> tuple[Float[Array, "B L D"], MixerState]:
-        x, conv = self.conv(self.in_x(u), state and state.conv_x, segment_ids)
+        past_conv, past_ssm = (None, None) if state is None else (state.conv_x, state.ssm)
+        x, conv = self.conv(self.in_x(u), past_conv, segment_ids)
         dt, B, C = jnp.split(self.x_proj(x), self.split, axis=-1)
         y, ssm = selective_scan(
             x,
@@ -48,7 +49,7 @@ class Mamba1Mixer(nnx.Module):
             self.in_z(u),
             dt_bias=self.dt_bias[...],
             segment_ids=segment_ids,
-            initial_state=state and state.ssm,
+            initial_state=past_ssm,
             return_final_state=True,
         )
         return self.out(y), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)

@@ -40,8 +40,9 @@ class Mamba2Mixer(nnx.Module):
     def __call__(
         self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
     ) -> tuple[Float[Array, "B L D"], MixerState]:
-        x, conv_x = self.conv_x(self.in_x(u), state and state.conv_x, segment_ids)
-        bc, conv_bc = self.conv_bc(self.in_bc(u), state and state.conv_bc, segment_ids)
+        past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
+        x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids)
+        bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids)
         B, C = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
         y, ssm = ssd(
             x.reshape(*x.shape[:2], self.heads, -1),
@@ -52,7 +53,7 @@ class Mamba2Mixer(nnx.Module):
             self.D[...],
             dt_bias=self.dt_bias[...],
             segment_ids=segment_ids,
-            initial_state=state and state.ssm,
+            initial_state=past_ssm,
             return_final_state=True,
             chunk_size=self.chunk_size,
         )

@@ -17,7 +17,7 @@ class MixerState:
     """Last inputs of the convolution over x."""
     conv_bc: Float[Array, "... B K-1 2*G*N"] | None
     """Last inputs of the convolution over B and C; Mamba-2 only."""
-    ssm: Float[Array, "... B *channels N"]
+    ssm: Float[Array, "*layers_B_channels N"]
     """State of the state-space model: [B E N] in Mamba-1, [B H P N] in Mamba-2; at least float32."""
 
 
@@ -39,7 +39,8 @@ def empty_state(config: ModelConfig, batch_size: int, dtype: DTypeLike) -> Model
     """
     conv = (config.n_layers, batch_size, config.d_conv - 1)
     if config.kind == "mamba1":
-        conv_bc, channels = None, (config.d_inner,)
+        conv_bc = None
+        channels: tuple[int, ...] = (config.d_inner,)
     else:
         conv_bc = jnp.zeros((*conv, 2 * config.n_groups * config.state_size), dtype)
         channels = (config.n_heads, config.headdim)

@@ -6,6 +6,7 @@ D  d_model                          G  groups that share B and C in Mamba-2
 E  d_inner = expand * d_model       C  channels of the causal convolution
 N  d_state                          K  d_conv, width of the convolution
 R  dt_rank (Mamba-1)                V  vocabulary, padded
+T  tokens (B * L, flattened)
 """
 
 from jax import Array

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,6 +37,11 @@ class Interval:
         self.skipped_in_a_row = 0
         self.last_loss = float("nan")
         self._pending: list[StepMetrics] = []
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on since the run began, as far as reports have been read."""
+        return self.totals.tokens
 
     def add(self, report: StepMetrics) -> None:
         """Takes a step's report, whose arrays may still be in the making."""
@@ -82,20 +87,33 @@ class Interval:
         return dataclasses.asdict(self.totals)
 
 
+class Speed(NamedTuple):
+    """How fast a run is."""
+
+    tokens_per_second: float
+    share_of_peak: float | None
+    """Model FLOP/s over the devices' peak; None where the peak is not known."""
+    data_wait_share: float
+    """Share of the time spent waiting for batches."""
+
+
 class Stopwatch:
-    """Speed since the last line: steps, waiting for data, and pauses (evaluation, saving) that do not count."""
+    """Speed since the last line; pauses (evaluation, saving) do not count."""
 
-    def __init__(self) -> None:
-        self.restart()
+    def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
+        self._share = flops_per_token / peak_flops if peak_flops else None
+        self._tokens_per_second = 0.0  # of this stretch, or of the one before while this one has nothing to show
+        self.restart(0)
 
-    def restart(self) -> None:
-        """Begins a new stretch."""
-        self._start = time.perf_counter()
-        self._waited = self._tokens = 0.0
+    def restart(self, tokens: int) -> None:
+        """Begins a new stretch, at `tokens` tokens since the run began."""
+        self._start = self._paused = time.perf_counter()
+        self._waited, self._tokens = 0.0, tokens
 
-    def add(self, tokens: int) -> None:
-        """Counts a step's tokens."""
-        self._tokens += tokens
+    def update(self, tokens: int) -> None:
+        """Takes the tokens since the run began."""
+        if tokens > self._tokens:
+            self._tokens_per_second = (tokens - self._tokens) / self._elapsed
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -107,16 +125,16 @@ class Stopwatch:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Time in here does not count."""
-        begin = time.perf_counter()
+        self._paused = time.perf_counter()
         yield
-        self._start += time.perf_counter() - begin
+        self._start += time.perf_counter() - self._paused
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens per second of this stretch."""
-        return self._tokens / max(time.perf_counter() - self._start, 1e-9)
+    def speed(self) -> Speed:
+        """Of this stretch."""
+        share = None if self._share is None else self._share * self._tokens_per_second
+        return Speed(self._tokens_per_second, share, self._waited / self._elapsed)
 
     @property
-    def waiting_share(self) -> float:
-        """Share of this stretch spent waiting for data."""
-        return self._waited / max(time.perf_counter() - self._start, 1e-9)
+    def _elapsed(self) -> float:
+        return max(time.perf_counter() - self._start, 1e-9)

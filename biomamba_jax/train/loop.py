@@ -7,7 +7,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 
 from biomamba_jax.config import PretrainConfig
@@ -75,13 +74,14 @@ def train(config: PretrainConfig) -> int:
         fresh = jax.jit(
             lambda: initial_state(config.model, optimizer, config.train.seed), out_shardings=replicated(mesh)
         )
-        state, totals = fresh() if start is None else None, Totals()
-        if start is not None:
+        if start is None:
+            state, totals = fresh(), Totals()
+        else:
             like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh))
             state, saved = checkpoints.restore(like)
             batches.set_state(saved["data"])
             totals = Totals(**saved["totals"])
-        notes = open_run_dir(run_dir, config, start)
+        notes = open_run_dir(run_dir, config, manifest, start)
 
         with (
             MetricsWriter(
@@ -112,18 +112,9 @@ def train(config: PretrainConfig) -> int:
 
             def log(step: int, state: TrainState) -> None:
                 metrics.write(step, "train", interval.line() | {"learning_rate": float(schedule(step - 1))})
-                metrics.write_timing(step, speed(watch) | {"peak_memory_bytes": peak_memory_bytes()})
-                watch.restart()
-
-            peak, flops = total_peak_flops(compute_dtype(config.model)), training_flops_per_token(config.model)
-
-            def speed(watch: Stopwatch) -> dict[str, float | None]:
-                share = watch.tokens_per_second * flops / peak if peak else None
-                return {
-                    "tokens_per_second": watch.tokens_per_second,
-                    "share_of_peak": share,
-                    "data_wait_share": watch.waiting_share,
-                }
+                watch.update(interval.tokens)
+                metrics.write_timing(step, watch.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
+                watch.restart(interval.tokens)
 
             hooks = [  # a checkpoint is last: its metrics lines are written before it is
                 (config.train.log_every, log),
@@ -132,18 +123,21 @@ def train(config: PretrainConfig) -> int:
             ]
 
             # --- The loop ------------------------------------------------------------------------------------------
-            step, interval, watch = start or 0, Interval(totals), Stopwatch()
+            step, interval = start or 0, Interval(totals)
+            watch = Stopwatch(training_flops_per_token(config.model), total_peak_flops(compute_dtype(config.model)))
             if start is None:
                 evaluate(0, state)
-                watch.restart()
             while step < steps and not stop.requested:
                 with watch.waiting():
                     batch = next(batches)
                 state, report = train_step(state, shard_rows(batch, mesh))
                 step += 1
                 interval.add(report)
-                watch.add(np.count_nonzero(batch["segment_ids"]) * jax.process_count())
-                progress.update(step, interval.last_loss, **speed(watch))
+                if step == (start or 0) + 1:  # compilation says nothing of the speed
+                    interval.finish()
+                    watch.restart(interval.tokens)
+                watch.update(interval.tokens)
+                progress.update(step, interval.last_loss, *watch.speed)
                 for every, hook in hooks:
                     if step == steps or (every and step % every == 0):
                         with watch.pause():

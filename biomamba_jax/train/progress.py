@@ -145,5 +145,12 @@ def summary_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[ob
         table.add_column(column, justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*("–" if cell is None else Text(str(cell)) for cell in row))
-    # Where stdout is no terminal rich would squeeze the table into 80 columns.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    print_tables([table])
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """Prints tables to stdout."""
+    # Where stdout is no terminal rich would squeeze a table into 80 columns.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+    for table in tables:
+        console.print(table)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,17 @@ def initial_state(model: ModelConfig, optimizer: optax.GradientTransformation, s
     params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
-        step=zero, params=params, optimizer=optimizer.init(params), key=key, skipped=zero, skipped_in_a_row=zero
+        step=zero,
+        params=params,
+        optimizer=optimizer.init(params),
+        key=jax.random.key_data(key),
+        skipped=zero,
+        skipped_in_a_row=zero,
     )
 
 
-def open_run_dir(run_dir: Path, config: PretrainConfig, start: int | None) -> list[str]:
-    """Writes the resolved config and this start into the run directory; called on every process, the first one writes.
+def open_run_dir(run_dir: Path, config: PretrainConfig, manifest: Manifest, start: int | None) -> list[str]:
+    """Writes the resolved config, the tokenizer and this start into the run directory, from the first process.
 
     Returns:
       One line for each setting that differs from the run's earlier ones.
@@ -68,6 +74,9 @@ def open_run_dir(run_dir: Path, config: PretrainConfig, start: int | None) -> li
     path = run_dir / "config.yaml"
     earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
     path.write_text(to_yaml(config), encoding="utf-8")
+    tokenizer = Path(config.data.path) / manifest.tokenizer.file
+    if tokenizer.is_file():  # so that the run's weights can be used without its shards
+        shutil.copyfile(tokenizer, run_dir / tokenizer.name)
     record_start(run_dir, start or 0)
     if earlier is None:
         return []

@@ -29,7 +29,7 @@ class TrainState:
     optimizer: Any
     """State of the optax transforms, the average of the weights among them."""
     key: Array
-    """Random key of the run."""
+    """Random key of the run, as its raw data: a plain array in checkpoints."""
     skipped: Int[Array, ""]
     """Updates skipped because a gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]

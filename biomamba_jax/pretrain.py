@@ -1,0 +1,79 @@
+"""python -m biomamba_jax.pretrain --config configs/quickstart.yaml [--optimizer.learning_rate 3e-4 ...]
+
+Trains a language model on tokenized shards, from scratch or onwards from the newest checkpoint of its run directory.
+Where data.path does not exist yet and the config's prepare section names input, the shards are made first. Ends with
+held-out perplexity and bits per byte, before and after, beside those of n-gram models of the same text.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config import PretrainConfig
+
+# The data workers import this module again, and need none of jax: what needs it is imported where it is used.
+
+_LARGEST_BASELINE = 100_000_000
+"""Training tokens up to which n-gram models are counted: seconds of work."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name, None for this process's arguments."""
+    from biomamba_jax.train.loop import train
+
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
+    description = (__doc__ or "").partition("\n\n")[2]
+    config = parse(PretrainConfig, argv, prog="python -m biomamba_jax.pretrain", description=description)
+    prepare_if_missing(config)
+    write_baselines(config)
+    train(config)
+    show_results(Path(config.run_dir))
+
+
+def prepare_if_missing(config: PretrainConfig) -> None:
+    """Makes the shards as the prepare section says, unless data.path exists or the section names no input."""
+    from biomamba_jax.prepare import prepare, tables
+    from biomamba_jax.train.progress import print_tables
+
+    if config.prepare.input and not Path(config.data.path).exists():
+        manifest = prepare(dataclasses.replace(config.prepare, output=config.data.path))
+        print_tables(tables(manifest))
+
+
+def write_baselines(config: PretrainConfig) -> None:
+    """Counts n-gram models on the training split, for the results table and the report, unless that was done before."""
+    from biomamba_jax.data.ngrams import ngram_baselines
+    from biomamba_jax.data.shards import open_split
+
+    path = Path(config.run_dir) / "baselines.json"
+    manifest, train = open_split(config.data.path, "train")
+    if path.exists() or manifest.splits["train"].tokens > _LARGEST_BASELINE:
+        return
+    _, held_out = open_split(config.data.path, "validation")
+    tokenizer = manifest.tokenizer
+    baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
+
+
+def show_results(run_dir: Path) -> None:
+    """Prints held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines."""
+    from biomamba_jax.train.metrics import read_metrics
+    from biomamba_jax.train.progress import summary_table
+
+    evaluations = [line for line in read_metrics(run_dir) if line["split"] == "validation"]
+    baselines = json.loads(path.read_text()) if (path := run_dir / "baselines.json").exists() else []
+    named = [(f"this model, step {line['step']:,}", line) for line in evaluations[:1]]
+    named += [(baseline["name"], baseline) for baseline in baselines]
+    named += [(f"this model, step {line['step']:,}", line) for line in evaluations[1:][-1:]]
+    rows = [(name, f"{line['perplexity']:,.2f}", f"{line['bits_per_byte']:.4f}") for name, line in named]
+    summary_table(f"Held-out text ({evaluations[-1]['tokens']:,} tokens)", ("model", "perplexity", "bits/byte"), rows)
+    print(f"report: {run_dir / 'report.html'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,27 @@
+"""Small made-up shards for tests: documents of a Markov chain, so that there is something to learn."""
+
+from pathlib import Path
+
+import numpy as np
+
+from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
+
+EOS = 0
+
+
+def write_shards(folder: Path, *, documents: int = 200, vocab_size: int = 31, longest: int = 40, seed: int = 0) -> Path:
+    """A folder of shards with a train and a validation split; a token is followed by one of three others."""
+    random = np.random.default_rng(seed)
+    following = random.integers(1, vocab_size, (vocab_size, 3))
+    splits = {}
+    for split, count in (("train", documents), ("validation", documents // 10)):
+        with ShardWriter(folder / split, documents_per_shard=64) as writer:
+            for pmid in range(count):
+                ids = [int(random.integers(1, vocab_size))]
+                while len(ids) < random.integers(1, longest):
+                    ids.append(int(following[ids[-1], random.integers(3)]))
+                writer.write([*ids, EOS], pmid=pmid + 1, version=1, source=0, num_bytes=4 * len(ids))
+        splits[split] = writer.info
+    tokenizer = TokenizerInfo("made-up", "0" * 64, "none", vocab_size, EOS)
+    Manifest(tokenizer, splits, filters={}, sources=[{"name": "made-up", "sha256": "0" * 64}], settings={}).save(folder)
+    return folder
