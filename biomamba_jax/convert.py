@@ -1,0 +1,73 @@
+"""python -m biomamba_jax.convert --input DIR --output DIR --to native|hf|mamba_ssm [--dtype float32|bfloat16|float16]
+
+Converts a model between Hugging Face transformers, mamba_ssm and native. The input's format is recognised from its
+folder; a run directory of `pretrain` is taken as well: its newest checkpoint, averaged weights where it keeps them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """What to convert, and into what."""
+
+    input: str = ""
+    """Folder of the model to read: Hugging Face, mamba_ssm, native, or a run directory."""
+    output: str = ""
+    """Folder to write; must not exist yet."""
+    to: Literal["native", "hf", "mamba_ssm"] = "hf"
+    """Format to write."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the tensors written; native is always float32."""
+    tokenizer: str | None = None
+    """Tokenizer to put beside the weights where the input has none: a file, or the name gpt-neox."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name, None for this process's arguments."""
+    description = (__doc__ or "").partition("\n\n")[2]
+    config = parse(ConvertConfig, argv, prog="python -m biomamba_jax.convert", description=description)
+    convert(config)
+
+
+def convert(config: ConvertConfig) -> list[Path]:
+    """Does what `config` says, prints a table of what was written, and returns the paths.
+
+    Raises:
+      UserError: input that is damaged or does not fit its config, or output that exists; nothing is written then.
+    """
+    from biomamba_jax.data.sample import gpt_neox_tokenizer
+    from biomamba_jax.interop import dialect_of, read_model, write_model
+    from biomamba_jax.train.progress import summary_table
+
+    for key in ("input", "output"):
+        if not getattr(config, key):
+            raise UserError(f"--{key} is missing; name the folder")
+    if Path(config.output).exists():
+        raise UserError(f"{config.output}: exists already; give --output a new folder")
+    weights = read_model(config.input)
+    if config.tokenizer:
+        file = gpt_neox_tokenizer() if config.tokenizer == "gpt-neox" else Path(config.tokenizer)
+        weights = dataclasses.replace(weights, tokenizer_file=file)
+    written = write_model(weights, config.output, config.to, config.dtype)
+    rows = [(path.name, f"{_bytes(path) / 1e6:,.2f} MB") for path in written]
+    summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
+    if weights.tokenizer_file is None:
+        print("no tokenizer in the input: give --tokenizer FILE (gpt-neox for the released models) to add one")
+    return written
+
+
+def _bytes(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+if __name__ == "__main__":
+    run_command(main)

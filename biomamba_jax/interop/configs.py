@@ -1,0 +1,214 @@
+"""The config.json of Hugging Face and of mamba_ssm, and what they say in terms of `ModelConfig`.
+
+Sources: `transformers.models.{mamba,mamba2}.configuration_*`, `mamba_ssm.models.config_mamba` and the arguments of
+`mamba_ssm.modules.{mamba_simple.Mamba, mamba2.Mamba2}`, which are the keys of `ssm_cfg`.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.errors import UserError
+
+_DEFAULT_CHUNK = 256  # of both libraries; read as "not chosen", since results do not depend on it
+_HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2"}
+_ARCHITECTURES = {"mamba1": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
+_SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2"}
+
+# Foreign key -> field of ModelConfig.
+_HF_FIELDS = {
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layers",
+    "state_size": "d_state",
+    "conv_kernel": "d_conv",
+    "expand": "expand",
+    "layer_norm_epsilon": "norm_eps",
+    "use_bias": "bias",
+    "use_conv_bias": "conv_bias",
+    "tie_word_embeddings": "tie_embeddings",
+}
+_HF_KIND_FIELDS = {
+    "mamba1": {"time_step_rank": "dt_rank"},
+    "mamba2": {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"},
+}
+_SSM_FIELDS = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "bias": "bias", "conv_bias": "conv_bias"}
+_SSM_KIND_FIELDS = {
+    "mamba1": {"dt_rank": "dt_rank"},
+    "mamba2": {"headdim": "headdim", "ngroups": "n_groups", "chunk_size": "chunk_size"},
+}
+# Arguments of mamba_ssm's mixers that change initial values or speed, not the function.
+_SSM_IRRELEVANT = {
+    *("layer", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"),
+    *("use_fast_path", "use_mem_eff_path", "process_group", "sequence_parallel", "device", "dtype"),
+}
+# What our models always are. A missing key means this, too.
+_SSM_FIXED = {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,)}
+
+
+def _refuse(path: Path, unsupported: dict[str, Any]) -> None:
+    if unsupported:
+        rows = ", ".join(f"{key} = {value!r}" for key, value in unsupported.items())
+        raise UserError(f"{path}: asks for what these models do not have: {rows}")
+
+
+def _no_clamp(limit: Any) -> bool:
+    """Whether a dt limit is (0, inf), in any spelling of JSON: Infinity, "Infinity" or {"__float__": "Infinity"}."""
+    plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
+    return [float(bound) for bound in plain] == [0.0, math.inf]
+
+
+def _stated(raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    fields = {field: raw[key] for key, field in names.items() if raw.get(key) is not None}
+    if fields.get("dt_rank") == "auto":
+        del fields["dt_rank"]
+    if fields.get("chunk_size") == _DEFAULT_CHUNK:
+        del fields["chunk_size"]
+    return fields
+
+
+def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig that a Hugging Face config.json states; `vocab_size` is that of the tokens in use if told.
+
+    Raises:
+      UserError: another model type, or settings that these models do not have.
+    """
+    kind = _HF_TYPES.get(raw["model_type"])
+    if kind is None:
+        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(_HF_TYPES)} can be read")
+    unsupported = {key: raw[key] for key in ("hidden_act",) if raw.get(key, "silu") not in ("silu", "swish")}
+    if kind == "mamba2" and not _no_clamp(raw.get("time_step_limit", (0.0, math.inf))):
+        unsupported["time_step_limit"] = raw["time_step_limit"]
+    inner = [raw.get(a, 0) * raw.get(b, 0) for a, b in (("num_heads", "head_dim"), ("expand", "hidden_size"))]
+    if kind == "mamba2" and all(inner) and inner[0] != inner[1]:
+        unsupported["num_heads * head_dim"] = inner[0]
+    _refuse(path, unsupported)
+    fields = _stated(raw, _HF_FIELDS | _HF_KIND_FIELDS[kind])
+    multiple = raw.get("pad_vocab_size_multiple")
+    rows = {"vocab_size": raw.get("unpadded_vocab_size", raw.get("vocab_size")), "pad_vocab_multiple": multiple}
+    return {"kind": kind} | fields | {key: value for key, value in rows.items() if value is not None}
+
+
+def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig that a mamba_ssm config.json states.
+
+    Raises:
+      UserError: settings that these models do not have.
+    """
+    ssm = raw.get("ssm_cfg") or {}
+    kind = _SSM_LAYERS.get(ssm.get("layer", "Mamba1"))  # files of Mamba-1 from before there was a choice name none
+    unsupported = {} if kind else {"ssm_cfg.layer": ssm["layer"]}
+    kind = kind or "mamba1"
+    unsupported |= {key: raw[key] for key in ("d_intermediate", "attn_layer_idx", "attn_cfg") if raw.get(key)}
+    unsupported |= {"rms_norm": False} if raw.get("rms_norm") is False else {}
+    names = _SSM_FIELDS | _SSM_KIND_FIELDS[kind]
+    for key, value in ssm.items():
+        if key == "dt_limit":
+            good = _no_clamp(value)
+        else:
+            good = key in names or key in _SSM_IRRELEVANT or value in _SSM_FIXED.get(key, ())
+        if not good:
+            unsupported[f"ssm_cfg.{key}"] = value
+    _refuse(path, unsupported)
+    outer = {
+        "d_model": "d_model",
+        "n_layer": "n_layers",
+        "vocab_size": "vocab_size",
+        "pad_vocab_size_multiple": "pad_vocab_multiple",
+        "tie_embeddings": "tie_embeddings",
+    }
+    return {"kind": kind} | _stated(raw, outer) | _stated(ssm, names)
+
+
+def write_hf(config: ModelConfig, dtype: str, eos_id: int) -> dict[str, Any]:
+    """The Hugging Face config.json, with every field written out: the library's defaults belong to other models.
+
+    `unpadded_vocab_size` and `pad_vocab_size_multiple` are ours: the tokens in use, which the library does not know.
+    """
+    own: dict[str, Any]
+    if config.kind == "mamba1":
+        own = {
+            "intermediate_size": config.d_inner,
+            "time_step_rank": config.rank,
+            "time_step_scale": 1.0,
+            "time_step_init_scheme": "random",
+            "use_mambapy": False,
+        }
+    else:
+        own = {
+            "num_heads": config.n_heads,
+            "head_dim": config.headdim,
+            "n_groups": config.n_groups,
+            "chunk_size": config.chunk_size or _DEFAULT_CHUNK,
+            "time_step_rank": -(-config.d_model // 16),
+            "time_step_limit": [0.0, math.inf],
+            "rms_norm": True,
+            "norm_before_gate": False,
+        }
+    return {
+        "architectures": [_ARCHITECTURES[config.kind]],
+        "model_type": {kind: name for name, kind in _HF_TYPES.items()}[config.kind],
+        "vocab_size": config.padded_vocab,
+        "unpadded_vocab_size": config.known_vocab,
+        "pad_vocab_size_multiple": config.pad_vocab_multiple,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "state_size": config.state_size,
+        "expand": config.expand,
+        "conv_kernel": config.d_conv,
+        **own,
+        "use_bias": config.bias,
+        "use_conv_bias": config.conv_bias,
+        "hidden_act": "silu",
+        "layer_norm_epsilon": config.norm_eps,
+        "residual_in_fp32": True,
+        "rescale_prenorm_residual": True,
+        "initializer_range": 0.02,
+        "time_step_min": 0.001,
+        "time_step_max": 0.1,
+        "time_step_floor": 1e-4,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "pad_token_id": eos_id,
+        "use_cache": True,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def write_mamba_ssm(config: ModelConfig) -> dict[str, Any]:
+    """The mamba_ssm config.json as its authors write it.
+
+    Raises:
+      UserError: the model has what that file cannot say.
+    """
+    if config.norm_eps != 1e-5:
+        raise UserError(f"model.norm_eps = {config.norm_eps}: mamba_ssm has no key for it and uses 1e-5; use --to hf")
+    ssm: dict[str, Any] = {
+        "layer": {kind: layer for layer, kind in _SSM_LAYERS.items()}[config.kind],
+        "d_state": config.state_size,
+        "d_conv": config.d_conv,
+        "expand": config.expand,
+        "bias": config.bias,
+        "conv_bias": config.conv_bias,
+    }
+    if config.kind == "mamba1":
+        ssm["dt_rank"] = config.rank
+    else:
+        ssm |= {"headdim": config.headdim, "ngroups": config.n_groups}
+        ssm |= {"chunk_size": config.chunk_size} if config.chunk_size else {}
+    return {
+        "d_model": config.d_model,
+        "d_intermediate": 0,
+        "n_layer": config.n_layers,
+        "vocab_size": config.known_vocab,
+        "ssm_cfg": ssm,
+        "attn_layer_idx": [],
+        "attn_cfg": {},
+        "rms_norm": True,
+        "residual_in_fp32": True,
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": config.pad_vocab_multiple,
+        "tie_embeddings": config.tie_embeddings,
+    }

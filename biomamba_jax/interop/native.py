@@ -1,0 +1,182 @@
+"""Native models on disk: model.json and params/ of orbax, and the run directories of `pretrain`.
+
+model.json      {"format_version": 1, "model": fields of ModelConfig, "about": what it was trained on}
+params/         the parameters as float32, a nested dict, by orbax
+tokenizer.model or tokenizer.json
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import yaml
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop import tokenizers
+from biomamba_jax.interop.names import flatten, native_shapes, unflatten
+
+MODEL_JSON, PARAMS = "model.json", "params"
+FORMAT_VERSION = 1
+# How to compute is for whoever computes; the rest of ModelConfig describes the weights.
+_NOT_STORED = ("compute_dtype", "remat", "unroll")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; UserError for any other."""
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: is not a mapping")
+    return raw
+
+
+def write_json(path: Path, raw: dict[str, Any]) -> None:
+    """Writes a mapping as indented JSON."""
+    path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+    """`config` with every size written out and everything that is not of the weights at its default."""
+    unused = {"mamba1": ("headdim", "n_groups", "chunk_size"), "mamba2": ("dt_rank",)}[config.kind]
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.rank}
+    fields |= {name: defaults[name] for name in (*_NOT_STORED, *unused)}
+    return dataclasses.replace(config, **fields)
+
+
+def write(folder: Path, config: ModelConfig, params: dict[str, Any], about: dict[str, Any]) -> None:
+    """Writes model.json and params/ into `folder`."""
+    fields = dataclasses.asdict(portable(config))
+    fields = {name: value for name, value in fields.items() if name not in _NOT_STORED}
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.StandardSave(params))
+    write_json(folder / MODEL_JSON, {"format_version": FORMAT_VERSION, "model": fields, "about": about})
+
+
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """The config and parameters that `write` wrote."""
+    path = folder / MODEL_JSON
+    raw = read_json(path)
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+    try:
+        config = portable(ModelConfig(**raw["model"]))
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not a model's ({error})") from None
+    return config, _restore(folder / PARAMS, "", config)
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What model.json tells of the training."""
+    return read_json(folder / MODEL_JSON).get("about", {})
+
+
+def _restore(checkpoint: Path, prefix: str, config: ModelConfig) -> dict[str, Any]:
+    """The model's parameters below `prefix` of an orbax checkpoint, as numpy arrays, and nothing else of it.
+
+    Raises:
+      UserError: unreadable, or other paths or shapes than the config's, all in one table.
+    """
+    expected = native_shapes(config)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            tree = _metadata(checkpointer, checkpoint)
+            saved = {path: tuple(leaf.shape) for path, leaf in tree.items() if path.startswith(prefix)}
+            wanted = {prefix + path: shape for path, shape in expected.items()}
+            keys = [key for key in sorted(saved | wanted) if saved.get(key) != wanted.get(key)]
+            if keys:
+                rows = "; ".join(f"{key}: {wanted.get(key, 'none')}, {saved.get(key, 'none')}" for key in keys)
+                raise UserError(f"{checkpoint}: does not fit its config (key: expected, found): {rows}")
+            leaves = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in wanted.items()}
+            item = unflatten(leaves)
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
+            restored = checkpointer.restore(
+                checkpoint.absolute(),
+                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from None
+    return unflatten({path: flatten(restored)[prefix + path] for path in expected})
+
+
+def _metadata(checkpointer: ocp.Checkpointer, checkpoint: Path) -> dict[str, Any]:
+    return flatten(checkpointer.metadata(checkpoint.absolute()).item_metadata.tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run directory holds of a model."""
+
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer_file: Path | None
+    about: dict[str, Any]
+
+
+def read_run(folder: Path) -> Run:
+    """The newest checkpoint of a run directory: its averaged weights where the run keeps them."""
+    path = folder / "config.yaml"
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+        config = ModelConfig(**settings["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the config of a run ({error})") from None
+    steps = [int(entry.name) for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
+    if not steps:
+        raise UserError(
+            f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
+        )
+    checkpoint = folder / "checkpoints" / str(max(steps)) / "state"
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        paths = list(_metadata(checkpointer, checkpoint))
+    average = next((path for path in paths if "/average/" in path), None)
+    prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
+    config = portable(config)
+    data = Path(settings.get("data", {}).get("path", ""))
+    tokenizer_file = tokenizers.find(folder) or _tokenizer_of_shards(data)
+    about = describe_run(folder, settings, max(steps), data)
+    return Run(config, _restore(checkpoint, prefix, config), tokenizer_file, about)
+
+
+def _tokenizer_of_shards(data: Path) -> Path | None:
+    if not (data / MANIFEST_NAME).exists():
+        return None
+    file = data / Manifest.load(data).tokenizer.file
+    return file if file.exists() else None
+
+
+def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) -> dict[str, Any]:
+    """What a model card tells of a run.
+
+    Returns:
+      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings}, "evaluation": the last
+      held-out line up to `step`, "text": {"sources", "splits", "tokenizer"} of the shards' manifest}, each as far as
+      the run directory and the shards still tell it.
+    """
+    rows = settings["data"]
+    about: dict[str, Any] = {
+        "steps": step,
+        "tokens": step * rows["batch_size"] * rows["sequence_length"],
+        "recipe": {key: settings[key] for key in ("optimizer", "schedule", "loss", "train") if key in settings},
+    }
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines(keepends=True) if line[-1:] == "\n"]
+        held_out = [line for line in lines if line.get("split") == "validation" and line["step"] <= step]
+        about |= {"evaluation": held_out[-1]} if held_out else {}
+    if (data / MANIFEST_NAME).exists():
+        manifest = Manifest.load(data)
+        about["text"] = {
+            "sources": manifest.sources,
+            "splits": {name: dataclasses.asdict(split) for name, split in manifest.splits.items()},
+            "tokenizer": manifest.tokenizer.name,
+        }
+    return about

@@ -1,0 +1,155 @@
+"""Tensor files: safetensors (whole or sharded) and pytorch_model.bin, read and written one tensor at a time.
+
+Memory never holds more than one tensor beside what the caller keeps: each read opens its file anew, so that the pages
+of the file's map are given back, and safetensors are written here, by their few lines of format, since the library's
+writer wants all tensors at once.
+"""
+
+import importlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop.names import Shape
+
+SAFETENSORS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+METADATA = "biomamba_jax"
+DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class TensorSource(Protocol):
+    """Named tensors of one folder.
+
+    Attributes:
+      shapes: shape of every tensor, by name.
+      metadata: what the file says of itself.
+    """
+
+    shapes: dict[str, Shape]
+    metadata: dict[str, str]
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor as float32."""
+        ...
+
+
+class _Safetensors:
+    def __init__(self, files: list[Path]):
+        self.shapes: dict[str, Shape] = {}
+        self.metadata: dict[str, str] = {}
+        self._file: dict[str, Path] = {}
+        for path in files:
+            with _opened(path) as file:
+                self.metadata |= file.metadata() or {}
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    tensor = file.get_slice(key)
+                    if tensor.get_dtype() not in _FLOATS:
+                        raise UserError(f"{path}: {key} is of type {tensor.get_dtype()}, no floating-point weights")
+                    self.shapes[key], self._file[key] = tuple(tensor.get_shape()), path
+
+    def read(self, key: str) -> np.ndarray:
+        with _opened(self._file[key]) as file:
+            return file.get_tensor(key).astype(np.float32, copy=False)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, though {INDEX} names it; download it too") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+
+
+class _TorchBin:
+    def __init__(self, path: Path):
+        try:
+            torch = importlib.import_module("torch")
+        except ImportError:
+            raise UserError(
+                f"{path}: reading this format needs torch: pip install torch==2.13.0, or give {SAFETENSORS} instead"
+            ) from None
+        try:
+            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: whatever the file's bytes provoke
+            reason = str(error).strip().split("\n")[0].split(". ")[0]
+            raise UserError(
+                f"{path}: refused by torch's weights-only loader ({reason}); a file of plain tensors is needed"
+            ) from None
+        good = isinstance(self._tensors, dict) and all(
+            isinstance(key, str) and torch.is_tensor(t) and t.is_floating_point() for key, t in self._tensors.items()
+        )
+        if not good:
+            raise UserError(f"{path}: is not a flat mapping from names to floating-point tensors")
+        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
+        self.metadata: dict[str, str] = {}
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors[key].float().numpy()  # numpy has no bfloat16
+
+
+def open_tensors(folder: Path) -> TensorSource:
+    """The weights in `folder`: model.safetensors, its sharded form with an index, or pytorch_model.bin.
+
+    Raises:
+      UserError: none of them, a damaged file, or one that would run code.
+    """
+    if (folder / SAFETENSORS).exists():
+        return _Safetensors([folder / SAFETENSORS])
+    if (index := folder / INDEX).exists():
+        try:
+            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: no index of safetensors ({error!r}); download it again") from None
+        return _Safetensors([folder / name for name in files])
+    if (folder / BIN).exists():
+        return _TorchBin(folder / BIN)
+    raise UserError(f"{folder}: holds no weights: {SAFETENSORS}, {INDEX} with its files, or {BIN}")
+
+
+def write_safetensors(
+    path: Path,
+    shapes: dict[str, Shape],
+    tensors: Iterable[np.ndarray],
+    dtype: str,
+    metadata: dict[str, str],
+) -> None:
+    """Writes tensors, in the order of `shapes`, as `dtype` ("float32", "float16" or "bfloat16").
+
+    The format: 8 bytes, the little-endian length of a JSON header; the header, padded with spaces to 8 bytes; data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + int(np.prod(shape)) * DTYPES[dtype].itemsize
+        header[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert tensor.shape == shape, (key, tensor.shape, shape)
+            with np.errstate(over="ignore"):  # checked below, by name
+                array = np.ascontiguousarray(tensor, dtype=DTYPES[dtype])
+            if dtype == "float16" and not np.isfinite(array).all() and np.isfinite(tensor).all():
+                raise UserError(f"{key} holds values beyond float16's range; give --dtype bfloat16 or float32")
+            file.write(array.reshape(-1).view(np.uint8).data)
+
+
+def write_bin(folder: Path) -> bool:
+    """Writes pytorch_model.bin beside the model.safetensors in `folder`; False where torch is not installed."""
+    try:
+        torch = importlib.import_module("torch")
+        load_file = importlib.import_module("safetensors.torch").load_file
+    except ImportError:
+        return False
+    torch.save(load_file(folder / SAFETENSORS), folder / BIN)  # mapped, not loaded: pages pass through
+    return True

@@ -1,0 +1,103 @@
+"""Tokenizer files beside a model, in the form that `transformers.AutoTokenizer` loads without the network."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+import tokenizers as hf
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+
+SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+_SPACE = "▁"  # SentencePiece's sign for a space
+# Below any sum of learnt scores: bytes stand for what no piece covers, never for text that reads like "<0x0A>".
+_NEVER = -1e6
+_PROBE = (
+    "Serum TNF-α rose 2.5-fold (p<0.001).\nMETHODS: 1,024 patients",
+    "  two  spaces and a tab\t, Ångström, naïve, ﬁ, ½, µg",
+    "日本語 🧬\r\n\n end ",
+    "",
+)
+
+
+def find(folder: Path) -> Path | None:
+    """The tokenizer file in `folder`: the SentencePiece model first, whose tokenizer.json may lie beside it."""
+    return next((folder / name for name in (SENTENCEPIECE, TOKENIZER_JSON) if (folder / name).exists()), None)
+
+
+def vocab_size(file: Path) -> int:
+    """One more than the tokenizer's largest id."""
+    return load_tokenizer(file).vocab_size
+
+
+def eos_id(file: Path) -> int:
+    """Id of the token that ends every document."""
+    return load_tokenizer(file).eos_id
+
+
+def copy(file: Path, folder: Path) -> Path:
+    """Copies a tokenizer file into `folder` under its usual name."""
+    return load_tokenizer(file).save_to(folder)
+
+
+def write_for_transformers(file: Path, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, which make a fast tokenizer; a tokenizer.json is left as it is.
+
+    Raises:
+      UserError: a SentencePiece model of another make than ours.
+    """
+    tokenizer = load_tokenizer(file)
+    if file.suffix == ".model":
+        from_sentencepiece(file).save(str(folder / TOKENIZER_JSON))
+    eos = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON)).id_to_token(tokenizer.eos_id)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eos,
+        "eos_token": eos,
+        "pad_token": eos,
+        "unk_token": eos,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def from_sentencepiece(file: Path) -> hf.Tokenizer:
+    """Our SentencePiece models (see `data.tokenizer.train_sentencepiece`) as a tokenizer of the tokenizers library.
+
+    Same ids for every text, and `<|endoftext|>` in front, the start symbol of every document in training.
+
+    Raises:
+      UserError: the two disagree on a probe of texts: the model was trained with other settings.
+    """
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    ids = range(processor.vocab_size())
+    special = {i for i in ids if processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i)}
+    pieces = [(processor.id_to_piece(i), _NEVER if i in special else processor.get_score(i)) for i in ids]
+    tokenizer = hf.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
+    # Pieces have the space in front and nowhere else, so that words can be encoded one by one.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    eos = processor.id_to_piece(processor.eos_id())
+    tokenizer.add_special_tokens([AddedToken(eos, normalized=False, special=True)])
+    tokenizer.post_processor = processors.TemplateProcessing(f"{eos} $A", special_tokens=[(eos, processor.eos_id())])
+    for text in _PROBE:
+        if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
+            raise UserError(
+                f"{file}: cannot be turned into a tokenizer.json: only SentencePiece models as `prepare "
+                "--train-tokenizer` makes them can; give --tokenizer with a tokenizer.json of the same ids"
+            )
+    return tokenizer
+
+
+def generation_config(config: ModelConfig, eos: int) -> dict[str, Any]:
+    """transformers' generation_config.json: where text ends, and never an id that is mere padding."""
+    settings: dict[str, Any] = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    padding = list(range(config.known_vocab, config.padded_vocab))
+    return settings | ({"suppress_tokens": padding} if padding else {})
