@@ -265,9 +265,9 @@ class TrainConfig:
     """Length and rhythm of a run."""
 
     steps: int | None = None
-    """Optimizer steps; give this or epochs."""
-    epochs: float | None = None
-    """Passes over the training text, by tokens; give this or steps."""
+    """Optimizer steps; left out, epochs decides."""
+    epochs: float = 1.0
+    """Passes over the training text, counted in tokens, where steps is left out."""
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other; gradients are weighted by tokens."""
     seed: int = 0
@@ -282,12 +282,8 @@ class TrainConfig:
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
 
     def __post_init__(self) -> None:
-        _check(
-            (self.steps is None) != (self.epochs is None),
-            "train.steps",
-            self.steps,
-            "give steps or epochs, not both",
-        )
+        _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "must be at least 1")
+        _check(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
         for key in ("accumulation", "log_every", "max_skipped_steps"):
             _check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
 
@@ -326,7 +322,7 @@ class PretrainConfig:
     """Learning rate over time."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Loss."""
-    train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
+    train: TrainConfig = field(default_factory=TrainConfig)
     """Length and rhythm."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""

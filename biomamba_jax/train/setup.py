@@ -42,7 +42,6 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
     """Optimizer steps of the run. An epoch is as many steps as the training split's tokens fill."""
     if config.train.steps is not None:
         return config.train.steps
-    assert config.train.epochs is not None  # the config's own check
     tokens_a_step = config.data.batch_size * config.data.sequence_length
     return max(1, math.ceil(config.train.epochs * manifest.splits["train"].tokens / tokens_a_step))
 

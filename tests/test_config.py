@@ -1,0 +1,123 @@
+"""Settings: every published config loads, mistakes are refused by name, help describes every key."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from biomamba_jax.command_line import parse, run_command, to_yaml
+from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def read(*argv: str) -> PretrainConfig:
+    return parse(PretrainConfig, argv, prog="pretrain", description="")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_in_the_project_is_valid(path):
+    read("--config", str(path))
+
+
+def parameters(model: ModelConfig) -> int:
+    """From the shapes of the released weights."""
+    d, e, n, k = model.d_model, model.d_inner, model.state_size, model.d_conv
+    if model.kind == "mamba1":
+        mixer = 2 * d * e + e * k + e + e * (model.rank + 2 * n) + model.rank * e + e + e * n + e + e * d
+    else:
+        c = e + 2 * model.n_groups * n
+        mixer = d * (2 * e + 2 * model.n_groups * n + model.n_heads) + c * k + c + 3 * model.n_heads + e + e * d
+    return model.padded_vocab * d + model.n_layers * (mixer + d) + d
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "millions", "rows"),
+    [
+        ("mamba1_130m", "mamba1", 129, 50280),
+        ("mamba1_370m", "mamba1", 372, 50280),
+        ("mamba1_790m", "mamba1", 793, 50280),
+        ("mamba1_1.4b", "mamba1", 1372, 50280),
+        ("mamba1_2.8b", "mamba1", 2768, 50280),
+        ("mamba2_130m", "mamba2", 129, 50288),
+        ("mamba2_370m", "mamba2", 368, 50288),
+        ("mamba2_780m", "mamba2", 780, 50288),
+        ("mamba2_1.3b", "mamba2", 1344, 50288),
+        ("mamba2_2.7b", "mamba2", 2703, 50288),
+    ],
+)
+def test_published_sizes_have_the_published_numbers_of_parameters(name, kind, millions, rows):
+    model = read("--config", str(CONFIGS / f"{name}.yaml")).model
+    assert (model.kind, model.padded_vocab) == (kind, rows)
+    assert round(parameters(model) / 1e6) == millions
+
+
+def test_an_override_wins_over_the_file():
+    config = read("--config", str(CONFIGS / "quickstart.yaml"), "--optimizer.learning_rate", "3e-4")
+    assert config.optimizer.learning_rate == 3e-4
+
+
+def test_a_config_survives_being_written_and_read(tmp_path):
+    config = read("--model.d_model", "128", "--train.steps", "7", "--optimizer.learning_rate", "1e-5")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read("--config", str(tmp_path / "config.yaml")) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--model.d_modle", "5"), "unknown key 'model.d_modle'; did you mean 'model.d_model'?"),
+        (("--optimiser.learning_rate", "1"), "did you mean 'optimizer.learning_rate'?"),
+        (("--model.d_model", "wide"), "model.d_model"),
+        (("--model.d_model", "-5"), "model.d_model = -5: must be at least 1"),
+        (("--model.headdim", "7"), "model.headdim = 7: must divide"),
+        (("--train.epochs", "0"), "train.epochs = 0.0: must be above 0"),
+        (("--train.accumulation", "3"), "train.accumulation = 3: must divide"),
+        (("--schedule.kind", "step"), "schedule.kind"),
+        (("--config", "missing.yaml"), "missing.yaml"),
+    ],
+)
+def test_a_mistake_is_refused_by_name(argv, message):
+    with pytest.raises(UserError) as refusal:
+        read(*argv)
+    assert message in str(refusal.value)
+
+
+def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {sequence_lenght: 5}\n")
+    with pytest.raises(UserError, match=r"unknown key 'data\.sequence_lenght'; did you mean 'data\.sequence_length'"):
+        read("--config", str(tmp_path / "config.yaml"))
+
+
+def test_yaml_cannot_build_objects(tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: !!python/object/apply:os.system ['touch owned']\n")
+    with pytest.raises(UserError):
+        read("--config", str(tmp_path / "config.yaml"))
+    assert not Path("owned").exists()
+
+
+def test_help_describes_every_key(capsys):
+    with pytest.raises(SystemExit):
+        read("--help")
+    shown = "".join(capsys.readouterr().out.split())
+
+    def described(schema, prefix=""):
+        for field in dataclasses.fields(schema):
+            if dataclasses.is_dataclass(field.type):
+                described(field.type, f"{prefix}{field.name}.")
+            else:
+                assert f"--{prefix}{field.name}" in shown
+
+    described(PretrainConfig)
+    assert "Learningrateofeachlayerrelativetothelayeraboveit" in shown
+
+
+def test_a_users_error_is_one_line_and_status_1(capsys):
+    def command(argv):
+        raise UserError("shards/manifest.json: no such file;\n give another folder")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(command)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == "error: shards/manifest.json: no such file; give another folder\n"

@@ -1,0 +1,121 @@
+"""What AdamW does to which parameter, and the learning rate over a run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from biomamba_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.train.optimizer import (
+    decay_mask,
+    evaluated_weights,
+    make_optimizer,
+    matching,
+    path_names,
+    scale_by_layer,
+)
+from biomamba_jax.train.schedule import learning_rate
+
+
+def model_and_params(kind: str = "mamba2", **changes):
+    config = ModelConfig(kind=kind, d_model=16, n_layers=3, vocab_size=32, headdim=8, d_state=4, **changes)
+    return config, nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_only_matrices_convolution_taps_and_the_embedding_are_decayed(kind):
+    _, params = model_and_params(kind, bias=True, tie_embeddings=False)
+    mask = dict(zip(jax.tree.leaves(path_names(params)), jax.tree.leaves(decay_mask(params)), strict=True))
+    kept = {name.rsplit("/", 1)[-1] for name, decayed in mask.items() if not decayed}
+    decayed = {name.rsplit("/", 1)[-1] for name, decayed in mask.items() if decayed}
+    assert decayed == {"kernel", "weight", "embedding", "lm_head"}
+    assert kept == {"A_log", "D", "dt_bias", "bias", "weight"}
+    assert not any(flag for name, flag in mask.items() if "norm" in name)
+    assert all(flag for name, flag in mask.items() if name.endswith("weight") and "conv" in name)
+
+
+def test_a_pattern_that_matches_no_parameter_is_refused_by_name():
+    with pytest.raises(UserError, match="'layers/mixer/nothing'"):
+        matching(model_and_params()[1], ("layers/mixer/nothing",))
+
+
+def test_one_update_is_the_textbooks_adamw():
+    config = OptimizerConfig(learning_rate=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.5, clip=0)
+    model, params = model_and_params()
+    optimizer = make_optimizer(config, model, optax.constant_schedule(0.1))
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    # After one step the bias-corrected moments are g and g^2: the step is -lr * (sign(g) + decay * w).
+    embedding = np.asarray(params["embedding"])
+    np.testing.assert_allclose(updates["embedding"], -0.1 * (1 + 0.5 * embedding), rtol=1e-5)
+    np.testing.assert_allclose(updates["norm_f"]["weight"], -0.1 * np.ones(16), rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    config = OptimizerConfig(clip=1.0, weight_decay=0.0)
+    model, params = model_and_params()
+    optimizer = make_optimizer(config, model, optax.constant_schedule(1.0))
+    grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
+    _, state = optimizer.update(grads, optimizer.init(params), params)
+    first_moments = next(s.mu for s in state if hasattr(s, "mu"))
+    np.testing.assert_allclose(optax.global_norm(first_moments), 0.1 * 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("embedding_rate", "expected"), [("bottom", 0.5**4), ("full", 1.0)])
+def test_layers_learn_more_slowly_the_lower_they_lie(embedding_rate, expected):
+    config, params = model_and_params()
+    scale = scale_by_layer(config, 0.5, embedding_rate)
+    updates, _ = scale.update(jax.tree.map(jnp.ones_like, params), scale.init(params))
+    np.testing.assert_allclose(updates["layers"]["mixer"]["D"][:, 0], [0.5**3, 0.5**2, 0.5])
+    np.testing.assert_allclose(updates["embedding"], expected)
+    np.testing.assert_allclose(updates["norm_f"]["weight"], 1)
+
+
+def test_the_average_follows_the_weights_and_is_what_is_evaluated():
+    config, params = model_and_params()
+    optimizer = make_optimizer(OptimizerConfig(ema=0.9), config, optax.constant_schedule(0.1))
+    state, weights, expected = optimizer.init(params), params, params
+    for _ in range(3):
+        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, weights)
+        weights = optax.apply_updates(weights, updates)
+        expected = jax.tree.map(lambda average, new: 0.9 * average + 0.1 * new, expected, weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), evaluated_weights(weights, state), expected)
+
+
+def test_without_an_average_the_weights_themselves_are_evaluated():
+    config, params = model_and_params()
+    optimizer = make_optimizer(OptimizerConfig(), config, optax.constant_schedule(0.1))
+    assert evaluated_weights(params, optimizer.init(params)) is params
+
+
+def rates(steps: int = 100, **settings) -> np.ndarray:
+    schedule = learning_rate(ScheduleConfig(**settings), 1.0, steps)
+    return np.array([schedule(step) for step in range(steps + 1)])
+
+
+def test_every_schedule_warms_up_from_its_first_step():
+    for kind in ("cosine", "linear", "wsd", "constant"):
+        rate = rates(kind=kind, warmup_fraction=0.1)
+        np.testing.assert_allclose(rate[:10], np.arange(1, 11) / 10, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_schedules_end_at_the_final_fraction_and_never_rise_after_the_warm_up(kind):
+    rate = rates(kind=kind, warmup_fraction=0.1, final_fraction=0.2)
+    np.testing.assert_allclose(rate[-1], 0.2, rtol=1e-5)
+    assert (np.diff(rate[10:]) <= 1e-7).all()
+
+
+def test_wsd_is_stable_and_then_decays_as_a_cosine():
+    rate = rates(kind="wsd", warmup_fraction=0.1, stable_fraction=0.65, final_fraction=0.1)
+    np.testing.assert_allclose(rate[10:76], 1)
+    middle = 75 + 25 / 2
+    np.testing.assert_allclose((rate[int(middle)] + rate[int(middle) + 1]) / 2, (1 + 0.1) / 2, rtol=1e-2)
+
+
+def test_a_run_without_warm_up_starts_at_the_peak():
+    np.testing.assert_allclose(rates(kind="cosine", warmup_fraction=0.0)[0], 1)

@@ -1,0 +1,96 @@
+"""One optimizer step: what it computes, however the batch is cut, and what it refuses to apply."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from biomamba_jax.config import LossConfig, ModelConfig, OptimizerConfig
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.train.optimizer import make_optimizer
+from biomamba_jax.train.setup import initial_state
+from biomamba_jax.train.step import language_model_loss, make_train_step
+
+CONFIG = ModelConfig(kind="mamba2", d_model=16, n_layers=2, vocab_size=29, headdim=8, d_state=4)
+GRAPH = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(CONFIG, rngs=nnx.Rngs(0))))
+OPTIMIZER = make_optimizer(OptimizerConfig(learning_rate=1e-2), CONFIG, optax.constant_schedule(1e-2))
+
+
+def batch(rows: int = 4, length: int = 12, seed: int = 0):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, 29, (rows, length + 1), np.int32)
+    segment_ids = np.sort(random.integers(1, 4, (rows, length), np.int32), axis=1)
+    segment_ids[0, length // 2 :] = 0  # a row with much padding: parts of unequal weight
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segment_ids}
+
+
+def step(accumulation: int = 1, loss=None):
+    loss = loss or language_model_loss(GRAPH, LossConfig())
+    return jax.jit(make_train_step(loss, OPTIMIZER, accumulation))
+
+
+@pytest.fixture(scope="module")
+def state():
+    return initial_state(CONFIG, OPTIMIZER, seed=0)
+
+
+def test_the_loss_is_the_mean_over_tokens_that_are_not_padding(state):
+    example = batch()
+    _, report = step()(state, example)
+    logits, _ = nnx.merge(GRAPH, state.params)(example["inputs"], None, jnp.asarray(example["segment_ids"]))
+    each = optax.softmax_cross_entropy_with_integer_labels(logits[..., :29], example["targets"])
+    mask = example["segment_ids"] != 0
+    np.testing.assert_allclose(report.sums.nll, (each * mask).sum(), rtol=1e-5)
+    assert report.sums.weight == mask.sum()
+
+
+def test_accumulation_gives_the_same_update_though_parts_hold_unequal_tokens(state):
+    whole, _ = step(1)(state, batch())
+    for parts in (2, 4):
+        cut, report = step(parts)(state, batch())
+        assert report.sums.weight == (batch()["segment_ids"] != 0).sum()
+        for ours, theirs in zip(jax.tree.leaves(cut.params), jax.tree.leaves(whole.params), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(state):
+    plain = language_model_loss(GRAPH, LossConfig())
+
+    def broken(params, example):
+        loss, sums = plain(params, example)
+        return loss * jnp.nan, sums
+
+    skipped, report = step(loss=broken)(state, batch())
+    for ours, theirs in zip(
+        jax.tree.leaves((skipped.params, skipped.optimizer)),
+        jax.tree.leaves((state.params, state.optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert (skipped.step, skipped.skipped, skipped.skipped_in_a_row) == (1, 1, 1)
+    assert not np.isfinite(report.gradient_norm)
+    recovered, _ = step()(skipped, batch())
+    assert (recovered.step, recovered.skipped, recovered.skipped_in_a_row) == (2, 1, 0)
+
+
+def test_repeated_steps_learn_the_batch(state):
+    advance, example = step(), batch()
+    losses = []
+    for _ in range(40):
+        state, report = advance(state, example)
+        losses.append(float(report.sums.nll / report.sums.weight))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_padded_vocabulary_is_never_predicted(state):
+    example = batch()
+    padded = {**state.params, "embedding": state.params["embedding"].at[29:].set(50.0)}
+    for vocab_size in (29, 32):  # 29 ids are padded to 32 rows: those three must not take part
+        config = dataclasses.replace(CONFIG, vocab_size=vocab_size)
+        loss = jax.jit(language_model_loss(nnx.graphdef(LanguageModel(config, rngs=nnx.Rngs(0))), LossConfig()))
+        unchanged = np.allclose(loss(state.params, example)[0], loss(padded, example)[0])
+        assert unchanged == (vocab_size == 29)
