@@ -162,7 +162,7 @@ def write_hf(config: ModelConfig, dtype: str, eos_id: int) -> dict[str, Any]:
         "hidden_act": "silu",
         "layer_norm_epsilon": config.norm_eps,
         "residual_in_fp32": True,
-        "rescale_prenorm_residual": True,
+        "rescale_prenorm_residual": False,  # true makes transformers 5 divide out_proj again after loading it
         "initializer_range": 0.02,
         "time_step_min": 0.001,
         "time_step_max": 0.1,

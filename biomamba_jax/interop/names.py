@@ -132,10 +132,15 @@ def foreign_tensors(config: ModelConfig, dialect: str) -> Iterator[Tensor]:
         yield whole(HEAD, "embedding")
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """A path of `jax.tree_util` as "layers/norm/weight"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def flatten(tree: Params) -> dict[str, Any]:
     """{"layers/norm/weight": leaf, ...} of a nested dict."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
+    return {path_name(path): leaf for path, leaf in paths}
 
 
 def unflatten(flat: dict[str, Any]) -> Params:

@@ -7,6 +7,7 @@ tokenizer.model or tokenizer.json
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import yaml
+from etils import epath
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import tokenizers
-from biomamba_jax.interop.names import flatten, native_shapes, unflatten
+from biomamba_jax.interop.names import flatten, native_shapes, path_name, unflatten
 
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 1
@@ -86,29 +88,32 @@ def _restore(checkpoint: Path, prefix: str, config: ModelConfig) -> dict[str, An
       UserError: unreadable, or other paths or shapes than the config's, all in one table.
     """
     expected = native_shapes(config)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with closing(ocp.PyTreeCheckpointHandler()) as handler:
         try:
-            tree = _metadata(checkpointer, checkpoint)
-            saved = {path: tuple(leaf.shape) for path, leaf in tree.items() if path.startswith(prefix)}
+            tree = _metadata(handler, checkpoint)
+            saved = {path: tuple(leaf.shape) for path, leaf in flatten(tree).items() if path.startswith(prefix)}
             wanted = {prefix + path: shape for path, shape in expected.items()}
             keys = [key for key in sorted(saved | wanted) if saved.get(key) != wanted.get(key)]
             if keys:
                 rows = "; ".join(f"{key}: {wanted.get(key, 'none')}, {saved.get(key, 'none')}" for key in keys)
                 raise UserError(f"{checkpoint}: does not fit its config (key: expected, found): {rows}")
-            leaves = {key: jax.ShapeDtypeStruct(shape, np.float32) for key, shape in wanted.items()}
-            item = unflatten(leaves)
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
-            restored = checkpointer.restore(
-                checkpoint.absolute(),
-                args=ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True),
+            # The tree as it was saved, lists included; everything but the wanted leaves is left on disk.
+            item = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: (
+                    jax.ShapeDtypeStruct(leaf.shape, np.float32) if path_name(path) in wanted else ocp.PLACEHOLDER
+                ),
+                tree,
             )
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
+            options = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
+            restored = flatten(handler.restore(epath.Path(checkpoint.absolute()), args=options))
         except (ValueError, OSError, KeyError) as error:
             raise UserError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from None
-    return unflatten({path: flatten(restored)[prefix + path] for path in expected})
+    return unflatten({path: restored[prefix + path] for path in expected})
 
 
-def _metadata(checkpointer: ocp.Checkpointer, checkpoint: Path) -> dict[str, Any]:
-    return flatten(checkpointer.metadata(checkpoint.absolute()).item_metadata.tree)
+def _metadata(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path) -> Any:
+    return handler.metadata(epath.Path(checkpoint.absolute())).tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +140,8 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
     checkpoint = folder / "checkpoints" / str(max(steps)) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        paths = list(_metadata(checkpointer, checkpoint))
+    with closing(ocp.PyTreeCheckpointHandler()) as handler:
+        paths = list(flatten(_metadata(handler, checkpoint)))
     average = next((path for path in paths if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
     config = portable(config)
