@@ -1,0 +1,41 @@
+"""python -m biomamba_jax.benchmark step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
+
+Measures this machine. `step`: tokens/s, memory and share of peak of the training step of a config, by default the
+published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.errors import UserError
+
+# Worker processes import this module again: what needs jax is imported where it is used.
+
+
+def step(argv: Sequence[str], prog: str) -> None:
+    """The training step."""
+    from biomamba_jax.measure.step import StepBenchmark, measure_step
+
+    description = "Tokens/s, memory and share of peak of the training step, on random tokens."
+    words = [word + "=true" if word == "--compare" else word for word in argv]
+    measure_step(parse(StepBenchmark, words, prog=prog, description=description))
+
+
+SUBJECTS = {"step": step}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name, None for this process's arguments."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = "python -m biomamba_jax.benchmark"
+    if words[:1] in (["--help"], ["-h"]):
+        print(__doc__, end="")
+        return
+    if not words or words[0] not in SUBJECTS:
+        raise UserError(f"say what to measure: {', '.join(SUBJECTS)}; for instance {prog} step --help")
+    SUBJECTS[words[0]](words[1:], f"{prog} {words[0]}")
+
+
+if __name__ == "__main__":
+    run_command(main)
