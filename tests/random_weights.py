@@ -1,22 +1,28 @@
-"""Random weights of any shape for tests of formats: nothing in them is zero, one or equal to a neighbour."""
+"""Random weights of any shape for tests of formats and parity: of sensible size, and nothing in them is 0 or 1."""
 
-import jax
 import numpy as np
-from flax import nnx
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.interop import Weights
+from biomamba_jax.interop.names import native_shapes, unflatten
 from biomamba_jax.interop.native import portable
-from biomamba_jax.model import LanguageModel
+
+# Mean and spread by a parameter's last name; matrices are spread by the root of their inputs instead.
+_MOMENTS = {"A_log": (1.0, 0.5), "D": (1.0, 0.2), "dt_bias": (-4.0, 1.0), "bias": (0.0, 0.1), "embedding": (0.0, 0.3)}
 
 
 def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
-    """The authors' initial values, with noise on everything, so that norms, D and biases matter."""
-    params = nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(seed))))
+    """Weights without a tokenizer and without a history."""
     random = np.random.default_rng(seed)
 
-    def noisy(x: jax.Array) -> np.ndarray:
-        spread = 0.1 if x.ndim < 3 else 0.1 * float(np.std(x)) + 1e-3
-        return np.asarray(x) + (spread * random.standard_normal(x.shape)).astype(np.float32)
+    def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = path.rpartition("/")[2]
+        if name in ("kernel", "lm_head") or "conv" in path:
+            fan_in = shape[-1] if name != "kernel" else shape[-2]
+            mean, spread = _MOMENTS.get(name, (0.0, fan_in**-0.5))
+        else:
+            mean, spread = _MOMENTS.get(name, (1.0, 0.2))  # norms
+        return (mean + spread * random.standard_normal(shape, dtype=np.float32)).astype(np.float32)
 
-    return Weights(portable(config), jax.tree.map(noisy, params))
+    params = {path: values(path, shape) for path, shape in native_shapes(config).items()}
+    return Weights(portable(config), unflatten(params))
