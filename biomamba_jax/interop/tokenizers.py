@@ -14,11 +14,9 @@ from biomamba_jax.errors import UserError
 
 SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
 _SPACE = "▁"  # SentencePiece's sign for a space
-# Below any sum of learnt scores: bytes stand for what no piece covers, never for text that reads like "<0x0A>".
-_NEVER = -1e6
 _PROBE = (
     "Serum TNF-α rose 2.5-fold (p<0.001).\nMETHODS: 1,024 patients",
-    "  two  spaces and a tab\t, Ångström, naïve, ﬁ, ½, µg",
+    "  two  spaces, a tab\t and <0x0A>, Ångström, naïve, ﬁ, ½, µg",
     "日本語 🧬\r\n\n end ",
     "",
 )
@@ -70,19 +68,23 @@ def write_for_transformers(file: Path, folder: Path) -> None:
 def from_sentencepiece(file: Path) -> hf.Tokenizer:
     """Our SentencePiece models (see `data.tokenizer.train_sentencepiece`) as a tokenizer of the tokenizers library.
 
-    Same ids for every text, and `<|endoftext|>` in front, the start symbol of every document in training.
+    It puts `<|endoftext|>` in front, the start symbol of every document in training; a text that spells it means it.
+    All other ids are the same, but where two cuts of a word score the same to within SentencePiece's float32 sums (5
+    of 6,000 PubMed abstracts, 1 token in 300,000).
 
     Raises:
       UserError: the two disagree on a probe of texts: the model was trained with other settings.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     ids = range(processor.vocab_size())
-    special = {i for i in ids if processor.is_control(i) or processor.is_byte(i) or processor.is_unknown(i)}
-    pieces = [(processor.id_to_piece(i), _NEVER if i in special else processor.get_score(i)) for i in ids]
+    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
     tokenizer = hf.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    # Pieces have the space in front and nowhere else, so that words can be encoded one by one.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
+    # Pieces have the space in front and nowhere else, and digits stand alone: cutting there changes nothing, but for
+    # text that reads like a byte's name, "<0x0A>".
+    words = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
+    digits = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, digits])
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     eos = processor.id_to_piece(processor.eos_id())
     tokenizer.add_special_tokens([AddedToken(eos, normalized=False, special=True)])

@@ -1,0 +1,88 @@
+"""A run directory of `pretrain` is taken as it is: the newest checkpoint, its average, its tokenizer and its story."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from random_weights import random_weights
+from synthetic import write_shards
+
+from biomamba_jax.command_line import to_yaml
+from biomamba_jax.config import CheckpointConfig, DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, TrainConfig
+from biomamba_jax.data.tokenizer import train_sentencepiece
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop import dialect_of, read_model, write_model
+from biomamba_jax.interop.names import flatten
+from biomamba_jax.train.checkpoints import Checkpoints
+from biomamba_jax.train.optimizer import evaluated_weights, make_optimizer
+from biomamba_jax.train.step import TrainState
+
+
+def write_run(folder, ema: float):
+    """Two checkpoints, as `train` writes them; returns the weights that are to be evaluated at the second."""
+    config = PretrainConfig(
+        run_dir=str(folder),
+        model=ModelConfig(kind="mamba2", d_model=32, n_layers=2, vocab_size=31, d_state=8, headdim=16, unroll=2),
+        data=DataConfig(path=str(write_shards(folder.parent / "shards")), sequence_length=64, batch_size=4),
+        optimizer=OptimizerConfig(ema=ema),
+        train=TrainConfig(steps=20),
+    )
+    optimizer = make_optimizer(config.optimizer, config.model, lambda step: 1e-3)
+    params = random_weights(config.model).params
+    zero = np.zeros((), np.int32)
+    first = TrainState(zero, params, optimizer.init(params), np.zeros(2, np.uint32), zero, zero)
+    numbers = iter(range(10_000))
+    second = jax.tree.map(lambda x: np.full_like(x, next(numbers)), first)
+    with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+        for step, state in ((9, first), (10, second)):
+            checkpoints.save(step, state, {})
+            checkpoints.wait()
+    (folder / "config.yaml").write_text(to_yaml(config))
+    lines = [{"step": step, "split": "validation", "perplexity": 100.0 - step} for step in (0, 10, 20)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return evaluated_weights(second.params, second.optimizer)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9], ids=["weights", "average"])
+def test_the_newest_checkpoint_gives_the_weights_that_were_evaluated(tmp_path, ema):
+    expected = flatten(write_run(tmp_path / "run", ema))
+    assert dialect_of(tmp_path / "run") == "run"
+    weights = read_model(tmp_path / "run")
+    found = flatten(weights.params)
+    assert found.keys() == expected.keys()
+    for path in expected:
+        np.testing.assert_array_equal(found[path], expected[path])
+    assert weights.config.d_state == 8 and weights.config.unroll == 1
+
+
+def test_the_model_card_tells_how_the_weights_came_about(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    weights = read_model(tmp_path / "run")
+    write_model(weights, tmp_path / "hf", "hf")
+    write_model(read_model(tmp_path / "hf"), tmp_path / "ssm", "mamba_ssm")
+    for folder in ("hf", "ssm"):  # the story goes along with safetensors
+        card = (tmp_path / folder / "README.md").read_text()
+        assert "10 steps, 2,560 tokens" in card
+        assert "learning_rate 0.001" in card
+        assert "made-up (sha256 000" in card
+        assert "| perplexity | 90.0000 |" in card
+
+
+def test_the_tokenizer_is_the_one_in_the_run_or_else_that_of_the_shards(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    assert read_model(tmp_path / "run").tokenizer_file is None
+    manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    manifest["tokenizer"]["file"] = "made-up.model"
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
+    train_sentencepiece(["a few words for a tokenizer"] * 50, 275, tmp_path / "shards" / "made-up.model")
+    assert read_model(tmp_path / "run").tokenizer_file == tmp_path / "shards" / "made-up.model"
+    (tmp_path / "run" / "tokenizer.model").write_bytes((tmp_path / "shards" / "made-up.model").read_bytes())
+    assert read_model(tmp_path / "run").tokenizer_file == tmp_path / "run" / "tokenizer.model"
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(PretrainConfig()))
+    with pytest.raises(UserError, match="no checkpoint"):
+        read_model(tmp_path / "run")
