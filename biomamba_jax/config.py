@@ -311,7 +311,9 @@ class PretrainConfig:
     run_dir: str = "runs/pretrain"
     """Folder of the run. When it holds a checkpoint, the run goes on from there."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The model."""
+    """The model. With init_from its sizes are those of the weights."""
+    init_from: str | None = None
+    """Weights to start from: a folder of any dialect that `convert` reads, or a hub name (needs the [hub] extra)."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -10,9 +10,12 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import PretrainConfig
+from biomamba_jax.config import ModelConfig, PretrainConfig
 
 # The data workers import this module again, and need none of jax: what needs it is imported where it is used.
 
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, argv, prog="python -m biomamba_jax.pretrain", description=description)
     prepare_if_missing(config)
     write_baselines(config)
-    train(config)
+    train(*with_initial_weights(config))
     show_results(Path(config.run_dir))
 
 
@@ -42,6 +45,28 @@ def prepare_if_missing(config: PretrainConfig) -> None:
     if config.prepare.input and not Path(config.data.path).exists():
         manifest = prepare(dataclasses.replace(config.prepare, output=config.data.path))
         print_tables(tables(manifest))
+
+
+def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
+    """The config with the sizes of the weights that it starts from, and those weights; None for random ones.
+
+    A run that has a checkpoint goes on from there and needs the sizes only, which its own config.yaml tells.
+    """
+    if config.init_from is None:
+        return config, None
+    from biomamba_jax.interop import read_model
+    from biomamba_jax.interop.hub import local_folder
+
+    run = Path(config.run_dir)
+    resumes = (run / "config.yaml").exists() and any((run / "checkpoints").glob("[0-9]*"))
+    if resumes:
+        model = ModelConfig(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"])
+        params = None
+    else:
+        weights = read_model(local_folder(config.init_from))
+        model, params = weights.config, weights.params
+    how = {name: getattr(config.model, name) for name in ("chunk_size", "compute_dtype", "remat", "unroll")}
+    return dataclasses.replace(config, model=dataclasses.replace(model, **how)), params
 
 
 def write_baselines(config: PretrainConfig) -> None:

@@ -1,10 +1,25 @@
 """Settings shared by all tests: repeatable examples, and where sample data may lie."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+# Many tests build the same small programs; a run of the suite compiles each of them once, subprocesses included.
+_COMPILED = tempfile.mkdtemp(prefix="biomamba-compiled-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
+if _COMPILED:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED  # read by jax, imported later, and handed down to workers
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def pytest_unconfigure() -> None:
+    """Removes what was compiled, in the process that made the folder."""
+    if _COMPILED:
+        shutil.rmtree(_COMPILED, ignore_errors=True)
+
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci")

@@ -5,6 +5,7 @@ Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboa
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -38,8 +39,11 @@ from biomamba_jax.train.step import TrainState, language_model_loss, make_train_
 from biomamba_jax.train.stop import StopRequest
 
 
-def train(config: PretrainConfig) -> int:
+def train(config: PretrainConfig, params: Any = None) -> int:
     """Trains as `config` says, from the newest checkpoint in its run directory where there is one.
+
+    Args:
+      params: a nested dict of arrays to start from where there is no checkpoint; None starts from random ones.
 
     Returns:
       The step that was reached: less than asked for only after SIGTERM or Ctrl-C.
@@ -72,12 +76,13 @@ def train(config: PretrainConfig) -> int:
         # --- A fresh start, or on from the newest checkpoint -------------------------------------------------------
         start = checkpoints.latest
         fresh = jax.jit(
-            lambda: initial_state(config.model, optimizer, config.train.seed), out_shardings=replicated(mesh)
+            lambda params: initial_state(config.model, optimizer, config.train.seed, params),
+            out_shardings=replicated(mesh),
         )
         if start is None:
-            state, totals = fresh(), Totals()
+            state, totals = fresh(params), Totals()
         else:
-            like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh))
+            like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh, params))
             state, saved = checkpoints.restore(like)
             batches.set_state(saved["data"])
             totals = Totals(**saved["totals"])

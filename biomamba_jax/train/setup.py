@@ -46,10 +46,13 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
     return max(1, math.ceil(config.train.epochs * manifest.splits["train"].tokens / tokens_a_step))
 
 
-def initial_state(model: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+def initial_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, seed: int, params: Any = None
+) -> TrainState:
+    """The state before the first step: of the given parameters, or of random ones."""
     initial, key = jax.random.split(jax.random.key(seed))
-    params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
+    if params is None:
+        params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(
         step=zero,

@@ -1,0 +1,102 @@
+"""The pretrain command from text to a finished run directory, in this process and at a small size."""
+
+import json
+
+import lxml.html
+import pytest
+import yaml
+from synthetic import write_shards
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.pretrain import main
+from biomamba_jax.train.metrics import read_metrics
+
+SMALL = (
+    "--model.d_model=16 --model.n_layers=2 --model.headdim=8 --model.d_state=4 --data.sequence_length=32 "
+    "--data.batch_size=4 --data.num_workers=0 --train.log_every=2 --train.eval_every=4 --optimizer.learning_rate=1e-2 "
+    "--checkpoint.every=4 --schedule.kind=constant --schedule.warmup_fraction=0"  # one program for any number of steps
+).split()
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return write_shards(tmp_path / "shards")
+
+
+def pretrain(*argv: str) -> list[dict]:
+    main([*SMALL, "--data.path=shards", "--run_dir=run", *argv])
+    return read_metrics("run")
+
+
+def test_a_run_leaves_everything_that_it_promises(shards, tmp_path, capsys):
+    metrics = pretrain("--train.steps=8")
+    assert [line["step"] for line in metrics if line["split"] == "train"] == [2, 4, 6, 8]
+    held_out = [line["perplexity"] for line in metrics if line["split"] == "validation"]
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+
+    run = tmp_path / "run"
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["vocab_size"] == 31
+    assert (run / "checkpoints" / "8").is_dir() and any((run / "tensorboard").iterdir())
+    assert [b["name"].split(",")[0] for b in json.loads((run / "baselines.json").read_text())] == ["unigram", "bigram"]
+    assert "unigram" in lxml.html.parse(str(run / "report.html")).getroot().text_content()
+    table = capsys.readouterr().out
+    for row in ("this model, step 0", "unigram", "bigram", "this model, step 8"):
+        assert row in table
+
+
+def test_shards_are_made_first_where_the_config_says_how(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = "the heart kidney patients were treated with a randomised trial of aspirin in acute infarction".split()
+    with open("text.jsonl", "w") as file:
+        for pmid in range(1, 400):
+            text = " ".join(words[(pmid * k * k) % len(words)] for k in range(3, 30))
+            file.write(json.dumps({"text": f"{text} {pmid}", "pmid": pmid}) + "\n")
+    main(
+        [*SMALL, "--data.path=made", "--run_dir=run", "--train.steps=2", "--prepare.input=[text.jsonl]"]
+        + "--prepare.train_tokenizer=300 --prepare.validation_fraction=0.1".split()
+    )
+    assert (tmp_path / "made" / "manifest.json").exists()
+    assert (tmp_path / "run" / "tokenizer.model").exists()
+    assert read_metrics("run")[-1]["step"] == 2
+
+
+def test_a_longer_run_goes_on_from_a_shorter_one_and_says_what_changed(shards, capsys):
+    pretrain("--train.steps=4")
+    metrics = pretrain("--train.steps=8")
+    assert [line["step"] for line in metrics if line["split"] == "train"] == [2, 4, 6, 8]
+    assert "changed since this run began: train.steps was 4, is 8" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_left_as_it_is(shards):
+    first = pretrain("--train.steps=4")
+    assert pretrain("--train.steps=4") == first
+
+
+def test_a_run_directory_of_another_model_is_refused(shards):
+    pretrain("--train.steps=2")
+    with pytest.raises(UserError, match="does not fit this config") as refusal:
+        pretrain("--train.steps=4", "--model.d_model=24")
+    assert "params/embedding: saved float32[32, 16], expected float32[32, 24]" in str(refusal.value)
+
+
+def test_a_run_whose_gradients_stay_non_finite_stops_with_the_remedy(shards):
+    with pytest.raises(UserError, match=r"gradients in a row were not finite; lower optimizer\.learning_rate"):
+        pretrain(
+            "--train.steps=30", "--optimizer.learning_rate=1e30", "--optimizer.clip=0", "--train.max_skipped_steps=3"
+        )
+
+
+def test_shards_that_do_not_exist_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"biomamba_jax\.prepare"):
+        main([*SMALL, "--data.path=missing"])
+
+
+def test_a_run_starts_from_the_weights_of_another(shards):
+    before = pretrain("--train.steps=4")[-1]
+    main([*SMALL, "--data.path=shards", "--run_dir=second", "--init_from=run", "--train.steps=2", "--model.d_model=24"])
+    first = read_metrics("second")[0]
+    assert first["step"] == 0 and first["loss"] == before["loss"]
+    main([*SMALL, "--data.path=shards", "--run_dir=second", "--init_from=run", "--train.steps=4"])  # and resumes
+    assert read_metrics("second")[-1]["step"] == 4
