@@ -176,7 +176,7 @@ class Generator:
             count=jnp.int32(0),
             tokens=jnp.zeros((batch, round_up(limit)), jnp.int32),
             ended=jnp.arange(batch) >= len(prompts),  # rows that only fill the batch
-            seen=_seen(prompts, self.model.config.padded_vocab) if steps.penalize else None,
+            seen=_seen(prompts, self.model.config.padded_vocab) if sampling.repetition_penalty != 1 else None,
             keys=_prompt_keys(prompts, nth, sampling.seed),
             states=states,
             eos_id=jnp.int32(-1 if eos_id is None else eos_id),

@@ -58,7 +58,6 @@ class Sampling:
 class Steps(NamedTuple):
     """What has to be computed to choose a token; static, so that what is off costs nothing."""
 
-    penalize: bool
     draw: bool
     top_k: bool
     top_p: bool
@@ -67,7 +66,7 @@ class Steps(NamedTuple):
     def of(cls, sampling: Sampling) -> "Steps":
         """The steps that `sampling` needs."""
         draw = sampling.temperature > 0
-        return cls(sampling.repetition_penalty != 1, draw, draw and sampling.top_k > 0, draw and sampling.top_p < 1)
+        return cls(draw, draw and sampling.top_k > 0, draw and sampling.top_p < 1)
 
 
 @struct.dataclass

@@ -32,8 +32,8 @@ def nucleus(p: np.ndarray, mass: float) -> np.ndarray:
 
 @pytest.mark.parametrize("k", [1, 2, 50, 299, 300, 1000])
 def test_top_k_keeps_the_k_likeliest(k):
-    expected = LOGITS >= np.sort(LOGITS, -1)[:, [-min(k, 300)]]
-    np.testing.assert_array_equal(kept(top_k=k), expected)
+    kth = np.sort(LOGITS, -1)[:, [-min(k, 300)]]
+    np.testing.assert_array_equal(kept(top_k=k), kth <= LOGITS)
 
 
 @pytest.mark.parametrize("mass", [1e-6, 0.3, 0.9, 0.999])

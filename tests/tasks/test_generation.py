@@ -1,0 +1,186 @@
+"""What generation promises: the model's own likeliest tokens, no leaks between rows, and an end where it should be."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_weights import random_weights
+from tiny_models import CONFIGS, train_tokenizer
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.model.decode import InferenceModel
+from biomamba_jax.tasks.generation import Generator, Spelling, _left_padded, _prefill, encode_prompts, round_up
+from biomamba_jax.tasks.sampling import Sampling
+
+RAGGED = [[5, 9, 200, 31], [7], list(range(3, 40)), [11, 11, 11, 12, 13, 14], [300, 2]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module", params=["mamba1", "mamba2"])
+def models(request):
+    """The same weights as a `LanguageModel` and laid out for inference; the head has rows that are padding."""
+    config = dataclasses.replace(CONFIGS[request.param], vocab_size=310)
+    params = random_weights(config).params
+    params["norm_f"]["weight"] *= 8
+    params["lm_head"][310:] *= 10  # were it not for the rules, padding would be the likeliest
+    graph, _ = nnx.split(LanguageModel(config, rngs=nnx.Rngs(0)))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, params)), InferenceModel.from_params(config, params)
+
+
+@pytest.fixture(scope="module")
+def generator(models, tokenizer):
+    return Generator(models[1], tokenizer)
+
+
+def assert_close(got, want):
+    """Within float32's rounding: 1e-5 of the largest value."""
+    assert np.abs(np.asarray(got) - np.asarray(want)).max() <= 1e-5 * np.abs(np.asarray(want)).max()
+
+
+def test_layers_laid_apart_give_the_logits_of_the_stacked_model(models):
+    stacked, apart = models
+    tokens = jnp.array([RAGGED[2]])
+    expected, state = nnx.jit(lambda model: model(tokens))(stacked)
+    hidden, states = jax.jit(lambda model: model.hidden(tokens))(apart)
+    assert_close(apart.logits(hidden), expected)
+    for index, layer in enumerate(states):
+        for ours, theirs in zip(jax.tree.leaves(layer), jax.tree.leaves(state.layers), strict=True):
+            assert_close(ours, theirs[index])
+
+
+@nnx.jit
+def forward(model, tokens):
+    return model(tokens)[0]
+
+
+def logits_alone(model, text):
+    """Logits after each token of one text; what fills its row comes after it."""
+    return forward(model, np.pad([text], ((0, 0), (0, 64 - len(text)))))[0, : len(text)]
+
+
+def test_greedy_text_is_the_argmax_of_full_forward_passes(models, generator):
+    for prompt, new in zip(RAGGED, generator.decode(RAGGED, Sampling(max_new_tokens=24)), strict=True):
+        logits = logits_alone(models[0], [*prompt, *new])[len(prompt) - 1 : -1, :310]
+        assert np.argmax(logits, -1).tolist() == new
+
+
+def test_a_ragged_batch_gives_the_logits_of_each_prompt_alone(models):
+    together, _ = _prefill(models[1], *_left_padded(RAGGED))
+    for row, prompt in enumerate(RAGGED):
+        assert_close(together[row], logits_alone(models[0], prompt)[-1])
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "seed": 3}, {"repetition_penalty": 1.5}])
+def test_a_prompt_s_text_does_not_depend_on_the_prompts_beside_it(generator, settings):
+    sampling = Sampling(max_new_tokens=24, **settings)
+    together = generator.decode(RAGGED, sampling)
+    assert [generator.decode([prompt], sampling)[0] for prompt in RAGGED] == together
+
+
+def test_draws_repeat_with_the_seed_and_differ_between_seeds_and_repeats_of_a_prompt(generator):
+    def texts(seed):
+        sampling = Sampling(max_new_tokens=24, temperature=1.0, seed=seed)
+        return [result.tokens for result in generator(["insulin", "glucose", "insulin"], sampling, batch_size=2)]
+
+    first = texts(0)
+    assert first == texts(0)
+    assert first != texts(1)
+    assert first[0] != first[2]
+
+
+def test_ids_that_stand_for_nothing_are_never_generated(generator):
+    for temperature in (0.0, 5.0):
+        for row in generator.decode(RAGGED, Sampling(max_new_tokens=24, temperature=temperature)):
+            assert max(row) < 310
+
+
+def test_the_penalty_of_a_huge_value_never_repeats_a_token(generator):
+    prompt = RAGGED[0]
+    new = generator.decode([prompt], Sampling(max_new_tokens=24, repetition_penalty=1e9))[0]
+    assert len({*prompt, *new}) == len(prompt) + len(new)
+
+
+def test_rows_end_at_the_end_of_text_token_and_the_others_go_on(generator):
+    free = generator.decode(RAGGED, Sampling(max_new_tokens=24))
+    eos = free[0][5]
+    ended = generator.decode(RAGGED, Sampling(max_new_tokens=24), eos_id=eos)
+    assert len(ended[0]) <= 5
+    for before, after in zip(free, ended, strict=True):
+        assert after == (before[: before.index(eos)] if eos in before else before)
+
+
+def test_looking_in_between_changes_nothing(generator):
+    sampling = Sampling(max_new_tokens=24, temperature=1.0)
+    seen = []
+
+    def look(rows, ended):
+        seen.append(len(rows[0]))
+        return [False] * len(rows)
+
+    assert generator.decode(RAGGED, sampling, look=look, look_every=7) == generator.decode(RAGGED, sampling)
+    assert seen == [1, 8, 15, 22]
+
+
+def test_a_stop_string_ends_the_text_before_it(generator):
+    free = next(generator(["the patients"], Sampling(max_new_tokens=24)))
+    stop = free.text[len(free.text) // 2 :][:3]
+    result = next(generator(["the patients"], Sampling(max_new_tokens=24, stop=["never", stop])))
+    assert result.text == free.text[: free.text.index(stop)]
+    assert result.finish_reason == "stop"
+    assert result.tokens == free.tokens[: len(result.tokens)]
+    assert len(result.tokens) < 24
+    assert free.finish_reason == "length"
+
+
+def test_pieces_shown_as_the_text_grows_make_up_the_text(generator):
+    pieces = {0: "", 1: "", 2: ""}
+
+    def show(index, piece):
+        pieces[index] += piece
+
+    prompts = ["the", "serum glucose", ""]
+    results = list(generator(prompts, Sampling(max_new_tokens=24, temperature=1.0), batch_size=2, on_text=show))
+    assert [pieces[index] for index in range(3)] == [result.text for result in results]
+
+
+def test_part_of_a_character_and_of_a_stop_string_is_held_back(tokenizer):
+    ids = tokenizer.encode_batch(["glucose日 END insulin"])[0]
+    spelling = Spelling(tokenizer, [tokenizer.eos_id], ["END"])
+    shown = [spelling.extend(ids[:count], ended=False) for count in range(1, len(ids) + 1)]
+    assert "".join(shown) == "glucose日 "
+    assert not any("\ufffd" in piece for piece in shown)
+    assert tokenizer.decode(ids[: spelling.stopped_at]).endswith("END")
+
+
+def test_prompts_begin_as_documents_did_in_training(tokenizer, shared_data):
+    assert encode_prompts(tokenizer, ["insulin"]) == [[tokenizer.eos_id, *tokenizer.encode_batch(["insulin"])[0]]]
+    from biomamba_jax.data.tokenizer import load_tokenizer
+
+    neox = load_tokenizer(shared_data / "tokenizers" / "gpt_neox_20b_tokenizer.json")
+    assert encode_prompts(neox, ["insulin", "", "a<|endoftext|>"]) == [neox.encode_batch(["insulin"])[0], [0], [66, 0]]
+
+
+def test_lengths_are_rounded_to_few_sizes():
+    sizes = [round_up(length) for length in range(1, 2000)]
+    assert all(length <= size <= max(16, 1.5 * length) for length, size in enumerate(sizes, 1))
+    assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+
+
+def test_a_tokenizer_of_another_model_is_refused(models, tokenizer):
+    small = dataclasses.replace(models[1], config=dataclasses.replace(models[1].config, vocab_size=309))
+    with pytest.raises(UserError, match="310 ids, the model 309"):
+        Generator(small, tokenizer)
+
+
+@pytest.mark.parametrize("prompt", [[], [310], [-1]])
+def test_a_prompt_of_unknown_ids_is_refused(generator, prompt):
+    with pytest.raises(UserError, match=r"ids in 0\.\.309"):
+        generator.decode([[1], prompt], Sampling())
