@@ -1,0 +1,143 @@
+"""The forward kernel of the selective scan on TPU: softplus, recurrence, skip and gate in one pass over the tokens."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
+    STRIDE,
+    SUBLANES,
+    Blocks,
+    Parameters,
+    Tokens,
+    boundary_spec,
+    compiler_params,
+    join_state,
+    lane_slices,
+    out_struct,
+    parameter_specs,
+    partial_scratch,
+    read_spread,
+    read_step,
+    row_spec,
+    sigmoid,
+    softplus,
+    split_state,
+    spread,
+    spread_scratch,
+    step_scratch,
+    sum_partials,
+    token_spec,
+    token_specs,
+    unrolled,
+)
+
+
+class Outputs(NamedTuple):
+    y: Any
+    final: Any  # [B tiles N tile]; carries the state from chunk to chunk
+    boundary: Any | None  # [B chunks tiles N tile]: the state before each chunk
+    ungated: Any | None  # [B L E]: y before the gate
+
+
+class _Scratch(NamedTuple):
+    delta: Any
+    u: Any  # delta x
+    B: Any
+    C: Any
+    partial: Any
+
+
+def forward(
+    tokens: Tokens, parameters: Parameters, initial: Array, blocks: Blocks, for_backward: bool, interpret: Any
+) -> Outputs:
+    """All outputs, the last state and, `for_backward`, what the backward kernel needs."""
+    rows, length, channels = tokens.x.shape
+    state = (blocks.tiles, blocks.d_state, blocks.tile)
+    wide = token_spec(blocks)
+    x_like = out_struct(tokens.x.shape, tokens.x.dtype, tokens.x)
+    steps = rows * length * channels * blocks.d_state
+    return pl.pallas_call(
+        functools.partial(_kernel, blocks),
+        grid=blocks.grid,
+        in_specs=[token_specs(blocks), parameter_specs(blocks), row_spec(blocks, blocks.d_state)],
+        out_specs=[
+            Outputs(
+                wide,
+                row_spec(blocks, blocks.d_state),
+                boundary_spec(blocks) if for_backward else None,
+                wide if for_backward and blocks.gated else None,
+            )
+        ],
+        out_shape=[
+            Outputs(
+                x_like,
+                out_struct((rows, *state), jnp.float32, tokens.x),
+                out_struct((rows, blocks.grid[1], *state), jnp.float32, tokens.x) if for_backward else None,
+                x_like if for_backward and blocks.gated else None,
+            )
+        ],
+        scratch_shapes=[
+            _Scratch(
+                step_scratch(blocks),
+                step_scratch(blocks),
+                spread_scratch(blocks),
+                spread_scratch(blocks),
+                partial_scratch(blocks),
+            )
+        ],
+        compiler_params=compiler_params(),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * steps, transcendentals=steps, bytes_accessed=4 * tokens.x.size * tokens.x.dtype.itemsize
+        ),
+        interpret=interpret,
+        name="selective_scan_forward",
+    )(tokens, parameters, initial)[0]
+
+
+def _kernel(blocks: Blocks, tokens: Tokens, parameters: Parameters, initial, outputs: Outputs, scratch: _Scratch):
+    chunk, tile = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(chunk == 0)
+    def _():
+        outputs.final[tile] = initial[tile]
+
+    @pl.when(tile == 0)
+    def _():
+        spread(tokens.B, scratch.B, blocks)
+        spread(tokens.C, scratch.C, blocks)
+
+    if outputs.boundary is not None:
+        outputs.boundary[...] = outputs.final[tile]
+    for r, lanes in lane_slices(blocks):
+        delta = softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
+        scratch.u[r] = delta * tokens.x[:, lanes].astype(jnp.float32)
+        scratch.delta[r] = delta if tokens.reset is None else delta + tokens.reset[...]
+    A_log2e = split_state(parameters.A_log2e, tile, blocks)
+
+    def step(t, state):
+        B, C = read_spread(scratch.B, t, blocks), read_spread(scratch.C, t, blocks)
+        new_state = []
+        for r in range(blocks.lane_groups):
+            delta, u = read_step(scratch.delta, t, r), read_step(scratch.u, t, r)
+            # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t  (Mamba, arXiv 2312.00752, eq. 2)
+            h = [jnp.exp2(delta * A) * before + u * b for A, before, b in zip(A_log2e[r], state[r], B, strict=True)]
+            # y_t = C_t h_t: the sum over the eight sublanes is put off, to be taken for many steps at once.
+            scratch.partial[r, pl.ds(t * STRIDE, SUBLANES), :] = sum(c * v for c, v in zip(C, h, strict=True))
+            new_state.append(h)
+        return new_state
+
+    state = unrolled(blocks, step, split_state(outputs.final, tile, blocks))
+    join_state(outputs.final, tile, state, blocks)
+    for r, lanes in lane_slices(blocks):
+        y = sum_partials(scratch.partial, r, blocks)
+        y = y + parameters.D[tile, :, lanes] * tokens.x[:, lanes].astype(jnp.float32)
+        if outputs.ungated is not None:
+            outputs.ungated[:, lanes] = y.astype(outputs.ungated.dtype)
+        if tokens.z is not None:
+            z = tokens.z[:, lanes].astype(jnp.float32)
+            y = y * z * sigmoid(z)
+        outputs.y[:, lanes] = y.astype(outputs.y.dtype)
