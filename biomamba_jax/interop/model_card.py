@@ -4,6 +4,7 @@ from typing import Any
 
 from biomamba_jax.config import ModelConfig
 
+_MOST_SOURCES = 20
 _NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2"}
 _LOAD = {
     "native": """import biomamba_jax
@@ -63,7 +64,9 @@ def _training(about: dict[str, Any]) -> list[str]:
             f"| {split} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |"
             for split, size in text["splits"].items()
         ]
-        sources = [f"* {source.get('name')} (sha256 {source.get('sha256')})" for source in text["sources"]]
+        named = [f"* {source.get('name')} (sha256 {source.get('sha256')})" for source in text["sources"]]
+        rest = [f"* and {len(named) - _MOST_SOURCES:,} more"] if len(named) > _MOST_SOURCES else []
+        sources = named[:_MOST_SOURCES] + rest
         head = (
             f"Text, with tokenizer {text['tokenizer']}:\n\n| split | documents | tokens | bytes |\n|---|---|---|---|\n"
         )
@@ -76,7 +79,9 @@ def _evaluation(about: dict[str, Any]) -> list[str]:
     if not line:
         return []
     numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-    rows = "\n".join(f"| {key} | {value:,.4f} |" for key, value in numbers.items())
+    rows = "\n".join(
+        f"| {key} | {f'{value:,}' if isinstance(value, int) else f'{value:.4f}'} |" for key, value in numbers.items()
+    )
     return [
         f"## Evaluation\n\nHeld-out text of the same sources, at step {line['step']:,}:\n\n| | |\n|---|---|\n{rows}"
     ]

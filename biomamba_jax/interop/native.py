@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import yaml
 from etils import epath
+from orbax.checkpoint import type_handlers
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
@@ -25,6 +26,9 @@ from biomamba_jax.interop.names import flatten, native_shapes, path_name, unflat
 
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 1
+# Orbax copies arrays before it writes them, and holds what it has packed until a file is full: by its defaults three
+# times the weights in memory, with these settings about 150 MB beside them.
+_CHUNK_BYTES = 8 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
 _NOT_STORED = ("compute_dtype", "remat", "unroll")
 
@@ -58,8 +62,16 @@ def write(folder: Path, config: ModelConfig, params: dict[str, Any], about: dict
     """Writes model.json and params/ into `folder`."""
     fields = dataclasses.asdict(portable(config))
     fields = {name: value for name, value in fields.items() if name not in _NOT_STORED}
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save((folder / PARAMS).absolute(), args=ocp.args.StandardSave(params))
+    in_place = type_handlers.create_type_handler_registry(
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+    )
+    arguments = ocp.args.PyTreeSave(
+        params,
+        save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params),
+        ocdbt_target_data_file_size=4 * _CHUNK_BYTES,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
+        checkpointer.save((folder / PARAMS).absolute(), args=arguments)
     write_json(folder / MODEL_JSON, {"format_version": FORMAT_VERSION, "model": fields, "about": about})
 
 

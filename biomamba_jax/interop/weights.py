@@ -99,7 +99,7 @@ def _read_params(config: ModelConfig, source: tensors.TensorSource, dialect: str
     for tensor in sizes.expected_tensors(config, source.shapes, dialect):
         value = source.read(tensor.key)
         if tensor.key == names.HEAD and config.tie_embeddings:
-            if not np.array_equal(value, params["embedding"], equal_nan=True):
+            if not np.array_equal(value.view(np.int32), params["embedding"].view(np.int32)):
                 raise UserError(
                     f"{folder}: the config ties the head to the embedding, but {names.HEAD} and "
                     f"{names.EMBEDDINGS[dialect]} differ; set tie_embeddings (tie_word_embeddings) to false"

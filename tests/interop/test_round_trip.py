@@ -9,6 +9,7 @@ import pytest
 from random_weights import random_weights
 from safetensors.numpy import load_file, save_file
 
+from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, dialect_of, read_model, write_model
@@ -132,6 +133,14 @@ def test_sizes_that_a_config_leaves_out_come_from_the_tensors(tmp_path):
     write_model(weights, tmp_path / "hf", "hf")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "mamba2"}')
     assert_equal(weights, read_model(tmp_path / "hf"))
+
+
+def test_the_command_converts_and_lists_what_it_wrote(weights, tmp_path, capsys):
+    write_model(weights, tmp_path / "hf", "hf")
+    convert.main(["--input", str(tmp_path / "hf"), "--output", str(tmp_path / "out"), "--to", "native"])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("model.json", "params", "README.md"))
+    assert_equal(weights, read_model(tmp_path / "out"))
 
 
 def test_an_existing_folder_is_left_alone(weights, tmp_path):
