@@ -14,7 +14,7 @@ test: $(TEST)/installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(TEST)/bin/python -m pytest -n 2 --dist loadscope
+	$(TEST)/bin/python -m pytest -n 2 --dist worksteal
 
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(RUN)

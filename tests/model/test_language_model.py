@@ -22,10 +22,15 @@ SMALL = {
 
 def make(kind: str, **changes) -> LanguageModel:
     """A model with weights that differ from layer to layer, and norms and D that are not all ones."""
-    model = LanguageModel(dataclasses.replace(SMALL[kind], **changes), rngs=nnx.Rngs(0))
-    graph, params = nnx.split(model)
-    keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
-    return nnx.merge(graph, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params))
+
+    @nnx.jit
+    def build():
+        model = LanguageModel(dataclasses.replace(SMALL[kind], **changes), rngs=nnx.Rngs(0))
+        graph, params = nnx.split(model)
+        keys = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(params))))
+        return nnx.merge(graph, jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params))
+
+    return build()
 
 
 @pytest.fixture(scope="module", params=["mamba1", "mamba2"])
@@ -63,7 +68,7 @@ def test_a_call_that_begins_another_document_forgets_the_last_one(model):
     np.testing.assert_allclose(logits, run(model, second)[0], atol=1e-5, rtol=0)
 
 
-DOCUMENTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3, 1, 9)
+DOCUMENTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 1)
 
 
 def packed(seed: int = 3):
