@@ -8,6 +8,7 @@ from jax.typing import DTypeLike
 from biomamba_jax.model import initializers
 from biomamba_jax.ops import causal_conv1d, rms_norm
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.numerics import project
 
 
 def dense(
@@ -21,8 +22,15 @@ def dense(
         dtype=dtype,
         kernel_init=initializers.linear(d_in, scale),
         bias_init=nnx.initializers.zeros,
+        dot_general=_product,
         rngs=rngs,
     )
+
+
+def _product(x: Array, kernel: Array, dimensions: object, **options: object) -> Array:
+    """The product of `nnx.Linear`, which is always x @ kernel at default options."""
+    del dimensions, options
+    return project(x, kernel)
 
 
 class RMSNorm(nnx.Module):

@@ -1,5 +1,6 @@
 """Small numerical idioms that several ops and the model share."""
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -23,3 +24,26 @@ def sum_leading(x: Float[Array, "*batch C"]) -> Float[Array, " C"]:
     if dispatch.platform() != "cpu":
         return jnp.sum(rows, axis=0, dtype=dtype)
     return jnp.dot(jnp.ones((1, rows.shape[0]), dtype), rows.astype(dtype))[0]
+
+
+@jax.custom_vjp
+def project(x: Float[Array, "*batch C"], kernel: Float[Array, "C F"]) -> Float[Array, "*batch F"]:
+    """x @ kernel, with the gradient of the kernel in the kernel's order.
+
+    The automatic one is a product [F C], transposed. XLA's CPU backend then computes the incoming gradient element by
+    element in transposed order: 20 to 25 % of a Mamba-1 training step.
+    """
+    return jnp.dot(x, kernel)
+
+
+def _project_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.dot(x, kernel), (x, kernel)
+
+
+def _project_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.einsum("...f,cf->...c", dy, kernel), jnp.einsum("rc,rf->cf", rows, dy.reshape(-1, dy.shape[-1]))
+
+
+project.defvjp(_project_forward, _project_backward)
