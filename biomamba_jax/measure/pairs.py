@@ -65,7 +65,7 @@ class Timing(NamedTuple):
         return Spread.of(self.each)
 
 
-class Failed(Exception):
+class Failed(UserError):
     """A candidate could not be prepared, or its process died; the message is one line."""
 
 
