@@ -1,14 +1,20 @@
 """The public selective scan: checks the arguments and hands them to the implementation that was chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.selective_scan import reference, xla
+from biomamba_jax.ops.selective_scan import pallas_tpu, reference, xla
 
-_IMPLEMENTATIONS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
-_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "xla": xla.selective_scan,
+    "pallas_tpu": pallas_tpu.selective_scan,
+    "reference": reference.selective_scan,
+}
+_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "pallas_tpu"}
+# One token is one elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
+_PREFERRED_FOR_ONE_TOKEN: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
 
 
 def selective_scan(
@@ -47,13 +53,13 @@ def selective_scan(
         before, so packed documents do not see each other.
       initial_state: state before the first token [B E N], belonging to the segment of that token; None is zero.
       return_final_state: also return the state after the last token.
-      implementation: "xla", "reference", or None for the best on this platform.
+      implementation: "xla", "pallas_tpu", "reference", or None for the best on this platform.
 
     Returns:
       y [B L E] of x's dtype; with `return_final_state` a pair (y, state [B E N] in float32).
 
     Raises:
-      UserError: shapes do not fit together, or the implementation does not exist.
+      UserError: shapes do not fit together, or the implementation does not exist or cannot run here.
     """
     rows, length, channels = x.shape
     states = A.shape[-1]
@@ -75,6 +81,7 @@ def selective_scan(
             )
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
-    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, _PREFERRED)
+    preferred = _PREFERRED_FOR_ONE_TOKEN if length == 1 else _PREFERRED
+    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred)
     y, final_state = scan(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state)
     return (y, final_state) if return_final_state else y

@@ -28,7 +28,6 @@ from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
 from biomamba_jax.ops.selective_scan.pallas_tpu_forward import forward
 
 _CHUNK = 64
-_UNROLL = 8
 _STATE_REGISTERS = 8  # for the states of one tile; the backward kernel holds three times as many values
 
 
@@ -172,7 +171,7 @@ def _blocks(inputs: _Inputs, interpret: Any) -> Blocks:
         d_state=d_state,
         chunk=chunk,
         tile=tile,
-        unroll=1 if interpret else _UNROLL,  # the interpreter is slow to compile, and its answer is the same
+        most_unrolled=1 if interpret else chunk,  # the interpreter is slow to compile, and its answer is the same
         gated=inputs.z is not None,
         segmented=inputs.segment_ids is not None,
     )

@@ -44,6 +44,8 @@ from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
     vmem,
 )
 
+_UNROLL = 16
+
 
 class Incoming(NamedTuple):
     """Gradients of the results, and what the forward pass left behind."""
@@ -210,7 +212,7 @@ def _step_forward(blocks, tile, parameters, incoming, scratch) -> None:
         _add_spread(scratch.dC, t, dC)
         return after
 
-    unrolled(blocks, step, split_state(incoming.boundary, None, blocks))
+    unrolled(blocks, _UNROLL, step, split_state(incoming.boundary, None, blocks))
 
 
 def _step_back(blocks, tile, parameters, gradients, scratch) -> None:
@@ -245,7 +247,7 @@ def _step_back(blocks, tile, parameters, gradients, scratch) -> None:
 
     zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * blocks.state_groups
     start = [(later, zeros) for later in split_state(gradients.initial, tile, blocks)]
-    carry = unrolled(blocks, step, start, reverse=True)
+    carry = unrolled(blocks, _UNROLL, step, start, reverse=True)
     join_state(gradients.initial, tile, [later for later, _ in carry], blocks)
     before = split_state(gradients.A, tile, blocks)
     dA = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, (dA for _, dA in carry), strict=True)]

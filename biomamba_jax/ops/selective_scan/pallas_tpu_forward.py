@@ -35,6 +35,8 @@ from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
     unrolled,
 )
 
+_UNROLL = 32
+
 
 class Outputs(NamedTuple):
     y: Any
@@ -130,7 +132,7 @@ def _kernel(blocks: Blocks, tokens: Tokens, parameters: Parameters, initial, out
             new_state.append(h)
         return new_state
 
-    state = unrolled(blocks, step, split_state(outputs.final, tile, blocks))
+    state = unrolled(blocks, _UNROLL, step, split_state(outputs.final, tile, blocks))
     join_state(outputs.final, tile, state, blocks)
     for r, lanes in lane_slices(blocks):
         y = sum_partials(scratch.partial, r, blocks)
