@@ -107,6 +107,7 @@ def greedy_text_of_transformers(folder, prompts, length):
     return rows
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers_alone_and_in_a_ragged_batch(folders, model):
     prompts = ["insulin", "the patients with type 2 diabetes", "mice", "serum glucose fell in", "and (p<0.05), " * 6]
     theirs = greedy_text_of_transformers(folders / "hf", prompts, 64)

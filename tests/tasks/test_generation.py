@@ -131,13 +131,18 @@ def test_looking_in_between_changes_nothing(generator):
 
 def test_a_stop_string_ends_the_text_before_it(generator):
     free = next(generator(["the patients"], Sampling(max_new_tokens=24)))
-    stop = free.text[len(free.text) // 2 :][:3]
+    stop = free.text[len(free.text) // 3 :][:3]
     result = next(generator(["the patients"], Sampling(max_new_tokens=24, stop=["never", stop])))
     assert result.text == free.text[: free.text.index(stop)]
     assert result.finish_reason == "stop"
     assert result.tokens == free.tokens[: len(result.tokens)]
-    assert len(result.tokens) < 24
-    assert free.finish_reason == "length"
+    assert len(result.tokens) < len(free.tokens)
+
+
+def test_a_text_says_why_it_ended(generator, tokenizer):
+    for result in generator(["the patients", "mice", "insulin"], Sampling(max_new_tokens=24, temperature=2.0)):
+        assert tokenizer.eos_id not in result.tokens
+        assert result.finish_reason == ("length" if len(result.tokens) == 24 else "eos")
 
 
 def test_pieces_shown_as_the_text_grows_make_up_the_text(generator):
