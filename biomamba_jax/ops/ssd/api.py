@@ -5,10 +5,13 @@ from typing import Any
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.ssd import reference, xla
+from biomamba_jax.ops.ssd import pallas_tpu, reference, xla
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"xla": xla.ssd, "reference": reference.ssd}
-_PREFERRED: dict[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "xla": xla.ssd,
+    "pallas_tpu": pallas_tpu.ssd,
+    "reference": reference.ssd,
+}
 
 
 def ssd(
@@ -61,7 +64,9 @@ def ssd(
       UserError: the implementation does not exist or cannot run here.
     """
     _check(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
-    compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, _PREFERRED)
+    on_tpu = "xla" if pallas_tpu.why_einsum(x, B, chunk_size) else "pallas_tpu"
+    preferred: dict[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": on_tpu}
+    compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, preferred)
     y, final_state = compute(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
     return (y, final_state) if return_final_state else y
 

@@ -1,0 +1,375 @@
+"""Backward pass of SSD for TPU: one kernel that walks the chunks from the last to the first.
+
+It reads the state before each chunk and computes everything else again. In the notation of the forward pass, with
+E_tj = 2^(s_t - g_j), M = E o C B^T where t >= j in one segment, and w_j = 2^(s_last - g_j):
+
+    dx = M^T dy + w (B dS') + D dy                       dS = 2^(s_last) dS' + C^T (2^s dy)
+    d(C B^T) = sum over heads of (dy x^T) o E            dC = d(C B^T) B + (2^s dy) S^T      dB likewise
+    gradient of step k's log-decay = sum of all paths j -> t with j < k <= t of the same segment
+
+A path's sum is [paths that end at t >= k] - [paths that begin at j >= k]: dy . (y - D x), summed over the channels, and
+x . (dx - D dy). Rounding cancels in the difference because both sides have the same rounded M.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
+from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, HEADDIM, LANES, SharedInputs, Sizes
+
+_STAGES = 3
+"""What the heads share in the next step is computed beside so many of the last pairs of this one: by trial, v5e."""
+
+
+class _Inputs(NamedTuple):
+    x: Any  # [B L H*P]
+    dy: Any  # [B L H*P]
+    states: Any  # [B chunks N H*P], bfloat16, before each chunk
+    d_final_state: Any  # [B N H*P]
+    here: SharedInputs
+    ahead: SharedInputs  # of the next step, the chunk before this one
+    D: Any  # [blocks 1 128]
+
+
+class Gradients(NamedTuple):
+    """In the kernel's layouts; sums over tokens are left to the caller where lanes or channels are summed too."""
+
+    x: Any  # [B L H*P]
+    dt: Any  # [B blocks R L], of the raw dt
+    A: Any  # [B blocks R 128], to be summed over lanes
+    B: Any  # [B L blocks*N]
+    C: Any  # [B L blocks*N]
+    D: Any  # [B blocks 1 W], to be summed over the channels of a head
+    initial_state: Any  # [B N H*P]
+
+
+class _Shared(NamedTuple):
+    """What the heads of a block share in one chunk, and per-head rows and columns."""
+
+    dt: Any  # [R l], after the softplus
+    s: Any  # [l 128], columns
+    g: Any  # [l 128], columns
+    to_end: Any  # [l 128], columns of w
+    across: Any  # [8 128], columns of 2^(s_last), zero after a reset
+    C: Any  # [l N], zero after a reset
+    B: Any  # [l N], zero before the last reset
+    C_transposed: Any  # [N l]
+    scores: Any  # C B^T, masked: for each 64 columns, twice, the rows from there on
+    scores_transposed: Any  # B C^T, masked: for each 64 columns, twice, the rows up to there
+    g_rows: Any  # for each 64 tokens, g as rows of pairs
+    s_rows: Any
+
+
+class _Sums(NamedTuple):
+    """Accumulated over the heads of one chunk."""
+
+    scores: Any  # gradient of the scores, both heads of a pair side by side
+    B: Any  # [l N]
+    C: Any  # [l N]
+    ends: Any  # [R l], all paths that end at each token
+    begins: Any  # [R l], all paths that begin at each token
+    last: Any  # [R/2 128], paths that leave the chunk, summed over tokens
+
+
+def _keep(piece: slice, resets: Any, segment: Any) -> Array:
+    """Where token j of `piece` (lanes, twice) reaches token t >= piece.start (rows)."""
+    shape = (CHUNK - piece.start, LANES)
+    t, j = tiles.iota(shape, 0), tiles.iota(shape, 1) & (HEADDIM - 1)
+    keep = t >= j
+    if resets is not None:
+        keep &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
+    return keep
+
+
+def _keep_transposed(piece: slice, resets: Any, segment: Any) -> Array:
+    """Where token j (rows, up to piece.stop) reaches token t >= j of `piece` (lanes, twice)."""
+    shape = (piece.stop, LANES)
+    keep = tiles.iota(shape, 0) <= (tiles.iota(shape, 1) & (HEADDIM - 1)) + piece.start
+    if resets is not None:
+        keep &= segment[: piece.stop] == jnp.concatenate([resets[:, piece]] * 2, 1)
+    return keep
+
+
+def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
+    """Computes in stages what heads share; the last stage yields it."""
+    decays = tiles.decays(inputs)
+    yield None
+    resets = None if inputs.resets is None else inputs.resets[...]
+    s = tiles.to_columns(decays.s, resets)
+    g = tiles.to_columns(decays.g)
+    yield None
+    B, C = inputs.B[...], inputs.C[...]
+    to_end = tiles.to_columns(jnp.exp2(decays.s[:, CHUNK - 1 :] - decays.g))
+    yield None
+    across = jnp.exp2(s[CHUNK - 1 :])
+    C_in, B_out, C_transposed, segment = C, B, C.T, None
+    if resets is not None:
+        segment = s[:, LANES - 1 :]
+        last = segment[CHUNK - 1 :]
+        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
+        C_transposed = tiles.masked(C_transposed, resets == 0)
+        across = jnp.where(last == 0, across, 0.0)
+    yield None
+    scores, transposed, g_rows, s_rows = [], [], [], []
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(C[piece.start :], tiles.twice(B[piece]), tiles.AS_ROWS)
+        scores.append(jnp.where(_keep(piece, resets, segment), product, 0.0))
+        g_rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
+    yield None
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(B[: piece.stop], tiles.twice(C[piece]), tiles.AS_ROWS)
+        transposed.append(jnp.where(_keep_transposed(piece, resets, segment), product, 0.0))
+        s_rows.append(tiles.pair_rows(decays.s, sizes.half_rows, piece))
+    yield None
+    across = jnp.broadcast_to(across, (8, LANES))
+    lists = (jnp.concatenate(v, 0) for v in (scores, transposed, g_rows, s_rows))
+    yield _Shared(decays.dt, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
+
+
+def _store(shared: _Shared, values: _Shared) -> None:
+    for ref, value in zip(shared, values, strict=True):
+        ref[...] = value
+
+
+def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
+    """The gradients of one pair of heads."""
+    half_rows = sizes.half_rows
+    lanes = slice(pair * LANES, (pair + 1) * LANES)
+    x, dy, state, d_after = inputs.x[:, lanes], inputs.dy[:, lanes], inputs.states[:, lanes], d_state[:, lanes]
+    x_exact, dy_exact = x.astype(jnp.float32), dy.astype(jnp.float32)
+    x, dy, d_after_rounded = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), d_after.astype(jnp.bfloat16)
+    s, g, to_end = (tiles.spread(columns[...], pair, half_rows) for columns in (shared.s, shared.g, shared.to_end))
+    from_start = jnp.exp2(s)
+
+    dx: list[Any] = [None] * (CHUNK // HEADDIM)
+    ends: list[Any] = [None] * (CHUNK // HEADDIM)
+    below = above = 0
+    for k, piece in enumerate(tiles.halves(CHUNK)):
+        i = k * half_rows + pair
+        rows = slice(below, below + CHUNK - piece.start)
+        decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], tiles.LARGEST_EXPONENT))
+        x_diagonal = tiles.block_diagonal(x[piece])
+        product = tiles.dot((shared.scores[rows] * decay).astype(jnp.bfloat16), x_diagonal)
+        for n in range(k, len(ends)):
+            ends[n] = tiles.plus(ends[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
+        sums.scores[rows] += tiles.dot(dy[piece.start :], x_diagonal, tiles.AS_ROWS) * decay
+        below = rows.stop
+
+        rows = slice(above, above + piece.stop)
+        decay = jnp.exp2(jnp.minimum(shared.s_rows[i : i + 1] - g[: piece.stop], tiles.LARGEST_EXPONENT))
+        mixing = (shared.scores_transposed[rows] * decay).astype(jnp.bfloat16)
+        product = tiles.dot(mixing, tiles.block_diagonal(dy[piece]))
+        for n in range(k + 1):
+            dx[n] = tiles.plus(dx[n], product[n * HEADDIM : (n + 1) * HEADDIM])
+        above = rows.stop
+
+    dy_decayed = (from_start * dy_exact).astype(jnp.bfloat16)
+    x_weighted = (to_end * x_exact).astype(jnp.bfloat16)
+    onward = tiles.dot(shared.B[...], d_after_rounded) * to_end
+    handed_in = tiles.dot(shared.C[...], state) * from_start
+    skip = tiles.spread_row(inputs.D[...], pair, half_rows) * dy_exact
+    mixed = jnp.concatenate(dx, 0) + onward
+    out.x[:, lanes] = (mixed + skip).astype(out.x.dtype)
+    out.D[:, lanes] += jnp.sum(dy_exact * x_exact, 0, keepdims=True)
+    sums.C[...] += tiles.dot(dy_decayed, state, tiles.AS_ROWS)
+    sums.B[...] += tiles.dot(x_weighted, d_after_rounded, tiles.AS_ROWS)
+    d_before = tiles.spread(shared.across[...], pair, half_rows)[:1] * d_after
+    d_state[:, lanes] = d_before + tiles.dot(shared.C_transposed[...], dy_decayed)
+
+    begins = x_exact * onward
+    last = jnp.sum(begins, 0, keepdims=True) + jnp.sum(d_before * state.astype(jnp.float32), 0, keepdims=True)
+    sums.last[pair : pair + 1] = last
+    y = jnp.concatenate(ends, 0) + handed_in
+    for rows, values in ((sums.ends, dy_exact * y), (sums.begins, x_exact * mixed)):
+        transposed = values.T
+        rows[pair : pair + 1] = jnp.sum(transposed[:HEADDIM], 0, keepdims=True)
+        rows[half_rows + pair : half_rows + pair + 1] = jnp.sum(transposed[HEADDIM:], 0, keepdims=True)
+
+
+def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
+    """The gradients of B, C, dt and A, from sums over the heads and over tokens."""
+    B, C = inputs.B[...], inputs.C[...]
+    d_B, d_C = sums.B[...], sums.C[...]
+    resets, segment = None, None
+    if inputs.resets is not None:
+        resets, segment = inputs.resets[...], shared.s[:, LANES - 1 :]
+        d_B *= (segment == segment[CHUNK - 1 :]).astype(jnp.float32)
+        d_C *= (segment == 0).astype(jnp.float32)
+    pieces = tiles.halves(CHUNK)
+    from_scores: list[Any] = [None] * len(pieces)
+    to_scores = []
+    start = 0
+    for k, piece in enumerate(pieces):
+        rows = CHUNK - piece.start
+        keep = _keep(piece, resets, segment).astype(jnp.float32)
+        d_scores = (keep * sums.scores[start : start + rows]).astype(jnp.bfloat16)
+        start += rows
+        product = tiles.dot(d_scores, tiles.twice(B[piece]))
+        for n in range(k, len(pieces)):
+            from_scores[n] = tiles.plus(from_scores[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
+        product = tiles.dot(d_scores, C[piece.start :], tiles.AS_COLUMNS)
+        to_scores.append(product[:HEADDIM] + product[HEADDIM:])
+    out.B[...] = (d_B + jnp.concatenate(to_scores, 0)).astype(out.B.dtype)
+    out.C[...] = (d_C + jnp.concatenate(from_scores, 0)).astype(out.C.dtype)
+
+    last = sums.last[...]
+    left = tiles.iota(last.shape, 1) < HEADDIM
+    leave = jnp.concatenate([jnp.sum(jnp.where(where, last, 0.0), 1, keepdims=True) for where in (left, ~left)], 0)
+    at_end = tiles.iota((sizes.rows, CHUNK), 1) == CHUNK - 1
+    begins = sums.begins[...]
+    net = sums.ends[...] - begins + jnp.where(at_end, leave, 0.0)
+    from_here = tiles.iota((CHUNK, CHUNK), 0) >= tiles.iota((CHUNK, CHUNK), 1)
+    if resets is not None:
+        from_here &= segment == resets
+    dt, A = shared.dt[...], inputs.A_and_bias[:, :1]
+    # A step whose exponent was cut has none to change; at a reset the exponent has no effect.
+    d_exponent = jnp.where(dt * A > tiles.LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
+    out.A[...] += d_exponent * dt
+    d_dt = d_exponent * (A / tiles.LOG2_E) + begins / jnp.maximum(dt, tiles.TINY)
+    out.dt[...] = d_dt * (1.0 - jnp.exp(-dt))
+
+
+def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
+    _, row, block, step = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(step == 0)
+    def start_stream() -> None:
+        d_state[...] = inputs.d_final_state[...]
+        out.A[...] = jnp.zeros_like(out.A)
+        out.D[...] = jnp.zeros_like(out.D)
+
+    @pl.when((row == 0) & (block == 0) & (step == 0))
+    def start_half() -> None:
+        # Rows beyond the last pair are never written, but summed with the others.
+        for ref in (sums.ends, sums.begins, sums.last):
+            ref[...] = jnp.zeros_like(ref)
+        *_, values = _prepare(sizes, inputs.here)
+        _store(shared, values)
+
+    for ref in (sums.scores, sums.B, sums.C):
+        ref[...] = jnp.zeros_like(ref)
+    stages, values = _prepare(sizes, inputs.ahead), None
+    for pair in range(sizes.pairs):
+        if pair >= sizes.pairs - _STAGES:
+            values = next(stages, values)
+        _pair(sizes, pair, inputs, out, d_state, shared, sums)
+    *_, values = values, *stages
+    _finish(sizes, inputs.here, out, shared, sums)
+    _store(shared, values)
+
+    @pl.when(step == sizes.chunks - 1)
+    def end_stream() -> None:
+        out.initial_state[...] = d_state[...]
+
+
+def backward(
+    sizes: Sizes,
+    x: Array,
+    dy: Array,
+    states: Array,
+    d_final_state: Array,
+    shared: SharedInputs,
+    D: Array,
+    *,
+    interpret: Any,
+) -> Gradients:
+    """Runs the kernel; arrays as in `_Inputs`."""
+    n, width = sizes.d_state, sizes.width
+    channels = sizes.blocks * width
+
+    def reverse(place: Any) -> Any:
+        def reversed_place(*grid: Any) -> tuple[Any, Any, Any]:
+            row, block, step = place(*grid)
+            return row, block, sizes.chunks - 1 - step
+
+        return reversed_place
+
+    here = reverse(sizes.place)
+
+    def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *grid: index(*here(*grid)))
+
+    tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
+    one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
+    of_block = spec((None, CHUNK, n), lambda row, block, chunk: (row, chunk, block))
+    inputs = _Inputs(x, dy, states, d_final_state, shared, shared, D)
+    in_specs = _Inputs(
+        x=tokens,
+        dy=tokens,
+        states=spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block)),
+        d_final_state=one_state,
+        here=tiles.shared_specs(sizes, shared, here),
+        ahead=tiles.shared_specs(sizes, shared, reverse(sizes.place_ahead)),
+        D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
+    )
+    # Where several blocks share B and C their gradients are yet to be added: in float32.
+    partial_dtype = shared.B.dtype if sizes.blocks == sizes.groups else jnp.float32
+    of_tokens = (sizes.batch, sizes.chunks * CHUNK, sizes.blocks * n)
+    outputs = Gradients(
+        x=tiles.result(x.shape, x.dtype, x),
+        dt=tiles.result(shared.dt.shape, jnp.float32, x),
+        A=tiles.result((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
+        B=tiles.result(of_tokens, partial_dtype, x),
+        C=tiles.result(of_tokens, partial_dtype, x),
+        D=tiles.result((sizes.batch, sizes.blocks, 1, width), jnp.float32, x),
+        initial_state=tiles.result((sizes.batch, n, channels), jnp.float32, x),
+    )
+    out_specs = Gradients(
+        x=tokens,
+        dt=spec((None, None, sizes.rows, CHUNK), lambda row, block, chunk: (row, block, 0, chunk)),
+        A=spec((None, None, sizes.rows, LANES), lambda row, block, chunk: (row, block, 0, 0)),
+        B=of_block,
+        C=of_block,
+        D=spec((None, None, 1, width), lambda row, block, chunk: (row, block, 0, 0)),
+        initial_state=one_state,
+    )
+
+    def tile(rows: int, columns: int = LANES, dtype: Any = jnp.float32) -> Any:
+        return pltpu.VMEM((rows, columns), dtype)
+
+    pieces = tiles.halves(CHUNK)
+    below = sum(CHUNK - piece.start for piece in pieces)
+    of_pieces = len(pieces) * sizes.half_rows
+    scratch = _Shared(
+        dt=tile(sizes.rows, CHUNK),
+        s=tile(CHUNK),
+        g=tile(CHUNK),
+        to_end=tile(CHUNK),
+        across=tile(8),
+        C=tile(CHUNK, n, jnp.bfloat16),
+        B=tile(CHUNK, n, jnp.bfloat16),
+        C_transposed=tile(n, CHUNK, jnp.bfloat16),
+        scores=tile(below),
+        scores_transposed=tile(below),
+        g_rows=tile(of_pieces),
+        s_rows=tile(of_pieces),
+    )
+    sums = _Sums(
+        scores=tile(below),
+        B=tile(CHUNK, n),
+        C=tile(CHUNK, n),
+        ends=tile(sizes.rows, CHUNK),
+        begins=tile(sizes.rows, CHUNK),
+        last=tile(sizes.half_rows),
+    )
+
+    def kernel(inputs: _Inputs, *refs: Any) -> None:
+        *gradients, d_state, shared, sums = refs
+        _kernel(sizes, inputs, Gradients(*gradients), d_state, shared, sums)
+
+    return pl.pallas_call(
+        kernel,
+        grid=sizes.grid,
+        in_specs=[in_specs],
+        out_specs=out_specs,
+        out_shape=outputs,
+        scratch_shapes=[tile(n, width), scratch, sums],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="ssd_backward",
+    )(inputs)

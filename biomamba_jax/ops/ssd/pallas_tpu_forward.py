@@ -1,0 +1,212 @@
+"""Forward pass of SSD for TPU: one kernel, chunk after chunk, all heads of a block at once.
+
+With s_t the sum of log2(e) d A up to token t of the chunk and g_t = s_t - log2 d_t, for each head:
+
+    y_t = sum_{j<=t} (C_t . B_j) 2^(s_t - g_j) x_j  +  2^(s_t) C_t . S  +  D x_t
+    S' = 2^(s_last) S + sum_j 2^(s_last - g_j) B_j x_j^T
+
+* d is folded into the exponent, so x is multiplied as it came.
+* C B^T is masked once a chunk (not after t, same segment) and shared by all heads. A reset costs nothing per head: it
+  also masks C for the state handed in, B for the state handed on, and the decay across the chunk.
+* Two heads share one product, [M_1 | M_2] (64 columns of each) times blockdiag(x_1, x_2): the matrix unit is full.
+* What the heads share is a long chain of small steps, which alone would take a quarter of the time. It is computed one
+  chunk ahead, in stages written between the pairs of heads, because the scheduler keeps close to program order.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
+from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, HEADDIM, LANES, Ref, SharedInputs, Sizes
+
+_STAGES = 5
+"""What the next chunk's heads share is computed beside so many of the last pairs of this one: by trial, v5e."""
+
+
+class _Inputs(NamedTuple):
+    x: Any  # [B L H*P]
+    here: SharedInputs
+    ahead: SharedInputs  # of the next step
+    D: Any  # [blocks 1 128]
+    initial_state: Any  # [B N H*P] or None
+
+
+class _Outputs(NamedTuple):
+    y: Any  # [B L H*P]
+    final_state: Any  # [B N H*P], float32
+    states: Any  # [B chunks N H*P], bfloat16, before each chunk; None where not wanted
+
+
+class _Shared(NamedTuple):
+    """What the heads of a block share in one chunk."""
+
+    s: Any  # [l 128], columns
+    to_end: Any  # [l 128], columns of 2^(s_last - g)
+    across: Any  # [8 128], columns of 2^(s_last), zero after a reset
+    C: Any  # [l N], zero after a reset
+    B_transposed: Any  # [N l], zero before the last reset
+    scores: Any  # C B^T, masked: for each 64 columns, twice, the rows from there on
+    rows: Any  # for each 64 tokens, g as rows of pairs
+
+
+def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
+    """Computes in stages what heads share; the last stage yields it."""
+    decays = tiles.decays(inputs)
+    yield None
+    resets = None if inputs.resets is None else inputs.resets[...]
+    s = tiles.to_columns(decays.s, resets)
+    yield None
+    to_end = tiles.to_columns(jnp.exp2(decays.s[:, CHUNK - 1 :] - decays.g))
+    B, C = inputs.B[...], inputs.C[...]
+    across = jnp.exp2(s[CHUNK - 1 :])
+    C_in, B_out = C, B
+    if resets is not None:
+        segment = s[:, LANES - 1 :]
+        last = segment[CHUNK - 1 :]
+        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
+        across = jnp.where(last == 0, across, 0.0)
+    yield None
+    scores, rows = [], []
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(C[piece.start :], tiles.twice(B[piece]), tiles.AS_ROWS)
+        keep = tiles.iota(product.shape, 0) >= (tiles.iota(product.shape, 1) & (tiles.HEADDIM - 1))
+        if resets is not None:
+            keep &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
+        scores.append(jnp.where(keep, product, 0.0))
+        rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
+    yield None
+    B_transposed = B_out.T
+    yield None
+    across = jnp.broadcast_to(across, (8, LANES))
+    yield _Shared(s, to_end, across, C_in, B_transposed, jnp.concatenate(scores, 0), jnp.concatenate(rows, 0))
+
+
+def _store(shared: _Shared, values: _Shared) -> None:
+    for ref, value in zip(shared, values, strict=True):
+        ref[...] = value
+
+
+def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared: _Shared) -> None:
+    half_rows = sizes.half_rows
+    _, row, block, chunk = (pl.program_id(axis) for axis in range(4))
+
+    @pl.when(chunk == 0)
+    def start_stream() -> None:
+        initial = inputs.initial_state
+        state[...] = jnp.zeros_like(state) if initial is None else initial[...]
+
+    @pl.when((row == 0) & (block == 0) & (chunk == 0))
+    def start_half() -> None:
+        *_, values = _prepare(sizes, inputs.here)
+        _store(shared, values)
+
+    if outputs.states is not None:
+        outputs.states[...] = state[...].astype(jnp.bfloat16)
+    stages, values = _prepare(sizes, inputs.ahead), None
+    columns, to_end, across, C, B_transposed = (ref[...] for ref in shared[:5])
+    pieces = tiles.halves(CHUNK)
+    for pair in range(sizes.pairs):
+        if pair >= sizes.pairs - _STAGES:
+            values = next(stages, values)
+        lanes = slice(pair * LANES, (pair + 1) * LANES)
+        x = inputs.x[:, lanes]
+        s = tiles.spread(columns, pair, half_rows)
+        before = state[:, lanes]
+        y: list[Any] = [None] * len(pieces)
+        start = 0
+        handed_in = tiles.dot(C, before.astype(jnp.bfloat16)) * jnp.exp2(s)
+        for k, piece in enumerate(pieces):
+            rows = CHUNK - piece.start
+            i = k * half_rows + pair
+            exponent = s[piece.start :] - shared.rows[i : i + 1]
+            decay = jnp.exp2(jnp.minimum(exponent, tiles.LARGEST_EXPONENT))
+            mixing = (shared.scores[start : start + rows] * decay).astype(jnp.bfloat16)
+            start += rows
+            product = tiles.dot(mixing, tiles.block_diagonal(x[piece].astype(jnp.bfloat16)))
+            for n in range(k, len(pieces)):
+                y[n] = tiles.plus(y[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
+        x = x.astype(jnp.float32)
+        skip = tiles.spread_row(inputs.D[...], pair, half_rows)
+        outputs.y[:, lanes] = (handed_in + jnp.concatenate(y, 0) + skip * x).astype(outputs.y.dtype)
+        weighted = (x * tiles.spread(to_end, pair, half_rows)).astype(jnp.bfloat16)
+        decay = tiles.spread_row(across[:1], pair, half_rows)
+        state[:, lanes] = before * decay + tiles.dot(B_transposed, weighted)
+    *_, values = values, *stages
+    _store(shared, values)
+
+    @pl.when(chunk == sizes.chunks - 1)
+    def end_stream() -> None:
+        outputs.final_state[...] = state[...]
+
+
+def forward(
+    sizes: Sizes,
+    x: Array,
+    shared: SharedInputs,
+    D: Array,
+    initial_state: Array | None,
+    *,
+    save_states: bool,
+    interpret: Any,
+) -> _Outputs:
+    """Runs the kernel; arrays as in `_Inputs` and `_Outputs`."""
+    n, width = sizes.d_state, sizes.width
+    channels = sizes.blocks * width
+
+    def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *grid: index(*sizes.place(*grid)))
+
+    tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
+    one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
+    each_state = spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block))
+    inputs = _Inputs(x=x, here=shared, ahead=shared, D=D, initial_state=initial_state)
+    in_specs = _Inputs(
+        x=tokens,
+        here=tiles.shared_specs(sizes, shared, sizes.place),
+        ahead=tiles.shared_specs(sizes, shared, sizes.place_ahead),
+        D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
+        initial_state=None if initial_state is None else one_state,
+    )
+    states_shape = (sizes.batch, sizes.chunks, n, channels)
+    outputs = _Outputs(
+        y=tiles.result(x.shape, x.dtype, x),
+        final_state=tiles.result((sizes.batch, n, channels), jnp.float32, x),
+        states=tiles.result(states_shape, jnp.bfloat16, x) if save_states else None,
+    )
+    out_specs = _Outputs(y=tokens, final_state=one_state, states=each_state if save_states else None)
+    pieces = len(tiles.halves(CHUNK))
+    scores = sum(CHUNK - piece.start for piece in tiles.halves(CHUNK))
+
+    def tile(rows: int, columns: int, dtype: Any = jnp.float32) -> Any:
+        return pltpu.VMEM((rows, columns), dtype)
+
+    scratch = _Shared(
+        s=tile(CHUNK, LANES),
+        to_end=tile(CHUNK, LANES),
+        across=tile(8, LANES),
+        C=tile(CHUNK, n, jnp.bfloat16),
+        B_transposed=tile(n, CHUNK, jnp.bfloat16),
+        scores=tile(scores, LANES),
+        rows=tile(pieces * sizes.half_rows, LANES),
+    )
+
+    def kernel(inputs: _Inputs, *refs: Any) -> None:
+        *outputs, state, shared = refs
+        _kernel(sizes, inputs, _Outputs(*outputs), state, shared)
+
+    return pl.pallas_call(
+        kernel,
+        grid=sizes.grid,
+        in_specs=[in_specs],
+        out_specs=out_specs,
+        out_shape=outputs,
+        scratch_shapes=[pltpu.VMEM((n, width), jnp.float32), scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="ssd_forward",
+    )(inputs)
