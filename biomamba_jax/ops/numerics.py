@@ -31,7 +31,7 @@ def project(x: Float[Array, "*batch C"], kernel: Float[Array, "C F"]) -> Float[A
     """x @ kernel, with the gradient of the kernel in the kernel's order.
 
     The automatic one is a product [F C], transposed. XLA's CPU backend then computes the incoming gradient element by
-    element in transposed order: 20 to 25 % of a Mamba-1 training step.
+    element in transposed order: a tenth of a Mamba-1 training step (330 of 3,340 ms in a trace).
     """
     return jnp.dot(x, kernel)
 
