@@ -27,8 +27,8 @@ from biomamba_jax.interop.names import flatten, native_shapes, path_name, unflat
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 1
 # Orbax copies arrays before it writes them, and holds what it has packed until a file is full: by its defaults three
-# times the weights in memory, with these settings about 150 MB beside them.
-_CHUNK_BYTES = 8 << 20
+# times the weights in memory, so written about 400 MB beside them. (Buffers above 32 MB go back to the system at once.)
+_CHUNK_BYTES = 36 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
 _NOT_STORED = ("compute_dtype", "remat", "unroll")
 
@@ -63,12 +63,13 @@ def write(folder: Path, config: ModelConfig, params: dict[str, Any], about: dict
     fields = dataclasses.asdict(portable(config))
     fields = {name: value for name, value in fields.items() if name not in _NOT_STORED}
     in_place = type_handlers.create_type_handler_registry(
-        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False))
+        (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),  # unused, but orbax warns where it is not there
     )
     arguments = ocp.args.PyTreeSave(
         params,
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params),
-        ocdbt_target_data_file_size=4 * _CHUNK_BYTES,
+        ocdbt_target_data_file_size=_CHUNK_BYTES,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
@@ -109,19 +110,23 @@ def _restore(checkpoint: Path, prefix: str, config: ModelConfig) -> dict[str, An
             if keys:
                 rows = "; ".join(f"{key}: {wanted.get(key, 'none')}, {saved.get(key, 'none')}" for key in keys)
                 raise UserError(f"{checkpoint}: does not fit its config (key: expected, found): {rows}")
-            # The tree as it was saved, lists included; everything but the wanted leaves is left on disk.
-            item = jax.tree_util.tree_map_with_path(
-                lambda path, leaf: (
-                    jax.ShapeDtypeStruct(leaf.shape, np.float32) if path_name(path) in wanted else ocp.PLACEHOLDER
-                ),
-                tree,
-            )
-            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
-            options = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
-            restored = flatten(handler.restore(epath.Path(checkpoint.absolute()), args=options))
+            restored = {path: _restore_one(handler, checkpoint, tree, prefix + path) for path in expected}
         except (ValueError, OSError, KeyError) as error:
             raise UserError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from None
-    return unflatten({path: restored[prefix + path] for path in expected})
+    return unflatten(restored)
+
+
+def _restore_one(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path, tree: Any, wanted: str) -> np.ndarray:
+    """One leaf: all at once, they would need as much again for what is being unpacked."""
+    item = jax.tree_util.tree_map_with_path(  # the tree as it was saved, lists included; the rest is left on disk
+        lambda path, leaf: (
+            jax.ShapeDtypeStruct(leaf.shape, np.float32) if path_name(path) == wanted else ocp.PLACEHOLDER
+        ),
+        tree,
+    )
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
+    options = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
+    return flatten(handler.restore(epath.Path(checkpoint.absolute()), args=options))[wanted]
 
 
 def _metadata(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path) -> Any:
