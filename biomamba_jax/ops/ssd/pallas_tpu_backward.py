@@ -104,7 +104,7 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     g = tiles.to_columns(decays.g)
     yield None
     B, C = inputs.B[...], inputs.C[...]
-    to_end = tiles.to_columns(jnp.exp2(decays.s[:, CHUNK - 1 :] - decays.g))
+    to_end = tiles.to_columns(decays.to_end)
     yield None
     across = jnp.exp2(s[CHUNK - 1 :])
     C_in, B_out, C_transposed, segment = C, B, C.T, None
@@ -181,11 +181,13 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
     d_before = tiles.spread(shared.across[...], pair, half_rows)[:1] * d_after
     d_state[:, lanes] = d_before + tiles.dot(shared.C_transposed[...], dy_decayed)
 
-    begins = x_exact * onward
+    # Sums of paths are of the rounded factors that entered the products, or else ends and begins would not cancel.
+    x_rounded, dy_rounded = x.astype(jnp.float32), dy.astype(jnp.float32)
+    begins = x_rounded * onward
     last = jnp.sum(begins, 0, keepdims=True) + jnp.sum(d_before * state.astype(jnp.float32), 0, keepdims=True)
     sums.last[pair : pair + 1] = last
     y = jnp.concatenate(ends, 0) + handed_in
-    for rows, values in ((sums.ends, dy_exact * y), (sums.begins, x_exact * mixed)):
+    for rows, values in ((sums.ends, dy_rounded * y), (sums.begins, x_rounded * mixed)):
         transposed = values.T
         rows[pair : pair + 1] = jnp.sum(transposed[:HEADDIM], 0, keepdims=True)
         rows[half_rows + pair : half_rows + pair + 1] = jnp.sum(transposed[HEADDIM:], 0, keepdims=True)

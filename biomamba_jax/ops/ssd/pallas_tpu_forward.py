@@ -61,7 +61,7 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     resets = None if inputs.resets is None else inputs.resets[...]
     s = tiles.to_columns(decays.s, resets)
     yield None
-    to_end = tiles.to_columns(jnp.exp2(decays.s[:, CHUNK - 1 :] - decays.g))
+    to_end = tiles.to_columns(decays.to_end)
     B, C = inputs.B[...], inputs.C[...]
     across = jnp.exp2(s[CHUNK - 1 :])
     C_in, B_out = C, B

@@ -203,17 +203,23 @@ class Decays(NamedTuple):
     """Rows [R l] of one chunk."""
 
     dt: Array  # after the softplus
-    exponent: Array  # log2 of each step's decay
-    s: Array  # the exponents' sum from the chunk's start up to each step
-    g: Array  # s - log2 dt: exp2(s_t - g_s) is the decay from step s to t, times dt_s
+    s: Array  # the exponents' sum from the chunk's or segment's start up to each step
+    g: Array  # s - log2 dt: exp2(s_t - g_j) is the decay from step j to t, times dt_j
+    to_end: Array  # exp2(s_last - g), finite also in segments before the last
 
 
 def decays(inputs: SharedInputs) -> Decays:
     dt = softplus(inputs.dt[...] + inputs.A_and_bias[:, 1:])
     exponent = jnp.maximum(dt * inputs.A_and_bias[:, :1], LOWEST_EXPONENT)
     up_to = iota((CHUNK, CHUNK), 0) <= iota((CHUNK, CHUNK), 1)
+    if inputs.resets is not None:
+        # The sum starts anew with the segment: not even its rounding depends on the segment before.
+        resets = inputs.resets[...]
+        up_to &= to_columns(jnp.broadcast_to(resets, (8, CHUNK)))[:, :1] == resets
     s = exact_sum_over(exponent, up_to.astype(jnp.float32))
-    return Decays(dt, exponent, s, s - jnp.log2(jnp.maximum(dt, TINY)))
+    g = s - jnp.log2(jnp.maximum(dt, TINY))
+    to_end = jnp.exp2(jnp.minimum(s[:, CHUNK - 1 :] - g, LARGEST_EXPONENT))
+    return Decays(dt, s, g, to_end)
 
 
 def result(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
