@@ -132,12 +132,23 @@ def test_values_and_all_gradients_match_the_recurrence(dtype, data):
 def test_extreme_steps_and_decays_stay_finite_and_right(data):
     """Steps from softplus(-200) to 1000 and rates to -1e4: decays from 1 to far below the smallest float."""
     shape = SHAPES[0]
-    inputs = random_inputs(shape, data.draw(st.integers(0, 2**16)))
-    random = np.random.default_rng(data.draw(st.integers(0, 2**16)))
+    inputs = extreme_inputs(shape, data.draw(st.integers(0, 2**16)), data.draw(st.integers(0, 2**16)))
+    assert_matches_recurrence(inputs, data.draw(segment_layouts(shape)), "float32", shape.chunk)
+
+
+def extreme_inputs(shape: Shape, seed: int, extremes: int) -> dict[str, np.ndarray]:
+    inputs, random = random_inputs(shape, seed), np.random.default_rng(extremes)
     inputs["dt"] = random.choice([-200.0, -20.0, -3.0, 0.0, 1000.0], inputs["dt"].shape, p=[0.3, 0.3, 0.3, 0.05, 0.05])
     inputs["dt_bias"] *= 0
     inputs["A"] = -random.choice([1e-4, 1.0, 16.0, 1e4], inputs["A"].shape)
-    assert_matches_recurrence(inputs, data.draw(segment_layouts(shape)), "float32", shape.chunk)
+    return inputs
+
+
+def test_paths_beside_a_step_leave_no_rounding_in_its_gradient():
+    """Large paths that do not cross a step must not be added to its gradient and taken off again."""
+    segment_ids = np.zeros((2, 37), np.int32)
+    segment_ids[0, 7:14] = segment_ids[0, 21:30] = 1
+    assert_matches_recurrence(extreme_inputs(SHAPES[0], 0, 1), segment_ids, "float32", SHAPES[0].chunk)
 
 
 def test_the_largest_decay_loses_no_small_steps_beside_it():

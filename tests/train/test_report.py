@@ -121,7 +121,7 @@ def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(m
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
     about = environment()
     assert {"jax", "flax", "python", "biomamba-jax"} <= about["versions"].keys()
-    assert "cpu" in about["devices"] and "pytest" in about["command"]
+    assert "cpu" in about["devices"] and "python" in about["command"]
     assert "hush-hush" not in json.dumps(about)
 
 

@@ -203,19 +203,24 @@ def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
 
 
 def _decays(exponent: Array, segment: Array) -> _Decays:
-    """Masks come before exp: no infinity and no NaN, in values or gradients."""
+    """Masks come before exp: no infinity and no NaN, in values or gradients.
+
+    The exponents between s and t are added up, not taken as the difference of two sums from the chunk's start: beside
+    huge steps that difference has no digits left.
+    """
     same = _same_segment(segment)
-    c = _exact("bhs,bts->bht", exponent, same.astype(exponent.dtype))
-    last = c[..., -1:]
+    until = jnp.tril(jnp.ones_like(same[0], exponent.dtype))  # [t, k], k <= t
+    after = jnp.tril(until, -1)  # [k, s], k > s
+    between = _exact("bhtk,ks->bhts", exponent[..., None, :] * until, after)
 
     def masked_exp(where: Array, v: Array) -> Array:
         return jnp.exp(jnp.where(where[:, None], v, -jnp.inf))
 
     return _Decays(
-        pair=masked_exp(same, c[..., :, None] - c[..., None, :]),
-        from_start=masked_exp(segment == 0, c),
-        to_end=masked_exp(segment == segment[:, -1:], last - c),
-        across=masked_exp(segment[:, -1:] == 0, last),
+        pair=masked_exp(same, between),
+        from_start=masked_exp(segment == 0, _exact("bhk,tk->bht", exponent, until)),
+        to_end=masked_exp(segment == segment[:, -1:], between[..., -1, :]),
+        across=masked_exp(segment[:, -1:] == 0, jnp.sum(exponent, -1, keepdims=True)),
     )
 
 
@@ -261,8 +266,9 @@ def _backward(chunk: int, residuals, cotangents):
     """Gradients by the transposed recurrence, from the last chunk to the first.
 
     The gradient of an exponent d_k A is the sum over all paths s -> t (s < k <= t) of path value times its gradient.
-    Paths within the chunk are sums over rows minus sums over columns; the diagonal is no such path and stays out, so
-    that nothing large cancels. Sums run over the tokens of the same segment only: exactly nothing leaks.
+    Within the chunk just these are added up. Sums over rows minus sums over columns would be cheaper, but the paths on
+    one side of k stand in both: where a step is huge their rounding is all that is left. The diagonal is no path.
+    Sums run over the tokens of the same segment only: exactly nothing leaks.
     """
     x, dt, A, B, C, D, starts, states = residuals
     dy, d_final_state = cotangents
@@ -270,6 +276,8 @@ def _backward(chunk: int, residuals, cotangents):
     groups = B.shape[2]
     dot = partial(_dot, dtype=x.dtype)
     off_diagonal = 1 - jnp.eye(chunk, dtype=dt.dtype)
+    before = jnp.triu(jnp.ones((chunk, chunk), dt.dtype), 1)  # [s, k], s < k
+    until = jnp.tril(jnp.ones((chunk, chunk), dt.dtype))  # [t, k], k <= t
 
     def body(d_state: Array, inputs: tuple[_Chunk, Array, Array]):
         part, state, dy = inputs
@@ -288,12 +296,12 @@ def _backward(chunk: int, residuals, cotangents):
         d_cb = _sum(d_cb, -2).reshape(cb.shape)
         paths = d_product * _per_head(cb, heads) * off_diagonal
         from_s = _sum(paths, -2)
-        to_t = _exact("bhts,bhso->bhto", paths, part.dt[..., None])[..., 0]
+        across_k = _exact("bhts,sk->bhtk", paths * part.dt[..., None, :], before) * until
 
         # y_t += exp(c_t) C_t . S
         dy_decayed = dy * _spread(decays.from_start, groups, headdim)
         d_c = dot("bgtw,bgnw->bgtn", dy_decayed, state) + dot("bgts,bgsn->bgtn", d_cb, part.B)
-        to_t += _sum_channels(dy_decayed * dot("bgtn,bgnw->bgtw", part.C, state), headdim)
+        to_t = _sum_channels(dy_decayed * dot("bgtn,bgnw->bgtw", part.C, state), headdim)
 
         # S' += sum_s exp(c_last - c_s) d_s B_s x_s^T
         to_end = _spread(decays.to_end * part.dt, groups, headdim)
@@ -307,7 +315,7 @@ def _backward(chunk: int, residuals, cotangents):
         d_state = _spread(decays.across, groups, headdim) * d_state + dot("bgtn,bgtw->bgnw", part.C, dy_decayed)
 
         same = _same_segment(segment).astype(dt.dtype)
-        d_exponent = _exact("bht,btk->bhk", to_t - from_s * part.dt, same) + through
+        d_exponent = _sum(across_k, -2) + _exact("bht,btk->bhk", to_t, same) + through
         d_exponent += _exact("bhs,bks->bhk", from_s_to_end * part.dt, same * off_diagonal)
         d_exponent = jnp.where(effective, d_exponent, 0)
         cb_diagonal = _per_head(jnp.diagonal(cb, axis1=-2, axis2=-1), heads)
