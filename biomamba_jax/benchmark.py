@@ -1,7 +1,9 @@
 """python -m biomamba_jax.benchmark step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
+python -m biomamba_jax.benchmark kernels --target v5e
 
 Measures this machine. `step`: tokens/s, memory and share of peak of the training step of a config, by default the
-published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model.
+published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model. `kernels`: what
+the heavy operations cost on a TPU that need not be there, by the compiler's estimate and against their floors.
 """
 
 import sys
@@ -22,7 +24,15 @@ def step(argv: Sequence[str], prog: str) -> None:
     measure_step(parse(StepBenchmark, words, prog=prog, description=description))
 
 
-SUBJECTS = {"step": step}
+def kernels(argv: Sequence[str], prog: str) -> None:
+    """The heavy operations on TPU, by estimate."""
+    from biomamba_jax.measure.kernels import KernelsBenchmark, measure_kernels
+
+    description = "Estimated time and bytes of the TPU kernels and their alternatives, and the share of the floor."
+    measure_kernels(parse(KernelsBenchmark, argv, prog=prog, description=description))
+
+
+SUBJECTS = {"step": step, "kernels": kernels}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,0 +1,219 @@
+"""What the heavy operations cost on TPU by the compiler's estimate, against their floors; needs no TPU."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.table import Table
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.measure.aot import Estimate, Request, estimates
+from biomamba_jax.ops import causal_conv1d, selective_scan, ssd
+
+Target = Literal["v5e", "v5p", "v6e"]
+_D_STATE, _SSD_D_STATE, _HEADDIM, _WIDTH = 16, 128, 64, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Of one TPU core, as far as the floors need it; clocks derived from peak FLOP/s."""
+
+    clock: float  # Hz
+    bandwidth: float  # bytes/s
+    matrix_flops: float  # bfloat16 FLOP/s
+
+
+# https://docs.cloud.google.com/tpu/docs; v5p: one of the two cores, which share the memory
+_CHIPS: Mapping[Target, Chip] = {
+    "v5e": Chip(1.5e9, 819e9, 197e12),
+    "v5p": Chip(1.75e9, 2765e9 / 2, 459e12 / 2),
+    "v6e": Chip(1.75e9, 1640e9, 918e12),
+}
+_VECTOR_SLOTS = 4  # vector operations of 8 x 128 values that one bundle holds
+# Vector operations of the selective scan for 8 states of 128 channels in one step, counted in the kernels; taking a
+# result from the transcendental unit is one. The sums over d_state and over lanes are shared by two or four registers.
+_SCAN_OPERATIONS = {"forward": 6.5, "backward": 20.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsBenchmark:
+    """What to compile."""
+
+    target: Target = "v5e"
+    """The TPU that the compiler is asked about."""
+    rows: int = 8
+    """Rows of the batch."""
+    length: int = 1024
+    """Tokens of a row."""
+    channels: int = 1536
+    """d_inner: 1,536 for the 130m models."""
+    segments: bool = True
+    """Packed rows: state and convolution are reset between documents."""
+    limit_seconds: float = 600
+    """The compiler is given up after this long for one table."""
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.length, self.channels) < 1:
+            raise UserError("rows, length and channels must be positive")
+        if self.channels % _HEADDIM:
+            raise UserError(f"channels = {self.channels}: must be a multiple of the head size {_HEADDIM}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One row of the table. Seconds for the whole batch."""
+
+    op: str
+    implementation: str
+    direction: str
+    seconds: float
+    vector_floor: float | None
+    matrix_floor: float | None
+    memory_floor: float
+    temporary_bytes: int
+
+    @property
+    def share_of_floor(self) -> float:
+        return max(self.vector_floor or 0, self.matrix_floor or 0, self.memory_floor) / self.seconds
+
+
+def build(
+    op: str,
+    implementation: str | None,
+    rows: int,
+    length: int,
+    channels: int,
+    segments: bool,
+    gradient: bool,
+    devices: Any,
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """The op at one shape, bfloat16 activations, or with its vector-Jacobian product: a builder for `aot`."""
+    bf16, f32 = jnp.bfloat16, jnp.float32
+
+    def shape(*sizes: int, dtype=bf16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    wide = shape(rows, length, channels)
+    ids = shape(rows, length, dtype=jnp.int32) if segments else None
+    run: Callable[..., Any]
+    options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
+    if op == "selective_scan":
+        run, narrow, vector = selective_scan, shape(rows, length, _D_STATE), shape(channels, dtype=f32)
+        A = shape(channels, _D_STATE, dtype=f32)
+        arrays = {"x": wide, "dt": wide, "A": A, "B": narrow, "C": narrow, "D": vector, "z": wide, "dt_bias": vector}
+    elif op == "ssd":
+        heads = channels // _HEADDIM
+        run, narrow, vector = ssd, shape(rows, length, 1, _SSD_D_STATE), shape(heads, dtype=f32)
+        x = shape(rows, length, heads, _HEADDIM)
+        dt = shape(rows, length, heads)
+        arrays = {"x": x, "dt": dt, "A": vector, "B": narrow, "C": narrow, "D": vector, "dt_bias": vector}
+    else:
+        run = causal_conv1d
+        arrays = {"x": wide, "weight": shape(channels, _WIDTH, dtype=f32), "bias": shape(channels, dtype=f32)}
+
+    def forward(arrays, ids):
+        return run(**arrays, segment_ids=ids, **options)
+
+    def with_gradients(arrays, ids, dy):
+        y, pull_back = jax.vjp(lambda v: forward(v, ids), arrays)
+        return y, pull_back(dy)
+
+    return (with_gradients, (arrays, ids, arrays["x"])) if gradient else (forward, (arrays, ids))
+
+
+def measure_kernels(settings: KernelsBenchmark) -> None:
+    """Prints the table."""
+    table = Table(
+        title=f"{settings.target}, batch {settings.rows} x {settings.length:,}, {settings.channels:,} channels, "
+        f"bfloat16{', packed rows' if settings.segments else ''}: compiler estimates, not measured"
+    )
+    for column in (
+        "op",
+        "implementation",
+        "direction",
+        "ms",
+        "vector floor",
+        "matrix floor",
+        "memory floor",
+        "share",
+        "temporary MB",
+    ):
+        table.add_column(column, justify="left" if column in ("op", "implementation", "direction") else "right")
+    for line in lines(settings):
+        floors = (line.vector_floor, line.matrix_floor, line.memory_floor)
+        table.add_row(
+            line.op,
+            line.implementation,
+            line.direction,
+            f"{line.seconds * 1e3:.3f}",
+            *("" if floor is None else f"{floor * 1e3:.3f}" for floor in floors),
+            f"{line.share_of_floor:.0%}",
+            f"{line.temporary_bytes / 1e6:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "Pallas kernels: the static profile of the schedule, without waiting for memory. XLA forms: XLA's own model, up"
+        " to a few times too high. Share: the highest floor over the time."
+    )
+
+
+def lines(settings: KernelsBenchmark) -> Iterator[Line]:
+    """Each kernel and its alternative. Raises as `aot.estimates`."""
+    chip = _CHIPS[settings.target]
+    for op in ("selective_scan", "ssd", "causal_conv1d"):
+        if op != "causal_conv1d":
+            yield from _pallas_lines(op, settings, chip)
+        forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
+        for direction, estimate in (("forward", forward), ("forward and backward", both)):
+            memory = (estimate.argument_bytes + estimate.output_bytes) / chip.bandwidth
+            seconds = estimate.xla_cycles / chip.clock
+            yield Line(op, "xla", direction, seconds, None, None, memory, estimate.temporary_bytes)
+
+
+def _estimates(
+    op: str, implementation: str, settings: KernelsBenchmark, rows: int, lengths: list[int], profile: bool
+) -> list[tuple[Estimate, Estimate]]:
+    """(forward, forward and backward) at each length."""
+
+    def request(length: int, gradient: bool) -> Request:
+        shape = {"rows": rows, "length": length, "channels": settings.channels, "segments": settings.segments}
+        arguments = {"op": op, "implementation": implementation, "gradient": gradient, **shape}
+        return Request(f"{settings.target}:{_SMALLEST[settings.target]}", f"{__name__}:build", arguments)
+
+    requests = [request(length, gradient) for length in lengths for gradient in (False, True)]
+    found = estimates(requests, profile=profile, timeout=settings.limit_seconds)
+    for estimate in found:
+        if estimate.error:
+            raise UserError(f"{op}, {implementation}: the compiler refused the program: {estimate.error}")
+    return list(zip(found[::2], found[1::2], strict=True))
+
+
+_SMALLEST: Mapping[Target, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
+_SHORT_LENGTHS = [256, 512]  # multiples of every kernel's chunk
+
+
+def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[Line]:
+    """From the slope between two short lengths, which leaves out what a call costs however little it does."""
+    short, long = _estimates(op, "pallas_tpu", settings, 1, _SHORT_LENGTHS, profile=True)
+    whole = _estimates(op, "pallas_tpu", settings, settings.rows, [settings.length], profile=False)[0]
+    tokens = settings.rows * settings.length
+    memory = [(e.argument_bytes + e.output_bytes) / chip.bandwidth for e in whole]
+    for i, direction in enumerate(("forward", "backward")):
+        cycles = [_kernel_cycles(pair[1].static_cycles, direction) for pair in (short, long)]
+        seconds = (cycles[1] - cycles[0]) / (_SHORT_LENGTHS[1] - _SHORT_LENGTHS[0]) * tokens / chip.clock
+        vector = matrix = None
+        if op == "selective_scan":
+            registers = tokens * settings.channels * _D_STATE / 1024
+            vector = registers * _SCAN_OPERATIONS[direction] / _VECTOR_SLOTS / chip.clock
+        yield Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes)
+
+
+def _kernel_cycles(cycles: Mapping[str, int], direction: str) -> int:
+    found = [v for name, v in cycles.items() if direction in name]
+    if not found:
+        raise UserError(f"the compiler's profile names no {direction} kernel, only: {', '.join(cycles) or 'none'}")
+    return sum(found)
