@@ -22,7 +22,7 @@ from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
 from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, HEADDIM, LANES, SharedInputs, Sizes
 
-_STAGES = 3
+_STAGES = 4
 """What the heads share in the next step is computed beside so many of the last pairs of this one: by trial, v5e."""
 
 
@@ -51,6 +51,7 @@ class Gradients(NamedTuple):
 class _Shared(NamedTuple):
     """What the heads of a block share in one chunk, and per-head rows and columns."""
 
+    segment: Any  # [l 1], resets in this chunk up to each token, as a column; None where no state resets
     dt: Any  # [R l], after the softplus
     s: Any  # [l 128], columns
     g: Any  # [l 128], columns
@@ -97,19 +98,22 @@ def _keep_transposed(piece: slice, resets: Any, segment: Any) -> Array:
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     """Computes in stages what heads share; the last stage yields it."""
-    decays = tiles.decays(inputs)
+    resets = segment = None
+    if inputs.resets is not None:
+        resets = inputs.resets[...]
+        segment = tiles.to_column(resets)
     yield None
-    resets = None if inputs.resets is None else inputs.resets[...]
-    s = tiles.to_columns(decays.s, resets)
+    decays = tiles.decays(inputs, segment)
+    yield None
+    s = tiles.to_columns(decays.s)
     g = tiles.to_columns(decays.g)
     yield None
     B, C = inputs.B[...], inputs.C[...]
     to_end = tiles.to_columns(decays.to_end)
     yield None
     across = jnp.exp2(s[CHUNK - 1 :])
-    C_in, B_out, C_transposed, segment = C, B, C.T, None
-    if resets is not None:
-        segment = s[:, LANES - 1 :]
+    C_in, B_out, C_transposed = C, B, C.T
+    if resets is not None and segment is not None:
         last = segment[CHUNK - 1 :]
         C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
         C_transposed = tiles.masked(C_transposed, resets == 0)
@@ -128,12 +132,13 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield None
     across = jnp.broadcast_to(across, (8, LANES))
     lists = (jnp.concatenate(v, 0) for v in (scores, transposed, g_rows, s_rows))
-    yield _Shared(decays.dt, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
+    yield _Shared(segment, decays.dt, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
 
 
 def _store(shared: _Shared, values: _Shared) -> None:
     for ref, value in zip(shared, values, strict=True):
-        ref[...] = value
+        if ref is not None:
+            ref[...] = value
 
 
 def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
@@ -199,7 +204,7 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     d_B, d_C = sums.B[...], sums.C[...]
     resets, segment = None, None
     if inputs.resets is not None:
-        resets, segment = inputs.resets[...], shared.s[:, LANES - 1 :]
+        resets, segment = inputs.resets[...], shared.segment[...]
         d_B *= (segment == segment[CHUNK - 1 :]).astype(jnp.float32)
         d_C *= (segment == 0).astype(jnp.float32)
     pieces = tiles.halves(CHUNK)
@@ -338,6 +343,7 @@ def backward(
     below = sum(CHUNK - piece.start for piece in pieces)
     of_pieces = len(pieces) * sizes.half_rows
     scratch = _Shared(
+        segment=None if shared.resets is None else tile(CHUNK, 1),
         dt=tile(sizes.rows, CHUNK),
         s=tile(CHUNK),
         g=tile(CHUNK),

@@ -56,17 +56,19 @@ class _Shared(NamedTuple):
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     """Computes in stages what heads share; the last stage yields it."""
-    decays = tiles.decays(inputs)
+    resets = segment = None
+    if inputs.resets is not None:
+        resets = inputs.resets[...]
+        segment = tiles.to_column(resets)
+    decays = tiles.decays(inputs, segment)
     yield None
-    resets = None if inputs.resets is None else inputs.resets[...]
-    s = tiles.to_columns(decays.s, resets)
+    s = tiles.to_columns(decays.s)
     yield None
     to_end = tiles.to_columns(decays.to_end)
     B, C = inputs.B[...], inputs.C[...]
     across = jnp.exp2(s[CHUNK - 1 :])
     C_in, B_out = C, B
-    if resets is not None:
-        segment = s[:, LANES - 1 :]
+    if resets is not None and segment is not None:
         last = segment[CHUNK - 1 :]
         C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
         across = jnp.where(last == 0, across, 0.0)
@@ -75,7 +77,7 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     for piece in tiles.halves(CHUNK):
         product = tiles.dot(C[piece.start :], tiles.twice(B[piece]), tiles.AS_ROWS)
         keep = tiles.iota(product.shape, 0) >= (tiles.iota(product.shape, 1) & (tiles.HEADDIM - 1))
-        if resets is not None:
+        if resets is not None and segment is not None:
             keep &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
         scores.append(jnp.where(keep, product, 0.0))
         rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))

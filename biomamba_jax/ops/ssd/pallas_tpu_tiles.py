@@ -116,13 +116,14 @@ def exact_sum_over(v: Array, matrix: Array) -> Array:
     return products[:n] + products[n : 2 * n] + products[2 * n :]
 
 
-def to_columns(rows: Array, last: Array | None = None) -> Array:
-    """Rows [R l] to columns [l 128], and the row `last` [1 l] to the last column."""
-    filled = [rows, jnp.zeros((LANES - 8 - rows.shape[0], rows.shape[1]), rows.dtype)]
-    filled.append(
-        jnp.zeros((8, rows.shape[1]), rows.dtype) if last is None else jnp.broadcast_to(last, (8, last.shape[1]))
-    )
-    return jnp.concatenate(filled, 0).T
+def to_columns(rows: Array) -> Array:
+    """[R l] -> [l 128]."""
+    return jnp.concatenate([rows, jnp.zeros((LANES - rows.shape[0], rows.shape[1]), rows.dtype)], 0).T
+
+
+def to_column(row: Array) -> Array:
+    """[1 l] -> [l 1]."""
+    return to_columns(jnp.broadcast_to(row, (8, row.shape[1])))[:, :1]
 
 
 def spread(columns: Array, pair: int, half_rows: int) -> Array:
@@ -208,14 +209,14 @@ class Decays(NamedTuple):
     to_end: Array  # exp2(s_last - g), finite also in segments before the last
 
 
-def decays(inputs: SharedInputs) -> Decays:
+def decays(inputs: SharedInputs, segment: Array | None) -> Decays:
+    """`segment`: the resets up to each token as a column [l 1]."""
     dt = softplus(inputs.dt[...] + inputs.A_and_bias[:, 1:])
     exponent = jnp.maximum(dt * inputs.A_and_bias[:, :1], LOWEST_EXPONENT)
     up_to = iota((CHUNK, CHUNK), 0) <= iota((CHUNK, CHUNK), 1)
     if inputs.resets is not None:
         # The sum starts anew with the segment: not even its rounding depends on the segment before.
-        resets = inputs.resets[...]
-        up_to &= to_columns(jnp.broadcast_to(resets, (8, CHUNK)))[:, :1] == resets
+        up_to &= segment == inputs.resets[...]
     s = exact_sum_over(exponent, up_to.astype(jnp.float32))
     g = s - jnp.log2(jnp.maximum(dt, TINY))
     to_end = jnp.exp2(jnp.minimum(s[:, CHUNK - 1 :] - g, LARGEST_EXPONENT))
