@@ -1,6 +1,7 @@
 """Devices as a mesh, and where batches and weights lie on it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,15 +20,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def rows_per_host(batch_size: int, mesh: Mesh) -> int:
+def rows_per_host(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
     """Rows of a global batch that each host feeds.
 
+    Args:
+      parts: how many parts the batch is computed in, each spread over all devices.
+
     Raises:
-      UserError: the batch does not divide over the devices.
+      UserError: the parts do not divide over the devices.
     """
-    if batch_size % mesh.size:
-        raise UserError(f"data.batch_size = {batch_size}: must be a multiple of the number of devices, {mesh.size}")
+    if batch_size % (mesh.size * parts):
+        raise UserError(
+            f"data.batch_size = {batch_size}: must be a multiple of train.accumulation times the number of devices, "
+            f"{parts} x {mesh.size}"
+        )
     return batch_size // jax.process_count()
+
+
+def summed_over_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function(weights, batch)` of each device's rows, its results summed over all devices.
+
+    Every device runs the same program on its own rows: kernels, which cannot be partitioned by the compiler, and loops
+    over rows need no communication. Weights are the same everywhere.
+    """
+
+    def local(weights: Any, batch: Any) -> Any:
+        return jax.lax.psum(function(weights, batch), "data")
+
+    # Replication is not tracked inside: kernels do not say over which axes their results vary.
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec(), check_vma=False
+    )
 
 
 def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

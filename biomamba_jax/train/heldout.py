@@ -11,7 +11,7 @@ from biomamba_jax.config import DataConfig, LossConfig
 from biomamba_jax.data.pipeline import evaluation_batches
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
-from biomamba_jax.parallel.mesh import rows_per_host, shard_rows
+from biomamba_jax.parallel.mesh import rows_per_host, shard_rows, summed_over_rows
 from biomamba_jax.train.step import language_model_loss
 
 
@@ -33,7 +33,8 @@ class HeldOut:
         self.batches = batches
         self.bytes_per_token = info.bytes / info.tokens
         # What is reported is the plain cross-entropy, whatever the training loss adds to it.
-        self.sums = jax.jit(lambda params, batch: language_model_loss(graph, LossConfig())(params, batch)[1])
+        loss = language_model_loss(graph, LossConfig())
+        self.sums = jax.jit(summed_over_rows(lambda params, batch: loss(params, batch)[1], mesh))
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats per token, perplexity and bits per byte."""

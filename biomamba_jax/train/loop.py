@@ -60,12 +60,12 @@ def train(config: PretrainConfig, params: Any = None) -> int:
     optimizer = make_optimizer(config.optimizer, config.model, schedule)
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))))
     loss = language_model_loss(graph, config.loss)
-    train_step = jax.jit(make_train_step(loss, optimizer, config.train.accumulation), donate_argnums=0)
+    train_step = jax.jit(make_train_step(loss, optimizer, config.train.accumulation, mesh), donate_argnums=0)
     held_out = HeldOut(graph, config.data, mesh, batches=config.train.eval_batches)
     batches = train_iterator(
         config.data.path,
         sequence_length=config.data.sequence_length,
-        batch_size=rows_per_host(config.data.batch_size, mesh),
+        batch_size=rows_per_host(config.data.batch_size, mesh, config.train.accumulation),
         seed=config.train.seed,
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),

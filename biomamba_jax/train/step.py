@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.sharding import Mesh
 
 from biomamba_jax.config import LossConfig
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
+from biomamba_jax.parallel.mesh import summed_over_rows
 
 Batch = dict[str, Int[Array, "B L"]]
 LossFunction = Callable[[Any, Batch], tuple[Array, LossSums]]
@@ -73,23 +75,29 @@ def language_model_loss(graph: nnx.GraphDef, config: LossConfig) -> LossFunction
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1
+    loss: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The function of one step; the caller compiles it and donates the state.
 
     A batch is computed in `accumulation` parts. Gradients of sums are added up and divided by the tokens of the whole
     batch, so that the result does not depend on how tokens fall into parts. A gradient that is not finite changes
     nothing but the counters.
+
+    Args:
+      mesh: devices that the rows of each part are spread over; None is one device.
     """
+    gradients = jax.value_and_grad(loss, has_aux=True)
+    if mesh is not None:
+        gradients = summed_over_rows(gradients, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, part)
+            (_, sums), grads = gradients(state.params, part)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(jax.value_and_grad(loss, has_aux=True), state.params, first)
+        shapes = jax.eval_shape(gradients, state.params, first)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
