@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure.aot import Estimate, Request, estimates
 from biomamba_jax.ops import causal_conv1d, selective_scan, ssd
+from biomamba_jax.train.progress import print_tables
 
 Target = Literal["v5e", "v5p", "v6e"]
 _D_STATE, _SSD_D_STATE, _HEADDIM, _WIDTH = 16, 128, 64, 4
@@ -153,11 +153,10 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
             f"{line.share_of_floor:.0%}",
             f"{line.temporary_bytes / 1e6:.0f}",
         )
-    console = Console()
-    console.print(table)
-    console.print(
-        "Pallas kernels: the static profile of the schedule, without waiting for memory. XLA forms: XLA's own model, up"
-        " to a few times too high. Share: the highest floor over the time."
+    print_tables([table])
+    print(
+        "Pallas kernels: the static profile of the schedule, without waiting for memory. XLA forms: XLA's own model, "
+        "which can be a few times off. Share: the highest floor over the time."
     )
 
 
@@ -165,8 +164,7 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
     """Each kernel and its alternative. Raises as `aot.estimates`."""
     chip = _CHIPS[settings.target]
     for op in ("selective_scan", "ssd", "causal_conv1d"):
-        if op != "causal_conv1d":
-            yield from _pallas_lines(op, settings, chip)
+        yield from _pallas_lines(op, settings, chip)
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
         for direction, estimate in (("forward", forward), ("forward and backward", both)):
             memory = (estimate.argument_bytes + estimate.output_bytes) / chip.bandwidth

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d
+from biomamba_jax.ops.causal_conv1d import pallas_tpu
 from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
 from tests.tolerances import TOLERANCES
 
@@ -56,6 +57,9 @@ def values_and_gradients(implementation: str, activation: str | None = "silu"):
 
     def compute(inputs, segment_ids):
         def run(arrays):
+            if implementation == "pallas_tpu":
+                x, weight, bias, initial_state = (arrays.get(name) for name in ARRAYS)
+                return pallas_tpu.causal_conv1d(x, weight, bias, activation, segment_ids, initial_state, interpret=True)
             return causal_conv1d(
                 **arrays,
                 activation=activation,
@@ -72,9 +76,13 @@ def values_and_gradients(implementation: str, activation: str | None = "silu"):
 
 
 def assert_equals_oracle(
-    inputs: dict[str, jax.Array], segment_ids, dtype: str, activation: str | None = "silu"
+    inputs: dict[str, jax.Array],
+    segment_ids,
+    dtype: str,
+    activation: str | None = "silu",
+    implementation: str = "xla",
 ) -> None:
-    values, gradients = values_and_gradients("xla", activation)(inputs, segment_ids)
+    values, gradients = values_and_gradients(implementation, activation)(inputs, segment_ids)
     oracle = values_and_gradients("reference", activation)
     want_values, want_gradients = in_float64(oracle, inputs, segment_ids)
     tolerance = TOLERANCES["causal_conv1d", dtype]

@@ -1,15 +1,22 @@
 """The public causal convolution: checks the arguments and hands them to the implementation that was chosen."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.causal_conv1d import reference, xla
+from biomamba_jax.ops.causal_conv1d import pallas_tpu, reference, xla
 
-_IMPLEMENTATIONS = {"xla": xla.causal_conv1d, "reference": reference.causal_conv1d}
-_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
+    "xla": xla.causal_conv1d,
+    "pallas_tpu": pallas_tpu.causal_conv1d,
+    "reference": reference.causal_conv1d,
+}
+_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "pallas_tpu"}
+# A few tokens are a few elementwise steps, which XLA fuses with their neighbours; the kernel would pad them to sixteen.
+_PREFERRED_FOR_FEW_TOKENS: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_FEW_TOKENS = 16
 
 
 def causal_conv1d(
@@ -36,13 +43,14 @@ def causal_conv1d(
       segment_ids: document of each token [B L]. A tap that would reach across a change of id reads zero.
       initial_state: the K-1 inputs before the first token [B K-1 C], of that token's segment; None is zeros.
       return_final_state: also return the last K-1 inputs, zeros where the last token's segment is younger than that.
-      implementation: "xla", "reference", or None for the best on this platform.
+      implementation: "xla", "pallas_tpu", "reference", or None for the best on this platform.
 
     Returns:
       y [B L C] of x's dtype; with `return_final_state` a pair (y, state [B K-1 C] of x's dtype).
 
     Raises:
-      UserError: shapes do not fit together, the activation is unknown, or the implementation does not exist.
+      UserError: shapes do not fit together, the activation is unknown, or the implementation does not exist or cannot
+        run here.
     """
     rows, length, channels = x.shape
     width = weight.shape[-1]
@@ -59,6 +67,7 @@ def causal_conv1d(
         raise UserError("causal_conv1d: x has no time steps; give at least one token")
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
-    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, _PREFERRED)
+    preferred = _PREFERRED_FOR_FEW_TOKENS if length < _FEW_TOKENS else _PREFERRED
+    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred)
     y, final_state = conv(x, weight, bias, activation, segment_ids, initial_state)
     return (y, final_state) if return_final_state else y

@@ -36,10 +36,11 @@ def causal_conv1d(
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _conv(inputs: _Inputs, activation: str | None):
+    x, weight, _, segment_ids, initial_state = inputs
     y = _linear(inputs)
     if activation == "silu":
         y = jax.nn.silu(y)
-    return y.astype(inputs.x.dtype), _last_inputs(inputs)
+    return y.astype(x.dtype), last_inputs(x, weight.shape[1] - 1, segment_ids, initial_state)
 
 
 def _forward(inputs: _Inputs, activation: str | None):
@@ -128,11 +129,18 @@ def _at_end(seen: list[Array | None], past: int) -> Array | None:
     return jnp.stack(last[::-1], axis=1)
 
 
-def _last_inputs(inputs: _Inputs) -> Float[Array, "B K-1 C"]:
-    past = inputs.weight.shape[1] - 1
-    length = inputs.x.shape[1]
-    last = _where(_at_end(_seen(inputs.segment_ids, past), past), _extended(inputs)[:, length:])
-    return last.astype(inputs.x.dtype)
+def last_inputs(
+    x: Float[Array, "B L C"],
+    past: int,
+    segment_ids: Int[Array, "B L"] | None,
+    initial_state: Float[Array, "B K-1 C"] | None,
+) -> Float[Array, "B K-1 C"]:
+    """The last K-1 = `past` inputs, zeros where they are not of the last token's segment."""
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], past, x.shape[2]), x.dtype)
+    recent = x[:, max(x.shape[1] - past, 0) :]
+    last = jnp.concatenate([initial_state.astype(x.dtype), recent], axis=1)[:, recent.shape[1] :]
+    return _where(_at_end(_seen(segment_ids, past), past), last)
 
 
 def _where(mask: Array | None, v: Array) -> Array:
