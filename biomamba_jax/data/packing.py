@@ -166,19 +166,22 @@ def _shuffled(positions: range, total: int, seed: int | None, *key: int) -> list
     return [index_shuffle(i, total - 1, word, _SHUFFLE_ROUNDS) for i in positions]
 
 
-def fill_row(pieces: Sequence[Piece], sequence_length: int, read: Callable[[int], np.ndarray]) -> dict[str, np.ndarray]:
+def fill_row(
+    pieces: Sequence[Piece], sequence_length: int, read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """The arrays int32 [sequence_length] of one row: "inputs", "targets" and "segment_ids".
 
-    read(document) gives its ids t1 ... tn, EOS. Targets are these ids; inputs are the same one place later, led by
-    EOS (which thus doubles as the start symbol) or, in a later piece of a long document, by the token before it.
-    Segments count 1, 2, ... along the row. The rest of the row, and all of it without pieces, is 0: padding.
+    read(document) gives its ids t1 ... tn, EOS and, as long, its targets: the ids themselves where every token is
+    predicted. Inputs are the ids one place later, led by EOS (which thus doubles as the start symbol) or, in a later
+    piece of a long document, by the token before it. Segments count 1, 2, ... along the row. The rest of the row, and
+    all of it without pieces, is 0: padding.
     """
     row = {name: np.zeros(sequence_length, np.int32) for name in ("inputs", "targets", "segment_ids")}
     begin = 0
     for segment, (document, start, stop) in enumerate(pieces, 1):
-        ids = read(document)
+        ids, targets = read(document)
         end = begin + stop - start
-        row["targets"][begin:end] = ids[start:stop]
+        row["targets"][begin:end] = targets[start:stop]
         row["inputs"][begin] = ids[start - 1]  # of a first piece: ids[-1], the EOS
         row["inputs"][begin + 1 : end] = ids[start : stop - 1]
         row["segment_ids"][begin:end] = segment

@@ -13,14 +13,14 @@ import weakref
 from collections.abc import Iterator
 from multiprocessing import connection, parent_process
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import grain
 import numpy as np
 from absl import flags
 
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowStart, fill_row
-from biomamba_jax.data.shards import ShardReader, open_split
+from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -29,12 +29,28 @@ _ENDLESS = 2**40  # batches in a source that has no end; grain wants a length
 _BATCHES_AHEAD = 2  # ready batches per worker; each holds batch_size * length * 12 bytes
 
 
+class Documents(Protocol):
+    """What rows are made of: stored or in memory."""
+
+    folder: Any
+    """Where they come from, for messages."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, integers [documents]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any:
+        """A document with `ids` t1 ... tn, EOS and as many `targets`, int32 [tokens]; see `packing.fill_row`."""
+
+
 class _Batches:
     """grain's random-access source: batch i of one host, a pure function of the arguments."""
 
     def __init__(
         self,
-        reader: ShardReader,
+        reader: Documents,
         *,
         sequence_length: int,
         batch_size: int,
@@ -87,16 +103,21 @@ class _Batches:
     def _row(self, row: int) -> dict[str, np.ndarray]:
         past_the_end = self._num_rows is not None and row >= self._num_rows
         pieces = [] if past_the_end else self.plan[row]
-        return fill_row(pieces, self._length, lambda document: self._reader[document].ids)
+
+        def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+            document = self._reader[index]
+            return document.ids, document.targets
+
+        return fill_row(pieces, self._length, read)
 
 
 class TrainIterator:
-    """Endless iterator over one host's batches; made by `train_iterator`. Close it, or use it in a `with` block.
+    """Endless iterator over one host's batches; made by `shuffled_batches`. Close it, or use it in a `with` block.
 
     A batch is {"inputs", "targets", "segment_ids"}, each int32 [batch_size, sequence_length].
     """
 
-    def __init__(self, reader: ShardReader, seed: int, num_workers: int, **source: Any):
+    def __init__(self, reader: Documents, seed: int, num_workers: int, **source: Any):
         self._reader = reader
         self._num_workers = num_workers
         self._source = {"seed": seed, **source}
@@ -187,10 +208,34 @@ def train_iterator(
 
     Raises UserError for shards that are missing, damaged or made with another tokenizer.
     """
+    return shuffled_batches(
+        open_split(folder, split, tokenizer_sha256=tokenizer_sha256)[1],
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        seed=seed,
+        num_workers=num_workers,
+        process_index=process_index,
+        process_count=process_count,
+        window=window,
+    )
+
+
+def shuffled_batches(
+    documents: Documents,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    num_workers: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    window: int = DEFAULT_WINDOW,
+) -> TrainIterator:
+    """As `train_iterator`, of any documents."""
     if num_workers < 0:
         raise UserError(f"num_workers must not be negative, is {num_workers}")
     return TrainIterator(
-        open_split(folder, split, tokenizer_sha256=tokenizer_sha256)[1],
+        documents,
         seed,
         num_workers,
         sequence_length=sequence_length,
@@ -215,8 +260,27 @@ def evaluation_batches(
 
     All hosts get the same number of batches, and all batches the same shape: rows of padding fill up the last ones.
     """
+    _, documents = open_split(folder, split, tokenizer_sha256=tokenizer_sha256)
+    return every_batch(
+        documents,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def every_batch(
+    documents: Documents,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """As `evaluation_batches`, of any documents."""
     batches = _Batches(
-        open_split(folder, split, tokenizer_sha256=tokenizer_sha256)[1],
+        documents,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=None,

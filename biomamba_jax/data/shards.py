@@ -40,6 +40,11 @@ class Document(NamedTuple):
     source: int  # index into Manifest.sources
     num_bytes: int  # UTF-8 length of the text that the ids spell
 
+    @property
+    def targets(self) -> np.ndarray:
+        """What is predicted of the document: every token."""
+        return self.ids
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:

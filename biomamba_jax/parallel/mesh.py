@@ -38,19 +38,19 @@ def rows_per_host(batch_size: int, mesh: Mesh, parts: int = 1) -> int:
 
 
 def summed_over_rows(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function(weights, batch)` of each device's rows, its results summed over all devices.
+    """`function(weights, batch, *fixed)` of each device's rows, its results summed over all devices.
 
     Every device runs the same program on its own rows: kernels, which cannot be partitioned by the compiler, and loops
-    over rows need no communication. Weights are the same everywhere.
+    over rows need no communication. Weights, and what is fixed, are the same everywhere.
     """
 
-    def local(weights: Any, batch: Any) -> Any:
-        return jax.lax.psum(function(weights, batch), "data")
+    def local(weights: Any, batch: Any, fixed: Any) -> Any:
+        return jax.lax.psum(function(weights, batch, *fixed), "data")
 
     # Replication is not tracked inside: kernels do not say over which axes their results vary.
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec(), check_vma=False
-    )
+    specs = (PartitionSpec(), PartitionSpec("data"), PartitionSpec())
+    summed = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return lambda weights, batch, *fixed: summed(weights, batch, fixed)
 
 
 def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

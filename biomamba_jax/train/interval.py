@@ -16,7 +16,7 @@ class Totals:
     """What a checkpoint keeps of the line in progress, so that a resumed run writes the same line."""
 
     tokens: int = 0
-    """Tokens trained on since the run began."""
+    """Tokens read since the run began."""
     nll: float = 0.0
     """Summed negative log-likelihood of this interval."""
     loss: float = 0.0
@@ -24,7 +24,7 @@ class Totals:
     correct: float = 0.0
     """Tokens of this interval that were the model's first guess."""
     weight: float = 0.0
-    """Tokens of this interval."""
+    """Tokens of this interval that the loss counts."""
 
 
 class Interval:
@@ -59,7 +59,7 @@ class Interval:
             self.skipped, self.skipped_in_a_row = int(report.skipped), int(report.skipped_in_a_row)
             weight = float(report.sums.weight)
             self.last_loss = float(report.sums.nll) / max(weight, 1)
-            self.totals.tokens += int(weight)
+            self.totals.tokens += int(report.tokens)
             if not self.skipped_in_a_row:  # a step that was left out says nothing of the model
                 self.totals.nll += float(report.sums.nll)
                 self.totals.loss += float(report.sums.loss)

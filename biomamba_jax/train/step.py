@@ -17,7 +17,8 @@ from biomamba_jax.ops.cross_entropy import LossSums
 from biomamba_jax.parallel.mesh import summed_over_rows
 
 Batch = dict[str, Int[Array, "B L"]]
-LossFunction = Callable[[Any, Batch], tuple[Array, LossSums]]
+LossFunction = Callable[..., tuple[Array, LossSums]]
+"""(params, batch, *fixed): the summed loss, differentiable in params, and the sums; `fixed` gets no gradient."""
 
 
 @struct.dataclass
@@ -43,6 +44,8 @@ class StepMetrics:
     """What a step reports; sums are over the batch's tokens."""
 
     sums: LossSums
+    tokens: Int[Array, ""]
+    """Tokens read, padding not included; the loss may count fewer."""
     gradient_norm: Float[Array, ""]
     """Global norm of the mean gradient, before clipping."""
     skipped: Int[Array, ""]
@@ -59,25 +62,37 @@ def language_model_loss(graph: nnx.GraphDef, config: LossConfig) -> LossFunction
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
         model: LanguageModel = nnx.merge(graph, params)
         hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-        sums = linear_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]),
-            model.head[...],
-            batch["targets"].reshape(-1),
-            weights=(batch["segment_ids"] != 0).reshape(-1).astype(jnp.float32),
-            valid_vocab_size=model.config.known_vocab,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-            chunk_size=config.chunk_size,
-        )
+        sums = target_sums(hidden, model.head[...], model.config.known_vocab, batch, config)
         return sums.loss, sums
 
     return loss
 
 
+def target_sums(
+    hidden: Float[Array, "B L D"], head: Float[Array, "V D"], valid: int, batch: Batch, config: LossConfig
+) -> LossSums:
+    """Sums of the cross-entropy over the batch's targets; padding and negative targets count nothing.
+
+    Args:
+      valid: rows of the head that stand for something.
+    """
+    targets = batch["targets"].reshape(-1)
+    return linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]),
+        head,
+        jnp.maximum(targets, 0),
+        weights=((batch["segment_ids"].reshape(-1) != 0) & (targets >= 0)).astype(jnp.float32),
+        valid_vocab_size=valid,
+        label_smoothing=config.label_smoothing,
+        z_loss=config.z_loss,
+        chunk_size=config.chunk_size,
+    )
+
+
 def make_train_step(
     loss: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1, mesh: Mesh | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The function of one step; the caller compiles it and donates the state.
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The function of one step, of (state, batch, *fixed); the caller compiles it and donates the state.
 
     A batch is computed in `accumulation` parts. Gradients of sums are added up and divided by the tokens of the whole
     batch, so that the result does not depend on how tokens fall into parts. A gradient that is not finite changes
@@ -90,14 +105,14 @@ def make_train_step(
     if mesh is not None:
         gradients = summed_over_rows(gradients, mesh)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, StepMetrics]:
         def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            (_, sums), grads = gradients(state.params, part)
+            (_, sums), grads = gradients(state.params, part, *fixed)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, state.params, first)
+        shapes = jax.eval_shape(gradients, state.params, first, *fixed)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
         (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
@@ -118,6 +133,7 @@ def make_train_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
-        return new, StepMetrics(sums, norm, new.skipped, new.skipped_in_a_row)
+        tokens = (batch["segment_ids"] != 0).sum()
+        return new, StepMetrics(sums, tokens, norm, new.skipped, new.skipped_in_a_row)
 
     return train_step

@@ -134,7 +134,7 @@ def test_best_fit_decreasing_does_what_its_definition_says(lengths):
 
 def test_a_row_holds_inputs_one_place_behind_targets_and_numbers_its_documents():
     documents = {4: np.array([11, 12, 0]), 7: np.array([0]), 9: np.array([21, 0])}
-    row = fill_row([(4, 0, 3), (7, 0, 1), (9, 0, 2)], 8, documents.__getitem__)
+    row = fill_row([(4, 0, 3), (7, 0, 1), (9, 0, 2)], 8, lambda i: (documents[i], documents[i]))
     assert row["targets"].tolist() == [11, 12, 0, 0, 21, 0, 0, 0]
     assert row["inputs"].tolist() == [0, 11, 12, 0, 0, 21, 0, 0]
     assert row["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3, 0, 0]
@@ -143,9 +143,16 @@ def test_a_row_holds_inputs_one_place_behind_targets_and_numbers_its_documents()
 
 def test_a_later_piece_of_a_long_document_starts_from_the_token_before_it():
     document = np.array([11, 12, 13, 14, 15, 0])
-    rows = [fill_row([(0, start, start + 2)], 2, lambda _: document) for start in (0, 2, 4)]
+    rows = [fill_row([(0, start, start + 2)], 2, lambda _: (document, document)) for start in (0, 2, 4)]
     assert [row["inputs"].tolist() for row in rows] == [[0, 11], [12, 13], [14, 15]]
     assert [row["targets"].tolist() for row in rows] == [[11, 12], [13, 14], [15, 0]]
+
+
+def test_targets_may_differ_from_the_ids_that_are_read():
+    prompt_and_answer = np.array([11, 12, 21, 0]), np.array([-1, -1, 21, 0])
+    row = fill_row([(0, 0, 4), (1, 0, 4)], 9, lambda _: prompt_and_answer)
+    assert row["targets"].tolist() == [-1, -1, 21, 0, -1, -1, 21, 0, 0]
+    assert row["inputs"].tolist() == [0, 11, 12, 21, 0, 11, 12, 21, 0]
 
 
 def test_a_row_without_pieces_is_padding():
