@@ -1,0 +1,74 @@
+"""PubMedQA's questions, its official test set and its folds."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.pubmedqa import official_split, random_test, read_questions
+
+
+def entry(answer="yes", **changes):
+    return {"QUESTION": "Is it?", "CONTEXTS": ["a", "b"], "LABELS": ["AIMS"], "final_decision": answer} | changes
+
+
+def write(path, entries):
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """As many of each answer as the authors have."""
+    answers = ["yes"] * 552 + ["no"] * 338 + ["maybe"] * 110
+    return read_questions(write(tmp_path / "q.json", {str(i): entry(a) for i, a in enumerate(answers)}))
+
+
+def test_sections_stand_behind_their_labels_one_a_paragraph(tmp_path):
+    (question,) = read_questions(write(tmp_path / "q.json", {"7": entry()}))
+    assert (question.key, question.context) == ("7", "AIMS: a\nb")
+
+
+def test_every_question_is_in_the_test_set_or_in_one_fold(questions):
+    split = official_split(questions)
+    assert sorted(map(id, split.test + split.development)) == sorted(map(id, questions))
+    assert [len(fold) for fold in split.folds] == [50] * 10
+
+
+def test_labels_are_spread_evenly_over_the_test_set_and_the_folds(questions):
+    split = official_split(questions)
+    assert Counter(question.answer for question in split.test) == {"yes": 276, "no": 169, "maybe": 55}
+    assert all(26 <= Counter(question.answer for question in fold)["yes"] <= 28 for fold in split.folds[:-1])
+
+
+def test_the_draws_are_those_of_python_from_seed_0(questions):
+    shuffled = [question.key for question in questions if question.answer == "yes"]
+    random.Random(0).shuffle(shuffled)
+    split = official_split(questions)
+    assert [question.key for question in split.test if question.answer == "yes"] == shuffled[276:]
+
+
+def test_the_official_files_give_the_official_500_and_folds_of_50(shared_data):
+    folder = shared_data / "pubmedqa"
+    split = official_split(read_questions(folder / "ori_pqal.json"), folder / "test_ground_truth.json")
+    assert Counter(question.answer for question in split.test) == {"yes": 276, "no": 169, "maybe": 55}
+    assert [len(fold) for fold in split.folds] == [50] * 10
+
+
+def test_a_test_set_of_another_release_is_refused(questions, tmp_path):
+    with pytest.raises(UserError, match="is not the test set"):
+        official_split(questions, write(tmp_path / "truth.json", {"0": "yes"}))
+
+
+def test_the_published_subset_is_a_fifth_drawn_by_numpy(questions):
+    subset = random_test(questions)
+    assert len(subset) == len({question.key for question in subset}) == 200
+    assert subset != official_split(questions).test
+
+
+@pytest.mark.parametrize("broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, [], {"7": 1}])
+def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, broken):
+    with pytest.raises(UserError, match=r"q\.json: .*(7|no JSON object)"):
+        read_questions(write(tmp_path / "q.json", broken))
