@@ -6,21 +6,30 @@ from biomamba_jax.config.checks import check
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Tokenized shards and how they become batches."""
+class RowsConfig:
+    """The shape of a batch."""
 
-    path: str = "data/pubmed"
-    """Folder of shards, as `python -m biomamba_jax.prepare` writes it."""
     sequence_length: int = 1024
     """Tokens of one row."""
     batch_size: int = 8
     """Rows of one optimizer step, over all devices and hosts."""
-    num_workers: int = 2
-    """Worker processes of each host that read and pack rows ahead; 0 does it in the training process."""
 
     def __post_init__(self) -> None:
         for key in ("sequence_length", "batch_size"):
             check(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "must be at least 1")
+
+
+@dataclass(frozen=True)
+class DataConfig(RowsConfig):
+    """Tokenized shards and how they become batches."""
+
+    path: str = "data/pubmed"
+    """Folder of shards, as `python -m biomamba_jax.prepare` writes it."""
+    num_workers: int = 2
+    """Worker processes of each host that read and pack rows ahead; 0 does it in the training process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be 0 or more")
 
 

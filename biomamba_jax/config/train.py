@@ -1,10 +1,10 @@
-"""How weights are trained, and a whole pretraining run."""
+"""How weights are trained, what every run has, and a whole pretraining run."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from biomamba_jax.config.checks import check
-from biomamba_jax.config.data import DataConfig, PrepareConfig
+from biomamba_jax.config.data import DataConfig, PrepareConfig, RowsConfig
 from biomamba_jax.config.model import ModelConfig
 
 
@@ -101,6 +101,8 @@ class TrainConfig:
     """Steps between evaluations on held-out text; 0: only before and after."""
     eval_batches: int | None = None
     """Held-out batches of each evaluation, the same ones every time; left out: all of the validation split."""
+    patience: int | None = None
+    """Evaluations in a row without a lower held-out loss after which the run ends early; left out: never."""
     max_skipped_steps: int = 10
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
 
@@ -109,6 +111,7 @@ class TrainConfig:
         check(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
         for key in ("accumulation", "log_every", "max_skipped_steps"):
             check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
+        check(self.patience is None or self.patience >= 1, "train.patience", self.patience, "must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class CheckpointConfig:
     """How many of the newest are kept."""
     keep_every: int | None = None
     """Keep every checkpoint whose step is a multiple of this as well."""
+    keep_best: bool = False
+    """Save and keep the weights of the lowest held-out loss as well; they are then what is exported."""
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
@@ -128,19 +133,17 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """One pretraining run."""
+class RunConfig:
+    """What every run has, whatever it trains on."""
 
-    run_dir: str = "runs/pretrain"
+    run_dir: str = "runs/run"
     """Folder of the run. When it holds a checkpoint, the run goes on from there."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model. With init_from its sizes are those of the weights."""
     init_from: str | None = None
     """Weights to start from: a folder of any dialect that `convert` reads, or a hub name (needs the [hub] extra)."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Training text."""
-    prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """How to make the shards when data.path does not exist yet (output is data.path; no input: they must exist)."""
+    data: RowsConfig = field(default_factory=RowsConfig)
+    """Batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -163,3 +166,15 @@ class PretrainConfig:
             self.train.accumulation,
             f"must divide data.batch_size = {self.data.batch_size}",
         )
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """One pretraining run."""
+
+    run_dir: str = "runs/pretrain"
+    """Folder of the run. When it holds a checkpoint, the run goes on from there."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training text."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How to make the shards when data.path does not exist yet (output is data.path; no input: they must exist)."""

@@ -6,15 +6,26 @@ JSON, what the loop needs to go on exactly where it stopped: the data iterator's
 in progress.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.optimizer import path_names
+
+
+class _Best(policies.PreservationPolicy):
+    """Keeps one step."""
+
+    step: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class Checkpoints:
@@ -22,9 +33,12 @@ class Checkpoints:
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
         self.folder = run_dir / "checkpoints"
+        self._best = _Best()
+        kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last), self._best]
+        if config.keep_every:
+            kept.append(policies.EveryNSteps(config.keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep_last,
-            keep_period=config.keep_every,
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # what a killed process left half-written
             enable_async_checkpointing=True,
         )
@@ -43,14 +57,16 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, loop: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, loop: dict[str, Any], *, best: int | None = None) -> None:
         """Starts writing a checkpoint; returns as soon as the arrays have been copied. A step that exists is left as it
         is.
 
         Args:
           state: a pytree of arrays.
           loop: whatever JSON can hold.
+          best: a step whose checkpoint is kept, however many follow.
         """
+        self._best.step = best
         if step in self._manager.all_steps():
             return
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))

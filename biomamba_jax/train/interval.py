@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,6 +26,29 @@ class Totals:
     """Tokens of this interval that were the model's first guess."""
     weight: float = 0.0
     """Tokens of this interval that the loss counts."""
+
+
+@dataclasses.dataclass
+class Best:
+    """The evaluation with the lowest held-out loss; a checkpoint keeps it."""
+
+    step: int | None = None
+    """Where it was; None before the first."""
+    loss: float | None = None
+    """Its loss."""
+    since: int = 0
+    """Evaluations since then."""
+
+    def add(self, step: int, loss: float) -> None:
+        """Takes the loss of an evaluation. One that is not a number is never the best."""
+        if loss < (math.inf if self.loss is None else self.loss):
+            self.step, self.loss, self.since = step, loss, 0
+        else:
+            self.since += 1
+
+    def is_stale(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations have passed since; never for None."""
+        return patience is not None and self.since >= patience
 
 
 class Interval:

@@ -1,17 +1,20 @@
 """The training loop: from a config to a trained run directory, resumed by itself where one exists.
 
 Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboard/, environment.json, report.html.
+What is trained on what is a `Training`: pretraining's is made here, fine-tuning's in `finetune`.
 """
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-from biomamba_jax.config import PretrainConfig
-from biomamba_jax.data.pipeline import train_iterator
+from biomamba_jax.config import PretrainConfig, RunConfig
+from biomamba_jax.data.pipeline import TrainIterator, train_iterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
@@ -21,9 +24,9 @@ from biomamba_jax.parallel.hardware import peak_memory_bytes
 from biomamba_jax.parallel.mesh import data_mesh, replicated, rows_per_host, shard_rows
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.heldout import HeldOut
-from biomamba_jax.train.interval import Interval, Stopwatch, Totals
+from biomamba_jax.train.interval import Best, Interval, Stopwatch, Totals
 from biomamba_jax.train.metrics import MetricsWriter
-from biomamba_jax.train.optimizer import evaluated_weights, make_optimizer
+from biomamba_jax.train.optimizer import Params, decay_mask, evaluated_weights, make_optimizer
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
 from biomamba_jax.train.schedule import learning_rate
@@ -35,42 +38,88 @@ from biomamba_jax.train.setup import (
     total_steps,
     with_vocabulary,
 )
-from biomamba_jax.train.step import TrainState, language_model_loss, make_train_step
+from biomamba_jax.train.step import LossFunction, TrainState, language_model_loss, make_train_step
 from biomamba_jax.train.stop import StopRequest
+
+Hook = Callable[[int, TrainState], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What one kind of training brings to the loop."""
+
+    config: RunConfig
+    """As resolved: its model has a vocabulary."""
+    steps: int
+    """Optimizer steps of the run."""
+    epoch_steps: float
+    """Optimizer steps of one pass over the data."""
+    batches: TrainIterator
+    """This host's batches; closed when the run ends."""
+    loss: LossFunction
+    """What is minimised."""
+    held_out: Callable[[Any], dict[str, float]]
+    """Evaluates parameters; "loss" is compared to find the best ones."""
+    fixed: tuple[Any, ...] = ()
+    """Further arguments of the loss, which are not trained."""
+    decayed: Callable[[Params], Params] = decay_mask
+    """Which parameters weight decay applies to; see `make_optimizer`."""
+    tokenizer: Path | None = None
+    """File that is copied into the run directory."""
+    hooks: Sequence[tuple[int, Hook]] = ()
+    """What else happens between steps: every so many, and at the last; 0: only at the last."""
+    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What every checkpoint holds besides, as JSON can."""
+    notes: Sequence[str] = ()
+    """Lines shown at the start."""
 
 
 def train(config: PretrainConfig, params: Any = None) -> int:
-    """Trains as `config` says, from the newest checkpoint in its run directory where there is one.
+    """Pretrains as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
       params: a nested dict of arrays to start from where there is no checkpoint; None starts from random ones.
 
     Returns:
-      The step that was reached: less than asked for only after SIGTERM or Ctrl-C.
+      The step that was reached: less than asked for only after SIGTERM or Ctrl-C, or where it got no better.
 
     Raises:
       UserError: shards, checkpoint and config do not fit together, or gradients stayed non-finite.
     """
-    # --- Data, model and optimizer ---------------------------------------------------------------------------------
-    run_dir, mesh = Path(config.run_dir), data_mesh()
-    manifest = Manifest.load(config.data.path)
+    mesh, manifest = data_mesh(), Manifest.load(config.data.path)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, manifest))
-    steps = total_steps(config, manifest)
-    schedule = learning_rate(config.schedule, config.optimizer.learning_rate, steps)
-    optimizer = make_optimizer(config.optimizer, config.model, schedule)
     graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))))
-    loss = language_model_loss(graph, config.loss)
-    train_step = jax.jit(make_train_step(loss, optimizer, config.train.accumulation, mesh), donate_argnums=0)
-    held_out = HeldOut(graph, config.data, mesh, batches=config.train.eval_batches)
-    batches = train_iterator(
-        config.data.path,
-        sequence_length=config.data.sequence_length,
-        batch_size=rows_per_host(config.data.batch_size, mesh, config.train.accumulation),
-        seed=config.train.seed,
-        num_workers=config.data.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    tokens_a_step = config.data.batch_size * config.data.sequence_length
+    training = Training(
+        config=config,
+        steps=total_steps(config, manifest),
+        epoch_steps=max(manifest.splits["train"].tokens, 1) / tokens_a_step,
+        loss=language_model_loss(graph, config.loss),
+        held_out=HeldOut(graph, config.data, mesh, batches=config.train.eval_batches),
+        batches=train_iterator(
+            config.data.path,
+            sequence_length=config.data.sequence_length,
+            batch_size=rows_per_host(config.data.batch_size, mesh, config.train.accumulation),
+            seed=config.train.seed,
+            num_workers=config.data.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        tokenizer=Path(config.data.path) / manifest.tokenizer.file,
     )
+    return run(training, mesh, params)
+
+
+def run(training: Training, mesh: Mesh, params: Any = None) -> int:
+    """The loop, of any training; see `train`."""
+    # --- The step --------------------------------------------------------------------------------------------------
+    config, steps, batches = training.config, training.steps, training.batches
+    run_dir = Path(config.run_dir)
+    schedule = learning_rate(config.schedule, config.optimizer.learning_rate, steps)
+    optimizer = make_optimizer(config.optimizer, config.model, schedule, training.decayed)
+    step_of = make_train_step(training.loss, optimizer, config.train.accumulation, mesh)
+    train_step = jax.jit(step_of, donate_argnums=0)
+    fixed = jax.device_put(training.fixed, replicated(mesh))
 
     with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:
         # --- A fresh start, or on from the newest checkpoint -------------------------------------------------------
@@ -79,14 +128,15 @@ def train(config: PretrainConfig, params: Any = None) -> int:
             lambda params: initial_state(config.model, optimizer, config.train.seed, params),
             out_shardings=replicated(mesh),
         )
+        best = Best()
         if start is None:
             state, totals = fresh(params), Totals()
         else:
             like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh, params))
             state, saved = checkpoints.restore(like)
             batches.set_state(saved["data"])
-            totals = Totals(**saved["totals"])
-        notes = open_run_dir(run_dir, config, manifest, start)
+            totals, best = Totals(**saved["totals"]), Best(**saved.get("best", {}))
+        notes = open_run_dir(run_dir, config, training.tokenizer, start)
 
         with (
             MetricsWriter(
@@ -99,19 +149,28 @@ def train(config: PretrainConfig, params: Any = None) -> int:
             Progress(steps, start or 0) as progress,
             StopRequest() as stop,
         ):
-            for note in (describe(config, manifest, steps, start, state.params), *notes):
+            about = describe(config, steps / training.epoch_steps, steps, start, state.params)
+            for note in (about, *training.notes, *notes):
                 progress.log(note)
 
             # --- What happens between steps ------------------------------------------------------------------------
             def evaluate(step: int, state: TrainState) -> None:
-                values = held_out(evaluated_weights(state.params, state.optimizer))
+                values = training.held_out(evaluated_weights(state.params, state.optimizer))
                 metrics.write(step, "validation", values)
-                text = f"{values['perplexity']:.2f}, {values['bits_per_byte']:.4f} bits per byte"
-                progress.log(f"step {step:,}: held-out perplexity {text}")
+                shown = ", ".join(
+                    f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
+                    for name, value in values.items()
+                )
+                progress.log(f"step {step:,}: held-out {shown}")
+                best.add(step, values["loss"])
+                if config.checkpoint.keep_best and best.step == step:
+                    save(step, state)
 
             def save(step: int, state: TrainState) -> None:
                 metrics.sync()
-                checkpoints.save(step, state, {"data": batches.get_state(), "totals": interval.state()})
+                loop = {"data": batches.get_state(), "totals": interval.state(), "best": dataclasses.asdict(best)}
+                kept = best.step if config.checkpoint.keep_best else None
+                checkpoints.save(step, state, loop | training.kept, best=kept)
                 if jax.process_index() == 0:
                     write_report(run_dir)
 
@@ -122,6 +181,7 @@ def train(config: PretrainConfig, params: Any = None) -> int:
                 watch.restart(interval.tokens)
 
             hooks = [  # a checkpoint is last: its metrics lines are written before it is
+                *training.hooks,
                 (config.train.log_every, log),
                 (config.train.eval_every, evaluate),
                 (config.checkpoint.every, save),
@@ -132,10 +192,10 @@ def train(config: PretrainConfig, params: Any = None) -> int:
             watch = Stopwatch(training_flops_per_token(config.model), total_peak_flops(compute_dtype(config.model)))
             if start is None:
                 evaluate(0, state)
-            while step < steps and not stop.requested:
+            while step < steps and not stop.requested and not best.is_stale(config.train.patience):
                 with watch.waiting():
                     batch = next(batches)
-                state, report = train_step(state, shard_rows(batch, mesh))
+                state, report = train_step(state, shard_rows(batch, mesh), *fixed)
                 step += 1
                 interval.add(report)
                 if step == (start or 0) + 1:  # compilation says nothing of the speed
@@ -154,5 +214,8 @@ def train(config: PretrainConfig, params: Any = None) -> int:
                     )
             if stop.requested:
                 progress.log(f"{stop.requested}: saving step {step:,}; the same command goes on from there")
+                save(step, state)
+            elif step < steps:
+                progress.log(f"step {step:,}: no better since step {best.step or 0:,}; ending early")
                 save(step, state)
     return step

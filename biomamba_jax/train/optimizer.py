@@ -44,7 +44,7 @@ def matching(tree: Params, patterns: tuple[str, ...]) -> Params:
 
 
 def decay_mask(params: Params) -> Params:
-    """True for the parameters that weight decay applies to."""
+    """True for the parameters of a model that weight decay applies to."""
     return matching(params, DECAYED_UNTIED if "lm_head" in params else DECAYED)
 
 
@@ -86,14 +86,21 @@ def average_weights(decay: float) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: OptimizerConfig, model: ModelConfig, learning_rate: optax.Schedule
+    config: OptimizerConfig,
+    model: ModelConfig,
+    learning_rate: optax.Schedule,
+    decayed: Callable[[Params], Params] = decay_mask,
 ) -> optax.GradientTransformation:
-    """AdamW as the config describes it."""
+    """AdamW as the config describes it.
+
+    Args:
+      decayed: a tree of booleans from parameters: which of them weight decay applies to.
+    """
     steps: list[optax.GradientTransformation] = []
     if config.clip:
         steps.append(optax.clip_by_global_norm(config.clip))
     steps.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
-    steps.append(optax.add_decayed_weights(config.weight_decay, decay_mask))
+    steps.append(optax.add_decayed_weights(config.weight_decay, decayed))
     if config.layer_decay != 1:
         steps.append(scale_by_layer(model, config.layer_decay, config.embedding_rate))
     steps.append(optax.scale_by_learning_rate(learning_rate))

@@ -14,7 +14,7 @@ import yaml
 from flax import nnx
 
 from biomamba_jax.command_line import to_yaml
-from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
@@ -64,8 +64,11 @@ def initial_state(
     )
 
 
-def open_run_dir(run_dir: Path, config: PretrainConfig, manifest: Manifest, start: int | None) -> list[str]:
+def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start: int | None) -> list[str]:
     """Writes the resolved config, the tokenizer and this start into the run directory, from the first process.
+
+    Args:
+      tokenizer: its file, where there is one: so that the run's weights can be used without its data.
 
     Returns:
       One line for each setting that differs from the run's earlier ones.
@@ -76,8 +79,7 @@ def open_run_dir(run_dir: Path, config: PretrainConfig, manifest: Manifest, star
     path = run_dir / "config.yaml"
     earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
     path.write_text(to_yaml(config), encoding="utf-8")
-    tokenizer = Path(config.data.path) / manifest.tokenizer.file
-    if tokenizer.is_file():  # so that the run's weights can be used without its shards
+    if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, run_dir / tokenizer.name)
     record_start(run_dir, start or 0)
     if earlier is None:
@@ -95,12 +97,11 @@ def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def describe(config: PretrainConfig, manifest: Manifest, steps: int, start: int | None, params: Any) -> str:
+def describe(config: RunConfig, epochs: float, steps: int, start: int | None, params: Any) -> str:
     """One line that says what is about to happen."""
     data, model = config.data, config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = steps * data.batch_size * data.sequence_length
-    epochs = tokens / max(manifest.splits["train"].tokens, 1)
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     where = f"resumed at step {start:,}" if start is not None else "from the start"
     return (
