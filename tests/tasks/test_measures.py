@@ -1,0 +1,95 @@
+"""The official measures: PubMedQA's against scikit-learn, BioASQ's against cases worked by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from biomamba_jax.tasks import measures
+
+LABELS = ("yes", "no", "maybe")
+
+
+@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from([*LABELS, "none"])), min_size=1, max_size=40))
+def test_accuracy_and_macro_f1_are_scikit_learn_s(pairs):
+    """What the official evaluation script of PubMedQA calls, also where a class never occurs or an answer is none."""
+    sklearn = pytest.importorskip("sklearn.metrics", reason="the oracle")
+    truth, predicted = zip(*pairs, strict=True)
+    ours = measures.classification(truth, predicted)
+    assert ours.accuracy == pytest.approx(sklearn.accuracy_score(truth, predicted))
+    assert ours.macro_f1 == pytest.approx(sklearn.f1_score(truth, predicted, average="macro", zero_division=0))
+
+
+def test_measures_of_each_class_worked_by_hand():
+    ours = measures.classification(["yes", "yes", "yes", "no"], ["yes", "yes", "no", "no"])
+    assert ours.classes["yes"] == (1.0, pytest.approx(2 / 3), pytest.approx(0.8), 3)
+    assert ours.classes["no"] == (0.5, 1.0, pytest.approx(2 / 3), 1)
+    assert ours.confusion == {"yes": {"yes": 2, "no": 1}, "no": {"yes": 0, "no": 1}}
+
+
+def test_always_yes_scores_what_the_majority_does_on_the_official_500():
+    truth = ["yes"] * 276 + ["no"] * 169 + ["maybe"] * 55
+    ours = measures.classification(truth, ["yes"] * 500)
+    assert (ours.accuracy, ours.macro_f1) == (0.552, pytest.approx(0.2371, abs=1e-4))
+
+
+def test_resampled_macro_f1_of_the_sample_itself_is_its_macro_f1():
+    truth, predicted = ["yes", "no", "no", "maybe", "yes"], ["yes", "no", "yes", "no", "yes"]
+    columns = measures.encode(LABELS, truth, predicted)
+    both = measures.macro_f1(*(np.stack([column, column[::-1]]) for column in columns), 3)
+    assert both == pytest.approx([measures.classification(truth, predicted).macro_f1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [("yes", "yes"), ("Yes, it does.", "yes"), ("NO", "no"), ("no, yes", "yes"), ("unknown", "no"), ("?", "none")],
+)
+def test_yes_and_no_are_read_as_bioasq_does(text, read):
+    assert measures.read_yesno(text) == read
+
+
+def test_bioasq_yes_no_worked_by_hand():
+    # Golden yes x 3, no x 1. Right: two yes. The unanswered yes counts as no, the no answered yes as yes.
+    found = measures.yesno(["yes", "yes", "yes", "no"], ["Yes", "yes", "", "yes"])
+    # F1 yes: 2*2 / (2*2 + 1 missed + 1 false) = 2/3; F1 no: no true positive.
+    assert found == {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3), "f1_yes": pytest.approx(2 / 3), "f1_no": 0.0}
+
+
+GOLD = [["BRCA1", "Breast cancer 1"], ["TP53", "p53"]]
+
+FACTOIDS = {
+    "right at once": (["brca1"], (1, 1, 1)),
+    "a synonym in another case": (["BREAST CANCER 1"], (1, 1, 1)),
+    "right in second place": (["egfr", "BRCA1"], (0, 1, 1 / 2)),
+    "right in fifth place": (["a", "b", "c", "d", "p53"], (0, 1, 1 / 5)),
+    "sixth answers do not count": (["a", "b", "c", "d", "e", "p53"], (0, 0, 0)),
+    "part of a name is not the name": (["BRCA"], (0, 0, 0)),
+    "white space is not forgiven": ([" brca1"], (0, 0, 0)),
+    "no answer": ([], (0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", FACTOIDS)
+def test_factoids_worked_by_hand(case):
+    answers, expected = FACTOIDS[case]
+    assert measures.factoid(GOLD, answers) == pytest.approx(expected)
+
+
+LISTS = {
+    "all of them, by synonyms": (GOLD, ["P53", "breast cancer 1"], (1, 1)),
+    "one of two": (GOLD, ["tp53"], (1, 1 / 2)),
+    "one right, one wrong": (GOLD, ["tp53", "egfr"], (1 / 2, 1 / 2)),
+    "two names of one item: the second is false": (GOLD, ["tp53", "p53"], (1 / 2, 1 / 2)),
+    "all wrong": (GOLD, ["egfr"], (0, 0)),
+    "none given": (GOLD, [], (0, 0)),
+    # Both golden items are called x. The first x takes one; the other golden item is not missed, since x names it too.
+    "one name of two golden items": ([["x"], ["x", "y"]], ["x"], (1, 1)),
+    "two names for two items that share one": ([["x"], ["x", "y"]], ["x", "y"], (1, 1)),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_worked_by_hand(case):
+    golden, answers, (precision, recall) = LISTS[case]
+    f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0
+    assert measures.list_measures(golden, answers) == pytest.approx((precision, recall, f1))
