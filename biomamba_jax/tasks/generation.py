@@ -170,7 +170,7 @@ class Generator:
                 raise UserError(f"a prompt must have ids in 0..{known - 1}, and at least one; it has {list(prompt)}")
         nth = nth or [0] * len(prompts)
         steps, values, limit = Steps.of(sampling), Values.of(sampling), sampling.max_new_tokens
-        logits, states = _prefill(self.model, *_left_padded(prompts))
+        logits, states = prefill(self.model, *left_padded(prompts))
         batch = logits.shape[0]
         rows = _Rows(
             count=jnp.int32(0),
@@ -217,7 +217,7 @@ class _Rows:
 
 
 @jax.jit
-def _prefill(
+def prefill(
     model: InferenceModel, tokens: Int[Array, "B L"], segment_ids: Int[Array, "B L"]
 ) -> tuple[Float[Array, "B V"], LayerStates]:
     """One pass over the prompts: logits of the first new token, and the states."""
@@ -252,13 +252,14 @@ def _go_on(model: InferenceModel, rows: _Rows, until: Int[Array, ""], values: Va
     return jax.lax.while_loop(lambda rows: (rows.count < until) & ~rows.ended.all(), step, rows)
 
 
-def _round_up_rows(rows: int) -> int:
+def round_up_rows(rows: int) -> int:
+    """The next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
-def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Token and segment ids [B L]: each prompt, segment 1, at the right end of its row, behind segment 0."""
-    shape = _round_up_rows(len(prompts)), round_up(max(map(len, prompts)))
+    shape = round_up_rows(len(prompts)), round_up(max(map(len, prompts)))
     tokens, segment_ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :] = prompt
@@ -268,7 +269,7 @@ def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarr
 
 def _seen(prompts: Sequence[Sequence[int]], vocabulary: int) -> Array:
     """[B V] bool: which tokens each prompt has."""
-    seen = np.zeros((_round_up_rows(len(prompts)), vocabulary), bool)
+    seen = np.zeros((round_up_rows(len(prompts)), vocabulary), bool)
     for row, prompt in enumerate(prompts):
         seen[row, np.asarray(prompt)] = True
     return jnp.asarray(seen)
@@ -277,7 +278,7 @@ def _seen(prompts: Sequence[Sequence[int]], vocabulary: int) -> Array:
 def _prompt_keys(prompts: Sequence[Sequence[int]], nth: Sequence[int], seed: int) -> Array:
     """A random key for each row that depends on the seed, the prompt, and how often it came before; on nothing else."""
     sums = [zlib.crc32(np.asarray(prompt, "<i4").tobytes()) for prompt in prompts]
-    filling = [0] * (_round_up_rows(len(prompts)) - len(prompts))
+    filling = [0] * (round_up_rows(len(prompts)) - len(prompts))
     root = jax.random.key(seed)
 
     @jax.vmap

@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, train_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.tasks.generation import Generator, Spelling, _left_padded, _prefill, encode_prompts, round_up
+from biomamba_jax.tasks.generation import Generator, Spelling, left_padded, prefill, encode_prompts, round_up
 from biomamba_jax.tasks.sampling import Sampling
 
 RAGGED = [[5, 9, 200, 31], [7], list(range(3, 40)), [11, 11, 11, 12, 13, 14], [300, 2]]
@@ -73,7 +73,7 @@ def test_greedy_text_is_the_argmax_of_full_forward_passes(models, generator):
 
 
 def test_a_ragged_batch_gives_the_logits_of_each_prompt_alone(models):
-    together, _ = _prefill(models[1], *_left_padded(RAGGED))
+    together, _ = prefill(models[1], *left_padded(RAGGED))
     for row, prompt in enumerate(RAGGED):
         assert_close(together[row], logits_alone(models[0], prompt)[-1])
 
