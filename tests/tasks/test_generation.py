@@ -13,7 +13,7 @@ from tiny_models import CONFIGS, train_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.tasks.generation import Generator, Spelling, left_padded, prefill, encode_prompts, round_up
+from biomamba_jax.tasks.generation import Generator, Spelling, encode_prompts, left_padded, prefill, round_up
 from biomamba_jax.tasks.sampling import Sampling
 
 RAGGED = [[5, 9, 200, 31], [7], list(range(3, 40)), [11, 11, 11, 12, 13, 14], [300, 2]]
