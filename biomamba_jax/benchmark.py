@@ -1,9 +1,11 @@
 """python -m biomamba_jax.benchmark step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
+python -m biomamba_jax.benchmark decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
 python -m biomamba_jax.benchmark kernels --target v5e
 
 Measures this machine. `step`: tokens/s, memory and share of peak of the training step of a config, by default the
-published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model. `kernels`: what
-the heavy operations cost on a TPU that need not be there, by the compiler's estimate and against their floors.
+published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model. `decode`:
+the same for greedy decoding. `kernels`: what the heavy operations cost on a TPU that need not be there, by the
+compiler's estimate and against their floors.
 """
 
 import sys
@@ -20,8 +22,15 @@ def step(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.measure.step import StepBenchmark, measure_step
 
     description = "Tokens/s, memory and share of peak of the training step, on random tokens."
-    words = [word + "=true" if word == "--compare" else word for word in argv]
-    measure_step(parse(StepBenchmark, words, prog=prog, description=description))
+    measure_step(parse(StepBenchmark, _flags(argv), prog=prog, description=description))
+
+
+def decode(argv: Sequence[str], prog: str) -> None:
+    """Greedy decoding."""
+    from biomamba_jax.measure.decode import DecodeBenchmark, measure_decode
+
+    description = "Tokens/s and memory of greedy decoding, on random prompts."
+    measure_decode(parse(DecodeBenchmark, _flags(argv), prog=prog, description=description))
 
 
 def kernels(argv: Sequence[str], prog: str) -> None:
@@ -32,7 +41,12 @@ def kernels(argv: Sequence[str], prog: str) -> None:
     measure_kernels(parse(KernelsBenchmark, argv, prog=prog, description=description))
 
 
-SUBJECTS = {"step": step, "kernels": kernels}
+def _flags(argv: Sequence[str]) -> list[str]:
+    """`--compare` alone means true."""
+    return [word + "=true" if word == "--compare" else word for word in argv]
+
+
+SUBJECTS = {"step": step, "decode": decode, "kernels": kernels}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 from typing import Any
 
+import numpy as np
+
 from biomamba_jax.config import ModelConfig, OptimizerConfig
 from biomamba_jax.errors import UserError
 
@@ -86,3 +88,18 @@ class TransformersStep:
             self._torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+
+class TransformersDecoding:
+    """Greedy `generate` of transformers' model in float32."""
+
+    def __init__(self, model: ModelConfig, prompts: np.ndarray, new_tokens: int) -> None:
+        torch: Any = importlib.import_module("torch")
+        torch.manual_seed(0)
+        self._model = transformers_model(model).float().eval()
+        self._model.config.use_cache = True
+        self._ids = torch.from_numpy(prompts)
+        self._settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+
+    def __call__(self) -> None:
+        self._model.generate(self._ids, **self._settings, use_cache=True)

@@ -29,6 +29,25 @@ def test_compare_prints_both_sides_and_their_ratio(capsys):
     assert "ratio, pair by pair" in printed
 
 
+TINY_DECODING = [*TINY[:-4], "--prompt_length", "8", "--new_tokens", "4", "--rounds", "1"]
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_decode_prints_speed_and_memory(kind, capsys):
+    benchmark.main(["decode", "--model.kind", kind, "--batch_size", "3", *TINY_DECODING])
+    printed = capsys.readouterr().out
+    assert f"{kind}, 2 x 32, float32, 3 prompts of 8 + 4 tokens" in printed
+    assert "tokens/s" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+def test_decode_compares_with_generate_of_transformers(kind, capsys):
+    pytest.importorskip("mambapy")
+    benchmark.main(["decode", "--model.kind", kind, "--compare", *TINY_DECODING])
+    assert "ratio, pair by pair" in capsys.readouterr().out
+
+
 def test_what_to_measure_must_be_said():
     with pytest.raises(UserError, match="step"):
         benchmark.main(["steps"])
