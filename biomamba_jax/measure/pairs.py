@@ -30,7 +30,7 @@ ALLOCATORS: Mapping[str, str | None] = {
 }
 """Name -> value of GLIBC_TUNABLES."""
 
-TRIAL_STEPS = 2
+TRIAL_STEPS = 3
 
 
 class Spread(NamedTuple):
