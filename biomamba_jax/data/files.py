@@ -1,18 +1,32 @@
-"""Input files: reading them to their end, plain or gzip, knowing them by checksum, and putting them in order."""
+"""Input files: reading them to their end, plain or compressed, knowing them by checksum, and putting them in order."""
 
+import bz2
 import gzip
 import hashlib
+import io
 import re
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 from biomamba_jax.errors import UserError
 
 _MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 _NLM_NAME = re.compile(r"(?:pubmed|medline)(\d\d)n(\d{4,})\D")
+_DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),  # type: ignore[dict-item, return-value]
+    ".bz2": lambda raw: bz2.BZ2File(raw),  # type: ignore[dict-item, return-value]
+    ".zst": lambda raw: zstd.ZstdFile(raw),  # type: ignore[dict-item, return-value]
+}
 
 
 @dataclass(frozen=True)
@@ -29,26 +43,40 @@ def naming_errors(path: str | Path) -> Iterator[None]:
     """Turns what can go wrong while a file is read into a UserError that names it."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated or damaged gzip ({error}); download it again") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+        kind = {".bz2": "bzip2", ".zst": "zstd"}.get(Path(path).suffix, "gzip")
+        raise UserError(f"{path}: truncated or damaged {kind} ({error}); download it again") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {error.start}); convert it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check --input") from None
 
 
+def uncompressed_name(path: str | Path) -> str:
+    """The file's name without .gz, .bz2 or .zst."""
+    path = Path(path)
+    return path.stem if path.suffix in _DECOMPRESSORS else path.name
+
+
+def _uncompressed(path: str | Path, raw: BinaryIO) -> BinaryIO:
+    return _DECOMPRESSORS.get(Path(path).suffix, lambda plain: plain)(raw)
+
+
 def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:
-    """The file's bytes, unzipped if its name ends in .gz, to the end: gzip's own checksum is always verified."""
+    """The file's bytes, uncompressed, to the end: the format's own checksum is always verified."""
     with naming_errors(path), open(path, "rb") as raw:
-        file = gzip.GzipFile(fileobj=raw) if str(path).endswith(".gz") else raw
+        file = _uncompressed(path, raw)
         while chunk := file.read(size):
             yield chunk
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """The lines of a UTF-8 text file, unzipped if its name ends in .gz, without their line ends."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    with naming_errors(path), opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+    """The lines of a UTF-8 text file, uncompressed, without their line ends."""
+    with (
+        naming_errors(path),
+        open(path, "rb") as raw,
+        io.TextIOWrapper(_uncompressed(path, raw), encoding="utf-8-sig", newline="\n") as file,
+    ):
         for line in file:
             yield line.rstrip("\r\n")
 
@@ -61,16 +89,25 @@ def checksums(path: str | Path) -> Checksums:
             md5.update(block)
             sha256.update(block)
             size += len(block)
-    sidecar = Path(f"{path}.md5")
-    if sidecar.is_file():
-        stated = _MD5.findall(sidecar.read_text("utf-8", "replace"))
-        if not stated:
-            raise UserError(f"{sidecar}: holds no MD5 sum; download it again or remove it")
-        if stated[-1].lower() != md5.hexdigest():
-            raise UserError(
-                f"{path}: its MD5 is {md5.hexdigest()}, {sidecar.name} says {stated[-1].lower()}; download it again"
-            )
+    check_md5(path, md5.hexdigest())
     return Checksums(size, md5.hexdigest(), sha256.hexdigest())
+
+
+def check_md5(path: str | Path, md5: str) -> None:
+    """UserError if a sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another sum than `md5`."""
+    sidecar = Path(f"{path}.md5")
+    if not sidecar.is_file():
+        return
+    stated = stated_md5(sidecar.read_text("utf-8", "replace"))
+    if stated is None:
+        raise UserError(f"{sidecar}: holds no MD5 sum; download it again or remove it")
+    if stated != md5:
+        raise UserError(f"{path}: its MD5 is {md5}, {sidecar.name} says {stated}; download it again")
+
+
+def stated_md5(sidecar: str) -> str | None:
+    """The sum in the text of a sidecar, lower-case; None if it has none."""
+    return found[-1].lower() if (found := _MD5.findall(sidecar)) else None
 
 
 def in_order(paths: Sequence[str]) -> list[Path]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from lxml import etree
 
 from biomamba_jax.data.files import read_chunks
-from biomamba_jax.data.text import clean_markup, clean_title
+from biomamba_jax.data.text import clean_markup, clean_title, html_entities
 from biomamba_jax.errors import UserError
 
 RETRACTED = "Retracted Publication"
@@ -21,6 +21,8 @@ _SET = "PubmedArticleSet"
 _RECORDS = ("PubmedArticle", "PubmedBookArticle")
 _NO_LABEL = {"", "UNLABELLED", "UNLABELED"}
 _YEAR = re.compile(r"\b(1[5-9]|20)\d\d\b")
+_PUBLIC = {"pubmed", "entrez", "epublish", "ppublish", "aheadofprint", "ecollection"}  # not "received"
+_MONTHS = {name: number for number, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
 _MAX_PMID, _MAX_VERSION = 2**32 - 1, 2**16 - 1
 _CHUNK_BYTES = 1 << 16
 _AGAIN = "download it again, or leave it out of --input"
@@ -28,7 +30,12 @@ _AGAIN = "download it again, or leave it out of --input"
 
 @dataclass(frozen=True, slots=True)
 class Article:
-    """One PubmedArticle. `abstract` is "" where there is none; its paragraphs are lines. Dates are years or None."""
+    """One PubmedArticle. `abstract` is "" where there is none; its paragraphs are lines.
+
+    year: of the journal's issue. date: YYYYMMDD, the earliest day on which the record says that it was public: in
+    PubMed, on line, or in a journal's issue with a stated month; where it says none, January 1 of `year`.
+    html_entities: entities of HTML, `&nbsp;`, that its text had as escaped text and has no more.
+    """
 
     pmid: int
     version: int
@@ -37,6 +44,9 @@ class Article:
     languages: tuple[str, ...]
     publication_types: tuple[str, ...]
     year: int | None
+    date: int | None = None
+    pmcid: str | None = None
+    html_entities: int = 0
 
     @property
     def retracted(self) -> bool:
@@ -162,35 +172,76 @@ def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle
     if pmid is None or version is None:
         return NotAnArticle("no_pmid")
     article = _child(citation, "Article")
-    types = _child(article, "PublicationTypeList")
-    title = _child(article, "ArticleTitle")
+    title_element = _child(article, "ArticleTitle")
+    title = "" if title_element is None else _text(title_element, where)
+    parts = _abstract_parts(_child(article, "Abstract"), where)
+    issue_date = _child(_child(_child(article, "Journal"), "JournalIssue"), "PubDate")
+    year, data = _year(issue_date), _child(element, "PubmedData")
     return Article(
         pmid=pmid,
         version=version,
-        title="" if title is None else clean_title(_text(title, where)),
-        abstract=_abstract(_child(article, "Abstract"), where),
+        title=clean_title(title),
+        abstract=_abstract(parts),
         languages=_texts(article, "Language"),
-        publication_types=_texts(types, "PublicationType"),
-        year=_year(article),
+        publication_types=_texts(_child(article, "PublicationTypeList"), "PublicationType"),
+        year=year,
+        date=_first_day(article, issue_date, data) or (year * 10_000 + 101 if year else None),
+        pmcid=_pmcid(_child(data, "ArticleIdList")),
+        html_entities=html_entities(title) + sum(html_entities(text) for _, text in parts),
     )
 
 
-def _abstract(abstract: etree._Element | None, where: str) -> str:
-    """Paragraphs of AbstractText as lines, each after its label; CopyrightInformation is none."""
+def _abstract_parts(abstract: etree._Element | None, where: str) -> list[tuple[str, str]]:
+    """(label, text) of each AbstractText; CopyrightInformation is none."""
     if abstract is None:
-        return ""
+        return []
+    return [(part.get("Label", ""), _text(part, where)) for part in abstract.iterchildren("AbstractText")]
+
+
+def _abstract(parts: list[tuple[str, str]]) -> str:
+    """Clean paragraphs as lines, each after its label."""
     paragraphs = []
-    for part in abstract.iterchildren("AbstractText"):
-        text = clean_markup(_text(part, where))
-        label = clean_markup(part.get("Label", "")).rstrip(": ")
+    for label, text in parts:
+        text, label = clean_markup(text), clean_markup(label).rstrip(": ")
         if text:
             paragraphs.append(text if label.upper() in _NO_LABEL else f"{label}: {text}")
     return "\n".join(paragraphs)
 
 
-def _year(article: etree._Element | None) -> int | None:
-    """Year of the journal's issue; PubDate has Year, or MedlineDate such as `1978 Jul-Aug` or `Winter 1998-1999`."""
-    date = _child(_child(_child(article, "Journal"), "JournalIssue"), "PubDate")
+def _pmcid(identifiers: etree._Element | None) -> str | None:
+    """The article's own identifier; those of its references lie deeper."""
+    if identifiers is not None:
+        for identifier in identifiers.iterchildren("ArticleId"):
+            if identifier.get("IdType") == "pmc":
+                return (identifier.text or "").strip() or None
+    return None
+
+
+def _first_day(
+    article: etree._Element | None, issue_date: etree._Element | None, data: etree._Element | None
+) -> int | None:
+    """The earliest of the dates on which the article was public, YYYYMMDD, those without a month left aside."""
+    dates = [issue_date]
+    if article is not None:
+        dates += article.iterchildren("ArticleDate")
+    history = _child(data, "History")
+    if history is not None:
+        dates += (date for date in history.iterchildren("PubMedPubDate") if date.get("PubStatus") in _PUBLIC)
+    return min(filter(None, map(_day, dates)), default=None)
+
+
+def _day(date: etree._Element | None) -> int | None:
+    """YYYYMMDD of an element with Year, Month (a number or an English name) and, if it likes, Day."""
+    if date is None:
+        return None
+    parts = {child.tag: (child.text or "").strip() for child in date}
+    year, month, day = (_number(parts.get(name), most) for name, most in (("Year", 9999), ("Month", 12), ("Day", 31)))
+    month = month or _MONTHS.get(parts.get("Month", "")[:3].lower())
+    return year * 10_000 + month * 100 + (day or 1) if year and month else None
+
+
+def _year(date: etree._Element | None) -> int | None:
+    """Of a PubDate: it has Year, or MedlineDate such as `1978 Jul-Aug` or `Winter 1998-1999`."""
     stated = _child(date, "Year")
     stated = _child(date, "MedlineDate") if stated is None else stated
     match = None if stated is None else _YEAR.search(stated.text or "")

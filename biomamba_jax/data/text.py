@@ -5,10 +5,13 @@ All text is NFC with single spaces, one paragraph a line, so that decode(encode(
 
 import hashlib
 import html
+import html.entities
 import re
 import unicodedata
 
-_DOUBLE_ESCAPED = re.compile(r"&(?:lt|gt|amp|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
+_ESCAPED = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
+_XML_NAMES = {"&lt;", "&gt;", "&amp;"}
+_MOST_ESCAPES = 3
 # Publishers also deliver HTML tags as escaped text; one with a known name is markup, `P<0.05` and `a<c>d` are not.
 _ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?: [^<>]*)?/?>", re.IGNORECASE)
 _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
@@ -28,16 +31,40 @@ def clean_document(text: str) -> str:
 
 
 def clean_markup(text: str) -> str:
-    """The text content of an XML element as one clean line: what was escaped twice is unescaped once more.
+    """The text content of an XML element as one clean line: what was escaped twice or more is unescaped.
 
-    Only `&lt; &gt; &amp; &#N;` are (FACTS of the field: other names occur in addresses and chemistry), and HTML tags
-    that arrive as escaped text are dropped.
+    HTML tags that arrive as escaped text are dropped. Only entities with a semicolon and a name of HTML's are known;
+    `AT&T;` and `R&D` stay.
     """
-    if "&" in text:
-        text = _DOUBLE_ESCAPED.sub(lambda match: html.unescape(match[0]), text)
-    if "<" in text:
-        text = _ESCAPED_TAG.sub("", text)
+    for _ in range(_MOST_ESCAPES):
+        before = text
+        if "&" in text:
+            text = _ESCAPED.sub(_unescape, text)
+        if "<" in text:
+            text = _ESCAPED_TAG.sub("", text)
+        if text == before:
+            break
     return clean_line(text)
+
+
+def _unescape(match: re.Match[str]) -> str:
+    """The character of an entity; html.unescape alone would also take the `&not` of an unknown `&notit;`."""
+    known = match[0][1] == "#" or match[0][1:] in html.entities.html5
+    return html.unescape(match[0]) if known else match[0]
+
+
+def html_entities(text: str) -> int:
+    """How many entities with a name of HTML's that XML does not have, `&nbsp;` or `&rsquo;`, are left in `text`."""
+    if "&" not in text:
+        return 0
+    return sum(name[1:] in html.entities.html5 and name not in _XML_NAMES for name in _ESCAPED.findall(text))
+
+
+def remaining_markup(text: str) -> tuple[bool, bool]:
+    """Whether a stored text still has (tags, entities): the two faults that corpora of PubMed are known for."""
+    return _ESCAPED_TAG.search(text) is not None, any(
+        name[1] == "#" or name[1:] in html.entities.html5 for name in _ESCAPED.findall(text)
+    )
 
 
 def clean_title(text: str) -> str:

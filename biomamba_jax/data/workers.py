@@ -72,6 +72,7 @@ def _begin() -> None:
     """In a new worker: Ctrl-C is the parent's to handle, one thread is enough, and nobody outlives the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"  # what MinHash would take all cores by
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

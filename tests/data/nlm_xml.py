@@ -16,14 +16,17 @@ def article(
     extra: str = "",
     date: str = "<Year>1999</Year>",
     publication_type: str = "Journal Article",
+    language: str = "eng",
+    data: str = "",
 ) -> str:
-    """One PubmedArticle; `abstract` is the content of Abstract, `extra` follows the Article."""
+    """One PubmedArticle; `abstract` is the content of Abstract, `extra` follows the Article, `data` is PubmedData's."""
+    pubmed_data = f"<PubmedData>{data}</PubmedData>" if data else ""
     return (
         f'<PubmedArticle><MedlineCitation><PMID Version="{version}">{pmid}</PMID><Article>'
         f"<Journal><JournalIssue><PubDate>{date}</PubDate></JournalIssue><Title>A Journal</Title></Journal>"
-        f"<ArticleTitle>{title}</ArticleTitle><Abstract>{abstract}</Abstract><Language>eng</Language>"
+        f"<ArticleTitle>{title}</ArticleTitle><Abstract>{abstract}</Abstract><Language>{language}</Language>"
         f"<PublicationTypeList><PublicationType>{publication_type}</PublicationType></PublicationTypeList>"
-        f"</Article>{extra}</MedlineCitation></PubmedArticle>\n"
+        f"</Article>{extra}</MedlineCitation>{pubmed_data}</PubmedArticle>\n"
     )
 
 

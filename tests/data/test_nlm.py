@@ -30,7 +30,7 @@ def title_of(read, title: str) -> str:
 
 def test_an_article_has_its_identity_language_types_and_year(read):
     (record,) = read(article(12345678, version=2, publication_type="Review"))
-    assert record == Article(12345678, 2, "A title.", LONG + ".", ("eng",), ("Review",), 1999)
+    assert record == Article(12345678, 2, "A title.", LONG + ".", ("eng",), ("Review",), 1999, 19990101)
 
 
 def test_text_inside_and_after_inline_markup_is_kept(read):
@@ -98,11 +98,12 @@ def test_text_is_nfc(read):
         ("R&amp;amp;D", "R&D"),
         ("&amp;#945;-helix &amp;#x3b1;", "α-helix α"),
         ("P&lt;0.05 &amp; Q&gt;1", "P<0.05 & Q>1"),
-        ("&amp;amp;lt;", "&lt;"),
-        ("x&amp;copy;y &amp;nbsp;", "x&copy;y &nbsp;"),
+        ("&amp;amp;lt;", "<"),
+        ("x&amp;copy;y&amp;nbsp;z &amp;rsquo;", "x©y z ’"),
+        ("AT&amp;T; &amp;notit; R&amp;D", "AT&T; &notit; R&D"),
     ],
 )
-def test_double_escaped_entities_are_unescaped_once_more_and_no_others(read, escaped, expected):
+def test_entities_that_were_escaped_again_are_unescaped_and_what_only_looks_like_one_is_not(read, escaped, expected):
     assert abstract_of(read, f"<AbstractText>{escaped}</AbstractText>") == expected
 
 

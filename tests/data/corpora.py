@@ -1,0 +1,46 @@
+"""Small corpora for the tests of preparing text, and what was made of them."""
+
+import random
+from pathlib import Path
+
+from biomamba_jax.data.build import Settings
+from biomamba_jax.data.shards import Manifest, ShardReader
+from biomamba_jax.data.tokenizer import TokenizerTraining, load_tokenizer
+
+WORDS = [
+    "tumour",
+    "cells",
+    "grew in mice",
+    "inhibited by",
+    "the drug",
+    "at 25 mg",
+    "per kg",
+    "p53 expression",
+    "rose",
+    "3.5 fold",
+]
+SMALL = Settings(validation_fraction=0.1, test_fraction=0.2, train_tokenizer=TokenizerTraining(300))
+
+
+def abstract(seed: object) -> str:
+    text = " ".join(random.Random(str(seed)).choices(WORDS, k=60))
+    return f"<AbstractText>{text}.</AbstractText>"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def documents(folder: Path) -> dict[int | None, str]:
+    """PMID to text, read back from the shards of all splits."""
+    manifest = Manifest.load(folder)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
+    found = {}
+    for split in manifest.splits:
+        reader = ShardReader(folder / split)
+        for i in range(len(reader)):
+            assert reader[i].ids[-1] == tokenizer.eos_id
+            text = tokenizer.decode(reader[i].ids[:-1])
+            assert len(text.encode()) == reader[i].num_bytes
+            found[reader[i].pmid] = text
+    return found

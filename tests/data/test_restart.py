@@ -1,0 +1,119 @@
+"""`prepare` interrupted, killed and started again: what was finished is used, and the shards are the same bytes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+from corpora import SMALL, abstract, contents, documents
+from nlm_xml import article, deletions, write_set
+
+from biomamba_jax.data import build, encode, sources, work
+from biomamba_jax.data.build import build_shards
+from biomamba_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[str]:
+    """Six files with updates of one another, large enough to be interrupted in every step."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(1, 7):
+        articles = [article(pmid, abstract((pmid, number))) for pmid in range(200 * number, 200 * number + 400)]
+        write_set(folder / f"pubmed26n{number:04d}.xml.gz", *articles, deletions(200 * number + 7))
+    return [str(path) for path in sorted(folder.iterdir())]
+
+
+def start(inputs: list[str], output: Path, *options: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "biomamba_jax.prepare", "--input", *inputs, "--output", str(output)]
+        + ["--train-tokenizer", "300", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_so_and_leaves_only_what_it_had_finished(many, tmp_path, number):
+    process = start(many, tmp_path / "o", "--workers", "2")
+    while not list(tmp_path.glob("o.partial/spools/*.json")) and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["o.partial"]
+
+
+def test_runs_killed_at_random_and_started_again_give_the_same_bytes(many, tmp_path):
+    whole = tmp_path / "whole"
+    assert start(many, whole, "--workers", "1").wait(60) == 0
+    random_ = random.Random(1)
+    for attempt in range(12):
+        shuffled = random_.sample(many, len(many))
+        process = start(shuffled, tmp_path / "o", "--workers", str(random_.randint(1, 3)))
+        try:
+            process.communicate(timeout=1.0 + random_.random() * 0.6 if attempt < 11 else 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert contents(tmp_path / "o") == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"o", "whole"}
+
+
+def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatch):
+    output, done = tmp_path / "o", []
+    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+
+    def stop_at(function, count):
+        def stopping(task):
+            if len(done) == count:
+                raise KeyboardInterrupt
+            done.append(task)
+            return function(task)
+
+        return stopping
+
+    for module, name, count in ((sources, "spool", 4), (encode, "write_shard", 2)):
+        done.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, name, stop_at(getattr(module, name), count))
+            build_shards(many, output, settings=SMALL, workers=1)
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "o.partial").rglob("*.text")}
+    kept |= {path: path.stat().st_mtime_ns for path in (tmp_path / "o.partial").rglob("*.array_record")}
+    assert len(kept) == 6 + 2
+    with monkeypatch.context() as patch:
+        patch.setattr(encode.os, "replace", lambda a, b: used.append(Path(a)) or os.rename(a, b))
+        used: list[Path] = []
+        build_shards(many, output, settings=SMALL, workers=1)
+    assert {path for path in kept if path.suffix == ".array_record"} < set(used)
+    assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    inputs = [str(shutil.copy2(path, folder)) for path in many[:2]]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "require_documents", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(work.Work, "worth_keeping", True)
+        build_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
+    write_set(Path(inputs[1]), *(article(pmid, abstract(("mended", pmid))) for pmid in range(5000, 5300)))
+    build_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
+    assert {5000, 5299} <= documents(tmp_path / "o").keys()
+
+
+def test_two_runs_into_one_output_are_refused(many, tmp_path):
+    with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run is writing"):
+        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
