@@ -21,7 +21,7 @@ from typing import Any
 
 from biomamba_jax.errors import UserError
 
-_CHILD_ENVIRONMENT = {
+CHILD_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud machine's metadata server for its TPUs
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process fails on libtpu's lock file
@@ -101,7 +101,7 @@ def inner_loops(request: Request, *, timeout: float = 600) -> list[Loop]:
 def _run(requests: Sequence[Request], flags: str, timeout: float) -> list[Estimate]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPU needs libtpu: pip install 'biomamba-jax[tpu]'")
-    environment = os.environ | _CHILD_ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+    environment = os.environ | CHILD_ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
     words = json.dumps([dataclasses.asdict(request) for request in requests])
     try:
         child = subprocess.run(

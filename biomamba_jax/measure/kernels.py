@@ -27,7 +27,7 @@ class Chip:
 
 
 # https://docs.cloud.google.com/tpu/docs; v5p: one of the two cores, which share the memory
-_CHIPS: Mapping[Target, Chip] = {
+CHIPS: Mapping[Target, Chip] = {
     "v5e": Chip(1.5e9, 819e9, 197e12),
     "v5p": Chip(1.75e9, 2765e9 / 2, 459e12 / 2),
     "v6e": Chip(1.75e9, 1640e9, 918e12),
@@ -162,7 +162,7 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
 
 def lines(settings: KernelsBenchmark) -> Iterator[Line]:
     """Each kernel and its alternative. Raises as `aot.estimates`."""
-    chip = _CHIPS[settings.target]
+    chip = CHIPS[settings.target]
     for op in ("selective_scan", "ssd", "causal_conv1d"):
         yield from _pallas_lines(op, settings, chip)
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
@@ -180,7 +180,7 @@ def _estimates(
     def request(length: int, gradient: bool) -> Request:
         shape = {"rows": rows, "length": length, "channels": settings.channels, "segments": settings.segments}
         arguments = {"op": op, "implementation": implementation, "gradient": gradient, **shape}
-        return Request(f"{settings.target}:{_SMALLEST[settings.target]}", f"{__name__}:build", arguments)
+        return Request(f"{settings.target}:{SMALLEST[settings.target]}", f"{__name__}:build", arguments)
 
     requests = [request(length, gradient) for length in lengths for gradient in (False, True)]
     found = estimates(requests, profile=profile, timeout=settings.limit_seconds)
@@ -190,7 +190,7 @@ def _estimates(
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-_SMALLEST: Mapping[Target, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
+SMALLEST: Mapping[Target, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
 _SHORT_LENGTHS = [256, 512]  # multiples of every kernel's chunk
 
 
