@@ -40,6 +40,7 @@ from biomamba_jax.train.setup import (
 )
 from biomamba_jax.train.step import LossFunction, TrainState, language_model_loss, make_train_step
 from biomamba_jax.train.stop import StopRequest
+from biomamba_jax.train.training_text import epoch_tokens, mixture_of
 
 Hook = Callable[[int, TrainState], None]
 
@@ -93,7 +94,7 @@ def train(config: PretrainConfig, params: Any = None) -> int:
     training = Training(
         config=config,
         steps=total_steps(config, manifest),
-        epoch_steps=max(manifest.splits["train"].tokens, 1) / tokens_a_step,
+        epoch_steps=epoch_tokens(config.data, manifest) / tokens_a_step,
         loss=language_model_loss(graph, config.loss),
         held_out=HeldOut(graph, config.data, mesh, batches=config.train.eval_batches),
         batches=train_iterator(
@@ -102,6 +103,7 @@ def train(config: PretrainConfig, params: Any = None) -> int:
             batch_size=rows_per_host(config.data.batch_size, mesh, config.train.accumulation),
             seed=config.train.seed,
             num_workers=config.data.num_workers,
+            mixture=mixture_of(config.data),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ),
@@ -175,7 +177,8 @@ def run(training: Training, mesh: Mesh, params: Any = None) -> int:
                     write_report(run_dir)
 
             def log(step: int, state: TrainState) -> None:
-                metrics.write(step, "train", interval.line() | {"learning_rate": float(schedule(step - 1))})
+                drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}
+                metrics.write(step, "train", interval.line() | {"learning_rate": float(schedule(step - 1))} | drawn)
                 watch.update(interval.tokens)
                 metrics.write_timing(step, watch.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
                 watch.restart(interval.tokens)

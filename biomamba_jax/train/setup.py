@@ -21,6 +21,7 @@ from biomamba_jax.model import LanguageModel
 from biomamba_jax.parallel.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.train.report import record_start
 from biomamba_jax.train.step import TrainState
+from biomamba_jax.train.training_text import epoch_tokens
 
 
 def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
@@ -43,7 +44,7 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
     if config.train.steps is not None:
         return config.train.steps
     tokens_a_step = config.data.batch_size * config.data.sequence_length
-    return max(1, math.ceil(config.train.epochs * manifest.splits["train"].tokens / tokens_a_step))
+    return max(1, math.ceil(config.train.epochs * epoch_tokens(config.data, manifest) / tokens_a_step))
 
 
 def initial_state(
