@@ -1,0 +1,91 @@
+"""BioASQ task B (Tsatsaronis et al. 2015): reading golden files of every year, and answering their questions.
+
+Registration is needed to get the files. What has changed over the years, and is read alike: the exact answer of a
+factoid question was a string, then a list of synonyms, then a list of such lists; that of a list question was a list of
+strings before it became a list of synonyms' lists; the ideal answer was a string before it became a list.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from biomamba_jax.data.text import clean_document
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks import measures
+
+Kind = Literal["yesno", "factoid", "list", "summary"]
+
+_KINDS: tuple[Kind, ...] = ("yesno", "factoid", "list", "summary")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a golden file."""
+
+    key: str
+    kind: Kind
+    question: str
+    snippets: tuple[str, ...]
+    ideal_answers: tuple[str, ...]
+    golden: tuple[tuple[str, ...], ...]
+    """Right answers, each with its synonyms; (("yes",),) or (("no",),) for yes/no; () where the file has none."""
+
+    def context(self, max_snippets: int) -> str:
+        """The first snippets, one a line."""
+        return "\n".join(self.snippets[:max_snippets])
+
+    @property
+    def text(self) -> str:
+        """All that BioASQ wrote and quoted: question, snippets, ideal answers, one a line; each text once."""
+        return clean_document("\n".join(dict.fromkeys([self.question, *self.snippets, *self.ideal_answers])))
+
+
+def read_questions(path: str | Path) -> list[Question]:
+    """Reads a golden file, in its order.
+
+    Raises:
+      UserError: no such file, or a question that is not one; names the file and the question.
+    """
+    try:
+        raw = json.loads(Path(path).read_text("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); give a golden file of BioASQ task B") from None
+    entries = raw.get("questions") if isinstance(raw, dict) else raw
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f'{path}: holds no list of "questions"; give a golden file of BioASQ task B')
+    return [_question(path, number, entry) for number, entry in enumerate(entries, 1)]
+
+
+def _question(path: str | Path, number: int, entry: Any) -> Question:
+    try:
+        key, kind, body = str(entry.get("id") or number), entry["type"], entry["body"]
+        if kind not in _KINDS or not isinstance(body, str):
+            raise ValueError
+        snippets = tuple(s if isinstance(s, str) else str(s["text"]) for s in entry.get("snippets") or [])
+        ideal = entry.get("ideal_answer") or []
+        ideal = (ideal,) if isinstance(ideal, str) else tuple(map(str, ideal))
+        golden = _golden(kind, entry.get("exact_answer"))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{path}: question {number} has no type ({', '.join(_KINDS)}), no body, or a snippet or exact_answer of an "
+            "unknown form; give a golden file of BioASQ task B"
+        ) from None
+    return Question(key, kind, body, snippets, ideal, golden)
+
+
+def _golden(kind: Kind, answer: Any) -> tuple[tuple[str, ...], ...]:
+    """An exact answer of any year as a tuple of tuples of synonyms."""
+    if answer is None or answer == [] or answer == "" or kind == "summary":
+        return ()
+    if kind == "yesno":
+        while isinstance(answer, list):
+            answer = answer[0]
+        read = measures.read_yesno(answer)
+        return () if read == "none" else ((read,),)
+    if isinstance(answer, str):
+        return ((answer,),)
+    if all(isinstance(item, str) for item in answer):  # the years before lists of lists
+        return (tuple(answer),) if kind == "factoid" else tuple((item,) for item in answer)
+    items = tuple((item,) if isinstance(item, str) else tuple(map(str, item)) for item in answer)
+    return tuple(item for item in items if item)

@@ -1,0 +1,94 @@
+"""The documents of a text domain, the same text for every model whatever its tokenizer.
+
+Shards hold token ids; their own tokenizer spells the text again, and the bytes they state are checked against it.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from biomamba_jax.config import DomainConfig
+from biomamba_jax.data.filters import KEPT, Filters
+from biomamba_jax.data.readers import read_candidates
+from biomamba_jax.data.shards import MANIFEST_NAME, open_split
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks import bioasq
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it comes from."""
+
+    key: str
+    """PMID, question or place in its file."""
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        """Length in UTF-8."""
+        return len(self.text.encode())
+
+    @property
+    def words(self) -> int:
+        """Runs without white space."""
+        return len(self.text.split())
+
+
+def read_domain(name: str, config: DomainConfig, seed: int = 0) -> list[Document]:
+    """The documents of a domain, in the order of its source.
+
+    Args:
+      name: of the domain, for messages.
+      seed: of the sample, where the config asks for one.
+
+    Raises:
+      UserError: a source that cannot be read, or no document in it.
+    """
+    documents = [document for path in config.paths for document in _read(Path(path), config.split)]
+    if not documents:
+        raise UserError(f"domains.{name}: {', '.join(config.paths)} holds no document; give another path or split")
+    if config.max_documents is not None and config.max_documents < len(documents):
+        chosen = np.random.default_rng(seed).choice(len(documents), config.max_documents, replace=False)
+        documents = [documents[index] for index in sorted(chosen)]
+    return documents
+
+
+def _read(path: Path, split: str) -> Iterator[Document]:
+    if path.is_dir() or (path / MANIFEST_NAME).exists():
+        yield from _shards(path, split)
+    elif path.suffix == ".json" and _is_bioasq(path):
+        for question in bioasq.read_questions(path):
+            yield Document(question.key, question.text)
+    else:
+        for number, record in enumerate(read_candidates(path, Filters(min_abstract_characters=0)), 1):
+            if record.status == KEPT:
+                yield Document(str(record.pmid or f"{path.name}:{number}"), record.text)
+
+
+def _is_bioasq(path: Path) -> bool:
+    """Whether the file is one JSON value and not JSON lines."""
+    try:
+        raw = json.loads(path.read_text("utf-8-sig"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(raw, list) or "questions" in raw
+
+
+def _shards(folder: Path, split: str) -> Iterator[Document]:
+    manifest, reader = open_split(folder, split)
+    tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
+    manifest.check_tokenizer(tokenizer.sha256)
+    for index in range(len(reader)):
+        stored = reader[index]
+        document = Document(str(stored.pmid or f"{split}:{index}"), tokenizer.decode(stored.ids[:-1].tolist()))
+        if document.bytes != stored.num_bytes:
+            raise UserError(
+                f"{reader.folder}: document {index} has {stored.num_bytes} bytes, but tokenizer "
+                f"{manifest.tokenizer.name} spells {document.bytes}: it does not keep all of the text; give the text "
+                "itself as JSON lines"
+            )
+        yield document

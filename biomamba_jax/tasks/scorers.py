@@ -1,0 +1,114 @@
+"""What a model must be able to do to be evaluated, and which program runs which folder.
+
+A scorer gives log probabilities of text as its own tokenizer cuts it; everything that is measured is built on that.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.interop import dialect_of
+from biomamba_jax.interop.native import read_json
+
+TRANSFORMERS_PREFIX = "hf:"
+_OUR_TYPES = ("mamba", "mamba2")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a report says of a model."""
+
+    name: str
+    path: str
+    kind: Literal["causal", "masked"]
+    """masked: its figures are pseudo-likelihoods (each token given all others), not probabilities of the text."""
+    run_by: str
+    """biomamba-jax or transformers."""
+    parameters: int
+    tokenizer: str
+    context: str
+    """How much text a token is predicted from."""
+    dtype: str
+
+
+class Request(NamedTuple):
+    """Texts that may go on from one context."""
+
+    context: str
+    continuations: tuple[str, ...]
+
+
+class Continuation(NamedTuple):
+    """How likely one of them is."""
+
+    logprobs: tuple[float, ...]
+    """Natural log of the probability of each of its tokens, in order."""
+    greedy: bool
+    """Whether each token was the model's first guess."""
+
+    @property
+    def total(self) -> float:
+        """Natural log of the probability of the whole."""
+        return sum(self.logprobs)
+
+
+class Scorer(Protocol):
+    """A model that is evaluated."""
+
+    facts: ModelFacts
+    ends_documents: bool
+    """Whether the last token of every document is the end of the text."""
+
+    def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+        """Scores whole documents, in any order.
+
+        Yields:
+          The place of a text in `texts`, and float64 [its tokens, its end included]: nats of each token. The first
+          token is predicted from the start symbol.
+        """
+
+    def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
+        """Scores every continuation of every request."""
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
+        """The likeliest text behind each prompt, greedily, up to the first of the strings `stop`."""
+
+
+def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
+    """The scorer of a folder; `hf:FOLDER` asks for transformers where this program could read the folder too.
+
+    Raises:
+      UserError: no model there, or the extra that it needs is not installed.
+    """
+    folder = Path(path.removeprefix(TRANSFORMERS_PREFIX))
+    ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
+    if ours and not path.startswith(TRANSFORMERS_PREFIX):
+        from biomamba_jax.tasks import native_scorer
+
+        return native_scorer.load(name, folder, config)
+    from biomamba_jax.tasks import transformers_scorer
+
+    return transformers_scorer.load(name, folder, config)
+
+
+def split_continuation(whole: Sequence[int], context: Sequence[int], alone: Sequence[int]) -> list[int]:
+    """The tokens of a continuation behind its context.
+
+    Args:
+      whole: tokens of context and continuation together.
+      context: tokens of the context.
+      alone: tokens of the continuation by itself: taken where the two together are cut otherwise at their border.
+    """
+    fits = list(whole[: len(context)]) == list(context) and len(whole) > len(context)
+    return list(whole[len(context) :] if fits else alone)
+
+
+def move_spaces(request: Request) -> Request:
+    """White space at the end of a context belongs to what follows it: tokenizers keep it with the next word."""
+    context = request.context.rstrip()
+    spaces = request.context[len(context) :]
+    return Request(context, tuple(spaces + continuation for continuation in request.continuations))

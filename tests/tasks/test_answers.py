@@ -1,0 +1,84 @@
+"""Answers: the likeliest whole answer, thresholds from development questions, and answers read from text."""
+
+import numpy as np
+import pytest
+
+from biomamba_jax.tasks import answers, measures
+from biomamba_jax.tasks.scorers import Continuation
+
+
+class Fixed:
+    """A scorer that gives an answer the log probabilities of a table."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def continuations(self, requests):
+        return [[Continuation(self.table[text], True) for text in request.continuations] for request in requests]
+
+
+def test_an_answer_is_scored_as_a_whole():
+    scorer = Fixed({" yes": (-1.0,), " not at all": (-0.2, -0.3, -0.1)})
+    scores = answers.likelihood_scores(scorer, ["p"], [" yes", " not at all"], "none")
+    assert scores == pytest.approx(np.array([[-1.0, -0.6]]))
+    assert answers.choose(scores).tolist() == [1]
+
+
+def test_normalised_scores_are_per_byte_of_the_answer():
+    scores = answers.likelihood_scores(
+        Fixed({" yes": (-2.0,), " später": (-4.0,)}), ["p"], [" yes", " später"], "bytes"
+    )
+    assert scores == pytest.approx(np.array([[-2 / 4, -4 / 8]]))
+
+
+def questions(seed=0, count=300):
+    """Scores of three answers that are informative, but biased against the second and the third."""
+    random = np.random.default_rng(seed)
+    truth = random.choice(3, count, p=[0.55, 0.34, 0.11])
+    scores = random.normal(0, 1, (count, 3))
+    scores[np.arange(count), truth] += 2
+    return scores - np.array([0, 3, 5]), truth
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "macro_f1"])
+def test_thresholds_undo_a_model_s_bias_towards_an_answer(objective):
+    scores, truth = questions()
+    offsets = answers.fit_offsets(scores, truth, objective)
+    before, after = (np.mean(answers.choose(questions(1)[0], o) == questions(1)[1]) for o in (None, offsets))
+    assert after > before + 0.1
+    assert offsets[0] == 0
+
+
+def test_thresholds_that_change_nothing_are_zero():
+    scores, truth = np.array([[0.0, -9, -9], [-9, 0.0, -9], [-9, -9, 0.0]]), np.array([0, 1, 2])
+    assert answers.fit_offsets(scores, truth, "accuracy").tolist() == [0, 0, 0]
+
+
+def test_a_fold_s_own_questions_do_not_set_its_thresholds():
+    scores, truth = questions(count=60)
+    folds = [list(range(i, 60, 10)) for i in range(10)]
+    predicted = answers.cross_validated(scores, truth, folds, "accuracy")
+    changed = truth.copy()
+    changed[folds[3]] = 2
+    again = answers.cross_validated(scores, changed, folds, "accuracy")
+    assert predicted[folds[3]].tolist() == again[folds[3]].tolist()
+
+
+def test_fitting_is_by_the_measure_that_was_asked_for():
+    scores, truth = questions(2)
+    fitted = {goal: answers.fit_offsets(scores, truth, goal) for goal in ("accuracy", "macro_f1")}
+    f1 = {goal: measures.macro_f1(truth, answers.choose(scores, offsets), 3) for goal, offsets in fitted.items()}
+    right = {goal: np.mean(truth == answers.choose(scores, offsets)) for goal, offsets in fitted.items()}
+    assert f1["macro_f1"] >= f1["accuracy"] and right["accuracy"] >= right["macro_f1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [(" Yes, because", "yes"), ("It is NO.", "no"), ("not known", "none"), ("maybe yes", "maybe"), ("", "none")],
+)
+def test_a_label_is_read_from_generated_text_as_a_whole_word(text, label):
+    assert answers.read_label(text, ("yes", "no", "maybe")) == label
+
+
+def test_names_are_read_from_the_first_line_only():
+    assert answers.read_names(" BRCA1; TP53 ;BRCA1;; p53.\nQuestion: x; y") == ["BRCA1", "TP53", "p53"]

@@ -1,0 +1,78 @@
+"""BioASQ's golden files of all years read alike."""
+
+import json
+
+import pytest
+
+from biomamba_jax.config import DomainConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.bioasq import read_questions
+from biomamba_jax.tasks.documents import read_domain
+
+
+def question(kind="factoid", **changes):
+    return {
+        "id": "5a",
+        "type": kind,
+        "body": "Which gene?",
+        "snippets": [{"text": "BRCA1 is one.", "document": "http://www.ncbi.nlm.nih.gov/pubmed/1"}],
+        "ideal_answer": ["It is BRCA1."],
+        "exact_answer": [["BRCA1"]],
+    } | changes
+
+
+def write(folder, *questions):
+    path = folder / "golden.json"
+    path.write_text(json.dumps({"questions": list(questions)}))
+    return path
+
+
+GOLDEN = {
+    "yes/no": ("yesno", "yes", (("yes",),)),
+    "yes/no with a full stop": ("yesno", "No.", (("no",),)),
+    "yes/no in a list": ("yesno", ["Yes"], (("yes",),)),
+    "factoid as lists of synonyms": ("factoid", [["a", "b"], ["c"]], (("a", "b"), ("c",))),
+    "factoid as one list of synonyms": ("factoid", ["a", "b"], (("a", "b"),)),
+    "factoid as a string": ("factoid", "a", (("a",),)),
+    "list of lists of synonyms": ("list", [["a", "b"], ["c"]], (("a", "b"), ("c",))),
+    "list of strings": ("list", ["a", "c"], (("a",), ("c",))),
+    "list of both": ("list", ["a", ["c", "d"]], (("a",), ("c", "d"))),
+    "no golden answer": ("list", None, ()),
+    "summary": ("summary", None, ()),
+}
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_exact_answers_of_every_layout(tmp_path, case):
+    kind, written, golden = GOLDEN[case]
+    (read,) = read_questions(write(tmp_path, question(kind, exact_answer=written)))
+    assert (read.kind, read.golden) == (kind, golden)
+
+
+def test_ideal_answers_and_snippets_of_old_files_are_strings(tmp_path):
+    (read,) = read_questions(write(tmp_path, question(ideal_answer="It is.", snippets=["one", "two"])))
+    assert (read.ideal_answers, read.snippets) == (("It is.",), ("one", "two"))
+    assert read.context(1) == "one"
+
+
+def test_its_own_text_is_a_domain_each_question_a_document(tmp_path):
+    path = write(tmp_path, question(), question(id="5b", snippets=["x", "x", " y\n"], ideal_answer=None))
+    documents = read_domain("bioasq", DomainConfig(path=str(path)))
+    assert [(d.key, d.text) for d in documents] == [
+        ("5a", "Which gene?\nBRCA1 is one.\nIt is BRCA1."),
+        ("5b", "Which gene?\nx\ny"),
+    ]
+
+
+@pytest.mark.parametrize("broken", [{"type": "essay"}, {"body": None}, {"exact_answer": 3}, {"snippets": [3]}])
+def test_a_broken_question_is_named(tmp_path, broken):
+    with pytest.raises(UserError, match=r"golden\.json: question 2 has no"):
+        read_questions(write(tmp_path, question(), question(**broken)))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"questions": []}'])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    path = tmp_path / "golden.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"golden\.json: .*give a golden file of BioASQ"):
+        read_questions(path)

@@ -1,0 +1,56 @@
+"""Documents of a domain: the same text for every model."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_models import WORDS, train_tokenizer
+
+from biomamba_jax.config import DomainConfig
+from biomamba_jax.data.build import Settings, build_shards
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.documents import read_domain
+
+TEXTS = [" ".join(np.random.default_rng(i).choice(WORDS, 20)) + f" β {i}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "pmid": 100 + i}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def test_json_lines_and_paragraphs_are_documents(jsonl, tmp_path):
+    assert [d.text for d in read_domain("d", DomainConfig(path=str(jsonl)))] == TEXTS
+    (tmp_path / "t.txt").write_text("first\n\nsecond  line\nthird\n")
+    documents = read_domain("d", DomainConfig(path=[str(tmp_path / "t.txt")]))
+    assert [(d.key, d.text) for d in documents] == [("t.txt:1", "first"), ("t.txt:2", "second line\nthird")]
+
+
+def test_bytes_and_words_are_those_of_the_text(jsonl):
+    first = read_domain("d", DomainConfig(path=str(jsonl)))[0]
+    assert (first.key, first.bytes, first.words) == ("100", len(TEXTS[0].encode()), 22)
+
+
+def test_shards_give_back_the_text_that_they_were_made_of(jsonl, tmp_path):
+    settings = Settings(validation_fraction=0.2, test_fraction=0.3)
+    build_shards([str(jsonl)], tmp_path / "shards", train_tokenizer(tmp_path).path, settings, workers=1)
+    found = {}
+    for split in ("train", "validation", "test"):
+        for document in read_domain("d", DomainConfig(path=str(tmp_path / "shards"), split=split)):
+            found[document.key] = document.text
+    assert found == {str(100 + i): text for i, text in enumerate(TEXTS)}
+
+
+def test_a_sample_is_the_same_for_every_model_and_another_with_another_seed(jsonl):
+    config = DomainConfig(path=str(jsonl), max_documents=7)
+    first, again, other = (read_domain("d", config, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len(first) == 7 and [int(d.key) for d in first] == sorted(int(d.key) for d in first)
+
+
+def test_a_domain_without_a_document_is_refused_by_name(tmp_path):
+    (tmp_path / "t.txt").write_text("\n\n")
+    with pytest.raises(UserError, match=r"domains\.general: .*t\.txt holds no document"):
+        read_domain("general", DomainConfig(path=str(tmp_path / "t.txt")))
