@@ -90,8 +90,12 @@ def write_splits(
             (shard,) = Path(task.folder).glob("*.array_record")
             os.replace(shard, output / name / f"shard-{number:05d}-of-{len(of_split):05d}.array_record")
         own, infos = infos[: len(of_split)], infos[len(of_split) :]
-        totals = [sum(values) for values in zip(*((i.documents, i.tokens, i.bytes) for i in own), strict=True)]
-        found[name] = SplitInfo(*totals, shards=len(of_split))
+        found[name] = SplitInfo(
+            documents=sum(info.documents for info in own),
+            tokens=sum(info.tokens for info in own),
+            bytes=sum(info.bytes for info in own),
+            shards=len(own),
+        )
     return found
 
 
