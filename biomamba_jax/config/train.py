@@ -5,6 +5,7 @@ from typing import Literal
 
 from biomamba_jax.config.checks import check
 from biomamba_jax.config.data import DataConfig, PrepareConfig, RowsConfig
+from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
 
 
@@ -154,6 +155,10 @@ class RunConfig:
     """Length and rhythm."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How devices share the work."""
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    """How the processes of several hosts find each other."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb_project: str | None = None

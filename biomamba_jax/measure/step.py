@@ -7,20 +7,19 @@ from typing import Literal
 
 import jax
 import numpy as np
-from flax import nnx
 
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.pairs import TRIAL_STEPS, Candidate, Spread, Timing, alternate, fastest, try_out
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.measure.pairs import Candidate, Spread, fastest, try_out
+from biomamba_jax.measure.sides import compare, print_tried, tokens_per_second
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.hardware import peak_memory_bytes
-from biomamba_jax.parallel.mesh import data_mesh, replicated, rows_per_host, shard_rows
+from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_rows
 from biomamba_jax.train.optimizer import make_optimizer
 from biomamba_jax.train.progress import summary_table
 from biomamba_jax.train.schedule import learning_rate
-from biomamba_jax.train.setup import initial_state, total_peak_flops
+from biomamba_jax.train.setup import abstract_model, initial_state, total_peak_flops
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 PUBLISHED_VOCABULARY = 50277
@@ -61,19 +60,22 @@ class TrainingStep:
     """The compiled step with its state and one random batch: each call trains once and returns when that is done."""
 
     def __init__(self, config: StepBenchmark) -> None:
-        model, mesh = config.model, data_mesh()
+        model = config.model
+        graph, layout = abstract_model(model, make_mesh(config.mesh))
         schedule = learning_rate(config.schedule, config.optimizer.learning_rate, config.train.steps or 1000)
         optimizer = make_optimizer(config.optimizer, model, schedule)
-        graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
-        fresh = jax.jit(lambda: initial_state(model, optimizer, config.train.seed), out_shardings=replicated(mesh))
-        shape = rows_per_host(config.data.batch_size, mesh), config.data.sequence_length
+        begin = functools.partial(initial_state, model, optimizer, config.train.seed)
+        like = jax.eval_shape(begin)
+        shardings = layout.shardings(like)
+        shape = rows_per_host(config.data.batch_size, layout.mesh), config.data.sequence_length
         ids = np.random.default_rng(0).integers(1, model.known_vocab, (2, *shape), dtype=np.int32)
         rows = {"inputs": ids[0], "targets": ids[1], "segment_ids": np.ones(shape, np.int32)}
-        self._batch = shard_rows(rows, mesh)
-        step = make_train_step(language_model_loss(graph, config.loss), optimizer, config.train.accumulation)
-        like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh))
+        self._batch = shard_rows(rows, layout.mesh)
+        loss = language_model_loss(graph, config.loss, layout.axes)
+        step = make_train_step(loss, optimizer, config.train.accumulation, layout)
+        like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
         self._step = jax.jit(step, donate_argnums=0).lower(like, self._batch).compile()
-        self._state = fresh()
+        self._state = jax.jit(begin, out_shardings=shardings)()
 
     def __call__(self) -> None:
         self._state, report = self._step(self._state, self._batch)
@@ -92,7 +94,7 @@ def measure_step(config: StepBenchmark) -> None:
     flops = training_flops_per_token(config.model) * config.tokens
     share = None if peak is None else f"{flops / spread.median / peak:.1%}"
     memory = f"{peak_memory_bytes() / 1e9:.2f} GB"
-    rows = [(_name(config), f"{spread.median:.3f}", *_tokens_per_second(config.tokens, spread), memory, share)]
+    rows = [(_name(config), f"{spread.median:.3f}", *tokens_per_second(config.tokens, spread), memory, share)]
     columns = ("training step", "seconds", "tokens/s", "slowest–fastest", "peak memory", "share of peak")
     title = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.steps} steps on random tokens"
     summary_table(title, columns, rows)
@@ -122,34 +124,14 @@ def compare_step(config: StepBenchmark) -> None:
             theirs.append(compiled)
             tried[compiled] = try_out(compiled, config.limit_seconds)
         pair = fastest(tried, ours), fastest(tried, theirs)
-        rows = [_row(config, candidate, trial, mark=candidate in pair) for candidate, trial in tried.items()]
-        summary_table(f"Settings tried, {TRIAL_STEPS} steps each; * fastest of a side", _COLUMNS, rows)
-    ours_timing, theirs_timing = results = alternate(pair, config.steps, config.limit_seconds)
-    rows = [_row(config, candidate, timing) for candidate, timing in zip(pair, results, strict=True)]
-    ratio = Spread.of(theirs / ours for ours, theirs in zip(ours_timing.each, theirs_timing.each, strict=True))
-    rows.append(["ratio, pair by pair", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None])
-    summary_table(f"{_name(config)}: {config.steps} pairs, in turns", _COLUMNS, rows)
-
-
-_COLUMNS = ("side", "allocator", "tokens/s", "slowest–fastest", "peak memory")
-
-
-def _row(config: StepBenchmark, candidate: Candidate, timing: Timing | str, mark: bool = False) -> list[str | None]:
-    name = candidate.name + (" *" if mark else "")
-    if isinstance(timing, str):
-        return [name, candidate.allocator, timing, None, None]
-    figures = _tokens_per_second(config.tokens, timing.seconds)
-    return [name, candidate.allocator, *figures, f"{timing.peak_memory / 1e9:.2f} GB"]
+        print_tried(config.tokens, tried, pair)
+    compare(_name(config), config.tokens, *pair, config.steps, config.limit_seconds)
 
 
 def _seconds(step: TrainingStep) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-def _tokens_per_second(tokens: int, spread: Spread) -> tuple[str, str]:
-    return f"{tokens / spread.median:,.1f}", f"{tokens / spread.most:,.1f}–{tokens / spread.least:,.1f}"
 
 
 def _name(config: StepBenchmark) -> str:

@@ -6,9 +6,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from biomamba_jax.model import initializers
-from biomamba_jax.ops import causal_conv1d, rms_norm
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import project
+from biomamba_jax.parallel.axes import ALONE, Axes
 
 
 def dense(
@@ -33,6 +33,14 @@ def _product(x: Array, kernel: Array, dimensions: object, **options: object) -> 
     return project(x, kernel)
 
 
+def added_up(linear: nnx.Linear, x: Float[Array, "*batch C"], axes: Axes) -> Float[Array, "*batch F"]:
+    """linear(x) where x's channels, and the kernel's rows, are spread over devices; the bias is added once."""
+    if axes.tensor == 1:
+        return linear(x)
+    y = axes.leave(project(x, linear.kernel[...].astype(x.dtype)))
+    return y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
+
+
 class RMSNorm(nnx.Module):
     """RMSNorm with a weight; the output has the compute type. See `ops.rms_norm`."""
 
@@ -40,8 +48,15 @@ class RMSNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(channels))
         self.eps, self.groups, self.dtype = eps, groups, dtype
 
-    def __call__(self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None) -> Float[Array, "B L C"]:
-        return rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
+    def __call__(
+        self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None, axes: Axes = ALONE
+    ) -> Float[Array, "B L C"]:
+        """The norm of x, or of x * silu(gate).
+
+        Args:
+          axes: where the channels are spread over devices.
+        """
+        return axes.rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
 
 
 class CausalConv1d(nnx.Module):
@@ -58,14 +73,14 @@ class CausalConv1d(nnx.Module):
         x: Float[Array, "B L C"],
         state: Float[Array, "B K-1 C"] | None,
         segment_ids: Int[Array, "B L"] | None,
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-        return causal_conv1d(  # type: ignore[return-value]  # a pair, since the final state is asked for
+        return axes.causal_conv1d(
             x,
             self.weight[...].astype(self.dtype),
             None if self.bias is None else self.bias[...].astype(self.dtype),
             segment_ids=segment_ids,
             initial_state=state,
-            return_final_state=True,
         )
 
 

@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
-from biomamba_jax.model.layers import CausalConv1d, dense, negative_exp
+from biomamba_jax.model.layers import CausalConv1d, added_up, dense, negative_exp
 from biomamba_jax.model.state import MixerState
-from biomamba_jax.ops import selective_scan
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.parallel.axes import ALONE, Axes
 
 
 class Mamba1Mixer(nnx.Module):
@@ -34,12 +34,18 @@ class Mamba1Mixer(nnx.Module):
         self.split = (rank, rank + d_state)
 
     def __call__(
-        self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
+        self,
+        u: Float[Array, "B L D"],
+        state: MixerState | None,
+        segment_ids: Int[Array, "B L"] | None,
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_conv, past_ssm = (None, None) if state is None else (state.conv_x, state.ssm)
-        x, conv = self.conv(self.in_x(u), past_conv, segment_ids)
-        dt, B, C = jnp.split(self.x_proj(x), self.split, axis=-1)
-        y, ssm = selective_scan(
+        u = axes.enter(u)
+        x, conv = self.conv(self.in_x(u), past_conv, segment_ids, axes)
+        # Each device's channels give a part of dt, B and C, and each needs all of them.
+        dt, B, C = jnp.split(axes.enter(added_up(self.x_proj, x, axes)), self.split, axis=-1)
+        y, ssm = axes.selective_scan(
             x,
             self.dt_proj(dt),
             negative_exp(self.A_log),
@@ -50,6 +56,5 @@ class Mamba1Mixer(nnx.Module):
             dt_bias=self.dt_bias[...],
             segment_ids=segment_ids,
             initial_state=past_ssm,
-            return_final_state=True,
         )
-        return self.out(y), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)
+        return added_up(self.out, y, axes), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)

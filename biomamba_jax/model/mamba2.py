@@ -11,10 +11,10 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
-from biomamba_jax.model.layers import CausalConv1d, RMSNorm, dense, negative_exp
+from biomamba_jax.model.layers import CausalConv1d, RMSNorm, added_up, dense, negative_exp
 from biomamba_jax.model.state import MixerState
-from biomamba_jax.ops import ssd
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.parallel.axes import ALONE, Axes
 
 
 class Mamba2Mixer(nnx.Module):
@@ -35,17 +35,24 @@ class Mamba2Mixer(nnx.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps, groups=groups, dtype=dtype)
         scale = config.n_layers**-0.5
         self.out = dense(width, config.d_model, bias=config.bias, scale=scale, dtype=dtype, rngs=rngs)
-        self.heads, self.groups, self.chunk_size = heads, groups, config.chunk_size
+        self.headdim, self.groups, self.chunk_size = config.headdim, groups, config.chunk_size
 
     def __call__(
-        self, u: Float[Array, "B L D"], state: MixerState | None, segment_ids: Int[Array, "B L"] | None
+        self,
+        u: Float[Array, "B L D"],
+        state: MixerState | None,
+        segment_ids: Int[Array, "B L"] | None,
+        axes: Axes = ALONE,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
-        x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids)
-        bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids)
-        B, C = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
-        y, ssm = ssd(
-            x.reshape(*x.shape[:2], self.heads, -1),
+        # Every device computes B and C of all groups; heads are spread.
+        bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, axes)
+        bc, u = axes.enter(bc), axes.enter(u)
+        groups = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
+        B, C = map(axes.own_groups, groups)
+        x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids, axes)
+        y, ssm = axes.ssd(
+            x.reshape(*x.shape[:2], -1, self.headdim),
             self.in_dt(u),
             negative_exp(self.A_log),
             B,
@@ -54,8 +61,7 @@ class Mamba2Mixer(nnx.Module):
             dt_bias=self.dt_bias[...],
             segment_ids=segment_ids,
             initial_state=past_ssm,
-            return_final_state=True,
             chunk_size=self.chunk_size,
         )
-        y = self.norm(y.reshape(x.shape), self.in_z(u))
-        return self.out(y), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
+        y = self.norm(y.reshape(x.shape), self.in_z(u), axes)
+        return added_up(self.out, y, axes), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)

@@ -5,6 +5,7 @@ with statistics per group of channels. Statistics and gradients of the weight ar
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +21,28 @@ def rms_norm(
     *,
     eps: float = 1e-5,
     groups: int = 1,
+    axis: str | None = None,
+    peers: tuple[tuple[int, ...], ...] | None = None,
 ) -> Float[Array, "*batch C"]:
     """RMSNorm over the last axis: u * rsqrt(mean(u^2) + eps) * weight, with u = x, or x * silu(gate).
 
     Args:
       groups: the mean is taken within each of this many equal parts of the channels.
+      axis: mesh axis that the channels are spread over: the mean is of all devices' channels.
+      peers: with axis: the mean is of the channels of each of these sets of devices, all of one size.
 
     Returns:
       An array of x's shape, in float32 (float64 for float64 inputs): the caller casts it to its compute type.
     """
-    return _rms_norm(x, weight, gate, eps, groups)
+    return _rms_norm(x, weight, gate, eps, _Means(groups, axis, peers))
+
+
+class _Means(NamedTuple):
+    """What a mean is taken over."""
+
+    groups: int
+    axis: str | None
+    peers: tuple[tuple[int, ...], ...] | None
 
 
 def _gated(x: Array, gate: Array | None) -> Array:
@@ -37,31 +50,33 @@ def _gated(x: Array, gate: Array | None) -> Array:
     return u if gate is None else u * jax.nn.silu(gate.astype(u.dtype))
 
 
-def _mean(x: Array, groups: int) -> Array:
+def _mean(x: Array, means: _Means) -> Array:
     """Mean within each group of channels, spread back over them."""
+    groups = means.groups
     if groups == 1:
-        return jnp.mean(x, axis=-1, keepdims=True)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        return jax.lax.pmean(mean, means.axis, axis_index_groups=means.peers) if means.axis else mean
     grouped = x.reshape(*x.shape[:-1], groups, -1)
     return jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape).reshape(x.shape)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _rms_norm(x: Array, weight: Array, gate: Array | None, eps: float, groups: int) -> Array:
+def _rms_norm(x: Array, weight: Array, gate: Array | None, eps: float, means: _Means) -> Array:
     u = _gated(x, gate)
-    return u * jax.lax.rsqrt(_mean(u * u, groups) + eps) * weight
+    return u * jax.lax.rsqrt(_mean(u * u, means) + eps) * weight
 
 
-def _forward(x: Array, weight: Array, gate: Array | None, eps: float, groups: int):
-    return _rms_norm(x, weight, gate, eps, groups), (x, weight, gate)
+def _forward(x: Array, weight: Array, gate: Array | None, eps: float, means: _Means):
+    return _rms_norm(x, weight, gate, eps, means), (x, weight, gate)
 
 
-def _backward(eps: float, groups: int, residuals, dy: Array):
+def _backward(eps: float, means: _Means, residuals, dy: Array):
     x, weight, gate = residuals
     u = _gated(x, gate)
-    scale = jax.lax.rsqrt(_mean(u * u, groups) + eps)
+    scale = jax.lax.rsqrt(_mean(u * u, means) + eps)
     normed = u * scale
     d_normed = dy * weight
-    du = scale * (d_normed - normed * _mean(d_normed * normed, groups))
+    du = scale * (d_normed - normed * _mean(d_normed * normed, means))
     d_weight = sum_leading(dy * normed).astype(weight.dtype)
     if gate is None:
         return du.astype(x.dtype), d_weight, None

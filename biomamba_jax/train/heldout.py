@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
 
 from biomamba_jax.config import DataConfig, LossConfig
 from biomamba_jax.data.pipeline import evaluation_batches
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
-from biomamba_jax.parallel.mesh import rows_per_host, shard_rows, summed_over_rows
+from biomamba_jax.parallel.layout import Layout
+from biomamba_jax.parallel.mesh import reader, rows_per_host, shard_rows
 from biomamba_jax.train.step import language_model_loss
 
 
@@ -24,17 +24,17 @@ class HeldOut:
     """
 
     def __init__(
-        self, graph: nnx.GraphDef, data: DataConfig, mesh: Mesh, *, batches: int | None, split: str = "validation"
+        self, graph: nnx.GraphDef, data: DataConfig, layout: Layout, *, batches: int | None, split: str = "validation"
     ):
-        self.data, self.mesh, self.split = data, mesh, split
+        self.data, self.mesh, self.split = data, layout.mesh, split
         info = Manifest.load(data.path).splits[split]
         if info.documents == 0:
             raise UserError(f"{data.path}: the {split} split is empty; prepare with a larger {split}_fraction")
         self.batches = batches
         self.bytes_per_token = info.bytes / info.tokens
         # What is reported is the plain cross-entropy, whatever the training loss adds to it.
-        loss = language_model_loss(graph, LossConfig())
-        self.sums = jax.jit(summed_over_rows(lambda params, batch: loss(params, batch)[1], mesh))
+        loss = language_model_loss(graph, LossConfig(), layout.axes)
+        self.sums = jax.jit(layout.summed(lambda params, batch: (loss(params, batch)[1], None)))
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats per token, perplexity and bits per byte."""
@@ -43,14 +43,14 @@ class HeldOut:
             self.data.path,
             sequence_length=self.data.sequence_length,
             batch_size=rows_per_host(self.data.batch_size, self.mesh),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=reader(self.mesh).index,
+            process_count=reader(self.mesh).count,
             split=self.split,
         )
         for index, batch in enumerate(batches):
             if index == self.batches:
                 break
-            sums = jax.device_get(self.sums(params, shard_rows(batch, self.mesh)))
+            sums, _ = jax.device_get(self.sums(params, shard_rows(batch, self.mesh)))
             nll, tokens = nll + float(sums.nll), tokens + float(sums.weight)
         loss = nll / tokens
         return {

@@ -6,22 +6,21 @@ What is trained on what is a `Training`: pretraining's is made here, fine-tuning
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
-from jax.sharding import Mesh
 
 from biomamba_jax.config import PretrainConfig, RunConfig
 from biomamba_jax.data.pipeline import TrainIterator, train_iterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
-from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.hardware import peak_memory_bytes
-from biomamba_jax.parallel.mesh import data_mesh, replicated, rows_per_host, shard_rows
+from biomamba_jax.parallel.layout import Layout
+from biomamba_jax.parallel.mesh import make_mesh, reader, replicated, rows_per_host, shard_rows
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.heldout import HeldOut
 from biomamba_jax.train.interval import Best, Interval, Stopwatch, Totals
@@ -31,6 +30,7 @@ from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
 from biomamba_jax.train.schedule import learning_rate
 from biomamba_jax.train.setup import (
+    abstract_model,
     describe,
     initial_state,
     open_run_dir,
@@ -75,68 +75,72 @@ class Training:
     """Lines shown at the start."""
 
 
-def train(config: PretrainConfig, params: Any = None) -> int:
+def train(config: PretrainConfig, params: Any = None) -> bool:
     """Pretrains as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
       params: a nested dict of arrays to start from where there is no checkpoint; None starts from random ones.
 
     Returns:
-      The step that was reached: less than asked for only after SIGTERM or Ctrl-C, or where it got no better.
+      Whether the run is complete. It is not after SIGTERM or Ctrl-C.
 
     Raises:
       UserError: shards, checkpoint and config do not fit together, or gradients stayed non-finite.
     """
-    mesh, manifest = data_mesh(), Manifest.load(config.data.path)
+    manifest = Manifest.load(config.data.path)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, manifest))
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config.model, rngs=nnx.Rngs(0))))
+    graph, layout = abstract_model(config.model, make_mesh(config.mesh))
     tokens_a_step = config.data.batch_size * config.data.sequence_length
     training = Training(
         config=config,
         steps=total_steps(config, manifest),
         epoch_steps=epoch_tokens(config.data, manifest) / tokens_a_step,
-        loss=language_model_loss(graph, config.loss),
-        held_out=HeldOut(graph, config.data, mesh, batches=config.train.eval_batches),
+        loss=language_model_loss(graph, config.loss, layout.axes),
+        held_out=HeldOut(graph, config.data, layout, batches=config.train.eval_batches),
         batches=train_iterator(
             config.data.path,
             sequence_length=config.data.sequence_length,
-            batch_size=rows_per_host(config.data.batch_size, mesh, config.train.accumulation),
+            batch_size=rows_per_host(config.data.batch_size, layout.mesh, config.train.accumulation),
             seed=config.train.seed,
             num_workers=config.data.num_workers,
             mixture=mixture_of(config.data),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=reader(layout.mesh).index,
+            process_count=reader(layout.mesh).count,
         ),
         tokenizer=Path(config.data.path) / manifest.tokenizer.file,
     )
-    return run(training, mesh, params)
+    return run(training, layout, params)
 
 
-def run(training: Training, mesh: Mesh, params: Any = None) -> int:
+def run(training: Training, layout: Layout, params: Any = None) -> bool:
     """The loop, of any training; see `train`."""
     # --- The step --------------------------------------------------------------------------------------------------
     config, steps, batches = training.config, training.steps, training.batches
     run_dir = Path(config.run_dir)
     schedule = learning_rate(config.schedule, config.optimizer.learning_rate, steps)
     optimizer = make_optimizer(config.optimizer, config.model, schedule, training.decayed)
-    step_of = make_train_step(training.loss, optimizer, config.train.accumulation, mesh)
+    step_of = make_train_step(training.loss, optimizer, config.train.accumulation, layout)
     train_step = jax.jit(step_of, donate_argnums=0)
-    fixed = jax.device_put(training.fixed, replicated(mesh))
+    fixed = jax.device_put(training.fixed, replicated(layout.mesh))
 
     with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:
         # --- A fresh start, or on from the newest checkpoint -------------------------------------------------------
         start = checkpoints.latest
-        fresh = jax.jit(
-            lambda params: initial_state(config.model, optimizer, config.train.seed, params),
-            out_shardings=replicated(mesh),
-        )
+        begin = partial(initial_state, config.model, optimizer, config.train.seed)
+        like = jax.eval_shape(begin, params)
+        shardings = layout.shardings(like)
         best = Best()
         if start is None:
-            state, totals = fresh(params), Totals()
+            state, totals = jax.jit(begin, out_shardings=shardings)(params), Totals()
         else:
-            like = jax.tree.map(lambda x: x.update(sharding=replicated(mesh)), jax.eval_shape(fresh, params))
+            like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
             state, saved = checkpoints.restore(like)
             batches.set_state(saved["data"])
+            for name, value in training.kept.items():
+                if saved.get(name) != value:
+                    raise UserError(
+                        f"{run_dir}: began with {name} {saved.get(name)}, not {value}; name another run_dir"
+                    )
             totals, best = Totals(**saved["totals"]), Best(**saved.get("best", {}))
         notes = open_run_dir(run_dir, config, training.tokenizer, start)
 
@@ -198,7 +202,7 @@ def run(training: Training, mesh: Mesh, params: Any = None) -> int:
             while step < steps and not stop.requested and not best.is_stale(config.train.patience):
                 with watch.waiting():
                     batch = next(batches)
-                state, report = train_step(state, shard_rows(batch, mesh), *fixed)
+                state, report = train_step(state, shard_rows(batch, layout.mesh), *fixed)
                 step += 1
                 interval.add(report)
                 if step == (start or 0) + 1:  # compilation says nothing of the speed
@@ -221,4 +225,4 @@ def run(training: Training, mesh: Mesh, params: Any = None) -> int:
             elif step < steps:
                 progress.log(f"step {step:,}: no better since step {best.step or 0:,}; ending early")
                 save(step, state)
-    return step
+    return not stop.requested

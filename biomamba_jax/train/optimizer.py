@@ -14,6 +14,7 @@ import optax
 
 from biomamba_jax.config import ModelConfig, OptimizerConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.parallel.sharding import path_names
 
 Params = Any
 
@@ -21,13 +22,6 @@ Params = Any
 # decayed.
 DECAYED = (r"embedding", r"layers/mixer/.*/kernel", r"layers/mixer/conv.*/weight")
 DECAYED_UNTIED = (*DECAYED, r"lm_head")
-
-
-def path_names(tree: Params) -> Params:
-    """A tree of the same structure that holds each leaf's path, as "layers/norm/weight"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
-    )
 
 
 def matching(tree: Params, patterns: tuple[str, ...]) -> Params:

@@ -12,13 +12,16 @@ import jax.numpy as jnp
 import optax
 import yaml
 from flax import nnx
+from jax.sharding import Mesh
 
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
+from biomamba_jax.model.sharding import sharding_rules
 from biomamba_jax.parallel.hardware import measure_matmul_flops, peak_flops
+from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.train.report import record_start
 from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.training_text import epoch_tokens
@@ -39,12 +42,29 @@ def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
 
 
+def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
+    """The sizes of `model`, which weights have, computed as `how` says."""
+    settings = ("chunk_size", "compute_dtype", "remat", "unroll")
+    return dataclasses.replace(model, **{name: getattr(how, name) for name in settings})
+
+
 def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
     """Optimizer steps of the run. An epoch is as many steps as the training split's tokens fill."""
     if config.train.steps is not None:
         return config.train.steps
     tokens_a_step = config.data.batch_size * config.data.sequence_length
     return max(1, math.ceil(config.train.epochs * epoch_tokens(config.data, manifest) / tokens_a_step))
+
+
+def abstract_model(model: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Layout]:
+    """The model's graph definition, and where its parameters lie on a mesh, without computing any of them.
+
+    Raises:
+      UserError: the model's sizes do not divide over the mesh.
+    """
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
+    rules = sharding_rules(model, mesh.shape["tensor"])
+    return graph, Layout.by_rules(mesh, nnx.to_pure_dict(shapes), rules)
 
 
 def initial_state(

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jax.sharding import Mesh
 
 from biomamba_jax.config import LossConfig
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
-from biomamba_jax.parallel.mesh import summed_over_rows
+from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.layout import Layout
 
 Batch = dict[str, Int[Array, "B L"]]
 LossFunction = Callable[..., tuple[Array, LossSums]]
@@ -52,29 +52,38 @@ class StepMetrics:
     skipped_in_a_row: Int[Array, ""]
 
 
-def language_model_loss(graph: nnx.GraphDef, config: LossConfig) -> LossFunction:
+def language_model_loss(graph: nnx.GraphDef, config: LossConfig, axes: Axes = ALONE) -> LossFunction:
     """The summed next-token loss of a batch as a function of the parameters.
 
     Args:
       graph: the model's graph definition, from `nnx.split`.
+      axes: how parameters and tokens are spread over devices; the loss is then of one device's part of both.
     """
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
         model: LanguageModel = nnx.merge(graph, params)
-        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-        sums = target_sums(hidden, model.head[...], model.config.known_vocab, batch, config)
+        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], axes=axes)
+        name = "embedding" if model.lm_head is None else "lm_head"
+        head = axes.gather(name, model.head[...], jnp.float32)  # float32: so is the sum of its gradient over tokens
+        sums = target_sums(axes.enter(hidden), head, model.config.known_vocab, batch, config, axes.tensor_axis)
         return sums.loss, sums
 
     return loss
 
 
 def target_sums(
-    hidden: Float[Array, "B L D"], head: Float[Array, "V D"], valid: int, batch: Batch, config: LossConfig
+    hidden: Float[Array, "B L D"],
+    head: Float[Array, "V D"],
+    valid: int,
+    batch: Batch,
+    config: LossConfig,
+    axis: str | None = None,
 ) -> LossSums:
     """Sums of the cross-entropy over the batch's targets; padding and negative targets count nothing.
 
     Args:
       valid: rows of the head that stand for something.
+      axis: mesh axis that the head's rows are spread over.
     """
     targets = batch["targets"].reshape(-1)
     return linear_cross_entropy(
@@ -86,11 +95,15 @@ def target_sums(
         label_smoothing=config.label_smoothing,
         z_loss=config.z_loss,
         chunk_size=config.chunk_size,
+        axis=axis,
     )
 
 
 def make_train_step(
-    loss: LossFunction, optimizer: optax.GradientTransformation, accumulation: int = 1, mesh: Mesh | None = None
+    loss: LossFunction,
+    optimizer: optax.GradientTransformation,
+    accumulation: int = 1,
+    layout: Layout | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """The function of one step, of (state, batch, *fixed); the caller compiles it and donates the state.
 
@@ -99,22 +112,27 @@ def make_train_step(
     nothing but the counters.
 
     Args:
-      mesh: devices that the rows of each part are spread over; None is one device.
+      layout: devices that batch and parameters are spread over; None is one device. The loss is then of one device's
+        part of both, with `layout.axes`: see `language_model_loss`.
     """
     gradients = jax.value_and_grad(loss, has_aux=True)
-    if mesh is not None:
-        gradients = summed_over_rows(gradients, mesh)
 
-    def train_step(state: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, StepMetrics]:
+    def summed(params: Any, batch: Batch, *fixed: Any) -> tuple[LossSums, Any]:
         def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            (_, sums), grads = gradients(state.params, part, *fixed)
+            (_, sums), grads = gradients(params, part, *fixed)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, state.params, first, *fixed)
+        shapes = jax.eval_shape(gradients, params, first, *fixed)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        (sums, grads), _ = jax.lax.scan(add_part, zeros, parts)
+        return jax.lax.scan(add_part, zeros, parts)[0]
+
+    if layout is not None:
+        summed = layout.summed(summed)
+
+    def train_step(state: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, StepMetrics]:
+        sums, grads = summed(state.params, batch, *fixed)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
 
         norm = optax.global_norm(grads)
@@ -133,6 +151,8 @@ def make_train_step(
             skipped=state.skipped + ~finite,
             skipped_in_a_row=jnp.where(finite, 0, state.skipped_in_a_row + 1),
         )
+        if layout is not None:
+            new = jax.lax.with_sharding_constraint(new, layout.shardings(new))
         tokens = (batch["segment_ids"] != 0).sum()
         return new, StepMetrics(sums, tokens, norm, new.skipped, new.skipped_in_a_row)
 

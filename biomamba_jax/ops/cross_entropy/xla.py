@@ -25,6 +25,7 @@ class _Options(NamedTuple):
     smoothing: float
     z_loss: float
     chunk: int
+    axis: str | None  # mesh axis that the vocabulary is spread over
 
 
 class _Tokens(NamedTuple):
@@ -62,11 +63,12 @@ def linear_cross_entropy(
     label_smoothing: float,
     z_loss: float,
     chunk_size: int | None,
+    axis: str | None = None,
 ) -> LossSums:
     """See `biomamba_jax.ops.linear_cross_entropy`."""
     chunk = _chunk_size(chunk_size, targets.size)
     weights = jax.lax.stop_gradient(weights.astype(accumulator_dtype(hidden.dtype)))
-    options = _Options(valid_vocab_size, label_smoothing, z_loss, chunk)
+    options = _Options(valid_vocab_size, label_smoothing, z_loss, chunk, axis)
     return _loss_sums(hidden, weight, targets, weights, options)
 
 
@@ -105,15 +107,28 @@ def _unchunk(v: Array, tokens: int) -> Array:
     return v.swapaxes(0, 1).reshape(-1, *v.shape[2:])[:tokens]
 
 
-def _softmax(part: _Tokens, head: Array, valid: int) -> _Softmax:
+def _ids(rows: int, axis: str | None) -> Array:
+    """The ids that the head's rows on this device stand for."""
+    ids = jnp.arange(rows)
+    return ids if axis is None else ids + jax.lax.axis_index(axis) * rows
+
+
+def _softmax(part: _Tokens, head: Array, valid: int, axis: str | None = None) -> _Softmax:
     dtype = accumulator_dtype(part.hidden.dtype)
     logits = jnp.einsum("td,vd->tv", part.hidden, head, preferred_element_type=dtype)
-    if valid < logits.shape[1]:
-        logits = jnp.where(jnp.arange(logits.shape[1]) < valid, logits, -jnp.inf)
+    ids = _ids(logits.shape[1], axis)
+    if axis is not None or valid < logits.shape[1]:
+        logits = jnp.where(ids < valid, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1)
+    if axis is None:
+        shifted = jnp.exp(logits - largest[:, None])
+        target = jnp.take_along_axis(logits, part.targets[:, None], axis=1)[:, 0]
+        return _Softmax(logits, shifted, jnp.sum(shifted, axis=1), largest, target)
+    largest = jax.lax.pmax(largest, axis)
     shifted = jnp.exp(logits - largest[:, None])
-    target = jnp.take_along_axis(logits, part.targets[:, None], axis=1)[:, 0]
-    return _Softmax(logits, shifted, jnp.sum(shifted, axis=1), largest, target)
+    target = jnp.sum(jnp.where(ids == part.targets[:, None], logits, 0), axis=1)
+    total, target = jax.lax.psum((jnp.sum(shifted, axis=1), target), axis)
+    return _Softmax(logits, shifted, total, largest, target)
 
 
 def _add_up(part: _Tokens, softmax: _Softmax, mean_row: Array, options: _Options) -> LossSums:
@@ -131,7 +146,7 @@ def _add_up(part: _Tokens, softmax: _Softmax, mean_row: Array, options: _Options
 def _d_logits(part: _Tokens, softmax: _Softmax, options: _Options) -> Array:
     """Gradient of the chunk's loss in its logits [t V], in hidden's dtype."""
     scale = part.weights * (1 + 2 * options.z_loss * softmax.log_partition)
-    ids = jnp.arange(softmax.shifted.shape[1])
+    ids = _ids(softmax.shifted.shape[1], options.axis)
     spread = part.weights * (options.smoothing / options.valid)
     hit = part.weights * (1 - options.smoothing)
     gradient = softmax.shifted * (scale / softmax.total)[:, None]
@@ -146,7 +161,13 @@ def _zeros(dtype: jnp.dtype) -> LossSums:
 
 
 def _mean_row(weight: Array, options: _Options, dtype: jnp.dtype) -> Array:
-    return sum_leading(weight[: options.valid].astype(dtype)) / options.valid
+    if not options.smoothing:
+        return jnp.zeros(weight.shape[1], dtype)  # nobody asks for it
+    if options.axis is None:
+        return sum_leading(weight[: options.valid].astype(dtype)) / options.valid
+    valid = _ids(weight.shape[0], options.axis) < options.valid
+    rows = jnp.where(valid[:, None], weight.astype(dtype), 0)
+    return jax.lax.psum(sum_leading(rows), options.axis) / options.valid
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -155,7 +176,7 @@ def _loss_sums(hidden: Array, weight: Array, targets: Array, weights: Array, opt
     mean_row = _mean_row(head, options, weights.dtype)
 
     def body(sums: LossSums, part: _Tokens) -> tuple[LossSums, None]:
-        more = _add_up(part, _softmax(part, head, options.valid), mean_row, options)
+        more = _add_up(part, _softmax(part, head, options.valid, options.axis), mean_row, options)
         return jax.tree.map(jnp.add, sums, more), None
 
     chunks = _chunks(_Tokens(hidden, targets, weights), options.chunk)
@@ -169,7 +190,7 @@ def _forward(hidden: Array, weight: Array, targets: Array, weights: Array, optio
 
     def body(carry: tuple[LossSums, Array], part: _Tokens) -> tuple[tuple[LossSums, Array], Array]:
         sums, d_weight = carry
-        softmax = _softmax(part, head, options.valid)
+        softmax = _softmax(part, head, options.valid, options.axis)
         d_logits = _d_logits(part, softmax, options)
         sums = jax.tree.map(jnp.add, sums, _add_up(part, softmax, mean_row, options))
         d_weight += jnp.einsum("tv,td->vd", d_logits, part.hidden, preferred_element_type=dtype)

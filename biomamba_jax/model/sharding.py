@@ -1,0 +1,52 @@
+"""How the parameters of a language model are spread over a mesh: the one table.
+
+Kernels between the residual stream and a mixer's channels are cut along the channels over tensor and along the other
+axis over fsdp; what has one value a channel or head follows the channels. Mamba-2's B and C belong to all heads of a
+group: their small projection and convolution are whole on every device along tensor.
+"""
+
+from jax.sharding import PartitionSpec
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.parallel.sharding import Rules
+
+# First axis of all in "layers": the layers, stacked.
+_BOTH: Rules = (
+    (r"embedding|lm_head", PartitionSpec("tensor", "fsdp")),
+    (r"layers/norm/weight|norm_f/weight|layers/mixer/out/bias", PartitionSpec()),
+    (r"layers/mixer/in_(x|z|dt)/kernel", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers/mixer/out/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (
+        r"layers/mixer/(A_log|D|dt_bias|norm/weight|conv(_x)?/(weight|bias)|in_(x|z|dt)/bias)",
+        PartitionSpec(None, "tensor"),
+    ),
+)
+_MAMBA1: Rules = (
+    *_BOTH,
+    (r"layers/mixer/x_proj/kernel", PartitionSpec(None, ("tensor", "fsdp"))),
+    (r"layers/mixer/dt_proj/kernel", PartitionSpec(None, None, ("tensor", "fsdp"))),
+)
+_MAMBA2: Rules = (
+    *_BOTH,
+    (r"layers/mixer/in_bc/kernel", PartitionSpec(None, "fsdp")),
+    (r"layers/mixer/(in_bc/bias|conv_bc/(weight|bias))", PartitionSpec()),
+)
+
+
+def sharding_rules(config: ModelConfig, tensor: int = 1) -> Rules:
+    """The rules for a model's parameters; see `parallel.sharding`.
+
+    Args:
+      tensor: devices along tensor.
+
+    Raises:
+      UserError: they cut through groups of heads.
+    """
+    if config.kind == "mamba1":
+        return _MAMBA1
+    if config.n_groups % tensor and tensor % config.n_groups:
+        raise UserError(
+            f"mesh.tensor = {tensor}: must divide model.n_groups = {config.n_groups} or be a multiple of it"
+        )
+    return _MAMBA2
