@@ -1,0 +1,238 @@
+"""Downloads from a server of this machine that breaks connections, lies, and sends damaged files."""
+
+import gzip
+import hashlib
+import threading
+from collections import Counter, defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from corpora import abstract
+from nlm_xml import article, write_set
+
+from biomamba_jax.data.download import Downloader, Remote, choose, list_files
+from biomamba_jax.data.files import checksums
+from biomamba_jax.data.nlm import read_articles
+from biomamba_jax.errors import UserError
+
+NAMES = {
+    "baseline": ["pubmed26n0001.xml.gz", "pubmed26n0002.xml.gz"],
+    "updatefiles": ["pubmed26n0010.xml.gz", "pubmed26n0011.xml.gz"],
+}
+
+
+class Mirror:
+    """A server of four files; `faults[name]` are what its next answers for that file do instead of the right thing."""
+
+    def __init__(self, folder: Path):
+        self.files: dict[str, bytes] = {}
+        for part, names in NAMES.items():
+            for number, name in enumerate(names):
+                pmids = range(100 * number + 1, 100 * number + 60)
+                path = write_set(folder / name, *(article(pmid, abstract((part, pmid))) for pmid in pmids))
+                self.files[f"/pubmed/{part}/{name}"] = path.read_bytes()
+                path.unlink()
+        for path, content in list(self.files.items()):
+            name = path.rsplit("/")[-1]
+            self.files[f"{path}.md5"] = f"MD5({name})= {hashlib.md5(content).hexdigest()}\n".encode()
+        self.faults: dict[str, list[str]] = defaultdict(list)
+        self.requests: list[tuple[str, str | None]] = []
+        self.at_once, self.most_at_once, self.lock = 0, 0, threading.Lock()
+
+    def handler(mirror):
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                with mirror.lock:
+                    mirror.at_once += 1
+                    mirror.most_at_once = max(mirror.most_at_once, mirror.at_once)
+                    mirror.requests.append((self.path.rsplit("/")[-1], self.headers.get("Range")))
+                try:
+                    self.answer()
+                finally:
+                    with mirror.lock:
+                        mirror.at_once -= 1
+
+            def answer(self):
+                name = self.path.rsplit("/")[-1]
+                fault = mirror.faults[name].pop(0) if mirror.faults[name] else ""
+                if self.path in ("/pubmed/baseline/", "/pubmed/updatefiles/"):
+                    links = (p.rsplit("/")[-1] for p in mirror.files if p.startswith(self.path))
+                    return self.send("".join(f'<a href="{n}">{n}</a>\n' for n in links).encode(), 200)
+                if self.path not in mirror.files or fault == "gone":
+                    return self.send_error(404)
+                if fault == "busy":
+                    return self.send_error(503)
+                content, status = mirror.files[self.path], 200
+                if fault == "damaged":
+                    content = content[:50] + bytes([content[50] ^ 1]) + content[51:]
+                asked = self.headers.get("Range")
+                if asked and fault != "no ranges":
+                    begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+                    if begin >= len(content):
+                        return self.send_error(416)
+                    content, status = content[begin:], 206
+                cut = len(content) // 2 if fault == "cut" else len(content)
+                return self.send(content[:cut], status, len(content))
+
+            def send(self, content, status, length=None):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content) if length is None else length))
+                self.end_headers()
+                self.wfile.write(content)
+
+        return Handler
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    mirror = Mirror(tmp_path)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), mirror.handler())
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    mirror.url = f"http://127.0.0.1:{server.server_port}/pubmed"
+    yield mirror
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def downloader(tmp_path) -> Downloader:
+    return Downloader(tmp_path / "nlm", tries=4, timeout=5, pause=0.001)
+
+
+def fetch_all(mirror, downloader, part="all", connections=3) -> list[tuple[str, str]]:
+    told: list[tuple[str, str]] = []
+    downloader.fetch_all(list_files(mirror.url, part), connections, lambda file, what: told.append((file.name, what)))
+    return told
+
+
+def assert_whole(mirror, folder: Path, parts=("baseline", "updatefiles")) -> None:
+    names = [name for part in parts for name in NAMES[part]]
+    assert {path.name for path in folder.iterdir()} == {*names, *(f"{name}.md5" for name in names)}
+    for part in parts:
+        for name in NAMES[part]:
+            assert (folder / name).read_bytes() == mirror.files[f"/pubmed/{part}/{name}"]
+            checksums(folder / name)
+
+
+def test_files_arrive_whole_with_their_sums_in_parallel(mirror, downloader):
+    told = fetch_all(mirror, downloader)
+    assert_whole(mirror, downloader.folder)
+    assert Counter(what for _, what in told) == {"fetched": 4}
+    assert len(list(read_articles(downloader.folder / NAMES["baseline"][0]))) == 59
+
+
+@pytest.mark.parametrize(("part", "folders"), [("baseline", ["baseline"]), ("updates", ["updatefiles"])])
+def test_baseline_and_updates_can_be_had_alone(mirror, downloader, part, folders):
+    fetch_all(mirror, downloader, part)
+    assert_whole(mirror, downloader.folder, folders)
+
+
+def test_what_is_there_whole_is_not_fetched_again_and_what_is_damaged_is(mirror, downloader):
+    fetch_all(mirror, downloader)
+    first, second = (downloader.folder / name for name in NAMES["baseline"])
+    second.write_bytes(second.read_bytes()[:-3])
+    mirror.requests.clear()
+    told = dict(fetch_all(mirror, downloader))
+    assert told[second.name] == "fetched"
+    assert told[first.name] == "there"
+    assert [name for name, _ in mirror.requests if name.endswith(".gz")] == [second.name]
+    assert_whole(mirror, downloader.folder)
+
+
+def test_a_broken_connection_goes_on_where_it_broke(mirror, downloader):
+    name = NAMES["baseline"][0]
+    mirror.faults[name] = ["cut", "cut"]
+    told = fetch_all(mirror, downloader)
+    size = len(mirror.files[f"/pubmed/baseline/{name}"])
+    ranges = [asked for requested, asked in mirror.requests if requested == name]
+    assert ranges == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
+    assert next(what for file, what in told if file == name).startswith("again: the connection ended after")
+    assert_whole(mirror, downloader.folder)
+
+
+def test_what_an_earlier_run_left_is_gone_on_with(mirror, downloader):
+    name = NAMES["updatefiles"][1]
+    content = mirror.files[f"/pubmed/updatefiles/{name}"]
+    downloader.folder.mkdir()
+    (downloader.folder / f"{name}.partial").write_bytes(content[:700])
+    fetch_all(mirror, downloader)
+    assert (name, "bytes=700-") in mirror.requests
+    assert_whole(mirror, downloader.folder)
+
+
+@pytest.mark.parametrize("left", [b"another file's beginning", b"x" * 100_000])
+def test_a_wrong_beginning_is_thrown_away_and_the_file_fetched_again(mirror, downloader, left):
+    name = NAMES["baseline"][1]
+    downloader.folder.mkdir()
+    (downloader.folder / f"{name}.partial").write_bytes(left)
+    told = fetch_all(mirror, downloader)
+    assert any(file == name and "MD5" in what for file, what in told)
+    assert_whole(mirror, downloader.folder)
+
+
+@pytest.mark.parametrize("faults", [["damaged"], ["busy", "busy"], ["cut", "no ranges"], ["cut", "damaged", "cut"]])
+def test_faults_are_told_and_overcome(mirror, downloader, faults):
+    name = NAMES["baseline"][0]
+    mirror.faults[name] = list(faults)
+    told = fetch_all(mirror, downloader)
+    assert [what for file, what in told if file == name][-1] == "fetched"
+    assert_whole(mirror, downloader.folder)
+
+
+def test_a_file_that_stays_broken_is_named_and_the_others_arrive(mirror, downloader):
+    bad, gone = NAMES["baseline"][0], NAMES["updatefiles"][0]
+    mirror.faults[bad] = ["damaged"] * 9
+    mirror.faults[gone] = ["gone"] * 9
+    with pytest.raises(UserError) as caught:
+        fetch_all(mirror, downloader)
+    message = str(caught.value)
+    assert message.startswith("2 of 4 files are missing")
+    assert bad in message and "MD5" in message
+    assert gone in message and "HTTP 404" in message
+    there = {path.name for path in downloader.folder.iterdir() if path.suffix == ".gz"}
+    assert there == {NAMES["baseline"][1], NAMES["updatefiles"][1]}
+    assert sum(name == gone for name, _ in mirror.requests) == 1
+    mirror.faults.clear()
+    fetch_all(mirror, downloader)
+    assert_whole(mirror, downloader.folder)
+
+
+def test_a_sidecar_without_a_sum_is_no_proof(mirror, downloader):
+    mirror.files[f"/pubmed/baseline/{NAMES['baseline'][0]}.md5"] = b"<html>sorry</html>"
+    with pytest.raises(UserError, match="holds no MD5 sum"):
+        fetch_all(mirror, downloader, "baseline")
+
+
+def test_no_more_connections_are_open_than_asked_for(mirror, downloader):
+    fetch_all(mirror, downloader, connections=1)
+    assert mirror.most_at_once == 1
+
+
+def test_a_mirror_without_listings_is_refused(mirror):
+    for url in (f"{mirror.url}/nothing", "http://127.0.0.1:9/", "nonsense"):
+        with pytest.raises(UserError, match="listing cannot be read"):
+            list_files(url, "baseline", tries=1, timeout=2)
+
+
+FILES = [Remote(f"pubmed26n{number:04d}.xml.gz", "") for number in (1, 2, 3, 1334, 1335)]
+
+
+def test_files_are_chosen_by_number():
+    assert [file.name[9:13] for file in choose(FILES, "1-2,1335")] == ["0001", "0002", "1335"]
+    assert choose(FILES, None) == FILES
+
+
+@pytest.mark.parametrize("numbers", ["", "a", "3-1", "1-5", "7"])
+def test_numbers_that_name_no_file_are_refused(numbers):
+    with pytest.raises(UserError, match="--numbers"):
+        choose(FILES, numbers)
+
+
+def test_the_fixture_s_files_are_gzip(mirror):
+    assert all(gzip.decompress(content) for name, content in mirror.files.items() if name.endswith(".gz"))
