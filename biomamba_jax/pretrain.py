@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.config import DistributedConfig, ModelConfig, PretrainConfig
 
 # The data workers import this module again, and need none of jax: what needs it is imported where it is used.
 
@@ -25,16 +25,22 @@ _LARGEST_BASELINE = 100_000_000
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` without the program's name, None for this process's arguments."""
+    from biomamba_jax.parallel.distributed import A_DAY, processes, same_everywhere, wait_for_all
     from biomamba_jax.train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     description = (__doc__ or "").partition("\n\n")[2]
     config = parse(PretrainConfig, argv, prog="python -m biomamba_jax.pretrain", description=description)
-    prepare_if_missing(config)
-    write_baselines(config)
-    train(*with_initial_weights(config))
-    show_results(Path(config.run_dir))
+    with processes(config.distributed) as first:
+        same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+        if first:
+            prepare_if_missing(config)
+            write_baselines(config)
+        wait_for_all("data", within=A_DAY)
+        train(*with_initial_weights(config))
+        if first:
+            show_results(Path(config.run_dir))
 
 
 def prepare_if_missing(config: PretrainConfig) -> None:
@@ -56,6 +62,7 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
         return config, None
     from biomamba_jax.interop import read_model
     from biomamba_jax.interop.hub import local_folder
+    from biomamba_jax.train.setup import computed_as
 
     run = Path(config.run_dir)
     resumes = (run / "config.yaml").exists() and any((run / "checkpoints").glob("[0-9]*"))
@@ -65,8 +72,7 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     else:
         weights = read_model(local_folder(config.init_from))
         model, params = weights.config, weights.params
-    how = {name: getattr(config.model, name) for name in ("chunk_size", "compute_dtype", "remat", "unroll")}
-    return dataclasses.replace(config, model=dataclasses.replace(model, **how)), params
+    return dataclasses.replace(config, model=computed_as(model, config.model)), params
 
 
 def write_baselines(config: PretrainConfig) -> None:

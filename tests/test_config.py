@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from biomamba_jax.command_line import parse, run_command, to_yaml
-from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.config import EvaluateConfig, FinetuneConfig, ModelConfig, PretrainConfig
 from biomamba_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+SCHEMAS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}  # by how a file's name begins; else pretraining
 
 
 def read(*argv: str) -> PretrainConfig:
@@ -18,7 +19,8 @@ def read(*argv: str) -> PretrainConfig:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_project_is_valid(path):
-    read("--config", str(path))
+    schema = SCHEMAS.get(path.stem.partition("_")[0], PretrainConfig)
+    parse(schema, ["--config", str(path)], prog="any", description="")
 
 
 def parameters(model: ModelConfig) -> int:
