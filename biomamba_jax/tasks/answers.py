@@ -60,7 +60,8 @@ def choose(scores: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
 def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Literal["accuracy", "macro_f1"]) -> np.ndarray:
     """What to add to each answer's score, the first answer's 0, so that these questions are answered best.
 
-    Tries quantiles of the differences to the first answer's score, and 0; of equally good ones, the smallest.
+    Tries 0, values between quantiles of the differences to the first answer's score, and one beyond either end of
+    them; of equally good ones it takes the smallest.
 
     Args:
       scores: [questions, answers] of development questions.
@@ -68,7 +69,8 @@ def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Literal["accur
     """
     classes = scores.shape[1]
     differences = scores[:, :1] - scores[:, 1:]
-    cuts = [[0.0, *np.quantile(column, np.linspace(0, 1, _CUTS))] for column in differences.T]
+    quantiles = [np.unique(np.quantile(column, np.linspace(0, 1, _CUTS))) for column in differences.T]
+    cuts = [[0.0, q[0] - 1, *((q[1:] + q[:-1]) / 2), q[-1] + 1] for q in quantiles]
     candidates = np.array([(0.0, *rest) for rest in itertools.product(*cuts)])
     candidates = candidates[np.argsort(np.abs(candidates).sum(1), kind="stable")]
     predicted = np.stack([choose(scores, offsets) for offsets in candidates])

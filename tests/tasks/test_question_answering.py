@@ -1,0 +1,122 @@
+"""Tasks as a whole: official measures with intervals, the majority beside them, thresholds only from development."""
+
+import pytest
+
+from biomamba_jax.config import BioASQConfig, PubMedQAConfig
+from biomamba_jax.tasks import bioasq
+from biomamba_jax.tasks import question_answering as qa
+from biomamba_jax.tasks.pubmedqa import Question, Split
+from biomamba_jax.tasks.scorers import Continuation
+from biomamba_jax.tasks.statistics import Resampling
+
+QUICK = Resampling(resamples=100)
+
+
+class Reader:
+    """A scorer that finds "yes", "no" or "maybe" in the prompt, but prefers yes by 5 nats."""
+
+    def __init__(self):
+        self.prompts = []
+
+    def continuations(self, requests):
+        self.prompts += [request.context for request in requests]
+        return [
+            [
+                Continuation((3.0 * (text.strip() in request.context.split()) + 5.0 * (text == " yes"),), False)
+                for text in request.continuations
+            ]
+            for request in requests
+        ]
+
+    def generate(self, prompts, max_new_tokens, stop):
+        return [" BRCA1; p53." for _ in prompts]
+
+
+def questions(count, *answers):
+    return [Question(f"{i}{a}", "?", (("", f"it is {a} ."),), a, "") for i in range(count) for a in answers]
+
+
+@pytest.fixture
+def split():
+    folds = [questions(1, "yes", "no", "maybe", "yes") for _ in range(10)]
+    return Split(folds, questions(5, "yes", "yes", "no", "maybe"))
+
+
+def prompt_config(**settings):
+    return PubMedQAConfig(path="-", prompt="{context} {question}", **settings)
+
+
+def test_thresholds_turn_scores_that_order_questions_rightly_into_right_answers(split):
+    plain = qa.answer_pubmedqa(Reader(), prompt_config(), split, QUICK)
+    fitted = qa.answer_pubmedqa(Reader(), prompt_config(thresholds="accuracy"), split, QUICK)
+    assert plain.measures["accuracy"].value == 0.5
+    assert fitted.measures["accuracy"].value == 1.0
+    assert fitted.details["thresholds"]["cross_validated_accuracy"] == 1.0
+    assert (plain.answered, fitted.answered) == (20, 60)
+
+
+def test_the_test_set_s_answers_do_not_reach_the_thresholds(split):
+    other = split._replace(test=[Question(q.key, q.question, q.contexts, "no", "") for q in split.test])
+    found = [qa.answer_pubmedqa(Reader(), prompt_config(thresholds="macro_f1"), s, QUICK) for s in (split, other)]
+    assert found[0].details["thresholds"] == found[1].details["thresholds"]
+    assert [p.prediction for p in found[0].predictions] == [p.prediction for p in found[1].predictions]
+
+
+def test_the_conclusion_is_not_in_the_prompt():
+    reader = Reader()
+    test = [Question("1", "Does it?", (("AIMS", "to see"),), "yes", "It does.")]
+    qa.answer_pubmedqa(reader, PubMedQAConfig(path="-"), Split([], test), QUICK)
+    assert reader.prompts == ["AIMS: to see\n\nQuestion: Does it?\nAnswer (yes, no or maybe):"]
+
+
+def test_the_majority_of_the_real_questions_scores_55_2_and_23_7_percent(shared_data):
+    folder = shared_data / "pubmedqa"
+    config = PubMedQAConfig(path=str(folder / "ori_pqal.json"), test_ids=str(folder / "test_ground_truth.json"))
+    found = qa.pubmedqa_majority(qa.read_pubmedqa(config), QUICK)
+    assert found.questions == 500
+    assert found.measures["accuracy"].value == pytest.approx(0.552)
+    assert found.measures["macro_f1"].value == pytest.approx(0.237, abs=5e-4)
+    assert found.measures["accuracy"].low == pytest.approx(0.508, abs=1e-3)
+
+
+def bioasq_question(kind, golden, key="1"):
+    return bioasq.Question(key, kind, "?", ("it is no .",), (), golden)
+
+
+def test_bioasq_pools_questions_and_not_the_figures_of_files():
+    yes, no = bioasq_question("yesno", (("yes",),)), bioasq_question("yesno", (("no",),))
+    batches = {"a": [yes, yes, yes], "b": [no]}
+    found = qa.bioasq_majority(batches, QUICK)
+    assert found.measures["yesno_accuracy"].value == 0.75
+    assert [m["yesno_accuracy"].value for m in found.details["batches"].values()] == [1.0, 0.0]
+    assert found.measures["yesno_macro_f1"].value == pytest.approx((6 / 7 + 0) / 2)
+
+
+def test_bioasq_s_names_are_read_from_text_and_yes_no_from_likelihood():
+    batches = {
+        "a": [
+            bioasq_question("yesno", (("yes",),)),
+            bioasq_question("factoid", (("TP53", "P53"),)),
+            bioasq_question("list", (("brca1",), ("EGFR",))),
+        ]
+    }
+    found = qa.answer_bioasq(Reader(), BioASQConfig(path=["a"]), batches, {}, QUICK)
+    assert found.measures["yesno_accuracy"].value == 1
+    assert found.measures["factoid_mrr"].value == 0.5 and found.measures["factoid_strict_accuracy"].value == 0
+    assert found.measures["list_precision"].value == 0.5 and found.measures["list_recall"].value == 0.5
+    assert [p.prediction for p in found.predictions] == ["yes", ["BRCA1", "p53"], ["BRCA1", "p53"]]
+    assert [p.correct for p in found.predictions] == [True, False, None]
+
+
+def test_bioasq_s_thresholds_come_from_development_files():
+    no = bioasq_question("yesno", (("no",),))
+    config = BioASQConfig(path=["a"], development=["d"], thresholds="accuracy")
+    found = qa.answer_bioasq(Reader(), config, {"a": [no]}, {"d": [no, no]}, QUICK)
+    assert found.measures["yesno_accuracy"].value == 1
+    assert found.details["thresholds"]["development_questions"] == 2
+
+
+def test_only_answers_that_are_right_or_wrong_are_compared_between_models():
+    batches = {"a": [bioasq_question("yesno", (("yes",),)), bioasq_question("list", (("x",),))]}
+    one, two = qa.bioasq_majority(batches, QUICK), qa.bioasq_majority(batches, QUICK)
+    assert qa.shared_correctness(one, two) == ([True], [True])
