@@ -6,7 +6,7 @@ structured abstracts are printed; memory stays bounded because every record is c
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +104,22 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
         raise UserError(f"{path}: not well-formed XML, {last}: {error.msg}; {_AGAIN}") from None
     if root.tag == _SET and len(root):
         yield from (NotAnArticle("unknown_element") for child in root if not _is_known(child))
+
+
+def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
+    """The XML of the last record of each of `pmids` in the file, as it stands there; to look at, not to parse."""
+    found: dict[int, str] = {}
+    parser = etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)
+    _check_head(path)
+    for chunk in read_chunks(path, _CHUNK_BYTES):
+        parser.feed(chunk)
+        for _, element in parser.read_events():
+            identifier = _child(_child(element, "MedlineCitation"), "PMID")
+            pmid = None if identifier is None else _number(identifier.text, _MAX_PMID)
+            if pmid in pmids:
+                found[pmid] = etree.tostring(element, encoding="unicode", with_tail=False)
+            element.clear()
+    return found
 
 
 # Nothing is expanded, fetched or unbounded, and comments never split a text.

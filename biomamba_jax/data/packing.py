@@ -99,6 +99,11 @@ class WindowedRows(ABC):
     def _row_key(self, window: int) -> tuple[int, ...]:
         """What, beside the seed, decides the order of the window's rows."""
 
+    @property
+    def next_window_row(self) -> int:
+        """The first row of the first window that has not been packed yet."""
+        return self._starts[-1]
+
     def drawn_before(self, window: int) -> tuple[int, ...]:
         """What a mixture has drawn when `window` begins, see `WindowStart`; () of one source."""
         return ()

@@ -83,7 +83,7 @@ def test_every_source_is_within_a_document_of_its_share_at_every_window(folders)
     documents = mixture(folders).open(tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=3, window=7)
     for window in range(1, 40):
-        while plan.window_start(row := plan._starts[-1]).window < window:
+        while plan.window_start(row := plan.next_window_row).window < window:
             plan[row]
         tokens = np.array(plan.drawn_before(window)[3:])
         assert np.abs(tokens - tokens.sum() * np.array([0.8, 0.1, 0.1])).max() <= 60 * 2
@@ -92,7 +92,7 @@ def test_every_source_is_within_a_document_of_its_share_at_every_window(folders)
 def test_a_mixture_by_documents_counts_documents(folders):
     documents = mixture(folders, {"pubmed": 10.0, "c4": 1.0, "wikipedia": 1.0}, "documents").open(tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=0, window=120)
-    plan[plan._starts[-1]]
+    plan[plan.next_window_row]
     assert plan.drawn_before(1)[:3] == (100, 10, 10)
 
 

@@ -1,0 +1,175 @@
+"""Evaluation text is kept out: by the PMIDs of its articles, and by shared runs of words even where it was edited."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import documents
+from nlm_xml import article, write_set
+
+from biomamba_jax.data.build import REMOVED_NAME, Settings, build_shards
+from biomamba_jax.data.decontamination import read_evaluation
+from biomamba_jax.data.shingles import shingles
+from biomamba_jax.data.sources import Selection
+from biomamba_jax.data.tokenizer import TokenizerTraining
+from biomamba_jax.errors import UserError
+
+LEAST = Selection().evaluation_overlap
+_WORDS = ["of the in and patients with was were to for study results".split(), [f"term{i}" for i in range(3000)]]
+
+
+def passage(seed: object, words: int = 180) -> str:
+    """Made-up prose: half of its words are common ones."""
+    random_ = random.Random(str(seed))
+    return " ".join(random_.choice(random_.choice(_WORDS)) for _ in range(words)) + "."
+
+
+def edited(text: str, seed: object) -> str:
+    """One word in 20 replaced, case and punctuation changed, the last tenth cut off."""
+    random_ = random.Random(str(seed))
+    words = [f"other{random_.randrange(99)}" if random_.random() < 0.05 else word for word in text.split()]
+    words = words[: len(words) * 9 // 10]
+    return ", ".join(" ".join(words[i : i + 9]) for i in range(0, len(words), 9)).upper()
+
+
+@pytest.fixture
+def evaluation_of(tmp_path):
+    """Makes evaluation text of one line."""
+
+    def make(text: str):
+        (tmp_path / "a.txt").write_text(text + "\n")
+        return read_evaluation([str(tmp_path / "a.txt")])
+
+    return make
+
+
+def pubmedqa(path: Path, contexts: dict[int, str]) -> str:
+    questions = {
+        str(pmid): {"QUESTION": f"Does {text[:40]}?", "CONTEXTS": [text[:300], text[300:]], "final_decision": "yes"}
+        for pmid, text in contexts.items()
+    }
+    path.write_text(json.dumps(questions))
+    return str(path)
+
+
+def test_runs_of_words_are_those_of_a_plain_loop():
+    texts = ["One two, three!", "a b c d e f", "", "A  b\nc d", "x"]
+    runs, offsets = shingles(texts, 3)
+    assert offsets.tolist() == [0, 1, 5, 6, 8, 9]
+    assert runs[1] == runs[6] and runs[2] == runs[7]  # "a b c" and "b c d", case and white space aside
+    assert len(set(runs.tolist())) == 7
+    alone = np.concatenate([shingles([text], 3)[0] for text in texts])
+    np.testing.assert_array_equal(runs, alone)
+
+
+def test_planted_evaluation_text_is_found_and_clean_text_is_not(tmp_path):
+    """All exact PMIDs, at least 95 % of lightly edited texts, under 0.1 % of clean records; each removal is listed."""
+    contexts = {pmid: passage(pmid) for pmid in range(1, 201)}
+    evaluation = pubmedqa(tmp_path / "ori_pqal.json", contexts)
+    exact = [article(pmid, f"<AbstractText>{passage(('rewritten', pmid))}</AbstractText>") for pmid in range(1, 101)]
+    light = [
+        article(10_000 + pmid, f"<AbstractText>{passage('around', 30)} {edited(contexts[pmid], pmid)}</AbstractText>")
+        for pmid in range(101, 201)
+    ]
+    clean = [article(20_000 + n, f"<AbstractText>{passage(('clean', n))}</AbstractText>") for n in range(2000)]
+    records = exact + light + clean
+    random.Random(0).shuffle(records)
+    path = write_set(tmp_path / "pubmed26n0001.xml", *records)
+    selection = Selection(evaluation=(evaluation,))
+    settings = Settings(selection, train_tokenizer=TokenizerTraining(300))
+    manifest = build_shards([str(path)], tmp_path / "o", settings=settings, workers=1)
+    kept = Counter(pmid // 10_000 for pmid in documents(tmp_path / "o"))
+    assert manifest.filters["evaluation_article"] == 100
+    assert kept[0] == 0
+    assert kept[1] <= 5
+    assert kept[2] >= 1999
+    assert manifest.filters["evaluation_text"] == 2100 - kept[1] - kept[2]
+    listed = [json.loads(line) for line in (tmp_path / "o" / REMOVED_NAME).read_text().splitlines()]
+    assert Counter(entry["reason"] for entry in listed) == {
+        reason: number for reason, number in manifest.filters.items() if number and reason.startswith("evaluation")
+    }
+    by_text = [entry for entry in listed if entry["reason"] == "evaluation_text"]
+    assert all(entry["repeats"] == f"ori_pqal.json: {entry['pmid'] - 10_000}" for entry in by_text)
+    assert all(LEAST <= entry["share"] <= 1 and entry["source"] == path.name for entry in by_text)
+
+
+def test_real_contexts_are_found_in_each_other_only_where_they_are_the_same(shared_data, tmp_path):
+    """Half of PubMedQA as evaluation, the other half as clean abstracts of just its kind."""
+    questions = json.loads((shared_data / "pubmedqa" / "ori_pqal.json").read_text())
+    pmids = sorted(questions)
+    texts = {pmid: " ".join(questions[pmid]["CONTEXTS"]) for pmid in pmids}
+    held = tmp_path / "held.json"
+    held.write_text(json.dumps({pmid: questions[pmid] for pmid in pmids[::2]}))
+    evaluation = read_evaluation([str(held)])
+    assert all(evaluation.holds_pmid(int(pmid)) for pmid in pmids[::2])
+    assert not any(evaluation.holds_pmid(int(pmid)) for pmid in pmids[1::2])
+    light = evaluation.overlaps([edited(texts[pmid], pmid) for pmid in pmids[::2]], LEAST)
+    assert len(light) >= 0.95 * 500
+    assert len(evaluation.overlaps([texts[pmid] for pmid in pmids[1::2]], LEAST)) == 0
+
+
+def test_a_set_phrase_alone_is_no_contamination(evaluation_of):
+    evaluation = evaluation_of("The aim of this study was to evaluate the effect of " + passage(1, 150))
+    assert evaluation.overlaps(["The aim of this study was to evaluate the effect of " + passage(2, 150)], LEAST) == {}
+
+
+def test_a_short_document_inside_an_item_is_contamination(evaluation_of):
+    text = passage(3)
+    evaluation = evaluation_of(text)
+    inside = " ".join(text.split()[20:40])
+    assert evaluation.overlaps([inside, passage(4, 20)], LEAST).keys() == {0}
+    assert evaluation.overlaps([inside], LEAST)[0].share == 1.0
+
+
+def test_bioasq_s_documents_and_snippets_are_evaluation_text(tmp_path):
+    question = {
+        "id": "5a",
+        "body": passage("body", 20),
+        "documents": ["http://www.ncbi.nlm.nih.gov/pubmed/111", "https://pubmed.ncbi.nlm.nih.gov/222/"],
+        "snippets": [{"document": "http://www.ncbi.nlm.nih.gov/pubmed/333", "text": passage("snippet", 60)}],
+    }
+    path = tmp_path / "BioASQ-training.json"
+    path.write_text(json.dumps({"questions": [question]}))
+    evaluation = read_evaluation([str(path)])
+    assert evaluation.pmids.tolist() == [111, 222, 333]
+    found = evaluation.overlaps([passage("x", 50) + " " + passage("snippet", 60), passage("y")], LEAST)
+    assert found == {0: ("BioASQ-training.json: 5a", 1.0)}
+
+
+def test_pubmedqa_s_list_of_test_articles_gives_pmids_alone(tmp_path):
+    path = tmp_path / "test_ground_truth.json"
+    path.write_text(json.dumps({"123": "yes", "456": "no"}))
+    assert read_evaluation([str(path)]).pmids.tolist() == [123, 456]
+
+
+def test_lines_of_json_are_items_of_all_their_strings(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text(json.dumps({"q": passage(1, 40), "choices": [passage(2, 40), 3], "n": None}) + "\n\n")
+    assert read_evaluation([str(path)]).overlaps([passage(2, 40)], LEAST)[0] == ("set.jsonl: line 1", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", "[1]"),
+        ("a.json", "{"),
+        ("a.json", "{}"),
+        ("a.json", '{"questions": 3}'),
+        ("a.jsonl", "{"),
+        ("a.txt", ""),
+    ],
+)
+def test_what_is_no_evaluation_text_is_named(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(UserError, match=str(path)):
+        read_evaluation([str(path)])
+
+
+def test_other_evaluation_text_is_another_selection(tmp_path):
+    """The spools of a run that was stopped are not used for other evaluation files."""
+    digests = {read_evaluation([pubmedqa(tmp_path / "a.json", {n: passage(n)})]).digest for n in (1, 2)}
+    assert len(digests) == 2
