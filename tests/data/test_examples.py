@@ -1,0 +1,113 @@
+"""Supervised examples: which tokens are learnt, what becomes of long ones, and how templates are filled."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_models import train_tokenizer
+
+from biomamba_jax.data.examples import Example, encode_examples, held_out_share, read_examples
+from biomamba_jax.errors import UserError
+
+PROMPT = "the patients were given insulin"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def encode(tokenizer, *examples, length=64, labels=()):
+    return encode_examples(examples, tokenizer, length, source="made-up", labels=labels)
+
+
+def write_lines(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def test_only_the_answer_and_the_end_of_the_text_are_targets(tokenizer):
+    [example] = encode(tokenizer, Example(PROMPT, " diabetes"))
+    prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
+    assert example.ids.tolist() == [*prompt, *answer, tokenizer.eos_id]
+    assert example.targets.tolist() == [-1] * len(prompt) + [*answer, tokenizer.eos_id]
+
+
+def test_a_classifiers_one_target_stands_behind_the_prompt(tokenizer):
+    [example] = encode(tokenizer, Example(PROMPT, " no", label="no"), labels=("yes", "no"))
+    [prompt] = tokenizer.encode_batch([PROMPT])
+    assert example.ids.tolist() == [*prompt, tokenizer.eos_id]
+    assert example.targets.tolist() == [-1] * len(prompt) + [1]
+
+
+def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(tokenizer):
+    examples = encode(tokenizer, Example(PROMPT, " diabetes"), Example("the", " diabetes"), length=8)
+    prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
+    room = 8 - len(answer) - 1
+    assert examples[0].ids.tolist() == [*prompt[-room:], *answer, tokenizer.eos_id]
+    assert examples[0].targets.tolist() == [-1] * room + [*answer, tokenizer.eos_id]
+    assert examples.shortened == 1 and examples.lengths.max() <= 8
+
+
+@pytest.mark.parametrize(
+    ("example", "labels", "message"),
+    [
+        (Example(PROMPT, " diabetes" * 30, key="q7"), (), "example 'q7': its answer .* raise data.sequence_length"),
+        (Example(PROMPT, "", key="q7"), (), "example 'q7' has an empty answer"),
+        (
+            Example(PROMPT, " no", label="no", key="q7"),
+            ("yes", "maybe"),
+            "example 'q7' is of class 'no', none of yes, maybe",
+        ),
+    ],
+    ids=["long", "empty", "unknown class"],
+)
+def test_an_example_that_cannot_be_learnt_is_refused_by_name(tokenizer, example, labels, message):
+    with pytest.raises(UserError, match=message):
+        encode(tokenizer, example, length=16, labels=labels)
+
+
+def test_no_examples_at_all_are_refused(tokenizer):
+    with pytest.raises(UserError, match="made-up: holds no example"):
+        encode(tokenizer)
+
+
+def test_templates_take_any_keys_of_a_line(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", {"title": "Insulin", "ask": "safe?", "reply": "yes", "year": 1999})
+    [example] = read_examples(file, "{title} ({year}): {ask} {{}}", " {reply}")
+    assert (example.prompt, example.answer, example.label) == ("Insulin (1999): safe? {}", " yes", "yes")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a"}', "line 2: has no text 'answer', which data.answer names; its keys are prompt"),
+        ('{"prompt": "a", "answer": null}', "line 2: has no text 'answer'"),
+        ("[1]", "line 2: give an object"),
+        ("{", "line 2: not JSON"),
+    ],
+)
+def test_a_line_without_prompt_and_answer_is_refused_by_number(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UserError, match=message):
+        list(read_examples(str(tmp_path / "a.jsonl"), "{prompt}", "{answer}"))
+
+
+def test_a_template_that_is_none_is_refused(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"})
+    with pytest.raises(UserError, match=r"data.prompt = '\{prompt': is no template"):
+        list(read_examples(file, "{prompt", "{answer}"))
+
+
+def test_the_development_share_depends_on_each_prompt_alone():
+    examples = [Example(f"question {index % 500}", " yes", key=str(index)) for index in range(1000)]
+    train, development = held_out_share(examples, 0.2)
+    assert len(train) + len(development) == 1000 and 140 < len(development) < 260
+    assert not {e.prompt for e in train} & {e.prompt for e in development}
+    again = held_out_share(examples[::-1][:300], 0.2)[1]
+    assert {e.key for e in again} == {e.key for e in development if int(e.key) >= 700}
+
+
+def test_encoded_examples_tell_their_lengths(tokenizer):
+    examples = encode(tokenizer, Example("the", " mice"), Example(PROMPT, " mice"))
+    np.testing.assert_array_equal(examples.lengths, [len(examples[0].ids), len(examples[1].ids)])
