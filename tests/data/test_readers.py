@@ -1,0 +1,154 @@
+"""General text in the forms in which it is published: the same documents whatever the container and its compression."""
+
+import bz2
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+from nlm_xml import LONG, article, write_set
+from pyarrow import parquet
+
+from biomamba_jax.data.filters import CODE, KEPT, Filters
+from biomamba_jax.data.readers import files_in, read_candidates
+from biomamba_jax.data.wikipedia import prose
+from biomamba_jax.errors import UserError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+TEXTS = [f"{LONG} {word}." for word in ("one", "two, with α", "three")]
+PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
+
+
+def texts_of(path: Path) -> list[str]:
+    return [record.text for record in read_candidates(path, Filters()) if record.status == KEPT]
+
+
+def lines(*records: dict) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+CONTENT = {
+    "a.jsonl": lines(*({"text": text, "id": 1} for text in TEXTS)),
+    "c4-train.00000-of-01024.json": lines(
+        *({"text": t, "timestamp": "2019-04-25T12:57:54Z", "url": "u"} for t in TEXTS)
+    ),
+    "a.txt": "\n\n".join(TEXTS).encode(),
+}
+
+
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("name", CONTENT)
+def test_text_is_the_same_whatever_it_is_packed_in(tmp_path, name, suffix):
+    path = tmp_path / (name + suffix)
+    path.write_bytes(PACK[suffix](CONTENT[name]))
+    assert texts_of(path) == TEXTS
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+@pytest.mark.parametrize("damage", ["truncated", "another format"])
+def test_a_damaged_file_is_named_and_never_read_in_part(tmp_path, suffix, damage):
+    packed = PACK[suffix](lines(*({"text": text * 50} for text in TEXTS)))
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(packed[:-3] if damage == "truncated" else b"plain text")
+    with pytest.raises(UserError, match=r"a\.jsonl"):
+        texts_of(path)
+
+
+def test_parquet_as_wikipedia_is_published_gives_its_text_column(tmp_path):
+    path = tmp_path / "train-00000-of-00041.parquet"
+    table = pyarrow.table({"id": ["1", "2", "3"], "url": ["u"] * 3, "title": ["t"] * 3, "text": TEXTS})
+    parquet.write_table(table, path)
+    assert texts_of(path) == TEXTS
+
+
+def test_parquet_may_have_pmids_and_empty_texts(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": [TEXTS[0], None], "pmid": [7, None]}), path)
+    assert [(r.status, r.pmid) for r in read_candidates(path, Filters())] == [(KEPT, 7), (CODE["no_abstract"], 0)]
+
+
+def test_parquet_without_text_or_damaged_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"content": TEXTS}), path)
+    with pytest.raises(UserError, match=r"a\.parquet: not Parquet with a"):
+        texts_of(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.parquet"):
+        texts_of(path)
+
+
+PAGE = "<page><title>{}</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>\n"
+
+
+def dump(markup: str) -> str:
+    """Wikipedia's dump of an article, a redirect and a talk page."""
+    pages = [
+        PAGE.format("Insulin", 0, "", markup),
+        PAGE.format("Insulins", 0, '<redirect title="Insulin" />', "#REDIRECT [[Insulin]]"),
+        PAGE.format("Talk:Insulin", 1, "", LONG),
+    ]
+    space = "http://www.mediawiki.org/xml/export-0.11/"
+    return f'<mediawiki xmlns="{space}"><siteinfo><sitename>W</sitename></siteinfo>\n{"".join(pages)}</mediawiki>'
+
+
+MARKUP = """{{Infobox protein|name=Insulin|symbol={{nested|x}}}}
+[[File:Insulin.png|thumb|A picture of [[insulin]].]]
+'''Insulin''' (from [[Latin]] ''insula'', 'island') is a [[peptide hormone|hormone]] of [[beta cell]]s.&lt;ref&gt;A
+1999.&lt;/ref&gt;
+It lowers blood &lt;b&gt;glucose&lt;/b&gt; &amp;amp; more.
+
+== Structure ==
+{| class="wikitable"
+| cell
+|}
+It has 51 amino acids.
+
+== See also ==
+* [[Glucagon]]
+[[Category:Hormones]]"""
+
+
+@pytest.mark.parametrize(
+    "name", ["enwiki-20260101-pages-articles.xml", "enwiki-20260101-pages-articles1.xml-p1p41242.bz2"]
+)
+def test_wikipedia_s_dump_gives_the_prose_of_its_articles(tmp_path, name):
+    content = dump(MARKUP).encode()
+    path = tmp_path / name
+    path.write_bytes(bz2.compress(content) if name.endswith(".bz2") else content)
+    records = list(read_candidates(path, Filters()))
+    assert [record.status for record in records] == [KEPT, CODE["no_abstract"], CODE["no_abstract"]]
+    assert records[0].text == (
+        "Insulin\n"
+        "Insulin (from Latin insula, 'island') is a hormone of beta cells.\n"
+        "It lowers blood glucose & more.\n"
+        "Structure\n"
+        "It has 51 amino acids."
+    )
+
+
+def test_a_broken_dump_is_named(tmp_path):
+    path = tmp_path / "enwiki-20260101-pages-articles.xml"
+    path.write_text(dump(MARKUP)[:-40])
+    with pytest.raises(UserError, match=r"articles\.xml: not well-formed XML, "):
+        texts_of(path)
+
+
+def test_prose_of_plain_text_is_itself():
+    assert prose("Plain text, 3 < 4 and a&b.") == "Plain text, 3 < 4 and a&b."
+
+
+def test_a_folder_stands_for_its_files_by_name(tmp_path):
+    for name in ("pubmed26n0002.xml.gz", "pubmed26n0001.xml.gz"):
+        write_set(tmp_path / name, article())
+        (tmp_path / f"{name}.md5").write_text("")
+    (tmp_path / "README").write_text("")
+    assert [path.name for path in files_in(str(tmp_path))] == ["pubmed26n0001.xml.gz", "pubmed26n0002.xml.gz"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no file of a known kind"):
+        files_in(str(tmp_path / "empty"))
