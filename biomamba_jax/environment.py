@@ -1,0 +1,36 @@
+"""Where and how this process runs, for whoever wants to repeat it."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import sys
+import time
+from typing import Any
+
+import jax
+
+import biomamba_jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
+
+
+def environment() -> dict[str, Any]:
+    """Where and how this process runs: versions, devices, host and command line; no environment variables."""
+    devices = jax.devices()
+    versions = {"biomamba-jax": biomamba_jax.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": shlex.join(sys.orig_argv),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        "versions": versions,
+    }
