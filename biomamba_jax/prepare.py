@@ -1,16 +1,23 @@
 """python -m biomamba_jax.prepare --input FILES... --output DIR (--tokenizer FILE | --train-tokenizer VOCAB_SIZE)
+python -m biomamba_jax.prepare download --output DIR [--part baseline] [--numbers 1-20,1335]
+python -m biomamba_jax.prepare inspect DIR [--report FILE.html]
+python -m biomamba_jax.prepare tokenizers --tokenizers FILES... --input FILES...
 
-Text to tokenized shards: NLM PubmedArticleSet XML (.xml, .xml.gz), JSON lines (.jsonl, .jsonl.gz) or plain text.
-`--input nlm-sample` is two whole NLM files, `--tokenizer gpt-neox` the released Mamba models' tokenizer; both are
-downloaded once. Ends with a table of what was kept and why the rest was not.
+Text to tokenized shards: NLM's PubMed XML, JSON lines, plain text, Parquet, Wikipedia's dumps. An interrupted run goes
+on from what it had finished. `--input nlm-sample` is two whole NLM files, `wiki-sample` the beginnings of 10,033
+Wikipedia articles, `--tokenizer gpt-neox` the released Mamba models' tokenizer; each is downloaded once. Ends with a
+table of what was kept and why the rest was not. `download` fetches NLM's files, `inspect` shows what shards hold,
+`tokenizers` compares tokenizers.
 """
 
 import dataclasses
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from itertools import takewhile
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -18,6 +25,7 @@ from rich.table import Table
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import PrepareConfig
+from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
 from biomamba_jax.data.build import Settings, build_shards
 from biomamba_jax.data.filters import REASONS, Filters
 from biomamba_jax.data.readers import files_in
@@ -39,8 +47,8 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     if not config.output:
         raise UserError("--output is missing; name the folder to write")
-    inputs = [str(path) for name in config.input for path in (SAMPLES[name]() if name in SAMPLES else files_in(name))]
-    tokenizer = str(gpt_neox_tokenizer()) if config.tokenizer == GPT_NEOX else config.tokenizer
+    inputs = [str(path) for name in config.input for path in input_files(name)]
+    tokenizer = None if config.tokenizer is None else tokenizer_file(config.tokenizer)
     columns = TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
@@ -52,6 +60,16 @@ def prepare(config: PrepareConfig) -> Manifest:
 
         settings = settings_of(config)
         return build_shards(inputs, config.output, tokenizer, settings, workers=config.workers, progress=show)
+
+
+def input_files(name: str) -> list[Path]:
+    """The files that one word of --input means: a sample's, a folder's, or the file itself."""
+    return SAMPLES[name]() if name in SAMPLES else files_in(name)
+
+
+def tokenizer_file(name: str) -> str:
+    """The file that --tokenizer means."""
+    return str(gpt_neox_tokenizer()) if name == GPT_NEOX else name
 
 
 def settings_of(config: PrepareConfig) -> Settings:
@@ -111,38 +129,95 @@ def tables(manifest: Manifest) -> list[Table]:
     return [fate, content]
 
 
-_TYPES = {f"--{field.name}": str(field.type) for field in dataclasses.fields(PrepareConfig)}
-_LISTS = {name for name, kind in _TYPES.items() if kind.startswith("list")}
-_FLAGS = {name for name, kind in _TYPES.items() if "bool" in kind}
-
-
-def _as_settings(argv: Sequence[str]) -> list[str]:
+def _as_settings(argv: Sequence[str], schema: type) -> list[str]:
     """`--input A B` as the one list that the schema has, `--train-tokenizer` by its name there, a lone flag as true."""
+    kinds = {f"--{field.name}": str(field.type) for field in dataclasses.fields(schema)}
     settings, rest = [], list(argv)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
-        if name in _LISTS:
+        if kinds.get(name, "").startswith("list"):
             words = [value] if equals else list(takewhile(lambda word: not word.startswith("--"), rest))
             rest = rest if equals else rest[len(words) :]
             is_list = len(words) == 1 and words[0].startswith("[")
             settings.append(f"{name}={words[0] if is_list else json.dumps(words)}")
-        elif name in _FLAGS and not equals and (not rest or rest[0].startswith("--")):
+        elif kinds.get(name) == str(bool) and not equals and (not rest or rest[0].startswith("--")):
             settings.append(f"{name}=true")
         else:
             settings.append(name + equals + value)
     return settings
 
 
+def download(argv: Sequence[str], prog: str) -> None:
+    """NLM's files onto this machine."""
+    from biomamba_jax.data.download import Downloader, Remote, choose, list_files
+
+    description = "Downloads NLM's baseline and update files: in parallel, resumed, checked by MD5."
+    config = parse(DownloadConfig, _as_settings(argv, DownloadConfig), prog=prog, description=description)
+    files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
+    chosen = choose(files, config.numbers)
+    downloader = Downloader(Path(config.output), config.tries, config.timeout)
+    columns = TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    counts: Counter[str] = Counter()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("download", total=len(chosen))
+
+        def show(file: Remote, what: str) -> None:
+            if what.startswith("again"):
+                bar.console.print(f"{file.name}: {what}", highlight=False, markup=False)
+            else:
+                counts[what] += 1
+                bar.advance(task)
+
+        downloader.fetch_all(chosen, config.connections, show)
+    print(f"{counts['fetched']:,} files fetched, {counts['there']:,} were there: {config.output}")
+
+
+def inspect(argv: Sequence[str], prog: str) -> None:
+    """What a folder of shards holds."""
+    from biomamba_jax.measure import shards
+
+    description = "Counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
+    words = [f"--path={word}" if i == 0 and not word.startswith("-") else word for i, word in enumerate(argv)]
+    config = parse(InspectConfig, _as_settings(words, InspectConfig), prog=prog, description=description)
+    if not config.path:
+        raise UserError(f"name the folder to look into: {prog} data/pubmed")
+    inputs = [str(path) for name in config.input for path in input_files(name)]
+    found = shards.inspect(dataclasses.replace(config, input=inputs))
+    shards.show(found, tables(found.manifest))
+    if config.report is not None:
+        shards.write_html(found, Path(config.report))
+        print(f"report: {config.report}")
+
+
+def tokenizers(argv: Sequence[str], prog: str) -> None:
+    """Tokenizers on the same text."""
+    from biomamba_jax.measure.tokenizers import compare_tokenizers, show
+
+    description = "Bytes per token, tokens per word and the share of biomedical terms that are one token."
+    config = parse(TokenizersConfig, _as_settings(argv, TokenizersConfig), prog=prog, description=description)
+    inputs = [str(path) for name in config.input for path in input_files(name)]
+    files = [tokenizer_file(name) for name in config.tokenizers]
+    show(compare_tokenizers(dataclasses.replace(config, input=inputs), files))
+
+
+SUBCOMMANDS = {"download": download, "inspect": inspect, "tokenizers": tokenizers}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` without the program's name, None for this process's arguments."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    config = parse(
-        PrepareConfig,
-        _as_settings(sys.argv[1:] if argv is None else argv),
-        prog="python -m biomamba_jax.prepare",
-        description=(__doc__ or "").partition("\n\n")[2],
-    )
+    words = list(sys.argv[1:] if argv is None else argv)
+    prog = "python -m biomamba_jax.prepare"
+    if words and words[0] in SUBCOMMANDS:
+        SUBCOMMANDS[words[0]](words[1:], f"{prog} {words[0]}")
+        return
+    if words and not words[0].startswith("-"):
+        raise UserError(
+            f"{words[0]!r} is none of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
+        )
+    description = (__doc__ or "").partition("\n\n")[2]
+    config = parse(PrepareConfig, _as_settings(words, PrepareConfig), prog=prog, description=description)
     manifest = prepare(config)
     console = Console()
     for table in tables(manifest):

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -76,7 +77,7 @@ class Downloader:
             try:
                 while True:
                     for file in waiting:
-                        running[pool.submit(self.fetch, file, lambda what, file=file: progress(file, what))] = file
+                        running[pool.submit(self.fetch, file, partial(progress, file))] = file
                         if len(running) >= connections:
                             break
                     if not running:
@@ -126,33 +127,33 @@ class Downloader:
 
     def _download(self, file: Remote, path: Path, md5: str) -> None:
         """Appends to NAME.partial what is missing, checks the whole, and names it."""
-        partial = Path(f"{path}.partial")
-        have = partial.stat().st_size if partial.exists() else 0
+        beginning = Path(f"{path}.partial")
+        have = beginning.stat().st_size if beginning.exists() else 0
         request = urllib.request.Request(file.url, headers={"Range": f"bytes={have}-"} if have else {})
         try:
             response = urllib.request.urlopen(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             if error.code == 416:  # as long as the file, or longer: only its sum can tell
-                return self._accept(partial, path, md5)
+                return self._accept(beginning, path, md5)
             raise
-        with response, open(partial, "ab") as output:
+        with response, open(beginning, "ab") as output:
             if response.status != 206:  # the server sends all of it
                 output.truncate(0)
                 have = 0
             length = response.headers.get("Content-Length")
             while block := response.read(_BLOCK):
                 output.write(block)
-        received = partial.stat().st_size - have
+        received = beginning.stat().st_size - have
         if length is not None and received < int(length):
             raise _Unwanted(f"the connection ended after {received:,} of {int(length):,} bytes")
-        return self._accept(partial, path, md5)
+        return self._accept(beginning, path, md5)
 
-    def _accept(self, partial: Path, path: Path, md5: str) -> None:
-        found = _md5(partial)
+    def _accept(self, arrived: Path, path: Path, md5: str) -> None:
+        found = _md5(arrived)
         if found != md5:
-            partial.unlink()
+            arrived.unlink()
             raise _Unwanted(f"its MD5 is {found}, its sidecar says {md5}")
-        os.replace(partial, path)
+        os.replace(arrived, path)
 
     def _read(self, url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=self.timeout) as response:
@@ -168,7 +169,7 @@ def list_files(mirror: str, part: Part, *, tries: int = 5, timeout: float = 60.0
     Raises:
       UserError: a listing cannot be read or names no file.
     """
-    found = {}
+    found: dict[str, Remote] = {}
     for folder in _FOLDERS[part]:
         base = f"{mirror.rstrip('/')}/{folder}/"
         listing = _listing(base, tries, timeout)
@@ -222,6 +223,6 @@ def _md5(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    os.replace(partial, path)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, "utf-8")
+    os.replace(temporary, path)

@@ -116,7 +116,7 @@ def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
         for _, element in parser.read_events():
             identifier = _child(_child(element, "MedlineCitation"), "PMID")
             pmid = None if identifier is None else _number(identifier.text, _MAX_PMID)
-            if pmid in pmids:
+            if pmid is not None and pmid in pmids:
                 found[pmid] = etree.tostring(element, encoding="unicode", with_tail=False)
             element.clear()
     return found

@@ -38,7 +38,6 @@ class Mirror:
             self.files[f"{path}.md5"] = f"MD5({name})= {hashlib.md5(content).hexdigest()}\n".encode()
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str | None]] = []
-        self.at_once, self.most_at_once, self.lock = 0, 0, threading.Lock()
 
     def handler(mirror):
         class Handler(BaseHTTPRequestHandler):
@@ -46,18 +45,8 @@ class Mirror:
                 pass
 
             def do_GET(self):
-                with mirror.lock:
-                    mirror.at_once += 1
-                    mirror.most_at_once = max(mirror.most_at_once, mirror.at_once)
-                    mirror.requests.append((self.path.rsplit("/")[-1], self.headers.get("Range")))
-                try:
-                    self.answer()
-                finally:
-                    with mirror.lock:
-                        mirror.at_once -= 1
-
-            def answer(self):
                 name = self.path.rsplit("/")[-1]
+                mirror.requests.append((name, self.headers.get("Range")))
                 fault = mirror.faults[name].pop(0) if mirror.faults[name] else ""
                 if self.path in ("/pubmed/baseline/", "/pubmed/updatefiles/"):
                     links = (p.rsplit("/")[-1] for p in mirror.files if p.startswith(self.path))
@@ -209,9 +198,11 @@ def test_a_sidecar_without_a_sum_is_no_proof(mirror, downloader):
         fetch_all(mirror, downloader, "baseline")
 
 
-def test_no_more_connections_are_open_than_asked_for(mirror, downloader):
+def test_over_one_connection_one_file_follows_the_other(mirror, downloader):
     fetch_all(mirror, downloader, connections=1)
-    assert mirror.most_at_once == 1
+    names = [name for part in NAMES.values() for name in part]
+    requested = [name for name, _ in mirror.requests if name]
+    assert requested == [each for name in names for each in (f"{name}.md5", name)]
 
 
 def test_a_mirror_without_listings_is_refused(mirror):
