@@ -1,0 +1,276 @@
+"""The backward kernel of the selective scan on Mosaic GPU: all gradients in one pass over the tokens, last chunk first.
+
+Of the forward pass it needs the states before each chunk. It steps through a chunk once more, noting every eighth
+state, and then takes the chunk eight steps at a time, the last ones first: forward, with all eight states in registers,
+and back. Gradients are written over the inputs in shared memory, which is what two blocks on a multiprocessor need.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from biomamba_jax.ops import mosaic_gpu
+from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.mosaic_gpu import LN_2, LOG2_E
+from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as cut
+from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import CHUNK, GROUP, VECTOR, Blocks, Parameters, Tokens
+
+_STEPS = 8  # time steps whose states are in registers at once
+_PARTS = CHUNK // _STEPS
+# [8 32 Q 4]: a warp has two steps, a lane a quarter of the states and every fourth channel.
+_OF_CHANNELS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 32, 4, 4), (2, 4, 4, 4))), warp_dims=(-8,), lane_dims=(-4, -3, -2), vector_dim=-1
+)
+
+
+class Inputs(NamedTuple):
+    tokens: Tokens
+    parameters: Parameters
+    dy: Any  # [B L E]
+    d_final: Any  # [B E Q 4]
+    boundary: Any  # [B chunks E Q 4]: states
+
+
+class Gradients(NamedTuple):
+    x: Any  # [B L E]
+    dt: Any  # [B L E]
+    z: Any | None  # [B L E]
+    B: Any  # [B tiles L Q 4] float32, of each tile of channels
+    C: Any  # [B tiles L Q 4] float32, of each tile of channels
+    A: Any  # [B E Q 4] float32, of each row
+    D: Any  # [B E] float32, of each row
+    dt_bias: Any  # [B E] float32, of each row
+    initial: Any  # [B E Q 4] float32
+
+
+class _Scratch(NamedTuple):
+    tokens: Tokens  # one slot; x, dt and z give way to their gradients
+    dy: Any  # [T C]
+    arrived: Any
+    delta: Any  # [T C]
+    exponent_step: Any | None  # [T C]: delta, or RESET_STEP at a reset; None where it is delta
+    u: Any  # [T C]: delta x
+    g: Any  # [T C]: gradient of y before the gate
+    B: Any  # [T Q 4]
+    C: Any  # [T Q 4]
+    noted: Any  # [parts C Q 4]: states before each part of the chunk
+    terms: Any  # [8 32 Q 4]: of the gradient of C, then of B, to be summed over channels
+    partial: Any  # [8 C Q]: sums over a thread's states of C h, then of B dh
+    d_delta: Any  # [8 C Q]: the same of d(delta A) A
+    dB: Any  # [T Q 4]
+    dC: Any  # [T Q 4]
+
+
+class _Carry(NamedTuple):
+    later: list[Array]  # the gradient that reaches the state from all later steps
+    dA: list[Array]
+    dD: Array  # [8 C], to be summed over the first axis
+    dt_bias: Array  # [8 C], likewise
+
+
+def backward(inputs: Inputs, blocks: Blocks, interpret: Any) -> Gradients:
+    """The gradients of all inputs; those of parameters row by row, those of B and C tile by tile."""
+    x, dt, z = inputs.tokens.x, inputs.tokens.dt, inputs.tokens.z
+
+    def result(*shape: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    state = result(blocks.rows, blocks.channels, blocks.quarters, VECTOR)
+    d_narrow = result(blocks.rows, blocks.tiles, blocks.length, blocks.quarters, VECTOR)
+    vector = result(blocks.rows, blocks.channels)
+    outputs = Gradients(
+        x=result(*x.shape, dtype=x.dtype),
+        dt=result(*x.shape, dtype=dt.dtype),
+        z=None if z is None else result(*x.shape, dtype=z.dtype),
+        B=d_narrow,
+        C=d_narrow,
+        A=state,
+        D=vector,
+        dt_bias=vector,
+        initial=state,
+    )
+    steps, narrow = cut.smem(CHUNK, blocks.width), cut.smem(CHUNK, blocks.quarters, VECTOR)
+    partial = cut.smem(_STEPS, blocks.width, blocks.quarters)
+    scratch = _Scratch(
+        tokens=cut.token_buffers(inputs.tokens, blocks, 1),
+        dy=cut.smem(CHUNK, blocks.width, dtype=inputs.dy.dtype),
+        arrived=plgpu.Barrier(num_arrivals=cut.copies(inputs.tokens) + 1),
+        delta=steps,
+        exponent_step=steps if blocks.segmented else None,
+        u=steps,
+        g=steps,
+        B=narrow,
+        C=narrow,
+        noted=cut.smem(_PARTS, blocks.width, blocks.quarters, VECTOR),
+        terms=cut.smem(_STEPS, GROUP, blocks.quarters, VECTOR),
+        partial=partial,
+        d_delta=partial,
+        dB=narrow,
+        dC=narrow,
+    )
+    kernel = functools.partial(_kernel, blocks)
+    return mosaic_gpu.call(
+        kernel, inputs, outputs, scratch, blocks.grid, name="selective_scan_backward", interpret=interpret
+    )
+
+
+def _kernel(blocks: Blocks, inputs: Inputs, gradients: Gradients, scratch: _Scratch) -> None:
+    row, tile = lax.axis_index("row"), lax.axis_index("tile")
+    first = tile * blocks.width
+    channels = pl.ds(first, blocks.width)
+    A_log2e = cut.read_states(inputs.parameters.A_log2e, first, blocks)
+    bias, skip = (
+        mosaic_gpu.read(v.at[channels], cut.VECTOR_OF_CHANNELS)
+        for v in (inputs.parameters.dt_bias, inputs.parameters.D)
+    )
+    tokens = cut.of_slot(scratch.tokens, 0)
+
+    def chunk_body(i: Any, carry: _Carry) -> _Carry:
+        chunk = blocks.chunks - 1 - i
+        time = mosaic_gpu.ds(chunk, CHUNK)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.commit_smem()
+        cut.fetch(inputs.tokens, tokens, scratch.arrived, row, chunk, channels)
+        plgpu.copy_gmem_to_smem(inputs.dy.at[row, time, channels], scratch.dy, scratch.arrived)
+        plgpu.barrier_wait(scratch.arrived)
+        cut.prepare(tokens, bias, scratch, blocks)
+        g = cut.read_tokens(scratch.dy)
+        if tokens.z is not None:
+            z = cut.read_tokens(tokens.z)
+            g = g * z * mosaic_gpu.sigmoid(z)
+        scratch.g[...] = g
+        plgpu.commit_smem()
+        _note_states(blocks, A_log2e, cut.read_states(inputs.boundary.at[row, chunk], first, blocks), scratch)
+
+        def part_body(i: Any, carry: _Carry) -> _Carry:
+            return _part(blocks, _PARTS - 1 - i, A_log2e, bias, skip, tokens, scratch, carry)
+
+        carry = lax.fori_loop(0, _PARTS, part_body, carry)
+        here = (row, time, channels)
+        plgpu.copy_smem_to_gmem(tokens.x, gradients.x.at[here])
+        plgpu.copy_smem_to_gmem(tokens.dt, gradients.dt.at[here])
+        if tokens.z is not None:
+            plgpu.copy_smem_to_gmem(tokens.z, gradients.z.at[here])
+        plgpu.copy_smem_to_gmem(scratch.dB, gradients.B.at[row, tile, time])
+        plgpu.copy_smem_to_gmem(scratch.dC, gradients.C.at[row, tile, time])
+        return carry
+
+    no_sum = mosaic_gpu.zeros((_STEPS, blocks.width), cut.TOKEN)
+    carry = _Carry(
+        later=cut.read_states(inputs.d_final.at[row], first, blocks),
+        dA=[mosaic_gpu.zeros(blocks.state, cut.STATE) for _ in range(blocks.groups)],
+        dD=no_sum,
+        dt_bias=no_sum,
+    )
+    carry = lax.fori_loop(0, blocks.chunks, chunk_body, carry)
+    cut.write_states(gradients.initial.at[row], first, carry.later)
+    cut.write_states(gradients.A.at[row], first, carry.dA)
+    gradients.D[row, channels] = jnp.sum(carry.dD, axis=0)
+    gradients.dt_bias[row, channels] = jnp.sum(carry.dt_bias, axis=0)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _note_states(blocks: Blocks, A_log2e: list[Array], state: list[Array], scratch: _Scratch) -> None:
+    """Steps through the chunk up to its last part. What a thread notes it reads itself: no barrier is needed."""
+
+    def part(i: Any, state: list[Array]) -> list[Array]:
+        _note(i, state)
+        for k in range(_STEPS):
+            t = i * _STEPS + k
+            B = cut.read_narrow(scratch.B, t, blocks)
+            state = [_next(blocks, A_log2e[j], state[j], B, t, j, scratch) for j in range(blocks.groups)]
+        return state
+
+    def _note(i: Any, state: list[Array]) -> None:
+        for j in range(blocks.groups):
+            scratch.noted[i, cut.group(j)] = state[j]
+
+    _note(_PARTS - 1, lax.fori_loop(0, _PARTS - 1, part, state))
+
+
+def _exponent_step(scratch: _Scratch) -> Any:
+    return scratch.delta if scratch.exponent_step is None else scratch.exponent_step
+
+
+def _next(blocks: Blocks, A_log2e: Array, h: Array, B: Array, t: Any, j: int, scratch: _Scratch) -> Array:
+    """The state of group j after step t."""
+    delta, u = (cut.read_channels(ref, t, j, blocks) for ref in (_exponent_step(scratch), scratch.u))
+    return jnp.exp2(delta * A_log2e) * h + u * B
+
+
+def _part(
+    blocks: Blocks,
+    part: Any,
+    A_log2e: list[Array],
+    bias: Array,
+    skip: Array,
+    tokens: Tokens,
+    scratch: _Scratch,
+    carry: _Carry,
+) -> _Carry:
+    """The gradients of eight steps."""
+    start = part * _STEPS
+    rows = pl.ds(start, _STEPS)
+    groups = range(blocks.groups)
+
+    states = [[mosaic_gpu.lay(scratch.noted[part, cut.group(j)], cut.STATE) for j in groups]]
+    for k in range(_STEPS):
+        t = start + k
+        B, C = cut.read_narrow(scratch.B, t, blocks), cut.read_narrow(scratch.C, t, blocks)
+        after = [_next(blocks, A_log2e[j], states[k][j], B, t, j, scratch) for j in groups]
+        # dC_t = sum over channels of h_t g_t
+        scratch.terms[k] = sum(h * cut.read_channels(scratch.g, t, j, blocks) for j, h in enumerate(after))
+        if tokens.z is not None:
+            for j, h in enumerate(after):
+                scratch.partial[k, cut.group(j)] = jnp.sum(C * h, axis=2)
+        states.append(after)
+    plgpu.commit_smem()
+    scratch.dC[rows] = _sum_channels(scratch.terms)
+    x = cut.read_tokens(tokens.x.at[rows])
+    skipped = cut.over_steps(skip, _STEPS)
+    if tokens.z is not None:
+        z, dy = cut.read_tokens(tokens.z.at[rows]), cut.read_tokens(scratch.dy.at[rows])
+        y = cut.sum_partials(scratch.partial) + skipped * x
+        gate = mosaic_gpu.sigmoid(z)
+        tokens.z[rows] = (dy * y * (gate + z * gate * (1 - gate))).astype(tokens.z.dtype)
+    plgpu.commit_smem()
+
+    later, dA = list(carry.later), list(carry.dA)
+    for k in reversed(range(_STEPS)):
+        t = start + k
+        B, C = cut.read_narrow(scratch.B, t, blocks), cut.read_narrow(scratch.C, t, blocks)
+        dB = []
+        for j in groups:
+            refs = (_exponent_step(scratch), scratch.u, scratch.g)
+            delta, u, g = (cut.read_channels(ref, t, j, blocks) for ref in refs)
+            # dh_t = C_t g_t + a_{t+1} dh_{t+1}, where a_t = exp(delta_t A)
+            dh = later[j] + C * g
+            dB.append(dh * u)
+            scratch.partial[k, cut.group(j)] = jnp.sum(dh * B, axis=2)
+            later[j] = dh * jnp.exp2(delta * A_log2e[j])
+            d_exponent = later[j] * states[k][j]
+            scratch.d_delta[k, cut.group(j)] = jnp.sum(d_exponent * A_log2e[j], axis=2)
+            dA[j] = dA[j] + d_exponent * delta
+        scratch.terms[k] = sum(dB)
+    plgpu.commit_smem()
+    scratch.dB[rows] = _sum_channels(scratch.terms)
+    delta, g = cut.read_tokens(scratch.delta.at[rows]), cut.read_tokens(scratch.g.at[rows])
+    du = cut.sum_partials(scratch.partial)
+    d_delta = cut.sum_partials(scratch.d_delta) * LN_2 + du * x
+    raw = cut.read_tokens(tokens.dt.at[rows]) + cut.over_steps(bias, _STEPS)
+    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)), which keeps its digits for small steps.
+    d_raw = d_delta * jnp.exp2((raw - delta) * LOG2_E)
+    tokens.x[rows] = (du * delta + g * skipped).astype(tokens.x.dtype)
+    tokens.dt[rows] = d_raw.astype(tokens.dt.dtype)
+    plgpu.commit_smem()
+    return _Carry(later, dA, carry.dD + g * x, carry.dt_bias + d_raw)
+
+
+def _sum_channels(terms: Any) -> Array:
+    """[8 32 Q 4] -> [8 Q 4]."""
+    return jnp.sum(mosaic_gpu.lay(terms[...], _OF_CHANNELS), axis=1)
