@@ -42,7 +42,7 @@ class DistributedConfig:
     process_id: int | None = None
     """With coordinator: which of them this is, from 0."""
     start_timeout: int = 300
-    """Seconds that processes wait for each other at the start and in every later barrier."""
+    """Seconds that processes wait for each other at the start."""
     heartbeat_timeout: int = 100
     """Seconds without a sign of life after which a process counts as dead and all others end."""
 

@@ -36,7 +36,7 @@ class Layout:
         is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree_specs(tree, self.specs), is_leaf=is_spec)
 
-    def summed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def summed(self, function: Callable[..., Any], *, with_gradients: bool = True) -> Callable[..., Any]:
         """`function(params, batch, *fixed) -> (sums, gradients)` of each device's tokens, summed over all tokens.
 
         Every device runs the same program on its own part of the batch and of the parameters: kernels, which the
@@ -45,6 +45,7 @@ class Layout:
         Args:
           function: works on a device's part; its gradients are of its part of the parameters (or None), already summed
             over fsdp where they are spread over it. What is `fixed` is the same everywhere.
+          with_gradients: False where the function returns None in their place.
         """
 
         def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
@@ -69,7 +70,7 @@ class Layout:
                 local,
                 mesh=self.mesh,
                 in_specs=(of_params, BATCH, PartitionSpec()),
-                out_specs=(PartitionSpec(), of_params),
+                out_specs=(PartitionSpec(), of_params if with_gradients else None),
                 check_vma=False,
             )
             return mapped(params, batch, fixed)

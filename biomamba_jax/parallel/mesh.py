@@ -80,17 +80,30 @@ def reader(mesh: Mesh) -> Reader:
     Raises:
       UserError: hosts share rows in part only.
     """
+    hosts = np.array([device.process_index for device in mesh.devices.flat])
+    return share_of(jax.process_index(), hosts.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1))
+
+
+def share_of(host: int, hosts: np.ndarray) -> Reader:
+    """`reader` of a host.
+
+    Args:
+      hosts: the host of every device, [blocks of rows, devices that see the same rows].
+
+    Raises:
+      UserError: hosts share rows in part only.
+    """
     blocks: dict[int, set[int]] = {}
-    for block, devices in enumerate(mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)):
-        for device in devices:
-            blocks.setdefault(device.process_index, set()).add(block)
+    for block, devices in enumerate(hosts.tolist()):
+        for device_host in devices:
+            blocks.setdefault(device_host, set()).add(block)
     shares = sorted({tuple(sorted(own)) for own in blocks.values()})
-    if sum(map(len, shares)) != mesh.shape["data"] * mesh.shape["fsdp"] or len({len(share) for share in shares}) != 1:
-        inside = mesh.shape["tensor"] * mesh.shape["sequence"]
+    if sum(map(len, shares)) != len(hosts) or len({len(share) for share in shares}) != 1:
         raise UserError(
-            f"mesh.tensor x mesh.sequence = {inside}: must divide the number of devices of a host, or be a multiple"
+            f"mesh.tensor x mesh.sequence = {hosts.shape[1]}: must divide the number of devices of a host, or be a "
+            "multiple of it"
         )
-    own = tuple(sorted(blocks.get(jax.process_index(), shares[0])))
+    own = tuple(sorted(blocks[host]))
     return Reader(shares.index(own), len(shares), own)
 
 

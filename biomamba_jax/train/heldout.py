@@ -34,7 +34,8 @@ class HeldOut:
         self.bytes_per_token = info.bytes / info.tokens
         # What is reported is the plain cross-entropy, whatever the training loss adds to it.
         loss = language_model_loss(graph, LossConfig(), layout.axes)
-        self.sums = jax.jit(layout.summed(lambda params, batch: (loss(params, batch)[1], None)))
+        sums = layout.summed(lambda params, batch: (loss(params, batch)[1], None), with_gradients=False)
+        self.sums = jax.jit(sums)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats per token, perplexity and bits per byte."""

@@ -199,7 +199,7 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
             watch = Stopwatch(training_flops_per_token(config.model), total_peak_flops(compute_dtype(config.model)))
             if start is None:
                 evaluate(0, state)
-            while step < steps and not stop.requested and not best.is_stale(config.train.patience):
+            while step < steps and not stop.at(step) and not best.is_stale(config.train.patience):
                 with watch.waiting():
                     batch = next(batches)
                 state, report = train_step(state, shard_rows(batch, layout.mesh), *fixed)

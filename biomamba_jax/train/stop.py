@@ -1,24 +1,40 @@
-"""Being asked to stop: SIGTERM (preemption, a scheduler) and Ctrl-C end a run after the step in progress."""
+"""Being asked to stop: SIGTERM (preemption, a scheduler) and Ctrl-C end a run after the step in progress.
+
+Of several processes any may get a SIGTERM: JAX's runtime then names a step that none has begun yet, after which all
+stop. Ctrl-C ends them without.
+"""
 
 import signal
 from types import FrameType
 from typing import Self
 
+import jax
+from jax.experimental import multihost_utils
+
 
 class StopRequest:
-    """While active, the first SIGTERM or SIGINT only sets `requested`; the next one acts as it would otherwise."""
+    """While active, the first SIGTERM or SIGINT only sets `requested`; the next one acts as it would otherwise.
+
+    With several processes signals are left to JAX's runtime.
+    """
 
     def __init__(self) -> None:
         self.requested: str | None = None
         self._previous: dict[int, signal.Handlers | int | object] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ():
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._restore()
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked once a step, by all processes."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.requested = "SIGTERM"
+        return self.requested is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = signal.Signals(number).name
