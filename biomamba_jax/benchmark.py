@@ -41,12 +41,20 @@ def kernels(argv: Sequence[str], prog: str) -> None:
     measure_kernels(parse(KernelsBenchmark, argv, prog=prog, description=description))
 
 
+def prepare(argv: Sequence[str], prog: str) -> None:
+    """Reading NLM's XML."""
+    from biomamba_jax.measure.parsing import PrepareBenchmark, measure_parsing
+
+    description = "Records/s, MB/s and memory of reading NLM's XML, in turns with pubmed_parser where --peer names it."
+    measure_parsing(parse(PrepareBenchmark, argv, prog=prog, description=description))
+
+
 def _flags(argv: Sequence[str]) -> list[str]:
     """`--compare` alone means true."""
     return [word + "=true" if word == "--compare" else word for word in argv]
 
 
-SUBJECTS = {"step": step, "decode": decode, "kernels": kernels}
+SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
