@@ -13,7 +13,7 @@ from pathlib import Path
 from lxml import etree
 
 from biomamba_jax.data.files import read_chunks
-from biomamba_jax.data.text import clean_markup, clean_title, html_entities
+from biomamba_jax.data.text import clean_line, clean_markup, clean_title, html_entities
 from biomamba_jax.errors import UserError
 
 RETRACTED = "Retracted Publication"
@@ -101,7 +101,7 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
                         del parent[0]
         root = parser.close()
     except etree.XMLSyntaxError as error:
-        raise UserError(f"{path}: not well-formed XML, {last}: {error.msg}; {_AGAIN}") from None
+        raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; {_AGAIN}") from None
     if root.tag == _SET and len(root):
         yield from (NotAnArticle("unknown_element") for child in root if not _is_known(child))
 
@@ -154,7 +154,7 @@ def _check_head(path: str | Path) -> None:
             return
         if error is not None:
             break
-    reason = error.msg if error else "it has no element"
+    reason = clean_line(error.msg) if error else "it has no element"
     raise UserError(f"{path}: not well-formed XML before the first record: {reason}; {_AGAIN}")
 
 

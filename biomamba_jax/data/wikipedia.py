@@ -12,6 +12,7 @@ from typing import Any
 from lxml import etree
 
 from biomamba_jax.data.files import read_chunks
+from biomamba_jax.data.text import clean_line
 from biomamba_jax.errors import UserError
 
 _CHUNK_BYTES = 1 << 16
@@ -46,7 +47,7 @@ def read_pages(path: str | Path) -> Iterator[tuple[str, str]]:
                     del parent[0]
         parser.close()
     except etree.XMLSyntaxError as error:
-        raise UserError(f"{path}: not well-formed XML, {last}: {error.msg}; download it again") from None
+        raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; download it again") from None
 
 
 def prose(markup: str) -> str:
