@@ -64,13 +64,11 @@ def init_adapters(params: Params, targets: Sequence[str], rank: int, key: Array)
     B's zero keeps A without a gradient at the very first step; from the second on both have one.
 
     Raises:
-      UserError: a target matches nothing, or the rank is no smaller than a side of a matrix.
+      UserError: a target matches nothing.
     """
     flat, adapters = flatten_dict(params, sep="/"), {}
     for path in adapted_paths(params, targets):
         *stack, d_in, d_out = flat[path].shape
-        if rank > min(d_in, d_out):
-            raise UserError(f"lora.rank = {rank}: {path} is only {d_in} x {d_out}; give a smaller rank")
         key, own = jax.random.split(key)
         adapters[f"{path}/a"] = initializers.linear(d_in)(own, (*stack, d_in, rank))
         adapters[f"{path}/b"] = jnp.zeros((*stack, rank, d_out))
