@@ -44,7 +44,8 @@ def classification(truth: Sequence[str], predicted: Sequence[str]) -> Classifica
       predicted: labels in the same order; one that is no true label of any question counts as a class of its own.
     """
     labels = list(dict.fromkeys([*truth, *predicted]))
-    counts = confusion_counts(*encode(labels, truth, predicted), len(labels))
+    encoded_truth, encoded_predicted = encode(labels, truth, predicted)
+    counts = confusion_counts(encoded_truth, encoded_predicted, len(labels))
     right = np.diagonal(counts)
     true, guessed = counts.sum(1), counts.sum(0)
     precision, recall, f1 = (_divide(right, guessed), _divide(right, true), _divide(2 * right, true + guessed))

@@ -71,6 +71,12 @@ class Scorer(Protocol):
           token is predicted from the start symbol.
         """
 
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, nothing added at its ends."""
+
+    def rows(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray]]:
+        """Scores rows of tokens as they are, in any order: nats of each token but the first, given those before it."""
+
     def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
         """Scores every continuation of every request."""
 
