@@ -1,0 +1,121 @@
+"""python -m biomamba_jax.tasks.lm_eval_adapter --model biomamba_jax --model_args path=DIR --tasks TASK ...
+
+EleutherAI's lm-eval on our models: its own command line, to which this module adds the model type biomamba_jax. Or from
+Python:
+
+    lm_eval.simple_evaluate(model=harness_model("DIR"), tasks=["pubmedqa"])
+
+Needs the [eval] extra.
+"""
+
+import functools
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+from biomamba_jax.config import DomainConfig, EvaluateConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.scorers import Request, Scorer, load_scorer
+
+NAME = "biomamba_jax"
+_MAX_GEN_TOKS = 256
+
+
+class HarnessMethods:
+    """The three kinds of requests of lm-eval's `LM`, answered by a scorer. See its docs/model_guide.md."""
+
+    scorer: Scorer
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """Log probability of each continuation behind its context, and whether greedy text would be the same."""
+        places: dict[str, list[int]] = {}
+        for place, request in enumerate(requests):
+            places.setdefault(request.args[0], []).append(place)
+        asked = [
+            Request(context, tuple(requests[place].args[1] for place in of_context))
+            for context, of_context in places.items()
+        ]
+        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for of_context, scored in zip(places.values(), self.scorer.continuations(asked), strict=True):
+            for place, found in zip(of_context, scored, strict=True):
+                results[place] = found.total, found.greedy
+        return results
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """Log probability of each whole text, from the start symbol; its end is not predicted."""
+        results = [0.0] * len(requests)
+        for place, nats in self.scorer.documents([request.args[0] for request in requests]):
+            results[place] = -float((nats[:-1] if self.scorer.ends_documents else nats).sum())
+        return results
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """Greedy text up to the first of the strings `until`.
+
+        Raises:
+          UserError: a request asks for draws.
+        """
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        for place, request in enumerate(requests):
+            settings = dict(request.args[1])
+            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+                raise UserError(
+                    "lm-eval: a task asks for do_sample, but biomamba_jax generates greedily here; set it false"
+                )
+            until = settings.get("until") or []
+            stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
+            groups.setdefault((int(settings.get("max_gen_toks", _MAX_GEN_TOKS)), stop), []).append(place)
+        results = [""] * len(requests)
+        for (tokens, stop), of_group in groups.items():
+            texts = self.scorer.generate([requests[place].args[0] for place in of_group], tokens, stop)
+            for place, text in zip(of_group, texts, strict=True):
+                results[place] = text
+        return results
+
+
+@functools.cache
+def harness_class() -> type:
+    """The model class of lm-eval, registered there as biomamba_jax.
+
+    Raises:
+      UserError: lm-eval is not installed.
+    """
+    try:
+        base = importlib.import_module("lm_eval.api.model").LM
+        registry = importlib.import_module("lm_eval.api.registry")
+    except ImportError as error:
+        raise UserError(f"lm-eval cannot be imported ({error}): pip install 'biomamba-jax[eval]'") from None
+
+    class BioMambaLM(HarnessMethods, base):  # type: ignore[misc, valid-type]
+        """A folder that `biomamba_jax.load` reads."""
+
+        def __init__(self, path: str = "", batch_size: int | str = 8, dtype: Any = None, **_: Any):
+            super().__init__()
+            rows = int(batch_size) if str(batch_size).isdecimal() else 8
+            # What a scorer needs of a config: nothing of it names this text.
+            config = EvaluateConfig(
+                models={NAME: path}, domains={"requests": DomainConfig("-")}, batch_size=rows, dtype=dtype or None
+            )
+            self.scorer = load_scorer(NAME, path, config)
+
+        @property
+        def tokenizer_name(self) -> str:
+            """What lm-eval keeps cached requests apart by."""
+            return self.scorer.facts.tokenizer
+
+    registry.register_model(NAME)(BioMambaLM)
+    return BioMambaLM
+
+
+def harness_model(path: str, batch_size: int = 8, dtype: str | None = None) -> Any:
+    """A model of a folder for `lm_eval.simple_evaluate(model=...)`."""
+    return harness_class()(path=path, batch_size=batch_size, dtype=dtype)
+
+
+def main() -> None:
+    """lm-eval's own command with our model type."""
+    harness_class()
+    importlib.import_module("lm_eval.__main__").cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

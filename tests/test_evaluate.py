@@ -1,0 +1,198 @@
+"""The evaluate command: models side by side, every figure with its interval, on one page and in JSON."""
+
+import dataclasses
+import json
+import random
+
+import lxml.html
+import pytest
+from random_weights import random_weights
+from tiny_models import CONFIGS, WORDS, train_tokenizer
+
+from biomamba_jax.command_line import parse
+from biomamba_jax.config import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.evaluate import evaluate, main
+from biomamba_jax.interop import write_model
+
+QUICK = {"resamples": 50, "window": 64, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two models, a text, PubMedQA's 1,000 labels on made-up questions, and two BioASQ files."""
+    path = tmp_path_factory.mktemp("evaluate")
+    tokenizer = train_tokenizer(path)
+    for seed, name in enumerate(("one", "two")):  # of one shape: what is compiled for one serves the other
+        weights = random_weights(dataclasses.replace(CONFIGS["mamba2"], vocab_size=tokenizer.vocab_size), seed)
+        write_model(dataclasses.replace(weights, tokenizer_file=tokenizer.path), path / name, "native")
+    draw = random.Random(0)
+    lines = [json.dumps({"text": " ".join(draw.choices(WORDS, k=draw.randint(2, 60)))}) for _ in range(12)]
+    (path / "text.jsonl").write_text("\n".join(lines))
+    answers = ["yes"] * 55 + ["no"] * 34 + ["maybe"] * 11
+    entries = {
+        str(i): {"QUESTION": "insulin?", "CONTEXTS": [" ".join(draw.choices(WORDS, k=6))], "final_decision": answer}
+        for i, answer in enumerate(answers)
+    }
+    (path / "pqal.json").write_text(json.dumps(entries))
+    for batch in (1, 2):
+        questions = [
+            {"id": f"{batch}y", "type": "yesno", "body": "mice?", "exact_answer": "yes", "snippets": ["glucose"]},
+            {"id": f"{batch}n", "type": "yesno", "body": "cell?", "exact_answer": "no", "snippets": []},
+            {"id": f"{batch}f", "type": "factoid", "body": "which?", "exact_answer": [["insulin"]]},
+            {"id": f"{batch}l", "type": "list", "body": "which?", "exact_answer": [["mice"], ["cell"]]},
+            {"id": f"{batch}s", "type": "summary", "body": "what?", "ideal_answer": ["glucose fell"]},
+        ]
+        (path / f"B{batch}.json").write_text(json.dumps({"questions": questions}))
+    return path
+
+
+def config(folder, output, **settings):
+    given = {
+        "models": {"one": str(folder / "one"), "two": str(folder / "two")},
+        "domains": {
+            "made-up": DomainConfig(path=str(folder / "text.jsonl")),
+            "bioasq": DomainConfig(path=[str(folder / "B1.json"), str(folder / "B2.json")]),
+        },
+        "pubmedqa": PubMedQAConfig(path=str(folder / "pqal.json"), thresholds="macro_f1"),
+        "bioasq": BioASQConfig(path=[str(folder / "B1.json"), str(folder / "B2.json")], max_new_tokens=8),
+    }
+    return EvaluateConfig(output=str(output), **QUICK | given | settings)
+
+
+@pytest.fixture(scope="module")
+def output(folder):
+    evaluate(config(folder, folder / "out"))
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def report(output):
+    return json.loads((output / "report.json").read_text())
+
+
+def test_every_domain_and_measure_has_each_model_with_an_interval(report):
+    for domain in ("made-up", "bioasq"):
+        for model in ("one", "two"):
+            found = report["domains"][domain]["models"][model]
+            for measure in ("cross_entropy", "perplexity", "bits_per_byte", "bits_per_word"):
+                assert found[measure]["low"] < found[measure]["value"] < found[measure]["high"]
+    assert report["domains"]["bioasq"]["documents"] == 10
+
+
+def test_models_with_one_tokenizer_are_compared_on_the_same_resampled_documents(report):
+    pair = report["domains"]["made-up"]["comparisons"]["two"]
+    one, two = (report["domains"]["made-up"]["models"][model] for model in ("one", "two"))
+    assert pair["reference"] == "one"
+    ratio = one["perplexity"]["value"] / two["perplexity"]["value"]
+    assert pair["perplexity_ratio"]["value"] == pytest.approx(ratio, rel=1e-6)
+    difference = two["bits_per_byte"]["value"] - one["bits_per_byte"]["value"]
+    assert pair["bits_per_byte"]["value"] == pytest.approx(difference, rel=1e-6)
+
+
+def test_documents_results_add_up_to_the_domain_s(output, report):
+    lines = [json.loads(line) for line in (output / "documents" / "made-up" / "one.jsonl").read_text().splitlines()]
+    found = report["domains"]["made-up"]["models"]["one"]["cross_entropy"]["value"]
+    assert sum(line["nats"] for line in lines) / sum(line["tokens"] for line in lines) == pytest.approx(found)
+    assert sum(line["bytes"] for line in lines) == report["domains"]["made-up"]["bytes"]
+
+
+def test_pubmedqa_stands_beside_the_majority_and_keeps_every_prediction(output, report):
+    task = report["tasks"]["pubmedqa"]
+    assert task["questions"] == 50
+    lines = [json.loads(line) for line in (output / "predictions" / "pubmedqa" / "two.jsonl").read_text().splitlines()]
+    right = sum(line["truth"] == line["prediction"] for line in lines)
+    assert task["models"]["two"]["measures"]["accuracy"]["value"] == pytest.approx(right / 50)
+    assert set(lines[0]["scores"]) == {"yes", "no", "maybe"}
+    yes = sum(line["truth"] == "yes" for line in lines)
+    assert task["majority"]["measures"]["accuracy"]["value"] == pytest.approx(yes / 50)
+
+
+def test_thresholds_come_from_the_development_questions(report):
+    thresholds = report["tasks"]["pubmedqa"]["models"]["one"]["details"]["thresholds"]
+    assert thresholds["development_questions"] == 50 and thresholds["offsets"]["yes"] == 0
+
+
+def test_bioasq_is_measured_pooled_and_per_batch(report):
+    found = report["tasks"]["bioasq"]["models"]["one"]
+    assert found["details"]["questions_by_kind"] == {"yesno": 4, "factoid": 2, "list": 2}
+    assert len(found["details"]["batches"]) == 2
+    assert {"yesno_accuracy", "yesno_macro_f1", "factoid_mrr", "list_f1"} <= found["measures"].keys()
+
+
+def test_the_page_has_every_model_as_a_column_and_says_why_bits_per_byte(output):
+    root = lxml.html.parse(str(output / "report.html")).getroot()
+    for table in root.xpath("//table[@class='columns']"):
+        assert [cell.text for cell in table.xpath("thead/tr/th")][-2:] == ["one", "two"]
+    assert "Bits per byte divide" in root.text_content()
+    titles = [figure.get("aria-label") for figure in root.xpath("//figure/svg")]
+    assert titles[0] == "Bits per byte" and "Cross-entropy by place in the document: made-up" in titles
+    assert not root.xpath("//script | //link | //img | //iframe")
+
+
+def test_the_config_that_was_used_is_kept_and_read_back(output, folder):
+    again = parse(EvaluateConfig, ["--config", str(output / "config.yaml")], prog="evaluate", description="")
+    assert again == config(folder, output)
+
+
+@pytest.fixture(scope="module")
+def published(folder):
+    evaluate(config(folder, folder / "paper", protocol="paper", models={"two": str(folder / "two")}))
+    return json.loads((folder / "paper" / "report.json").read_text())
+
+
+def test_protocol_paper_gives_the_published_kind_of_figures_and_says_so(published, folder):
+    assert set(published["domains"]["made-up"]["paper"]["two"]) == {"cross_entropy", "perplexity", "rows", "seconds"}
+    task = published["tasks"]["pubmedqa"]
+    assert task["questions"] == 20 and "protocol paper" in task["title"]
+    assert task["models"]["two"]["details"]["thresholds"]["chosen_by"] == "accuracy on these same questions"
+    assert published["tasks"]["bioasq"]["models"]["two"]["questions"] == 4
+    assert "as the published BioMamba code does" in (folder / "paper" / "report.html").read_text()
+
+
+def test_the_command_prints_each_figure_and_where_the_report_is(folder, capsys):
+    main(
+        f"--models.two {folder / 'two'} --domains.made-up.path {folder / 'text.jsonl'} --resamples 20 --window 64 "
+        f"--batch_size 4 --output {folder / 'command'}".split()
+    )
+    out = capsys.readouterr().out
+    assert "bits per byte" in out and out.splitlines()[-1] == f"report: {folder / 'command' / 'report.html'}"
+
+
+def test_generated_answers_are_read_as_answers(folder):
+    asked = PubMedQAConfig(path=str(folder / "pqal.json"), method="generation", max_questions=6)
+    only = {"domains": {}, "bioasq": BioASQConfig(), "models": {"two": str(folder / "two")}}
+    evaluate(config(folder, folder / "generated", pubmedqa=asked, **only))
+    lines = (folder / "generated" / "predictions" / "pubmedqa" / "two.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    for line in map(json.loads, lines):
+        assert line["prediction"] in ("yes", "no", "maybe", "none") and isinstance(line["text"], str)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--models.m nowhere --domains.d.path x.txt", "x.txt: cannot be read"),
+        ("--domains.d.path x.txt", "models = {}: name a model"),
+        ("--models.m nowhere", "nothing to measure"),
+        ("--models.m nowhere --domains.d.path x.txt --reference n", "reference = 'n': must be one of m"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {context}", "must contain {question}"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question}{answer}", "may name {question}, {context}"),
+        (
+            "--models.m x --bioasq.path [x] --bioasq.thresholds accuracy",
+            "needs method likelihood and",
+        ),
+        ("--models.m x --domains.d.path x --windo 3", "did you mean 'window'"),
+    ],
+)
+def test_wrong_settings_end_in_one_line_that_names_the_key(tmp_path, arguments, message):
+    with pytest.raises(UserError) as error:
+        main([*arguments.split(), "--output", str(tmp_path / "out")])
+    assert message in " ".join(str(error.value).split())
+
+
+def test_nothing_is_measured_before_all_inputs_are_read(folder, tmp_path):
+    broken = BioASQConfig(path=[str(tmp_path / "missing.json")])
+    with pytest.raises(UserError, match=r"missing\.json: cannot be read"):
+        evaluate(config(folder, tmp_path / "out", bioasq=broken))
+    assert not (tmp_path / "out" / "documents").exists()
