@@ -82,7 +82,7 @@ class Evaluation:
         runs, offsets = shingles(texts, WORDS)
         hit = self.runs[np.minimum(np.searchsorted(self.runs, runs), len(self.runs) - 1)] == runs
         hits = np.add.reduceat(hit, offsets[:-1], dtype=np.int64)
-        for place in np.flatnonzero(hits).tolist():
+        for place in np.flatnonzero(hits >= np.minimum(LEAST_SHARED, np.diff(offsets))).tolist():
             own = np.unique(runs[offsets[place] : offsets[place + 1]])
             first, last = np.searchsorted(self.runs, own, "left"), np.searchsorted(self.runs, own, "right")
             shared = np.bincount(np.concatenate([self.items[a:b] for a, b in zip(first, last, strict=True)]))
