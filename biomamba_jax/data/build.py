@@ -9,7 +9,7 @@ abstracts, 10 billion tokens), since no step holds a text for longer than it tak
 
     a worker     one record's XML, a block of 4,096 records while it is judged, 1 MB of text while it is tokenized, the
                  tokenizer: 0.1-0.25 GB each
-    this process while records are resolved: 2.2 GB, the most (see `resolve`); while near duplicates are sought 1.3 GB
+    this process while records are resolved: 2.5 GB, the most (see `resolve`); while near duplicates are sought 1.3 GB
                  (see `near_duplicates`); besides 1 byte a record for its status (46 MB), 4 a document for its shard
                  (110 MB) and 40 for the choice of the tokenizer's sample (1.1 GB)
 
