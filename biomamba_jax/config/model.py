@@ -47,6 +47,8 @@ class ModelConfig:
     """Added to the mean square in every RMSNorm."""
     compute_dtype: DType | Literal["auto"] = "auto"
     """Type of activations and matrix products; auto: bfloat16 on TPU and GPU, float32 on CPU. Parameters: float32."""
+    kernels: bool = True
+    """Use the kernels written for this TPU or GPU; false: XLA's own operations everywhere."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass recomputes of each layer: nothing, all but matrix products, or everything."""
     unroll: int = 1
@@ -78,6 +80,11 @@ class ModelConfig:
                 self.n_groups,
                 f"must divide {self.n_heads} heads",
             )
+
+    @property
+    def implementation(self) -> Literal["xla"] | None:
+        """Of the heavy operations; None: the best for the platform."""
+        return None if self.kernels else "xla"
 
     @property
     def d_inner(self) -> int:

@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 # times the weights in memory, so written about 400 MB beside them. (Buffers above 32 MB go back to the system at once.)
 _CHUNK_BYTES = 36 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
-_NOT_STORED = ("compute_dtype", "remat", "unroll")
+_NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import project
@@ -62,11 +63,12 @@ class RMSNorm(nnx.Module):
 class CausalConv1d(nnx.Module):
     """Depthwise causal convolution with SiLU that resets at segment borders. See `ops.causal_conv1d`."""
 
-    def __init__(self, channels: int, width: int, *, bias: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, channels: int, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        width = config.d_conv
         init = initializers.linear(width)
         self.weight = nnx.Param(init(rngs.params(), (channels, width)))
-        self.bias = nnx.Param(init(rngs.params(), (channels,))) if bias else None
-        self.dtype = dtype
+        self.bias = nnx.Param(init(rngs.params(), (channels,))) if config.conv_bias else None
+        self.dtype, self.implementation = dtype, config.implementation
 
     def __call__(
         self,
@@ -81,6 +83,7 @@ class CausalConv1d(nnx.Module):
             None if self.bias is None else self.bias[...].astype(self.dtype),
             segment_ids=segment_ids,
             initial_state=state,
+            implementation=self.implementation,
         )
 
 

@@ -23,7 +23,7 @@ class Mamba1Mixer(nnx.Module):
         width, rank, d_state = config.d_inner, config.rank, config.state_size
         self.in_x = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
         self.in_z = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
-        self.conv = CausalConv1d(width, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.conv = CausalConv1d(width, config, dtype=dtype, rngs=rngs)
         self.x_proj = dense(width, rank + 2 * d_state, dtype=dtype, rngs=rngs)
         self.dt_proj = dense(rank, width, dtype=dtype, rngs=rngs)
         self.dt_bias = nnx.Param(initializers.dt_bias(rngs.params(), (width,)))
@@ -31,7 +31,7 @@ class Mamba1Mixer(nnx.Module):
         self.D = nnx.Param(jnp.ones(width))
         scale = config.n_layers**-0.5
         self.out = dense(width, config.d_model, bias=config.bias, scale=scale, dtype=dtype, rngs=rngs)
-        self.split = (rank, rank + d_state)
+        self.split, self.implementation = (rank, rank + d_state), config.implementation
 
     def __call__(
         self,
@@ -56,5 +56,6 @@ class Mamba1Mixer(nnx.Module):
             dt_bias=self.dt_bias[...],
             segment_ids=segment_ids,
             initial_state=past_ssm,
+            implementation=self.implementation,
         )
         return added_up(self.out, y, axes), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)

@@ -27,8 +27,8 @@ class Mamba2Mixer(nnx.Module):
         self.in_x = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
         self.in_bc = dense(config.d_model, 2 * groups * d_state, bias=config.bias, dtype=dtype, rngs=rngs)
         self.in_dt = dense(config.d_model, heads, bias=config.bias, dtype=dtype, rngs=rngs)
-        self.conv_x = CausalConv1d(width, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
-        self.conv_bc = CausalConv1d(2 * groups * d_state, config.d_conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        self.conv_x = CausalConv1d(width, config, dtype=dtype, rngs=rngs)
+        self.conv_bc = CausalConv1d(2 * groups * d_state, config, dtype=dtype, rngs=rngs)
         self.dt_bias = nnx.Param(initializers.dt_bias(rngs.params(), (heads,)))
         self.A_log = nnx.Param(initializers.a_log_uniform(rngs.params(), (heads,)))
         self.D = nnx.Param(jnp.ones(heads))
@@ -36,6 +36,7 @@ class Mamba2Mixer(nnx.Module):
         scale = config.n_layers**-0.5
         self.out = dense(width, config.d_model, bias=config.bias, scale=scale, dtype=dtype, rngs=rngs)
         self.headdim, self.groups, self.chunk_size = config.headdim, groups, config.chunk_size
+        self.implementation = config.implementation
 
     def __call__(
         self,
@@ -62,6 +63,7 @@ class Mamba2Mixer(nnx.Module):
             segment_ids=segment_ids,
             initial_state=past_ssm,
             chunk_size=self.chunk_size,
+            implementation=self.implementation,
         )
         y = self.norm(y.reshape(x.shape), self.in_z(u), axes)
         return added_up(self.out, y, axes), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)

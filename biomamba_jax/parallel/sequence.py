@@ -12,6 +12,8 @@ activations. A state that is returned is that after the device's own last token:
 All of it is differentiable, resets at segment borders included. Written for code that runs once on each device.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -20,6 +22,7 @@ from biomamba_jax import ops
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs
+from biomamba_jax.ops.dispatch import Implementation
 from biomamba_jax.ops.numerics import accumulator_dtype
 
 AXIS = "sequence"
@@ -72,6 +75,7 @@ def causal_conv1d(
     *,
     segment_ids: Int[Array, "B L"] | None = None,
     initial_state: Float[Array, "B K-1 C"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
     """`ops.causal_conv1d` of a row over `size` devices, with the state after the device's last token.
 
@@ -88,7 +92,13 @@ def causal_conv1d(
     if initial_state is not None:
         halo = jnp.where(lax.axis_index(AXIS) == 0, initial_state.astype(halo.dtype), halo)
     return ops.causal_conv1d(  # type: ignore[return-value]
-        x, weight, bias, segment_ids=segment_ids, initial_state=halo, return_final_state=True
+        x,
+        weight,
+        bias,
+        segment_ids=segment_ids,
+        initial_state=halo,
+        return_final_state=True,
+        implementation=implementation,
     )
 
 
@@ -106,12 +116,14 @@ def selective_scan(
     dt_bias: Float[Array, " E"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
     initial_state: Float[Array, "B E N"] | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
     """`ops.selective_scan` of a row over `size` devices, with the state after the device's last token.
 
     Runs the scan twice: from zero for the state that it reaches, then from the state that enters.
     """
-    options = {"dt_bias": dt_bias, "segment_ids": segment_ids, "return_final_state": True}
+    options: dict[str, Any] = {"dt_bias": dt_bias, "segment_ids": segment_ids, "implementation": implementation}
+    options["return_final_state"] = True
     _, state = ops.selective_scan(x, dt, A, B, C, **options)
     total = jnp.sum(_step_sizes(x, dt, dt_bias), axis=1)
     exponent = jnp.where(_unbroken(segment_ids, x)[:, None, None], total[:, :, None] * A.astype(total.dtype), -jnp.inf)
@@ -133,6 +145,7 @@ def ssd(
     segment_ids: Int[Array, "B L"] | None = None,
     initial_state: Float[Array, "B H P N"] | None = None,
     chunk_size: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
     """`ops.ssd` of a row over `size` devices, with the state after the device's last token.
 
@@ -174,6 +187,7 @@ def ssd(
         initial_state=entering,
         return_final_state=True,
         chunk_size=chunk_size,
+        implementation=implementation,
     )
 
 

@@ -24,6 +24,7 @@ def test_channels_that_are_no_whole_heads_are_refused():
         benchmark.main(["kernels", "--channels", "100"])
 
 
+@pytest.mark.ahead_of_time
 @needs_libtpu
 def test_a_program_too_large_for_the_chip_is_an_answer_and_a_broken_builder_an_error():
     shape = {"rows": 4096, "length": 8192, "channels": 1536, "segments": False}
@@ -34,7 +35,7 @@ def test_a_program_too_large_for_the_chip_is_an_answer_and_a_broken_builder_an_e
         estimates([Request("v5e:1x1", "biomamba_jax.measure.kernels:no_such_builder", {})])
 
 
-@pytest.mark.slow
+@pytest.mark.ahead_of_time
 @needs_libtpu
 def test_the_table_lists_kernels_and_alternatives_beside_their_floors(capsys):
     benchmark.main(["kernels", "--target", "v5e", "--rows", "1"])

@@ -17,28 +17,17 @@ from biomamba_jax.measure.aot import Request, estimates, inner_loops
 from biomamba_jax.ops import selective_scan
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.ahead_of_time,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
     ),
 ]
-
-TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
-CHANNELS = (1536, 2048, 3072, 4096, 5120)  # d_inner of the five published Mamba-1 sizes
 
 
 def gradient_request(topology: str, channels: int = 1536, length: int = 1024, segments: bool = True) -> Request:
     shape = {"rows": 1, "length": length, "channels": channels, "segments": segments}
     arguments = {"op": "selective_scan", "implementation": None, "gradient": True, **shape}
     return Request(topology, "biomamba_jax.measure.kernels:build", arguments)
-
-
-def test_both_kernels_compile_for_every_tpu_at_all_published_sizes():
-    requests = [
-        gradient_request(t, channels, segments=channels % 2048 != 0) for t in TOPOLOGIES for channels in CHANNELS
-    ]
-    for request, estimate in zip(requests, estimates(requests), strict=True):
-        assert estimate.error is None, f"{request}: {estimate.error}"
 
 
 def test_the_inner_loops_stay_packed():

@@ -182,26 +182,18 @@ def compiled(*requests: Request, profile: bool = False) -> list[Estimate]:
     return results
 
 
-@pytest.mark.slow
-def test_they_compile_for_every_generation_at_every_published_size():
-    """Forward and backward are in the gradients; segments are the general case, one size goes without."""
-    topologies = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
-    with_segments = [request(topology, heads) for topology in topologies for heads in (24, 32, 48, 64, 80)]
-    compiled(*with_segments, *(request(topology, 24, segments=False) for topology in topologies))
-
-
-@pytest.mark.slow
+@pytest.mark.ahead_of_time
 def test_they_compile_under_shard_map_scan_and_checkpoint():
     compiled(Request("v5e:2x2", "tests.ops.ssd_layers:sharded_layers", {}))
 
 
-@pytest.mark.slow
+@pytest.mark.ahead_of_time
 def test_training_takes_less_memory_than_the_einsum():
     kernels, einsum = compiled(request("v5e:1x1", 24), request("v5e:1x1", 24, implementation="xla"))
     assert kernels.temporary_bytes < einsum.temporary_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.ahead_of_time
 def test_static_cycles_do_not_rise():
     """Cycles of a chunk of one row at the 130m shape, by the compiler's profile: the slope between two lengths.
 
