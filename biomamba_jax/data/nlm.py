@@ -107,17 +107,21 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
 
 
 def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
-    """The XML of the last record of each of `pmids` in the file, as it stands there; to look at, not to parse."""
+    """Title and abstract of the last record of each of `pmids`, in XML as they stand in the file: to look at."""
     found: dict[int, str] = {}
     parser = etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)
     _check_head(path)
     for chunk in read_chunks(path, _CHUNK_BYTES):
         parser.feed(chunk)
         for _, element in parser.read_events():
-            identifier = _child(_child(element, "MedlineCitation"), "PMID")
+            citation = _child(element, "MedlineCitation")
+            identifier = _child(citation, "PMID")
             pmid = None if identifier is None else _number(identifier.text, _MAX_PMID)
             if pmid is not None and pmid in pmids:
-                found[pmid] = etree.tostring(element, encoding="unicode", with_tail=False)
+                parts = (_child(_child(citation, "Article"), tag) for tag in ("ArticleTitle", "Abstract"))
+                found[pmid] = "\n".join(
+                    etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
+                )
             element.clear()
     return found
 
