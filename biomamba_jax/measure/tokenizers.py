@@ -98,7 +98,7 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
 
 def show(found: Sequence[Comparison]) -> None:
     """Prints the comparison as a table."""
-    table = Table("tokenizer", "ids", "tokens", "bytes/token", "tokens/word", "terms of one token", "tokens/term")
+    table = Table("tokenizer", "ids", "tokens", "bytes a token", "tokens a word", "terms of one token", "tokens a term")
     for each in found:
         figures = f"{each.bytes_per_token:.3f}", f"{each.tokens_per_word:.3f}", f"{100 * each.single_terms:.1f} %"
         table.add_row(each.name, f"{each.vocab_size:,}", f"{each.tokens:,}", *figures, f"{each.tokens_per_term:.2f}")
