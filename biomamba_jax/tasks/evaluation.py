@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,19 +104,22 @@ def evaluate(config: EvaluateConfig, output: Path, say: Say = lambda line: None)
         scorer = load_scorer(name, path, config)
         results.models[name] = scorer.facts
         say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
-        for domain in inputs.domains:
-            scored = _score_domain(scorer, results.domains[domain], domain, inputs.domains[domain], config, resampling)
-            say(f"{name} on {domain}: {scored[0]}")
-            if scored[1] is not None:
-                scores[domain][name] = scored[1]
-                _write_lines(output / "documents" / domain / f"{name}.jsonl", _documents(inputs, domain, scored[1]))
+        for domain, documents in inputs.domains.items():
+            if config.protocol == "paper":
+                figures = paper.domain_perplexity(scorer, documents, config.domains[domain].paper_rows)
+                results.domains[domain].paper[name] = figures
+                say(f"{name} on {domain}: perplexity {figures['perplexity']:.4f}, mean of batch means (protocol paper)")
+                continue
+            scores[domain][name] = of_domain = score_domain(scorer, documents)
+            results.domains[domain].models[name] = found = measure(of_domain, resampling)
+            _write_lines(output / "documents" / domain / f"{name}.jsonl", _document_lines(documents, of_domain))
+            say(f"{name} on {domain}: {_domain_line(scorer.facts, found)}")
         for key, task in results.tasks.items():
             task.models[name] = result = _answer(scorer, key, config, inputs, resampling)
             lines = (dataclasses.asdict(prediction) for prediction in result.predictions)
             _write_lines(output / "predictions" / key / f"{name}.jsonl", lines)
-            speed = result.answered / max(result.seconds, 1e-9)
             shown = ", ".join(f"{m} {e.value:.4f}" for m, e in result.measures.items())
-            say(f"{name} on {key}: {shown} ({speed:.1f} questions/s)")
+            say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
         del scorer
     for domain, of_models in scores.items():
         _compare_domain(results, results.domains[domain], of_models, resampling)
@@ -159,24 +162,10 @@ def _tasks(config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> d
     return tasks
 
 
-def _score_domain(
-    scorer: Scorer,
-    result: Domain,
-    name: str,
-    documents: list[Document],
-    config: EvaluateConfig,
-    resampling: Resampling,
-) -> tuple[str, DomainScores | None]:
-    """A line for people, and the scores of each document; puts the figures into `result`."""
-    if config.protocol == "paper":
-        figures = paper.domain_perplexity(scorer, documents, config.domains[name].paper_rows)
-        result.paper[scorer.facts.name] = figures
-        return f"perplexity {figures['perplexity']:.4f} (mean of batch means, protocol paper)", None
-    scores = score_domain(scorer, documents)
-    result.models[scorer.facts.name] = found = measure(scores, resampling)
-    pseudo = "pseudo-" if scorer.facts.kind == "masked" else ""
-    line = f"{pseudo}perplexity {found.perplexity.value:.4f}, {found.bits_per_byte.value:.4f} bits per byte"
-    return f"{line} ({found.tokens:,} tokens, {found.tokens_per_second:,.0f} tokens/s)", scores
+def _domain_line(facts: ModelFacts, found: DomainMeasures) -> str:
+    pseudo = "pseudo-" if facts.kind == "masked" else ""
+    figures = f"{pseudo}perplexity {found.perplexity.value:.4f}, {found.bits_per_byte.value:.4f} bits per byte"
+    return f"{figures} ({found.tokens:,} tokens, {found.tokens_per_second:,.0f} tokens/s)"
 
 
 def _answer(scorer: Scorer, key: str, config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> qa.TaskResult:
@@ -213,9 +202,8 @@ def _compare_task(reference: str, task: Task) -> None:
 # --- Files ---
 
 
-def _documents(inputs: _Inputs, domain: str, scores: DomainScores) -> Iterable[dict[str, Any]]:
-    columns = zip(inputs.domains[domain], scores.nats.tolist(), scores.tokens.tolist(), strict=True)
-    for document, nats, tokens in columns:
+def _document_lines(documents: Sequence[Document], scores: DomainScores) -> Iterator[dict[str, Any]]:
+    for document, nats, tokens in zip(documents, scores.nats.tolist(), scores.tokens.tolist(), strict=True):
         yield {"key": document.key, "nats": nats, "tokens": tokens, "bytes": document.bytes, "words": document.words}
 
 

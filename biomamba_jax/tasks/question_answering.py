@@ -177,9 +177,9 @@ def answer_bioasq(
 ) -> TaskResult:
     """Answers the questions as `config` says: yes/no by likelihood or in text, names in text."""
     start, labels = time.perf_counter(), list(config.answers)
-    extras: dict[int, dict[str, Any]] = {}
+    extras: dict[bioasq.Question, dict[str, Any]] = {}
     details: dict[str, Any] = {}
-    answers: dict[int, list[str]] = {}
+    answers: dict[bioasq.Question, list[str]] = {}
     every = [question for questions in batches.values() for question in questions]
     yesno = [question for question in every if question.kind == "yesno"]
     names = [question for question in every if question.kind != "yesno"]
@@ -195,17 +195,17 @@ def answer_bioasq(
             fitted = {"offsets": dict(zip(labels, offsets.tolist(), strict=True)), "chosen_by": config.thresholds}
             details["thresholds"] = fitted | {"development_questions": len(known)}
         for question, place, row in zip(yesno, choose(scores, offsets), scores.tolist(), strict=True):
-            answers[id(question)] = [labels[place]]
-            extras[id(question)] = {"scores": dict(zip(labels, row, strict=True))}
+            answers[question] = [labels[place]]
+            extras[question] = {"scores": dict(zip(labels, row, strict=True))}
         asked = names
     else:
         asked = every
     if asked:
         texts = scorer.generate([_prompt(config, q) for q in asked], config.max_new_tokens, ["\n"])
         for question, text in zip(asked, texts, strict=True):
-            answers[id(question)] = [text] if question.kind == "yesno" else read_names(text)
-            extras[id(question)] = {"text": text}
-    given = {path: [answers[id(question)] for question in questions] for path, questions in batches.items()}
+            answers[question] = [text] if question.kind == "yesno" else read_names(text)
+            extras[question] = {"text": text}
+    given = {path: [answers[question] for question in questions] for path, questions in batches.items()}
     seconds = time.perf_counter() - start
     return _bioasq_result(batches, given, extras, resampling, seconds, details)
 
@@ -253,7 +253,7 @@ def bioasq_measures(pairs: Sequence[tuple[bioasq.Question, list[str]]], resampli
 def _bioasq_result(
     batches: Batches,
     answers: dict[str, list[list[str]]],
-    extras: dict[int, dict[str, Any]],
+    extras: dict[bioasq.Question, dict[str, Any]],
     resampling: Resampling,
     seconds: float,
     details: dict[str, Any],
@@ -261,7 +261,7 @@ def _bioasq_result(
     pairs = {path: list(zip(questions, answers[path], strict=True)) for path, questions in batches.items()}
     pooled = [pair for of_batch in pairs.values() for pair in of_batch]
     predictions = [
-        _bioasq_prediction(path, question, answer, extras.get(id(question), {}))
+        _bioasq_prediction(path, question, answer, extras.get(question, {}))
         for path, of_batch in pairs.items()
         for question, answer in of_batch
     ]
