@@ -184,6 +184,9 @@ def without_gathered(policy: Callable[..., Any]) -> Callable[..., Any]:
     kept, they would take the memory that fsdp is there to save."""
 
     def saveable(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-        return False if primitive.name == "all_gather" else policy(primitive, *arguments, **parameters)
+        called = parameters.get("call_jaxpr")  # `_gather` comes as a call with a gradient of its own
+        if called is not None and any(equation.primitive.name == "all_gather" for equation in called.eqns):
+            return False
+        return policy(primitive, *arguments, **parameters)
 
     return saveable
