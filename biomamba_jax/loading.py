@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -19,6 +20,7 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
+from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
@@ -26,7 +28,7 @@ from biomamba_jax.tasks.generation import Generation, Generator, round_up
 from biomamba_jax.tasks.sampling import Sampling
 
 _ROWS = 8
-"""Texts scored at one time."""
+"""Texts scored or classified at one time."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,16 @@ class TextScore:
         return sum(self.logprobs)
 
 
+@dataclass(frozen=True)
+class TextClass:
+    """The class of a text."""
+
+    label: str
+    """The likeliest class."""
+    probabilities: dict[str, float]
+    """Probability of each class."""
+
+
 def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | None = None) -> "Model":
     """Loads a model from a folder of any format: native, Hugging Face, mamba_ssm, or a run directory of `pretrain`.
 
@@ -57,14 +69,21 @@ def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | N
         raise UserError(f"dtype = {dtype!r}: give float32 or bfloat16")
     weights = read_model(path)
     tokenizer = load_tokenizer(weights.tokenizer_file) if weights.tokenizer_file else None
-    return Model(InferenceModel.from_params(weights.config, weights.params, dtype), tokenizer, os.fspath(path))
+    model = InferenceModel.from_params(weights.config, weights.params, dtype)
+    return Model(model, tokenizer, os.fspath(path), weights.classifier)
 
 
 class Model:
     """A model and its tokenizer, ready to use. See `load`."""
 
-    def __init__(self, model: InferenceModel, tokenizer: Tokenizer | None, path: str):
-        self._model, self._tokenizer, self._path = model, tokenizer, path
+    def __init__(
+        self,
+        model: InferenceModel,
+        tokenizer: Tokenizer | None,
+        path: str,
+        classifier: Classifier | None = None,
+    ):
+        self._model, self._tokenizer, self._path, self._classifier = model, tokenizer, path, classifier
         self.generator = Generator(model, tokenizer)
 
     @property
@@ -136,10 +155,42 @@ class Model:
             scores += [TextScore(tokens, row[: len(tokens)]) for tokens, row in zip(rows, values, strict=False)]
         return scores
 
+    def classify(self, texts: str | Sequence[str]) -> list[TextClass]:
+        """The class of each text, by the classifier that was fine-tuned with the model.
+
+        Raises:
+          UserError: the model has no classifier.
+        """
+        if self._classifier is None:
+            raise UserError(f"{self._path}: has no classifier.safetensors; fine-tune with --head classifier to get one")
+        texts = [texts] if isinstance(texts, str) else texts
+        ids, classes = self.tokenizer.encode_batch(texts), []
+        weight = jnp.asarray(self._classifier.weight)
+        for first in range(0, len(ids), _ROWS):
+            rows = [[self.tokenizer.eos_id, *tokens] for tokens in ids[first : first + _ROWS]]
+            inputs = np.zeros((len(rows), max(map(len, rows))), np.int32)
+            for row, tokens in zip(inputs, rows, strict=True):
+                row[: len(tokens)] = tokens
+            last = np.array([len(tokens) - 1 for tokens in rows])
+            for row in np.asarray(_class_probabilities(self._model, weight, _padded(inputs), last), np.float64):
+                named = dict(zip(self._classifier.labels, row.tolist(), strict=True))
+                classes.append(TextClass(max(named, key=named.__getitem__), named))
+        return classes
+
 
 def _padded(rows: np.ndarray) -> np.ndarray:
     """Zeros behind the tokens, where nothing before them sees them, up to one of a few lengths."""
     return np.pad(rows.astype(np.int32), ((0, 0), (0, round_up(rows.shape[1]) - rows.shape[1])))
+
+
+@jax.jit
+def _class_probabilities(
+    model: InferenceModel, weight: Float[Array, "K D"], tokens: Int[Array, "B L"], last: Int[Array, " B"]
+) -> Float[Array, "B K"]:
+    """Of texts whose last token stands at `last`."""
+    hidden, _ = model.hidden(tokens)
+    state = hidden[jnp.arange(tokens.shape[0]), last].astype(jnp.float32)
+    return jax.nn.softmax(jnp.matmul(state, weight.T, precision=jax.lax.Precision.HIGHEST))
 
 
 @jax.jit

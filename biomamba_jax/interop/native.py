@@ -22,7 +22,8 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import tokenizers
-from biomamba_jax.interop.names import flatten, native_shapes, path_name, unflatten
+from biomamba_jax.interop.adapters import Base
+from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name, unflatten
 
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 1
@@ -31,6 +32,7 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 36 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
 _NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
+_RECIPE = ("optimizer", "schedule", "loss", "train", "lora")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         config = portable(ModelConfig(**raw["model"]))
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is not a model's ({error})") from None
-    return config, _restore(folder / PARAMS, "", config)
+    return config, _restore(folder / PARAMS, "", native_shapes(config))
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -94,13 +96,12 @@ def read_about(folder: Path) -> dict[str, Any]:
     return read_json(folder / MODEL_JSON).get("about", {})
 
 
-def _restore(checkpoint: Path, prefix: str, config: ModelConfig) -> dict[str, Any]:
-    """The model's parameters below `prefix` of an orbax checkpoint, as numpy arrays, and nothing else of it.
+def _restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[str, Any]:
+    """The arrays below `prefix` of an orbax checkpoint, as float32 numpy arrays, and nothing else of it.
 
     Raises:
-      UserError: unreadable, or other paths or shapes than the config's, all in one table.
+      UserError: unreadable, or other paths or shapes than those expected, all in one table.
     """
-    expected = native_shapes(config)
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
         try:
             tree = _metadata(handler, checkpoint)
@@ -139,12 +140,16 @@ class Run:
 
     config: ModelConfig
     params: dict[str, Any]
+    """The model's, or where there is a `base` its adapters; with `labels`, the classifier's weight among them."""
     tokenizer_file: Path | None
     about: dict[str, Any]
+    base: Base | None = None
+    labels: tuple[str, ...] = ()
 
 
 def read_run(folder: Path) -> Run:
-    """The newest checkpoint of a run directory: its averaged weights where the run keeps them."""
+    """A checkpoint of a run directory, the best one where the run keeps it and else the newest: its averaged weights
+    where the run keeps them."""
     path = folder / "config.yaml"
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
@@ -156,16 +161,33 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
-    checkpoint = folder / "checkpoints" / str(max(steps)) / "state"
+    step, loop = max(steps), _loop(folder / "checkpoints" / str(max(steps)))
+    if settings.get("checkpoint", {}).get("keep_best") and loop["best"]["step"] is not None:
+        step = loop["best"]["step"]
+    checkpoint = folder / "checkpoints" / str(step) / "state"
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
-        paths = list(flatten(_metadata(handler, checkpoint)))
-    average = next((path for path in paths if "/average/" in path), None)
+        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(_metadata(handler, checkpoint)).items()}
+    average = next((path for path in shapes if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
     config = portable(config)
+    labels = tuple(settings.get("labels", ())) if settings.get("head") == "classifier" else ()
+    expected = native_shapes(config) | ({"classifier": (len(labels), config.d_model)} if labels else {})
+    base, lora = None, settings.get("lora", {})
+    if lora.get("rank"):
+        base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
+        expected = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
     data = Path(settings.get("data", {}).get("path", ""))
     tokenizer_file = tokenizers.find(folder) or _tokenizer_of_shards(data)
-    about = describe_run(folder, settings, max(steps), data)
-    return Run(config, _restore(checkpoint, prefix, config), tokenizer_file, about)
+    about = describe_run(folder, settings, step, data)
+    return Run(config, _restore(checkpoint, prefix, expected), tokenizer_file, about, base, labels)
+
+
+def _loop(checkpoint: Path) -> dict[str, Any]:
+    """What the training loop put beside the state; {} in checkpoints without it."""
+    if not (checkpoint / "loop").exists():
+        return {}
+    with closing(ocp.JsonCheckpointHandler()) as handler:
+        return handler.restore(epath.Path((checkpoint / "loop").absolute()))
 
 
 def _tokenizer_of_shards(data: Path) -> Path | None:
@@ -187,7 +209,7 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
     about: dict[str, Any] = {
         "steps": step,
         "tokens": step * rows["batch_size"] * rows["sequence_length"],
-        "recipe": {key: settings[key] for key in ("optimizer", "schedule", "loss", "train") if key in settings},
+        "recipe": {key: settings[key] for key in _RECIPE if key in settings},
     }
     metrics = folder / "metrics.jsonl"
     if metrics.exists():

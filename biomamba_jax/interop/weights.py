@@ -18,7 +18,9 @@ import numpy as np
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop import configs, names, native, sizes, tensors, tokenizers
+from biomamba_jax.interop import adapters, classifier, configs, names, native, sizes, tensors, tokenizers
+from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.interop.model_card import model_card
 
 Dialect = Literal["native", "run", "hf", "mamba_ssm"]
@@ -33,12 +35,14 @@ class Weights:
       params: nested dict of float32 numpy arrays, as `nnx.to_pure_dict(nnx.state(LanguageModel(config)))`.
       tokenizer_file: a `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), if there is one.
       about: what is known of the training, as JSON can hold it; see `native.describe_run`.
+      classifier: a layer beside the model that names the class of a text, if there is one.
     """
 
     config: ModelConfig
     params: dict[str, Any]
     tokenizer_file: Path | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    classifier: Classifier | None = None
 
 
 def dialect_of(path: str | os.PathLike[str]) -> Dialect:
@@ -70,7 +74,8 @@ def dialect_of(path: str | os.PathLike[str]) -> Dialect:
 
 
 def read_model(path: str | os.PathLike[str]) -> Weights:
-    """Reads a model of any dialect; of a run directory, the newest checkpoint's averaged weights where it keeps them.
+    """Reads a model of any dialect; of a run directory, the best or the newest checkpoint's averaged weights where it
+    keeps them, adapters merged into the weights that they belong to.
 
     float16 and bfloat16 become float32. Memory: the float32 weights and one tensor.
 
@@ -78,11 +83,12 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
       UserError: damaged or foreign files; tensors that do not fit the config, all in one table.
     """
     folder, dialect = Path(path), dialect_of(path)
-    if dialect == "native":
-        return Weights(*native.read(folder), tokenizer_file=tokenizers.find(folder), about=native.read_about(folder))
     if dialect == "run":
-        run = native.read_run(folder)
-        return Weights(run.config, run.params, run.tokenizer_file, run.about)
+        return _read_run(folder)
+    if dialect == "native":
+        model, params = native.read(folder)
+        beside = classifier.find(folder, model.d_model)
+        return Weights(model, params, tokenizers.find(folder), native.read_about(folder), beside)
     source = tensors.open_tensors(folder)
     config_json = folder / "config.json"
     raw = native.read_json(config_json)
@@ -91,7 +97,18 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
     vocabulary = tokenizers.vocab_size(tokenizer_file) if tokenizer_file else None
     config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
     about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
-    return Weights(config, _read_params(config, source, dialect, folder), tokenizer_file, about)
+    params = _read_params(config, source, dialect, folder)
+    return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model))
+
+
+def _read_run(folder: Path) -> Weights:
+    run = native.read_run(folder)
+    trained = dict(run.params)
+    head = Classifier(trained.pop("classifier"), run.labels) if run.labels else None
+    params = trained
+    if run.base is not None:
+        params = adapters.merged(read_model(local_folder(run.base.path)).params, trained, run.base)
+    return Weights(run.config, params, run.tokenizer_file, run.about, head)
 
 
 def _read_params(config: ModelConfig, source: tensors.TensorSource, dialect: str, folder: Path) -> dict[str, Any]:
@@ -119,7 +136,7 @@ def write_model(
 
     native: model.json, params/, the tokenizer. hf: what `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` load.
     mamba_ssm: what `MambaLMHeadModel.from_pretrained` loads; its pytorch_model.bin only where torch is installed.
-    Each with a model card, README.md.
+    Each with a model card, README.md, and with classifier.safetensors where there is a classifier.
 
     Args:
       dtype: of the tensors; native is always float32.
@@ -138,6 +155,8 @@ def write_model(
             native.write(new, weights.config, weights.params, weights.about)
         else:
             _write_foreign(weights, new, dialect, dtype)
+        if weights.classifier is not None:
+            classifier.write(weights.classifier, new)
         card = model_card(Path(folder).name, dialect, weights.config, dtype, weights.about, tokenizer_file is not None)
         (new / "README.md").write_text(card, encoding="utf-8")
     return sorted(Path(folder).iterdir())

@@ -1,0 +1,158 @@
+"""python -m biomamba_jax.finetune --config configs/finetune_pubmedqa.yaml --init_from DIR [--lora.rank 8 ...]
+
+Teaches a model to answer: PubMedQA, BioASQ task B, or JSON lines of prompts and answers. Trains the whole model or LoRA
+adapters, on the answers alone, until the development split gets no better; resumes from its run directory's newest
+checkpoint. Ends with what the best weights answer: predictions/ and results.json in the run directory, and a table
+beside always giving the most frequent answer. Any command takes the run directory as a model, adapters merged.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from biomamba_jax import page
+from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config import FinetuneConfig
+from biomamba_jax.data.examples import Example, encode_examples
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop import Weights, read_model
+from biomamba_jax.interop.hub import local_folder
+from biomamba_jax.loading import load
+from biomamba_jax.tasks.answers import Prediction
+from biomamba_jax.tasks.pubmedqa import FOLDS
+from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
+from biomamba_jax.train.progress import summary_table
+from biomamba_jax.train.setup import computed_as
+from biomamba_jax.train.supervised import finetune
+
+RESULTS, PREDICTIONS = "results.json", "predictions"
+
+_COLUMNS = {
+    "questions": "questions",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "majority_accuracy": "majority: accuracy",
+    "majority_macro_f1": "macro F1",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; `argv` without the program's name, None for this process's arguments."""
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
+    description = (__doc__ or "").partition("\n\n")[2]
+    config = parse(FinetuneConfig, argv, prog="python -m biomamba_jax.finetune", description=description)
+    weights = read_model(local_folder(config.init_from or ""))
+    results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
+    if results is not None:
+        rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
+        summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
+        print(f"predictions and {RESULTS}: {config.run_dir}")
+
+
+def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
+    """Fine-tunes, then answers the development and test splits with the best weights.
+
+    Returns:
+      Measures by "task split", as in results.json; None where the run was stopped, or has several hosts.
+    """
+    if weights.tokenizer_file is None:
+        raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` puts one beside the weights")
+    tokenizer = load_tokenizer(weights.tokenizer_file)
+    tasks = read_tasks(config)
+    train = [example for task in tasks for example in task.train]
+    development = [example for task in tasks for example in task.development]
+    labels = config.labels or sorted({example.label for example in [*train, *development]})
+    config = dataclasses.replace(
+        config,
+        model=computed_as(weights.config, config.model),
+        labels=labels if config.head == "classifier" else [],
+    )
+
+    def encoded(examples: list[Example], split: str):
+        source = f"{' and '.join(task.name for task in tasks)}, {split} split"
+        length = config.data.sequence_length
+        return encode_examples(examples, tokenizer, length, source=source, labels=config.labels)
+
+    if not finetune(config, weights, encoded(train, "training"), encoded(development, "development")):
+        return None
+    return answer(config, tasks) if jax.process_count() == 1 else None
+
+
+def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
+    """Predicts with the run's best weights, writes predictions/ and results.json, and returns the measures."""
+    run_dir, classifier = Path(config.run_dir), config.head == "classifier"
+    model, results = load(run_dir), {}
+    for task in tasks:
+        majority = most_frequent(task.train) if classifier or task.answers else None
+        for split, examples in (("development", task.development), ("test", task.test)):
+            if examples:
+                predictions = predict(
+                    model,
+                    task,
+                    examples,
+                    classifier=classifier,
+                    window=config.data.sequence_length,
+                    batch_size=config.data.batch_size,
+                )
+                _write_predictions(run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl", predictions)
+                results[f"{task.name} {split}"] = measure(predictions, majority)
+    _write(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
+    """A run for each of the ten folds of PubMedQA's authors: trained on nine, the best weights chosen by the tenth.
+
+    Returns:
+      Measures of each fold, of all folds' predictions pooled, and of the official test set by each fold's weights; None
+      where a run was stopped. The pooled figure is of questions that the weights were chosen by, that of the test set
+      is not.
+    """
+    results: dict[str, Any] = {}
+    pooled: list[Prediction] = []
+    tests = []
+    for fold in range(FOLDS):
+        run_dir = Path(config.run_dir) / f"fold-{fold}"
+        of_fold = train_and_answer(
+            dataclasses.replace(config, run_dir=str(run_dir), fold=fold, cross_validate=False), weights
+        )
+        if of_fold is None:
+            return None
+        results[f"fold {fold}"] = of_fold["pubmedqa development"]
+        pooled += _read_predictions(run_dir / PREDICTIONS / "pubmedqa-development.jsonl")
+        tests.append(of_fold["pubmedqa test"])
+    majority = results["fold 0"]["majority"]
+    results["all folds"] = measure(pooled, majority)
+    results["test, mean of folds"] = tests[0] | {
+        key: sum(test[key] for test in tests) / FOLDS for key in ("accuracy", "macro_f1")
+    }
+    _write(Path(config.run_dir) / RESULTS, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _cell(value: float | int | None) -> str | None:
+    return f"{value:,}" if isinstance(value, int) else None if value is None else f"{100 * value:.1f} %"
+
+
+def _write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
+    _write(path, "".join(json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in predictions))
+
+
+def _read_predictions(path: Path) -> list[Prediction]:
+    return [Prediction(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.replace(path, content)
+
+
+if __name__ == "__main__":
+    run_command(main)
