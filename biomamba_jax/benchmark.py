@@ -1,11 +1,11 @@
 """python -m biomamba_jax.benchmark step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
 python -m biomamba_jax.benchmark decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
-python -m biomamba_jax.benchmark kernels --target v5e
+python -m biomamba_jax.benchmark kernels --target gpu | v5e | v5p | v6e | sm_80 | sm_90 | sm_100
 
 Measures this machine. `step`: tokens/s, memory and share of peak of the training step of a config, by default the
 published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model. `decode`:
-the same for greedy decoding. `kernels`: what the heavy operations cost on a TPU that need not be there, by the
-compiler's estimate and against their floors.
+the same for greedy decoding. `kernels`: are the heavy operations right on this machine's GPU, and how fast; or, for a
+TPU that need not be there, the compiler's estimate against their floors, and for an absent GPU registers and spills.
 """
 
 import sys
@@ -34,11 +34,17 @@ def decode(argv: Sequence[str], prog: str) -> None:
 
 
 def kernels(argv: Sequence[str], prog: str) -> None:
-    """The heavy operations on TPU, by estimate."""
-    from biomamba_jax.measure.kernels import KernelsBenchmark, measure_kernels
+    """The heavy operations: timed on this machine's GPU, or by estimate for a TPU or GPU that is not there."""
+    from biomamba_jax.measure import kernels, kernels_gpu
 
-    description = "Estimated time and bytes of the TPU kernels and their alternatives, and the share of the floor."
-    measure_kernels(parse(KernelsBenchmark, argv, prog=prog, description=description))
+    description = "Time of the kernels and their alternatives on GPU; on TPU by estimate, and the share of the floor."
+    settings = parse(kernels.KernelsBenchmark, argv, prog=prog, description=description)
+    if settings.target == "gpu":
+        kernels_gpu.measure_kernels_gpu(settings)
+    elif settings.target.startswith("sm_"):
+        kernels_gpu.print_static(settings)
+    else:
+        kernels.measure_kernels(settings)
 
 
 def prepare(argv: Sequence[str], prog: str) -> None:

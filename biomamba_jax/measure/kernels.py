@@ -13,7 +13,7 @@ from biomamba_jax.measure.aot import Estimate, Request, estimates
 from biomamba_jax.ops import causal_conv1d, selective_scan, ssd
 from biomamba_jax.train.progress import print_tables
 
-Target = Literal["v5e", "v5p", "v6e"]
+Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _D_STATE, _SSD_D_STATE, _HEADDIM, _WIDTH = 16, 128, 64, 4
 
 
@@ -27,7 +27,7 @@ class Chip:
 
 
 # https://docs.cloud.google.com/tpu/docs; v5p: one of the two cores, which share the memory
-CHIPS: Mapping[Target, Chip] = {
+CHIPS: Mapping[str, Chip] = {
     "v5e": Chip(1.5e9, 819e9, 197e12),
     "v5p": Chip(1.75e9, 2765e9 / 2, 459e12 / 2),
     "v6e": Chip(1.75e9, 1640e9, 918e12),
@@ -40,10 +40,11 @@ _SCAN_OPERATIONS = {"forward": 6.5, "backward": 20.0}
 
 @dataclasses.dataclass(frozen=True)
 class KernelsBenchmark:
-    """What to compile."""
+    """What to measure or compile."""
 
     target: Target = "v5e"
-    """The TPU that the compiler is asked about."""
+    """gpu: this machine's, checked and timed. v5e, v5p, v6e: a TPU that the compiler is asked about. sm_80, sm_90,
+    sm_100: an NVIDIA architecture that Triton's kernels are compiled for."""
     rows: int = 8
     """Rows of the batch."""
     length: int = 1024
@@ -190,7 +191,7 @@ def _estimates(
     return list(zip(found[::2], found[1::2], strict=True))
 
 
-SMALLEST: Mapping[Target, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
+SMALLEST: Mapping[str, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
 _SHORT_LENGTHS = [256, 512]  # multiples of every kernel's chunk
 
 

@@ -6,16 +6,21 @@ from typing import Literal
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.causal_conv1d import pallas_tpu, reference, xla
+from biomamba_jax.ops.causal_conv1d import pallas_tpu, reference, triton, xla
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.causal_conv1d,
     "pallas_tpu": pallas_tpu.causal_conv1d,
+    "triton": triton.causal_conv1d,
     "reference": reference.causal_conv1d,
 }
-_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "pallas_tpu"}
+_PREFERRED: Mapping[dispatch.Platform, tuple[str, ...]] = {
+    "cpu": ("xla",),
+    "gpu": ("pallas_gpu", "triton", "xla"),
+    "tpu": ("pallas_tpu",),
+}
 # A few tokens are a few elementwise steps, which XLA fuses with their neighbours; the kernel would pad them to sixteen.
-_PREFERRED_FOR_FEW_TOKENS: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_PREFERRED_FOR_FEW_TOKENS: Mapping[dispatch.Platform, tuple[str, ...]] = {p: ("xla",) for p in _PREFERRED}
 _FEW_TOKENS = 16
 
 
@@ -43,7 +48,7 @@ def causal_conv1d(
       segment_ids: document of each token [B L]. A tap that would reach across a change of id reads zero.
       initial_state: the K-1 inputs before the first token [B K-1 C], of that token's segment; None is zeros.
       return_final_state: also return the last K-1 inputs, zeros where the last token's segment is younger than that.
-      implementation: "xla", "pallas_tpu", "reference", or None for the best on this platform.
+      implementation: "xla", "pallas_tpu", "triton", "reference", or None for the best on this platform.
 
     Returns:
       y [B L C] of x's dtype; with `return_final_state` a pair (y, state [B K-1 C] of x's dtype).
@@ -68,6 +73,6 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     preferred = _PREFERRED_FOR_FEW_TOKENS if length < _FEW_TOKENS else _PREFERRED
-    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred)
+    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred, {"triton": triton.why_not(x)})
     y, final_state = conv(x, weight, bias, activation, segment_ids, initial_state)
     return (y, final_state) if return_final_state else y

@@ -5,16 +5,22 @@ from collections.abc import Callable, Mapping
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.selective_scan import pallas_tpu, reference, xla
+from biomamba_jax.ops.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.selective_scan,
+    "pallas_gpu": pallas_gpu.selective_scan,
     "pallas_tpu": pallas_tpu.selective_scan,
+    "triton": triton.selective_scan,
     "reference": reference.selective_scan,
 }
-_PREFERRED: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "pallas_tpu"}
+_PREFERRED: Mapping[dispatch.Platform, tuple[str, ...]] = {
+    "cpu": ("xla",),
+    "gpu": ("pallas_gpu", "triton", "xla"),
+    "tpu": ("pallas_tpu",),
+}
 # One token is one elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
-_PREFERRED_FOR_ONE_TOKEN: Mapping[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": "xla"}
+_PREFERRED_FOR_ONE_TOKEN: Mapping[dispatch.Platform, tuple[str, ...]] = {p: ("xla",) for p in _PREFERRED}
 
 
 def selective_scan(
@@ -53,7 +59,7 @@ def selective_scan(
         before, so packed documents do not see each other.
       initial_state: state before the first token [B E N], belonging to the segment of that token; None is zero.
       return_final_state: also return the state after the last token.
-      implementation: "xla", "pallas_tpu", "reference", or None for the best on this platform.
+      implementation: "xla", "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the best on this platform.
 
     Returns:
       y [B L E] of x's dtype; with `return_final_state` a pair (y, state [B E N] in float32).
@@ -82,6 +88,7 @@ def selective_scan(
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
     preferred = _PREFERRED_FOR_ONE_TOKEN if length == 1 else _PREFERRED
-    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred)
+    unsuited = {"pallas_gpu": pallas_gpu.why_not(x, A), "triton": triton.why_not(x)}
+    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred, unsuited)
     y, final_state = scan(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state)
     return (y, final_state) if return_final_state else y

@@ -5,11 +5,13 @@ from typing import Any
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.ssd import pallas_tpu, reference, xla
+from biomamba_jax.ops.ssd import pallas_gpu, pallas_tpu, reference, triton, xla
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "xla": xla.ssd,
+    "pallas_gpu": pallas_gpu.ssd,
     "pallas_tpu": pallas_tpu.ssd,
+    "triton": triton.ssd,
     "reference": reference.ssd,
 }
 
@@ -65,8 +67,11 @@ def ssd(
     """
     _check(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
     on_tpu = "xla" if pallas_tpu.why_einsum(x, B, chunk_size) else "pallas_tpu"
-    preferred: dict[dispatch.Platform, str] = {"cpu": "xla", "gpu": "xla", "tpu": on_tpu}
-    compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, preferred)
+    # Few tokens would be padded to a chunk, and one is a step without products.
+    on_gpu = ("xla",) if x.shape[1] < triton.CHUNK else ("pallas_gpu", "triton", "xla")
+    preferred: dict[dispatch.Platform, tuple[str, ...]] = {"cpu": ("xla",), "gpu": on_gpu, "tpu": (on_tpu,)}
+    unsuited = {"pallas_gpu": pallas_gpu.why_not(x, B, chunk_size), "triton": triton.why_not(x, chunk_size)}
+    compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, preferred, unsuited)
     y, final_state = compute(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
     return (y, final_state) if return_final_state else y
 

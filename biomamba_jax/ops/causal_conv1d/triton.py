@@ -1,0 +1,139 @@
+"""The causal convolution on NVIDIA GPUs from Ampere on: a Triton kernel in each direction, which reads its inputs once.
+
+The inputs of the activation are computed again in the backward pass, where they are needed K times a token, from cache.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from biomamba_jax.ops import triton_calls
+from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.causal_conv1d.xla import last_inputs
+from biomamba_jax.ops.triton_calls import Launch, cdiv, next_power_of_2
+
+_KERNELS = f"{__package__}.triton_kernels"
+_TOKENS, _CHANNELS = 32, 128  # of a program
+_LAUNCH = Launch(4)
+
+
+class _Inputs(NamedTuple):
+    x: Float[Array, "B L C"]
+    weight: Float[Array, "C K"]
+    bias: Float[Array, " C"] | None
+    segment_ids: Int[Array, "B L"] | None
+    initial_state: Float[Array, "B K-1 C"] | None
+
+
+def why_not(x: Array) -> str | None:
+    """Why the kernels can't compute these arrays, if so."""
+    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
+
+
+def causal_conv1d(
+    x: Float[Array, "B L C"],
+    weight: Float[Array, "C K"],
+    bias: Float[Array, " C"] | None,
+    activation: str | None,
+    segment_ids: Int[Array, "B L"] | None,
+    initial_state: Float[Array, "B K-1 C"] | None,
+) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+    """All outputs and the last K-1 inputs; see `api.causal_conv1d`."""
+    inputs = triton_calls.vary_alike(_Inputs(x, weight, bias, segment_ids, initial_state))
+    last = last_inputs(inputs.x, weight.shape[1] - 1, inputs.segment_ids, inputs.initial_state)
+    return _conv(inputs, activation), last
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _conv(inputs: _Inputs, activation: str | None) -> Array:
+    (y,) = triton_calls.call(
+        triton_calls.kernels(_KERNELS).causal_conv1d_forward,
+        *_kernel_inputs(inputs),
+        inputs.x.shape[1],
+        outputs=[jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype)],
+        grid=_grid(inputs),
+        launch=_LAUNCH,
+        constants=_constants(inputs, activation),
+    )
+    return y
+
+
+def _forward(inputs: _Inputs, activation: str | None):
+    return _conv(inputs, activation), inputs
+
+
+def _backward(activation: str | None, inputs: _Inputs, dy: Array):
+    x, weight, bias, _, initial_state = inputs
+    rows, _, channels = x.shape
+    width = weight.shape[1]
+    f32 = jnp.float32
+    grid = _grid(inputs)
+    dx, d_weight, d_initial = triton_calls.call(
+        triton_calls.kernels(_KERNELS).causal_conv1d_backward,
+        *_kernel_inputs(inputs),
+        dy,
+        x.shape[1],
+        outputs=[
+            jax.ShapeDtypeStruct(x.shape, x.dtype),
+            jax.ShapeDtypeStruct((rows, grid[1], width + 1, channels), f32),
+            jax.ShapeDtypeStruct((1,) if initial_state is None else initial_state.shape, f32),
+        ],
+        grid=grid,
+        launch=_LAUNCH,
+        constants=_constants(inputs, activation) | {"BEFORE": next_power_of_2(width)},
+    )
+    sums = jnp.sum(d_weight, (0, 1))
+    return (
+        _Inputs(
+            x=dx,
+            weight=sums[:width].T.astype(weight.dtype),
+            bias=None if bias is None else sums[width].astype(bias.dtype),
+            segment_ids=None,
+            initial_state=None if initial_state is None else d_initial.astype(initial_state.dtype),
+        ),
+    )
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _grid(inputs: _Inputs) -> tuple[int, int, int]:
+    rows, length, channels = inputs.x.shape
+    return cdiv(channels, _CHANNELS), cdiv(length, _TOKENS), rows
+
+
+def _constants(inputs: _Inputs, activation: str | None) -> dict[str, int | bool]:
+    channels, width = inputs.weight.shape
+    return {
+        "C": channels,
+        "K": width,
+        "T": _TOKENS,
+        "BC": _CHANNELS,
+        "SILU": activation == "silu",
+        "SEGMENTED": inputs.segment_ids is not None,
+        "INITIAL": inputs.initial_state is not None and width > 1,
+    }
+
+
+def _kernel_inputs(inputs: _Inputs) -> tuple[Array, ...]:
+    """What both kernels take first; x stands in for what there is none of."""
+    x, weight, bias, ids, initial_state = inputs
+    bias = jnp.zeros(x.shape[2]) if bias is None else bias
+    past = weight.shape[1] - 1
+    return (
+        x,
+        weight.T.astype(jnp.float32),
+        bias.astype(jnp.float32),
+        x if initial_state is None or not past else initial_state,
+        x if ids is None else _reach(ids, past),
+    )
+
+
+def _reach(segment_ids: Int[Array, "B L"], past: int) -> Int[Array, "B L"]:
+    """How many steps back each token may look, `past` at most; what comes before the first is of its segment."""
+    token = jnp.arange(segment_ids.shape[1])
+    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    start = jax.lax.cummax(jnp.where(changed, token, -past), axis=1)
+    return jnp.minimum(token - start, past).astype(jnp.int32)

@@ -1,0 +1,185 @@
+"""The Triton kernels of the causal convolution; importing this module needs triton. `triton.py` calls them.
+
+A program has T tokens of BC channels of one row. Inputs before and after its tokens come from the cache.
+
+Shapes: x, y, dy, dx [B L C]; weight [K C], bias [C] float32; initial [B K-1 C] the inputs before the first; reach [B L]
+int32: how many steps back a token may look.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _inputs(x, initial, t, c, L, C: tl.constexpr, K: tl.constexpr, INITIAL: tl.constexpr):
+    """x at tokens t, which may lie before the first one or beyond the last."""
+    at = t[:, None] * C + c[None, :]
+    value = tl.load(x + at, mask=((t >= 0) & (t < L))[:, None] & (c < C)[None, :], other=0).to(tl.float32)
+    if INITIAL:
+        before = ((t < 0) & (t >= 1 - K))[:, None] & (c < C)[None, :]
+        value += tl.load(initial + at + (K - 1) * C, mask=before, other=0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _sees(reach, t, back, L, SEGMENTED: tl.constexpr):
+    """Whether token t is there and may look so many steps back."""
+    there = (t >= 0) & (t < L)
+    if SEGMENTED:
+        there = there & (tl.load(reach + t, mask=there, other=0) >= back)
+    return there
+
+
+@triton.jit
+def _linear(
+    x,
+    weight,
+    bias,
+    initial,
+    reach,
+    t,
+    c,
+    L,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    """bias + sum_k weight_k x_{t-K+1+k}"""
+    value = tl.load(bias + c, mask=c < C, other=0)[None, :]
+    for back in tl.static_range(K - 1, -1, -1):
+        tap = tl.load(weight + (K - 1 - back) * C + c, mask=c < C, other=0)[None, :]
+        seen = _inputs(x, initial, t - back, c, L, C, K, INITIAL)
+        value += tap * tl.where(_sees(reach, t, back, L, SEGMENTED)[:, None], seen, 0.0)
+    return value
+
+
+@triton.jit
+def _incoming(
+    x,
+    weight,
+    bias,
+    initial,
+    reach,
+    dy,
+    t,
+    c,
+    L,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    """The gradient of what the activation gets, at tokens t; zero outside the row."""
+    there = ((t >= 0) & (t < L))[:, None] & (c < C)[None, :]
+    g = tl.load(dy + t[:, None] * C + c[None, :], mask=there, other=0).to(tl.float32)
+    if SILU:
+        value = _linear(x, weight, bias, initial, reach, t, c, L, C, K, SEGMENTED, INITIAL)
+        gate = 1 / (1 + tl.exp2(-value * _LOG2_E))
+        g *= gate * (1 + value * (1 - gate))
+    return g
+
+
+@triton.jit
+def _of_inputs(
+    x,
+    weight,
+    bias,
+    initial,
+    reach,
+    dy,
+    t,
+    c,
+    L,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    """The gradient of the inputs at t: of the K outputs from each on."""
+    for back in tl.static_range(K - 1, -1, -1):
+        later = t + back
+        tap = tl.load(weight + (K - 1 - back) * C + c, mask=c < C, other=0)[None, :]
+        g = _incoming(x, weight, bias, initial, reach, dy, later, c, L, C, K, SILU, SEGMENTED, INITIAL)
+        part = tap * tl.where(_sees(reach, later, back, L, SEGMENTED)[:, None], g, 0.0)
+        if back == K - 1:
+            total = part
+        else:
+            total += part
+    return total
+
+
+@triton.jit
+def causal_conv1d_forward(
+    x,
+    weight,
+    bias,
+    initial,
+    reach,
+    L,
+    y,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BC: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+):
+    c, t = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * T + tl.arange(0, T)
+    row = tl.program_id(2).to(tl.int64)
+    x, y, reach, initial = x + row * L * C, y + row * L * C, reach + row * L, initial + row * (K - 1) * C
+    value = _linear(x, weight, bias, initial, reach, t, c, L, C, K, SEGMENTED, INITIAL)
+    if SILU:
+        value = value / (1 + tl.exp2(-value * _LOG2_E))
+    there = (t < L)[:, None] & (c < C)[None, :]
+    tl.store(y + t[:, None] * C + c[None, :], value.to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def causal_conv1d_backward(
+    x,
+    weight,
+    bias,
+    initial,
+    reach,
+    dy,
+    L,
+    dx,
+    d_weight,
+    d_initial,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    BC: tl.constexpr,
+    SILU: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    INITIAL: tl.constexpr,
+    BEFORE: tl.constexpr,
+):
+    """dx; of the taps and, last, the bias the program's part [B blocks K+1 C] float32; d_initial [B K-1 C] float32,
+    BEFORE >= K-1 tokens."""
+    c, t = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * T + tl.arange(0, T)
+    row = tl.program_id(2).to(tl.int64)
+    x, dx, dy = x + row * L * C, dx + row * L * C, dy + row * L * C
+    reach, initial = reach + row * L, initial + row * (K - 1) * C
+    d_weight += (row * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
+    d_x = _of_inputs(x, weight, bias, initial, reach, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
+    there = (t < L)[:, None] & (c < C)[None, :]
+    tl.store(dx + t[:, None] * C + c[None, :], d_x.to(dx.dtype.element_ty), mask=there)
+    g = _incoming(x, weight, bias, initial, reach, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
+    for back in tl.static_range(K - 1, -1, -1):
+        seen = _inputs(x, initial, t - back, c, L, C, K, INITIAL)
+        seen = tl.where(_sees(reach, t, back, L, SEGMENTED)[:, None], seen, 0.0)
+        tl.store(d_weight + (K - 1 - back) * C + c, tl.sum(g * seen, axis=0), mask=c < C)
+    tl.store(d_weight + K * C + c, tl.sum(g, axis=0), mask=c < C)
+    if INITIAL:  # noqa: SIM102 (known when compiling; the other is not)
+        if tl.program_id(1) == 0:
+            i = tl.arange(0, BEFORE)
+            d_x = _of_inputs(x, weight, bias, initial, reach, dy, i + 1 - K, c, L, C, K, SILU, SEGMENTED, INITIAL)
+            place = d_initial + row * (K - 1) * C + i[:, None] * C + c[None, :]
+            tl.store(place, d_x, mask=(i < K - 1)[:, None] & (c < C)[None, :])

@@ -1,0 +1,263 @@
+"""The Triton kernels of the selective scan: importing this module needs triton. `triton.py` calls them.
+
+A program handles BE channels of one row and steps through time with the state [BN BE] in registers: a thread has a
+channel and all of its states, so the sum over d_state stays within it. The inputs of the next U steps are loaded while
+those of the present ones are used. Steps beyond the end of a row, channels beyond E and states beyond N are masked on
+loading so that they change nothing: delta = softplus(-inf) = 0.
+
+Shapes: x, dt, z, y and their gradients [B L E]; B, C [B L N]; A_log2e [N E], D, dt_bias [E] float32; reset [B L]
+float32, -inf where the state starts anew and 0 elsewhere; states [... N E] float32, with channels last. E and L come at
+run time: Triton then knows no alignment and gives every thread one channel.
+"""
+
+import triton
+import triton.language as tl
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _softplus(raw):
+    """log(1 + exp(raw)) to 2e-6 relative: steps of 1e-4 and less are common, where log(1 + e) alone has 3 digits."""
+    e = tl.exp2(tl.abs(raw) * -_LOG2_E)
+    series = e * (1 + e * (-0.5 + e * (1 / 3 - 0.25 * e)))
+    return tl.maximum(raw, 0.0) + tl.where(e < 0.05, series, tl.log2(1 + e) * _LN_2)
+
+
+@triton.jit
+def _sigmoid(v):
+    return 1 / (1 + tl.exp2(-v * _LOG2_E))
+
+
+@triton.jit
+def _channels(row, t, e, L, E, other: tl.constexpr):
+    """Channels e of time step t."""
+    return tl.load(row + t * E + e, mask=e < tl.where(t < L, E, 0), other=other)
+
+
+@triton.jit
+def _tokens(x, dt, z, t, e, L, E, GATED: tl.constexpr):
+    """x, dt and z of time step t, as they are stored."""
+    x_t = _channels(x, t, e, L, E, 0)
+    dt_t = _channels(dt, t, e, L, E, float("-inf"))
+    if GATED:
+        return x_t, dt_t, _channels(z, t, e, L, E, 0)
+    else:
+        return x_t, dt_t, x_t
+
+
+@triton.jit
+def _narrow(row, t, n, L, N: tl.constexpr, BN: tl.constexpr):
+    """B or C of time step t, as a column; beyond the end any, since all that they meet there is zero."""
+    place = row + tl.minimum(t, L - 1) * N + n
+    if N == BN:
+        return tl.load(place).to(tl.float32)[:, None]
+    else:
+        return tl.load(place, mask=n < N, other=0).to(tl.float32)[:, None]
+
+
+@triton.jit
+def _decay(delta, A, reset, t, L, SEGMENTED: tl.constexpr):
+    """exp(delta A), zero at a reset; the mask comes before the exponential."""
+    exponent = delta[None, :] * A
+    if SEGMENTED:
+        exponent += tl.load(reset + t, mask=t < L, other=0)
+    return tl.exp2(exponent)
+
+
+@triton.jit
+def selective_scan_forward(
+    x,
+    dt,
+    z,
+    B,
+    C,
+    A_log2e,
+    D,
+    dt_bias,
+    reset,
+    initial,
+    L,
+    E_per_vector,
+    y,
+    final,
+    boundary,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    U: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GATED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """y, the last state [B N E] and, to SAVE, the state before every CHUNK steps [B chunks N E]."""
+    E = E_per_vector * VECTOR
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BN)
+    tile = n[:, None] * E + e[None, :]
+    there = (n < N)[:, None] & (e < E)[None, :]
+    x, dt, z, y = x + row * L * E, dt + row * L * E, z + row * L * E, y + row * L * E
+    B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
+    A = tl.load(A_log2e + tile, mask=there, other=0)
+    skip = tl.load(D + e, mask=e < E, other=0)
+    bias = tl.load(dt_bias + e, mask=e < E, other=0)
+    h = tl.load(initial + row * N * E + tile, mask=there, other=0)
+    chunks = tl.cdiv(L, CHUNK)
+    boundary += row * chunks * N * E
+
+    ahead = ()
+    for i in tl.static_range(U):
+        ahead = ahead + (_tokens(x, dt, z, i, e, L, E, GATED),)
+    B_t, C_t = _narrow(B, 0, n, L, N, BN), _narrow(C, 0, n, L, N, BN)
+    for chunk in range(0, chunks):
+        if SAVE:
+            tl.store(boundary + chunk * N * E + tile, h, mask=there)
+        for block in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, L), U):
+            loaded = ()
+            for i in tl.static_range(U):
+                t = block + i
+                x_t = ahead[i][0].to(tl.float32)
+                delta = _softplus(ahead[i][1].to(tl.float32) + bias)
+                loaded = loaded + (_tokens(x, dt, z, t + U, e, L, E, GATED),)
+                next_B, next_C = _narrow(B, t + 1, n, L, N, BN), _narrow(C, t + 1, n, L, N, BN)
+                # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t  (Mamba, arXiv 2312.00752, eq. 2)
+                h = _decay(delta, A, reset, t, L, SEGMENTED) * h + (delta * x_t)[None, :] * B_t
+                y_t = tl.sum(h * C_t, axis=0) + skip * x_t
+                if GATED:
+                    z_t = ahead[i][2].to(tl.float32)
+                    y_t *= z_t * _sigmoid(z_t)
+                tl.store(y + t * E + e, y_t.to(y.dtype.element_ty), mask=e < tl.where(t < L, E, 0))
+                B_t, C_t = next_B, next_C
+            ahead = loaded
+    tl.store(final + row * N * E + tile, h, mask=there)
+
+
+@triton.jit
+def selective_scan_backward(
+    x,
+    dt,
+    z,
+    B,
+    C,
+    A_log2e,
+    D,
+    dt_bias,
+    reset,
+    boundary,
+    dy,
+    d_final,
+    L,
+    E_per_vector,
+    dx,
+    d_dt,
+    dz,
+    dB,
+    dC,
+    dA,
+    dD,
+    d_bias,
+    d_initial,
+    scratch,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    BE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    U: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GATED: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """All gradients, last chunk first. In a chunk: once more forward, keeping the state before every U steps in
+    `scratch` [B CHUNK/U N E]; then, U steps at a time, forward with all states in registers, and back.
+
+    dB and dC [B blocks L N] are those of the program's channels, to be summed; dA [B N E], dD and d_bias [B E] those of
+    the row.
+    """
+    E = E_per_vector * VECTOR
+    block = tl.program_id(0)
+    e = block * BE + tl.arange(0, BE)
+    row = tl.program_id(1).to(tl.int64)
+    n = tl.arange(0, BN)
+    tile = n[:, None] * E + e[None, :]
+    there = (n < N)[:, None] & (e < E)[None, :]
+    x, dt, z, dy = x + row * L * E, dt + row * L * E, z + row * L * E, dy + row * L * E
+    dx, d_dt, dz = dx + row * L * E, d_dt + row * L * E, dz + row * L * E
+    B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
+    partial = (row * tl.num_programs(0) + block) * L * N
+    dB, dC = dB + partial, dC + partial
+    chunks = tl.cdiv(L, CHUNK)
+    boundary += row * chunks * N * E
+    scratch += row * (CHUNK // U) * N * E
+    A = tl.load(A_log2e + tile, mask=there, other=0)
+    skip = tl.load(D + e, mask=e < E, other=0)
+    bias = tl.load(dt_bias + e, mask=e < E, other=0)
+
+    # What reaches the state before the step at hand from all later ones.
+    later = tl.load(d_final + row * N * E + tile, mask=there, other=0)
+    sum_A = tl.zeros((BN, BE), tl.float32)
+    sum_D = tl.zeros((BE,), tl.float32)
+    sum_bias = tl.zeros((BE,), tl.float32)
+    for chunk in range(chunks - 1, -1, -1):
+        h = tl.load(boundary + chunk * N * E + tile, mask=there, other=0)
+        for part in range(0, CHUNK // U - 1):
+            tl.store(scratch + part * N * E + tile, h, mask=there)
+            for i in tl.static_range(U):
+                t = chunk * CHUNK + part * U + i
+                delta = _softplus(_channels(dt, t, e, L, E, float("-inf")).to(tl.float32) + bias)
+                u = delta * _channels(x, t, e, L, E, 0).to(tl.float32)
+                h = _decay(delta, A, reset, t, L, SEGMENTED) * h + u[None, :] * _narrow(B, t, n, L, N, BN)
+        tl.store(scratch + (CHUNK // U - 1) * N * E + tile, h, mask=there)
+        tl.debug_barrier()
+        for part in range(CHUNK // U - 1, -1, -1):
+            start = chunk * CHUNK + part * U
+            before = (tl.load(scratch + part * N * E + tile, mask=there, other=0),)
+            inputs = ()
+            for i in tl.static_range(U):
+                t = start + i
+                tokens = _tokens(x, dt, z, t, e, L, E, GATED)
+                delta = _softplus(tokens[1].to(tl.float32) + bias)
+                inputs = inputs + ((tokens[0], tokens[1], tokens[2], _channels(dy, t, e, L, E, 0), delta),)
+            for i in tl.static_range(U):
+                t = start + i
+                delta = inputs[i][4]
+                u = delta * inputs[i][0].to(tl.float32)
+                decayed = _decay(delta, A, reset, t, L, SEGMENTED) * before[i]
+                before = before + (decayed + u[None, :] * _narrow(B, t, n, L, N, BN),)
+            for i in tl.static_range(U - 1, -1, -1):
+                t = start + i
+                x_t, g, delta = inputs[i][0].to(tl.float32), inputs[i][3].to(tl.float32), inputs[i][4]
+                B_t, C_t = _narrow(B, t, n, L, N, BN), _narrow(C, t, n, L, N, BN)
+                in_row = e < tl.where(t < L, E, 0)
+                if GATED:
+                    ungated = tl.sum(before[i + 1] * C_t, axis=0) + skip * x_t
+                    z_t = inputs[i][2].to(tl.float32)
+                    gate = _sigmoid(z_t)
+                    dz_t = g * ungated * gate * (1 + z_t * (1 - gate))
+                    tl.store(dz + t * E + e, dz_t.to(dz.dtype.element_ty), mask=in_row)
+                    g *= z_t * gate
+                u = delta * x_t
+                # dh_t = C_t g_t + exp(delta_{t+1} A) dh_{t+1}
+                dh = later + C_t * g[None, :]
+                of_token = n < tl.where(t < L, N, 0)
+                tl.store(dC + t * N + n, tl.sum(before[i + 1] * g[None, :], axis=1), mask=of_token)
+                tl.store(dB + t * N + n, tl.sum(dh * u[None, :], axis=1), mask=of_token)
+                du = tl.sum(dh * B_t, axis=0)
+                later = _decay(delta, A, reset, t, L, SEGMENTED) * dh
+                d_exponent = later * before[i]
+                sum_A += d_exponent * delta[None, :]
+                d_raw = (tl.sum(d_exponent * A, axis=0) * _LN_2 + du * x_t) * _sigmoid(
+                    inputs[i][1].to(tl.float32) + bias
+                )
+                tl.store(d_dt + t * E + e, d_raw.to(d_dt.dtype.element_ty), mask=in_row)
+                tl.store(dx + t * E + e, (du * delta + skip * g).to(dx.dtype.element_ty), mask=in_row)
+                sum_D += g * x_t
+                sum_bias += d_raw
+        tl.debug_barrier()
+    tl.store(d_initial + row * N * E + tile, later, mask=there)
+    tl.store(dA + row * N * E + tile, sum_A, mask=there)
+    tl.store(dD + row * E + e, sum_D, mask=e < E)
+    tl.store(d_bias + row * E + e, sum_bias, mask=e < E)

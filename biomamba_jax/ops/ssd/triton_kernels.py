@@ -1,0 +1,323 @@
+"""The Triton kernels of SSD; importing this module needs triton. `triton.py` calls them.
+
+Two walk the chunks of a head with its state, or the gradient of it, in registers, and leave it at every chunk; all
+others take a chunk by itself. Sizes are powers of two: Q tokens of a chunk, P channels of a head, N states.
+
+Shapes: x, y [B L H P]; B, C [B L G N]; states [B chunks H P N], all of one dtype. d, the steps after the softplus, and
+s [B H L] float32: s_t is the sum of the exponents (d A, in base 2) of the tokens up to t, of its chunk and its segment.
+segment [B L] int32 counts the resets from the start of the chunk: at 0 a token still sees the state handed in.
+
+With E_tj = 2^(s_t - s_j) where j <= t lies in the segment of t, i_t = 2^(s_t) where segment_t is 0, and
+o_j = 2^(s_last - s_j) where j lies in the segment of the chunk's last token:
+
+    y_t = sum_j (C_t . B_j) E_tj d_j x_j + i_t S C_t + D x_t          S' = across S + sum_j o_j d_j x_j B_j^T
+
+Masks come before exp2: no infinity and no NaN.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _rows(base, t, width: tl.constexpr, stride):
+    """[tokens, width]"""
+    return tl.load(base + t[:, None] * stride + tl.arange(0, width)[None, :])
+
+
+@triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _inflow(s, segment, t, SEGMENTED: tl.constexpr):
+    """i [Q]"""
+    if SEGMENTED:
+        return tl.exp2(tl.where(tl.load(segment + t) == 0, s, float("-inf")))
+    else:
+        return tl.exp2(s)
+
+
+@triton.jit
+def _outflow(s, total, segment, t, last, SEGMENTED: tl.constexpr):
+    """o [Q]"""
+    if SEGMENTED:
+        return tl.exp2(tl.where(tl.load(segment + t) == tl.load(segment + last), total - s, float("-inf")))
+    else:
+        return tl.exp2(total - s)
+
+
+@triton.jit
+def _across(total, segment, last, SEGMENTED: tl.constexpr):
+    if SEGMENTED:
+        return tl.exp2(tl.where(tl.load(segment + last) == 0, total, float("-inf")))
+    else:
+        return tl.exp2(total)
+
+
+@triton.jit
+def _decays(s, segment, t, Q: tl.constexpr, SEGMENTED: tl.constexpr):
+    """E [Q Q]"""
+    q = tl.arange(0, Q)
+    reaches = q[:, None] >= q[None, :]
+    if SEGMENTED:
+        number = tl.load(segment + t)
+        reaches = reaches & (number[:, None] == number[None, :])
+    return tl.exp2(tl.where(reaches, s[:, None] - s[None, :], float("-inf")))
+
+
+@triton.jit
+def ssd_states(
+    x,
+    d,
+    s,
+    B,
+    segment,
+    initial,
+    L,
+    before,
+    final,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    PB: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """The state before each chunk and after the last one [B H P N] float32, PB channels of a head at a time."""
+    p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = p[:, None] * N + n[None, :]
+    x += (row * L * H + head) * P + tl.program_id(0) * PB
+    B += (row * L * G + head // (H // G)) * N
+    d, s, segment = d + (row * H + head) * L, s + (row * H + head) * L, segment + row * L
+    state = tl.load(initial + (row * H + head) * P * N + tile)
+    before += (row * (L // Q) * H + head) * P * N
+    for chunk in range(0, L // Q):
+        tl.store(before + chunk * H * P * N + tile, state.to(before.dtype.element_ty))
+        t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
+        total = tl.load(s + last)
+        weight = _outflow(tl.load(s + t), total, segment, t, last, SEGMENTED) * tl.load(d + t)
+        x_c = _rows(x, t, PB, H * P)
+        weighted = (x_c.to(tl.float32) * weight[:, None]).to(x_c.dtype)
+        increment = _product(tl.trans(weighted), _rows(B, t, N, G * N), PRECISION)
+        state = state * _across(total, segment, last, SEGMENTED) + increment
+    tl.store(final + (row * H + head) * P * N + tile, state)
+
+
+@triton.jit
+def ssd_outputs(
+    x,
+    d,
+    s,
+    B,
+    C,
+    D,
+    segment,
+    before,
+    L,
+    y,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """y of a chunk and head, from the state before the chunk."""
+    head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t = chunk * Q + tl.arange(0, Q)
+    x += (row * L * H + head) * P
+    y += (row * L * H + head) * P
+    B += (row * L * G + head // (H // G)) * N
+    C += (row * L * G + head // (H // G)) * N
+    segment += row * L
+    before += ((row * (L // Q) + chunk) * H + head) * P * N
+    s_t = tl.load(s + (row * H + head) * L + t)
+    d_t = tl.load(d + (row * H + head) * L + t)
+    C_c = _rows(C, t, N, G * N)
+    scores = _product(C_c, tl.trans(_rows(B, t, N, G * N)), PRECISION)
+    mixing = scores * _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
+    state = _rows(before, tl.arange(0, P), N, N)
+    x_c = _rows(x, t, P, H * P)
+    y_c = _product(C_c, tl.trans(state), PRECISION) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
+    y_c += _product(mixing.to(x_c.dtype), x_c, PRECISION)
+    y_c += tl.load(D + head) * x_c.to(tl.float32)
+    tl.store(y + t[:, None] * (H * P) + tl.arange(0, P)[None, :], y_c.to(y.dtype.element_ty))
+
+
+@triton.jit
+def ssd_state_gradients(
+    dy,
+    s,
+    C,
+    segment,
+    d_final,
+    L,
+    after,
+    d_initial,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    PB: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """The gradient of the state after each chunk, last chunk first, and of the first state [B H P N] float32."""
+    p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
+    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    tile = p[:, None] * N + n[None, :]
+    dy += (row * L * H + head) * P + tl.program_id(0) * PB
+    C += (row * L * G + head // (H // G)) * N
+    s, segment = s + (row * H + head) * L, segment + row * L
+    d_state = tl.load(d_final + (row * H + head) * P * N + tile)
+    after += (row * (L // Q) * H + head) * P * N
+    for back in range(0, L // Q):
+        chunk = L // Q - 1 - back
+        tl.store(after + chunk * H * P * N + tile, d_state.to(after.dtype.element_ty))
+        t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
+        dy_c = _rows(dy, t, PB, H * P)
+        decayed = (dy_c.to(tl.float32) * _inflow(tl.load(s + t), segment, t, SEGMENTED)[:, None]).to(dy_c.dtype)
+        increment = _product(tl.trans(decayed), _rows(C, t, N, G * N), PRECISION)
+        d_state = d_state * _across(tl.load(s + last), segment, last, SEGMENTED) + increment
+    tl.store(d_initial + (row * H + head) * P * N + tile, d_state)
+
+
+@triton.jit
+def ssd_token_gradients(
+    x,
+    dy,
+    d,
+    s,
+    B,
+    C,
+    D,
+    segment,
+    before,
+    after,
+    L,
+    dx,
+    dd,
+    ds,
+    dD,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """Of a chunk and head: dx, the gradients of d (beside those through s) and of s, and the chunk's part of dD
+    [B H chunks]. `before` holds states, `after` the gradients of those a chunk later.
+
+    A path from token j to a later token t depends on s_t - s_j: it adds to the gradient of s at its end and takes away
+    at its start. The diagonal is no path.
+    """
+    head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    q = tl.arange(0, Q)
+    t, last = chunk * Q + q, chunk * Q + Q - 1
+    x += (row * L * H + head) * P
+    dx += (row * L * H + head) * P
+    dy += (row * L * H + head) * P
+    B += (row * L * G + head // (H // G)) * N
+    C += (row * L * G + head // (H // G)) * N
+    segment += row * L
+    of_head = (row * H + head) * L
+    state = ((row * (L // Q) + chunk) * H + head) * P * N
+    s_t, d_t, total = tl.load(s + of_head + t), tl.load(d + of_head + t), tl.load(s + of_head + last)
+
+    x_c, dy_c = _rows(x, t, P, H * P), _rows(dy, t, P, H * P)
+    B_c, C_c = _rows(B, t, N, G * N), _rows(C, t, N, G * N)
+    mixing = _product(C_c, tl.trans(B_c), PRECISION) * _decays(s_t, segment, t, Q, SEGMENTED)
+    paths = _product(dy_c, tl.trans(x_c), PRECISION) * mixing
+    mixing *= d_t[None, :]
+    dx_c = _product(tl.trans(mixing.to(x_c.dtype)), dy_c, PRECISION)
+    dd_t = tl.sum(paths, axis=0)
+    paths = tl.where(q[:, None] > q[None, :], paths * d_t[None, :], 0.0)
+    ds_t = tl.sum(paths, axis=1) - tl.sum(paths, axis=0)
+
+    after_c = _rows(after + state, tl.arange(0, P), N, N)
+    outflow = _outflow(s_t, total, segment, t, last, SEGMENTED)
+    d_weighted = _product(B_c, tl.trans(after_c), PRECISION) * outflow[:, None]
+    dx_c += d_weighted * d_t[:, None]
+    through = tl.sum(d_weighted * x_c.to(tl.float32), axis=1)
+    dd_t += through
+    leaving = tl.where(q < Q - 1, through * d_t, 0.0)
+
+    before_c = _rows(before + state, tl.arange(0, P), N, N)
+    handed_in = _product(C_c, tl.trans(before_c), PRECISION) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
+    ds_t += tl.sum(handed_in * dy_c.to(tl.float32), axis=1) - leaving
+    crossing = tl.sum(tl.sum(before_c.to(tl.float32) * after_c.to(tl.float32), axis=1), axis=0)
+    crossing = crossing * _across(total, segment, last, SEGMENTED) + tl.sum(leaving, axis=0)
+    ds_t += tl.where(q == Q - 1, crossing, 0.0)
+
+    dx_c += tl.load(D + head) * dy_c.to(tl.float32)
+    skipped = tl.sum(tl.sum(dy_c.to(tl.float32) * x_c.to(tl.float32), axis=1), axis=0)
+    tl.store(dx + t[:, None] * (H * P) + tl.arange(0, P)[None, :], dx_c.to(dx.dtype.element_ty))
+    tl.store(dd + of_head + t, dd_t)
+    tl.store(ds + of_head + t, ds_t)
+    tl.store(dD + (row * H + head) * (L // Q) + chunk, skipped)
+
+
+@triton.jit
+def ssd_shared_gradients(
+    x,
+    dy,
+    d,
+    s,
+    B,
+    C,
+    segment,
+    before,
+    after,
+    L,
+    dB,
+    dC,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    HB: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SEGMENTED: tl.constexpr,
+):
+    """dB and dC of a chunk, of HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
+    block, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
+    group = block * HB // (H // G)
+    x += (row * L * H + block * HB) * P
+    dy += (row * L * H + block * HB) * P
+    segment += row * L
+    d += (row * H + block * HB) * L
+    s += (row * H + block * HB) * L
+    before += ((row * (L // Q) + chunk) * H + block * HB) * P * N
+    after += ((row * (L // Q) + chunk) * H + block * HB) * P * N
+    d_scores = tl.zeros((Q, Q), tl.float32)
+    dB_c = tl.zeros((Q, N), tl.float32)
+    dC_c = tl.zeros((Q, N), tl.float32)
+    for head in range(0, HB):
+        s_t, d_t, total = tl.load(s + head * L + t), tl.load(d + head * L + t), tl.load(s + head * L + last)
+        x_c, dy_c = _rows(x + head * P, t, P, H * P), _rows(dy + head * P, t, P, H * P)
+        decays = _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
+        d_scores += _product(dy_c, tl.trans(x_c), PRECISION) * decays
+        inflow = _inflow(s_t, segment, t, SEGMENTED)
+        decayed = (dy_c.to(tl.float32) * inflow[:, None]).to(dy_c.dtype)
+        dC_c += _product(decayed, _rows(before + head * P * N, tl.arange(0, P), N, N), PRECISION)
+        outflow = _outflow(s_t, total, segment, t, last, SEGMENTED) * d_t
+        weighted = (x_c.to(tl.float32) * outflow[:, None]).to(x_c.dtype)
+        dB_c += _product(weighted, _rows(after + head * P * N, tl.arange(0, P), N, N), PRECISION)
+    B_c = _rows(B + (row * L * G + group) * N, t, N, G * N)
+    C_c = _rows(C + (row * L * G + group) * N, t, N, G * N)
+    dC_c += _product(d_scores.to(B_c.dtype), B_c, PRECISION)
+    dB_c += _product(tl.trans(d_scores.to(B_c.dtype)), C_c, PRECISION)
+    tile = (row * (H // HB) + block) * L * N + t[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(dB + tile, dB_c)
+    tl.store(dC + tile, dC_c)

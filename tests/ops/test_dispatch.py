@@ -1,0 +1,89 @@
+"""Which implementation None stands for, and what a named one that cannot run says."""
+
+import logging
+
+import pytest
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.ops import dispatch
+
+IMPLEMENTATIONS = {name: (lambda name=name: name) for name in ("xla", "pallas_tpu", "pallas_gpu", "triton")}
+PREFERRED = {"cpu": ("xla",), "gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu",)}
+
+
+@pytest.fixture(autouse=True)
+def triton_is_there(monkeypatch):
+    monkeypatch.setattr(dispatch, "_why_no_triton", lambda: None)
+
+
+def chosen(platform, capability=None, implementation=None, **rest) -> str:
+    with dispatch.target_platform(platform, capability):
+        return dispatch.choose("op", implementation, IMPLEMENTATIONS, PREFERRED, **rest)()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "name"),
+    [
+        ("cpu", None, "xla"),
+        ("tpu", None, "pallas_tpu"),
+        ("gpu", 90, "pallas_gpu"),
+        ("gpu", 80, "triton"),
+        ("gpu", 89, "triton"),
+        ("gpu", 100, "triton"),  # without wgmma
+        ("gpu", 75, "xla"),
+        ("gpu", None, "xla"),
+    ],
+)
+def test_none_is_the_best_that_runs_on_the_device(platform, capability, name):
+    assert chosen(platform, capability) == name
+
+
+def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
+    unsuited = {"pallas_gpu": "headdim is 32, not 64"}
+    assert chosen("gpu", 90, unsuited=unsuited) == "triton"
+    with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot run: headdim is 32, not 64; give"):
+        chosen("gpu", 90, "pallas_gpu", unsuited=unsuited)
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "name", "reason"),
+    [
+        ("cpu", None, "triton", "it needs a GPU, and this program is for cpu"),
+        ("gpu", 75, "triton", "it needs a GPU of sm_80 or newer, and this one is sm_75"),
+        ("gpu", 80, "pallas_gpu", "it needs a GPU of sm_90 to below sm_100, and this one is sm_80"),
+        ("gpu", None, "triton", "the compute capability of the GPU is unknown"),
+    ],
+)
+def test_a_named_one_that_cannot_run_says_why(platform, capability, name, reason):
+    with pytest.raises(UserError, match=f"op: implementation '{name}' cannot run: {reason}"):
+        chosen(platform, capability, name)
+
+
+def test_the_choice_is_logged_once_with_what_was_passed_over(caplog):
+    dispatch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger=dispatch.__name__):
+        chosen("gpu", 80)
+        chosen("gpu", 80)
+    assert [record.message for record in caplog.records] == [
+        "op: using implementation 'triton' on gpu (not 'pallas_gpu': it needs a GPU of sm_90 to below sm_100, and this "
+        "one is sm_80)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("jax", "jax_triton", "reason"),
+    [
+        ("0.10.2", "0.3.1", None),
+        ("0.11.2", "0.4.1", None),
+        ("0.10.2", "0.4.1", "jax 0.10.2 needs jax-triton 0.3.1, and 0.4.1 is installed: remedy"),
+        ("0.11.2", "0.3.1", "jax 0.11.2 needs jax-triton 0.4.1, and 0.3.1 is installed: remedy"),
+        ("0.12.0.1", "0.4.1", "no jax-triton is known to work with jax 0.12.0.1: remedy"),
+    ],
+)
+def test_only_pairs_of_jax_and_jax_triton_that_work_are_taken(jax, jax_triton, reason):
+    assert dispatch._why_not_together(jax, jax_triton, "remedy") == reason
+
+
+@pytest.mark.parametrize(("version", "number"), [("9.0", 90), ("12.1", 121), ("gfx942", None), ("", None)])
+def test_the_compute_capability_is_read_from_the_device(version, number):
+    assert dispatch._capability_number(version) == number
