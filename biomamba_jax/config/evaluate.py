@@ -28,7 +28,7 @@ class DomainConfig:
     """One text domain that perplexity is measured on."""
 
     path: str | list[str] = ""
-    """A folder of shards, or files: JSON lines (.jsonl), text (.txt), BioASQ questions (.json); .gz as well."""
+    """A folder of shards, or files: what prepare reads (.jsonl, .txt, .parquet ...) or BioASQ questions (.json)."""
     split: str = "test"
     """Split of the shards; files have none."""
     max_documents: int | None = None
