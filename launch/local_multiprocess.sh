@@ -31,12 +31,13 @@ main() {
   local rank status
   set -m # a process group each: Ctrl-C reaches this script alone, which asks each process once
   for ((rank = 0; rank < PROCESSES; rank++)); do
-    local environment=(JAX_COORDINATOR_ADDRESS="localhost:$PORT" JAX_NUM_PROCESSES="$PROCESSES" JAX_PROCESS_ID="$rank")
+    local words=("${TRAIN[@]}" --distributed.coordinator="localhost:$PORT" --distributed.processes="$PROCESSES"
+      --distributed.process_id="$rank")
     if [[ $DRY_RUN == yes ]]; then
-      run env "${environment[@]}" "${TRAIN[@]}"
+      run "${words[@]}"
     else
-      note "+ $(quoted env "${environment[@]}" "${TRAIN[@]}")"
-      env "${environment[@]}" "${TRAIN[@]}" > >(exec sed -u "s/^/$rank: /") 2>&1 &
+      note "+ $(quoted "${words[@]}")"
+      "${words[@]}" > >(exec sed -u "s/^/$rank: /") 2>&1 &
       PIDS+=("$!")
     fi
   done
