@@ -1,17 +1,17 @@
 """Input files: reading them to their end, plain or compressed, knowing them by checksum, and putting them in order."""
 
 import bz2
-import gzip
 import hashlib
 import io
 import re
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from isal import igzip, isal_zlib
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -22,10 +22,10 @@ from biomamba_jax.errors import UserError
 
 _MD5 = re.compile(r"\b[0-9a-fA-F]{32}\b")
 _NLM_NAME = re.compile(r"(?:pubmed|medline)(\d\d)n(\d{4,})\D")
-_DECOMPRESSORS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": lambda raw: gzip.GzipFile(fileobj=raw),  # type: ignore[dict-item, return-value]
-    ".bz2": lambda raw: bz2.BZ2File(raw),  # type: ignore[dict-item, return-value]
-    ".zst": lambda raw: zstd.ZstdFile(raw),  # type: ignore[dict-item, return-value]
+_DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: igzip.IGzipFile(fileobj=raw),  # takes a third of the time of gzip's
+    ".bz2": bz2.BZ2File,
+    ".zst": zstd.ZstdFile,
 }
 
 
@@ -43,7 +43,7 @@ def naming_errors(path: str | Path) -> Iterator[None]:
     """Turns what can go wrong while a file is read into a UserError that names it."""
     try:
         yield
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstd.ZstdError) as error:
+    except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstd.ZstdError) as error:
         kind = {".bz2": "bzip2", ".zst": "zstd"}.get(Path(path).suffix, "gzip")
         raise UserError(f"{path}: truncated or damaged {kind} ({error}); download it again") from None
     except UnicodeDecodeError as error:

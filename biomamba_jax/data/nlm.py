@@ -23,6 +23,8 @@ _NO_LABEL = {"", "UNLABELLED", "UNLABELED"}
 _YEAR = re.compile(r"\b(1[5-9]|20)\d\d\b")
 _PUBLIC = {"pubmed", "entrez", "epublish", "ppublish", "aheadofprint", "ecollection"}  # not "received"
 _MONTHS = {name: number for number, name in enumerate("jan feb mar apr may jun jul aug sep oct nov dec".split(), 1)}
+_MONTHS |= {form: number for number in range(1, 13) for form in (f"{number}", f"{number:02d}")}
+_DAYS = {form: number for number in range(1, 32) for form in (f"{number}", f"{number:02d}")}
 _MAX_PMID, _MAX_VERSION = 2**32 - 1, 2**16 - 1
 _CHUNK_BYTES = 1 << 16
 _AGAIN = "download it again, or leave it out of --input"
@@ -241,13 +243,13 @@ def _first_day(
     article: etree._Element | None, issue_date: etree._Element | None, data: etree._Element | None
 ) -> int | None:
     """The earliest of the dates on which the article was public, YYYYMMDD, those without a month left aside."""
-    dates = [issue_date]
+    days = [_day(issue_date)]
     if article is not None:
-        dates += article.iterchildren("ArticleDate")
+        days += map(_day, article.iterchildren("ArticleDate"))
     history = _child(data, "History")
     if history is not None:
-        dates += (date for date in history.iterchildren("PubMedPubDate") if date.get("PubStatus") in _PUBLIC)
-    return min(filter(None, map(_day, dates)), default=None)
+        days += [_day(date) for date in history.iterchildren("PubMedPubDate") if date.get("PubStatus") in _PUBLIC]
+    return min((day for day in days if day is not None), default=None)
 
 
 def _day(date: etree._Element | None) -> int | None:
@@ -255,9 +257,10 @@ def _day(date: etree._Element | None) -> int | None:
     if date is None:
         return None
     parts = {child.tag: (child.text or "").strip() for child in date}
-    year, month, day = (_number(parts.get(name), most) for name, most in (("Year", 9999), ("Month", 12), ("Day", 31)))
-    month = month or _MONTHS.get(parts.get("Month", "")[:3].lower())
-    return year * 10_000 + month * 100 + (day or 1) if year and month else None
+    year, month = parts.get("Year", ""), _MONTHS.get(parts.get("Month", "")[:3].lower())
+    if month is None or len(year) != 4 or not (year.isascii() and year.isdigit()):
+        return None
+    return int(year) * 10_000 + month * 100 + _DAYS.get(parts.get("Day", ""), 1)
 
 
 def _year(date: etree._Element | None) -> int | None:

@@ -19,7 +19,7 @@ _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
 
 def clean_line(text: str) -> str:
     """`text` in NFC with every run of white space (Unicode's: U+00A0, U+2009, U+202F, line ends ...) as one space."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
+    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def clean_document(text: str) -> str:
