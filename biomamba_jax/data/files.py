@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from isal import igzip, isal_zlib
+from isal import igzip
+from isal.isal_zlib import IsalError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -27,6 +28,8 @@ _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".bz2": bz2.BZ2File,
     ".zst": zstd.ZstdFile,
 }
+# The library's own annotation calls its exception class an exception.
+_DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def naming_errors(path: str | Path) -> Iterator[None]:
     """Turns what can go wrong while a file is read into a UserError that names it."""
     try:
         yield
-    except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstd.ZstdError) as error:
+    except _DAMAGED as error:
         kind = {".bz2": "bzip2", ".zst": "zstd"}.get(Path(path).suffix, "gzip")
         raise UserError(f"{path}: truncated or damaged {kind} ({error}); download it again") from None
     except UnicodeDecodeError as error:
