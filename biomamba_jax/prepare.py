@@ -59,7 +59,15 @@ def prepare(config: PrepareConfig) -> Manifest:
             bars.update(tasks[step], completed=done, total=total)
 
         settings = settings_of(config)
-        return build_shards(inputs, config.output, tokenizer, settings, workers=config.workers, progress=show)
+        return build_shards(
+            inputs,
+            config.output,
+            tokenizer,
+            settings,
+            workers=config.workers,
+            spools=config.spools,
+            progress=show,
+        )
 
 
 def input_files(name: str) -> list[Path]:

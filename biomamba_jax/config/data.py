@@ -135,6 +135,8 @@ class PrepareConfig:
     """Share of runs of 8 words, of the shorter text's, from which on a document counts as evaluation text."""
     workers: int = 0
     """Processes that read files; 0: one per core."""
+    spools: str | None = None
+    """Folder that keeps what was read of each file, so that a later run with more files reads those alone."""
     seed: int = 0
     """Seed of the sample that the tokenizer is trained on."""
 

@@ -67,6 +67,7 @@ def build_shards(
     settings: Settings | None = None,
     *,
     workers: int = 0,
+    spools: str | os.PathLike[str] | None = None,
     progress: Progress = lambda step, done, total: None,
 ) -> Manifest:
     """Writes the folder `output` of shards of all documents in `inputs` and returns its manifest.
@@ -77,6 +78,7 @@ def build_shards(
       tokenizer: a tokenizer file; None trains one as `settings.train_tokenizer` says on the training split.
       settings: selection, splits and the seed of the tokenizer's sample.
       workers: processes; 0 is one per core.
+      spools: a folder that keeps what was read of each file; a later run with more files reads those alone.
       progress: told how far it is.
 
     Raises:
@@ -89,7 +91,8 @@ def build_shards(
     if (tokenizer is None) == (settings.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
     given = None if tokenizer is None else load_tokenizer(tokenizer)  # a wrong one ends here, not after the first pass
-    with work_folder(Path(output)) as work, start_workers(workers) as pool:
+    kept = None if spools is None else Path(spools)
+    with work_folder(Path(output), kept) as work, start_workers(workers) as pool:
         sources, removed = read_sources(paths, work.spools, settings.selection, pool, progress)
         work.keeps = False  # these spools lead nowhere
         require_documents(sources)

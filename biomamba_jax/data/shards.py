@@ -3,6 +3,7 @@
     output/manifest.json
     output/train/shard-00000-of-00004.array_record ...    records in global order: shard by shard
     output/train/lengths.npy                              uint32 [documents]: tokens of each document, EOS included
+    output/removed.jsonl                                  near duplicates and evaluation text left out, if asked for
 
 A record is msgpack {"ids": little-endian uint16 or uint32 bytes, "pmid": int | None, "version": int | None,
 "source": index into the manifest's sources, "bytes": UTF-8 length of the text}. Packing reads `lengths.npy` only.

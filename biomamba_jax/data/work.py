@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from biomamba_jax.errors import UserError
@@ -18,34 +18,31 @@ from biomamba_jax.errors import UserError
 class Work:
     """The folders of one run: `spools` and `shards` are kept when it fails, `output` becomes OUTPUT at its end."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, spools: Path | None = None):
         self.root = root
-        self.spools, self.shards, self.output = (root / name for name in ("spools", "shards", "output"))
+        self.spools, self.shards, self.output = spools or root / "spools", root / "shards", root / "output"
         self.keeps = True
         """Whether what is finished is worth keeping if the run fails."""
 
     @property
     def worth_keeping(self) -> bool:
-        finished = any(self.spools.glob("*.json")) or any(self.shards.glob("*.done"))
+        finished = any((self.root / "spools").glob("*.json")) or any(self.shards.glob("*.done"))
         return self.keeps and finished
 
 
 @contextmanager
-def work_folder(output: Path) -> Iterator[Work]:
-    """The work folder of `output` for the block; UserError if `output` exists or another run is at it."""
+def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
+    """The work folder of `output` for the block; UserError if `output` exists or another run is at it.
+
+    Args:
+      spools: a folder of its own for spools, which then stay when the run has ended, for runs to come.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: already exists; remove it or give another --output")
-    work = Work(output.parent / f"{output.name}.partial")
-    try:
-        work.root.mkdir(parents=True, exist_ok=True)
-        lock = open(work.root / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{work.root}: cannot be made ({error.strerror}); give another --output") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{work.root}: another run is writing {output}; wait for it or give another") from None
+    work = Work(output.parent / f"{output.name}.partial", spools)
+    with ExitStack() as stack:
+        for folder in filter(None, (work.root, spools)):
+            stack.enter_context(_locked(folder))
         try:
             shutil.rmtree(work.output, ignore_errors=True)
             for folder in (work.spools, work.shards, work.output):
@@ -60,3 +57,19 @@ def work_folder(output: Path) -> Iterator[Work]:
             shutil.rmtree(work.output, ignore_errors=True)
             if not work.worth_keeping:
                 shutil.rmtree(work.root, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder, made if it is not there, for this process alone; the system unlocks it with the process's end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another run is at work here; wait for it or name another folder") from None
+        yield

@@ -14,7 +14,7 @@ import pytest
 from corpora import SMALL, abstract, contents, documents
 from nlm_xml import article, deletions, write_set
 
-from biomamba_jax.data import build, encode, sources, work
+from biomamba_jax.data import build, encode, sources, spool, work
 from biomamba_jax.data.build import build_shards
 from biomamba_jax.errors import UserError
 
@@ -115,5 +115,16 @@ def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
 
 
 def test_two_runs_into_one_output_are_refused(many, tmp_path):
-    with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run is writing"):
+    with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run is at work"):
         build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+
+
+def test_spools_of_a_folder_of_their_own_serve_the_next_run_with_more_files(many, tmp_path, monkeypatch):
+    build_shards(many[:4], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+    opened = Mock(side_effect=spool.checksums)
+    monkeypatch.setattr(spool, "checksums", opened)
+    build_shards(many, tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    assert [call.args[0] for call in opened.call_args_list] == many[4:]
+    assert contents(tmp_path / "after") == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"before", "whole", "after", "spools"}
