@@ -11,6 +11,7 @@ import pytest
 from corpora import abstract
 from nlm_xml import article, write_set
 
+from biomamba_jax import prepare
 from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 from biomamba_jax.data.files import checksums
 from biomamba_jax.data.nlm import read_articles
@@ -223,6 +224,18 @@ def test_files_are_chosen_by_number():
 def test_numbers_that_name_no_file_are_refused(numbers):
     with pytest.raises(UserError, match="--numbers"):
         choose(FILES, numbers)
+
+
+def test_the_command_tells_what_it_fetched_and_what_it_had_to_fetch_again(mirror, tmp_path, capsys):
+    name = NAMES["updatefiles"][1]
+    mirror.faults[name] = ["cut"]
+    options = ["download", "--mirror", mirror.url, "--output", str(tmp_path / "o"), "--numbers", "1,10-11"]
+    prepare.main(options)
+    printed = capsys.readouterr()
+    assert printed.out.startswith("3 files fetched, 0 were there")
+    assert f"{name}: again" in printed.err
+    prepare.main(options)
+    assert capsys.readouterr().out.startswith("0 files fetched, 3 were there")
 
 
 def test_the_fixture_s_files_are_gzip(mirror):

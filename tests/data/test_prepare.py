@@ -233,6 +233,23 @@ def test_the_command_prints_what_became_of_every_record(files, tmp_path, capsys)
         assert word in printed
 
 
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ([], ["--near_duplicates", "--decontaminate", "--recent_from", "--spools"]),
+        (["download"], ["--mirror", "--numbers"]),
+        (["inspect"], ["--report", "--mixture.preset"]),
+        (["tokenizers"], ["--terms"]),
+    ],
+)
+def test_every_command_explains_its_settings(command, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        prepare.main([*command, "--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in words)
+
+
 def test_a_config_file_says_the_same_as_options(files, output, tmp_path):
     config = tmp_path / "prepare.yaml"
     listed = "".join(f"- {path}\n" for path in files)
