@@ -1,11 +1,13 @@
 """python -m biomamba_jax.benchmark step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
 python -m biomamba_jax.benchmark decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
 python -m biomamba_jax.benchmark kernels --target gpu | v5e | v5p | v6e | sm_80 | sm_90 | sm_100
+python -m biomamba_jax.benchmark prepare [--peer FOLDER]
 
 Measures this machine. `step`: tokens/s, memory and share of peak of the training step of a config, by default the
 published 130m shape on one row of 512 tokens; with --compare, in turns with transformers' own model. `decode`:
 the same for greedy decoding. `kernels`: are the heavy operations right on this machine's GPU, and how fast; or, for a
 TPU that need not be there, the compiler's estimate against their floors, and for an absent GPU registers and spills.
+`prepare`: reading NLM's XML, in turns with pubmed_parser where --peer names a folder that holds it.
 """
 
 import sys
