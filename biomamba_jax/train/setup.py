@@ -44,7 +44,7 @@ def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
 
 def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
     """The sizes of `model`, which weights have, computed as `how` says."""
-    settings = ("chunk_size", "compute_dtype", "remat", "unroll")
+    settings = ("chunk_size", "compute_dtype", "kernels", "remat", "unroll")
     return dataclasses.replace(model, **{name: getattr(how, name) for name in settings})
 
 
