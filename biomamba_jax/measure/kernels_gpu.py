@@ -66,7 +66,7 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
     for op, name, errors in _errors():
         worst = max((k for k in errors if k != "y"), key=lambda k: errors[k])
         check.add_row(op, name, f"{errors['y']:.1e}", f"{errors[worst]:.1e}", worst)
-        if not max(errors.values()) <= _TOLERANCE:  # NaN is wrong too
+        if not all(error <= _TOLERANCE for error in errors.values()):  # NaN is wrong too
             wrong.append(f"{op} by {name}")
     print_tables([check])
     if wrong:
@@ -77,9 +77,8 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
 def _why_absent(op: str, implementation: str) -> str | None:
     """Why an implementation can't be had here."""
     try:
-        with jax.ensure_compile_time_eval():
-            function, arguments = build(op, implementation, gradient=False, devices=None, **_CHECK)
-            jax.eval_shape(lambda *a: function(*a), *arguments)
+        function, arguments = build(op, implementation, gradient=False, devices=None, **_CHECK)
+        jax.eval_shape(lambda *a: function(*a), *arguments)
     except UserError as e:
         return str(e)
     return None

@@ -9,6 +9,7 @@ import sys
 import zlib
 
 import jax
+from jaxlib.mlir import ir
 
 from biomamba_jax.measure.kernels import build
 from biomamba_jax.ops import dispatch
@@ -21,18 +22,19 @@ def ptx_versions(op: str, capability: int) -> list[str]:
     with dispatch.target_platform("gpu", capability):
         function, arguments = build(op, "triton", gradient=True, devices=None, **SHAPE)
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
-    found = []
-    for call in re.findall(r"custom_call @triton_kernel_call\w*\(.*", lowered.as_text()):
-        found += re.findall(r"\.version (\d+\.\d+)", _kernel(call))
+    found: list[str] = []
+
+    def visit(operation: ir.Operation) -> ir.WalkResult:
+        attributes = operation.attributes
+        if operation.name == "stablehlo.custom_call" and "triton_kernel_call" in str(attributes["call_target_name"]):
+            typed = "mhlo.backend_config" in attributes  # jax-triton 0.4
+            packed = ir.DictAttr(attributes["mhlo.backend_config"])["opaque"] if typed else attributes["backend_config"]
+            kernel = zlib.decompress(ir.StringAttr(packed).value_bytes).decode("latin-1")
+            found.extend(re.findall(r"\.version (\d+\.\d+)", kernel))
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir().operation.walk(visit)
     return found
-
-
-def _kernel(call: str) -> str:
-    """The compiled kernel, which stands compressed in the text of the module."""
-    escaped = re.search(r'(?:backend_config|opaque) = "((?:[^"\\]|\\.)*)"', call)
-    assert escaped is not None, call[:500]
-    data = re.sub(r"\\(\\|[0-9A-F]{2})", lambda m: "\\" if m[1] == "\\" else chr(int(m[1], 16)), escaped[1])
-    return zlib.decompress(data.encode("latin-1")).decode("latin-1")
 
 
 if __name__ == "__main__":

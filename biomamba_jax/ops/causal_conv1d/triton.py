@@ -15,7 +15,8 @@ from biomamba_jax.ops.causal_conv1d.xla import last_inputs
 from biomamba_jax.ops.triton_calls import Launch, cdiv, next_power_of_2
 
 _KERNELS = f"{__package__}.triton_kernels"
-_TOKENS, _CHANNELS = 32, 128  # of a program
+_CHANNELS = 128  # of a program
+_TOKENS = {"forward": 32, "backward": 16}  # so many that nothing spills
 _LAUNCH = Launch(4)
 
 
@@ -53,9 +54,9 @@ def _conv(inputs: _Inputs, activation: str | None) -> Array:
         *_kernel_inputs(inputs),
         inputs.x.shape[1],
         outputs=[jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype)],
-        grid=_grid(inputs),
+        grid=_grid(inputs, _TOKENS["forward"]),
         launch=_LAUNCH,
-        constants=_constants(inputs, activation),
+        constants=_constants(inputs, activation, _TOKENS["forward"]),
     )
     return y
 
@@ -69,7 +70,8 @@ def _backward(activation: str | None, inputs: _Inputs, dy: Array):
     rows, _, channels = x.shape
     width = weight.shape[1]
     f32 = jnp.float32
-    grid = _grid(inputs)
+    tokens = _TOKENS["backward"]
+    grid = _grid(inputs, tokens)
     dx, d_weight, d_initial = triton_calls.call(
         triton_calls.kernels(_KERNELS).causal_conv1d_backward,
         *_kernel_inputs(inputs),
@@ -82,7 +84,7 @@ def _backward(activation: str | None, inputs: _Inputs, dy: Array):
         ],
         grid=grid,
         launch=_LAUNCH,
-        constants=_constants(inputs, activation) | {"BEFORE": next_power_of_2(width)},
+        constants=_constants(inputs, activation, tokens) | {"BEFORE": next_power_of_2(width)},
     )
     sums = jnp.sum(d_weight, (0, 1))
     return (
@@ -99,17 +101,17 @@ def _backward(activation: str | None, inputs: _Inputs, dy: Array):
 _conv.defvjp(_forward, _backward)
 
 
-def _grid(inputs: _Inputs) -> tuple[int, int, int]:
+def _grid(inputs: _Inputs, tokens: int) -> tuple[int, int, int]:
     rows, length, channels = inputs.x.shape
-    return cdiv(channels, _CHANNELS), cdiv(length, _TOKENS), rows
+    return cdiv(channels, _CHANNELS), cdiv(length, tokens), rows
 
 
-def _constants(inputs: _Inputs, activation: str | None) -> dict[str, int | bool]:
+def _constants(inputs: _Inputs, activation: str | None, tokens: int) -> dict[str, int | bool]:
     channels, width = inputs.weight.shape
     return {
         "C": channels,
         "K": width,
-        "T": _TOKENS,
+        "T": tokens,
         "BC": _CHANNELS,
         "SILU": activation == "silu",
         "SEGMENTED": inputs.segment_ids is not None,

@@ -4,7 +4,7 @@ Forward: one kernel walks the chunks of each head and leaves the state before ea
 Apart kernels for the states of chunks and for passing them on would move three times the bytes. Backward: one kernel
 walks back with the gradient of the state, two take every chunk by itself.
 
-Products are of x's dtype with float32 accumulation: bfloat16 on tensor cores; float32 there as three TF32 products.
+Products are of x's dtype with float32 accumulation, on tensor cores: of TF32 for float32 inputs, JAX's default on GPU.
 Steps, their sums and the states of a walk are float32; what a walk leaves has x's dtype.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from biomamba_jax.ops import triton_calls
+from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.triton_calls import Launch, next_power_of_2
 
@@ -65,6 +65,12 @@ def why_not(x: Array, chunk_size: int | None) -> str | None:
         return "it computes in float32, and x is float64"
     if chunk_size not in (None, CHUNK):
         return f"its chunk_size is {CHUNK}, not {chunk_size}"
+    capability = dispatch.compute_capability()
+    if x.dtype == jnp.float32 and capability is not None and not 90 <= capability < 120:
+        return f"its float32 tiles need the registers and shared memory of sm_90 or sm_100, and this is sm_{capability}"
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if x.dtype == jnp.float32 and precision not in (None, "default", "fastest", "high", "tensorfloat32", "bfloat16"):
+        return f"its products are of TF32 and {precision} precision is asked for"
     return None
 
 
@@ -276,7 +282,6 @@ def _constants(arrays: _Arrays, segment: Array | None) -> dict[str, Any]:
         "P": headdim,
         "N": d_state,
         "Q": CHUNK,
-        "PRECISION": "tf32x3" if arrays.x.dtype == jnp.float32 else "tf32",  # of no concern to 16-bit products
         "SEGMENTED": segment is not None,
     }
 

@@ -26,11 +26,6 @@ def _rows(base, t, width: tl.constexpr, stride):
 
 
 @triton.jit
-def _product(a, b, PRECISION: tl.constexpr):
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
 def _inflow(s, segment, t, SEGMENTED: tl.constexpr):
     """i [Q]"""
     if SEGMENTED:
@@ -84,7 +79,6 @@ def ssd_states(
     N: tl.constexpr,
     Q: tl.constexpr,
     PB: tl.constexpr,
-    PRECISION: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
     """The state before each chunk and after the last one [B H P N] float32, PB channels of a head at a time."""
@@ -103,7 +97,7 @@ def ssd_states(
         weight = _outflow(tl.load(s + t), total, segment, t, last, SEGMENTED) * tl.load(d + t)
         x_c = _rows(x, t, PB, H * P)
         weighted = (x_c.to(tl.float32) * weight[:, None]).to(x_c.dtype)
-        increment = _product(tl.trans(weighted), _rows(B, t, N, G * N), PRECISION)
+        increment = tl.dot(tl.trans(weighted), _rows(B, t, N, G * N))
         state = state * _across(total, segment, last, SEGMENTED) + increment
     tl.store(final + (row * H + head) * P * N + tile, state)
 
@@ -125,7 +119,6 @@ def ssd_outputs(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    PRECISION: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
     """y of a chunk and head, from the state before the chunk."""
@@ -140,12 +133,12 @@ def ssd_outputs(
     s_t = tl.load(s + (row * H + head) * L + t)
     d_t = tl.load(d + (row * H + head) * L + t)
     C_c = _rows(C, t, N, G * N)
-    scores = _product(C_c, tl.trans(_rows(B, t, N, G * N)), PRECISION)
+    scores = tl.dot(C_c, tl.trans(_rows(B, t, N, G * N)))
     mixing = scores * _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
     state = _rows(before, tl.arange(0, P), N, N)
     x_c = _rows(x, t, P, H * P)
-    y_c = _product(C_c, tl.trans(state), PRECISION) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
-    y_c += _product(mixing.to(x_c.dtype), x_c, PRECISION)
+    y_c = tl.dot(C_c, tl.trans(state)) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
+    y_c += tl.dot(mixing.to(x_c.dtype), x_c)
     y_c += tl.load(D + head) * x_c.to(tl.float32)
     tl.store(y + t[:, None] * (H * P) + tl.arange(0, P)[None, :], y_c.to(y.dtype.element_ty))
 
@@ -166,7 +159,6 @@ def ssd_state_gradients(
     N: tl.constexpr,
     Q: tl.constexpr,
     PB: tl.constexpr,
-    PRECISION: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
     """The gradient of the state after each chunk, last chunk first, and of the first state [B H P N] float32."""
@@ -184,7 +176,7 @@ def ssd_state_gradients(
         t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
         dy_c = _rows(dy, t, PB, H * P)
         decayed = (dy_c.to(tl.float32) * _inflow(tl.load(s + t), segment, t, SEGMENTED)[:, None]).to(dy_c.dtype)
-        increment = _product(tl.trans(decayed), _rows(C, t, N, G * N), PRECISION)
+        increment = tl.dot(tl.trans(decayed), _rows(C, t, N, G * N))
         d_state = d_state * _across(tl.load(s + last), segment, last, SEGMENTED) + increment
     tl.store(d_initial + (row * H + head) * P * N + tile, d_state)
 
@@ -211,7 +203,6 @@ def ssd_token_gradients(
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
-    PRECISION: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
     """Of a chunk and head: dx, the gradients of d (beside those through s) and of s, and the chunk's part of dD
@@ -235,24 +226,24 @@ def ssd_token_gradients(
 
     x_c, dy_c = _rows(x, t, P, H * P), _rows(dy, t, P, H * P)
     B_c, C_c = _rows(B, t, N, G * N), _rows(C, t, N, G * N)
-    mixing = _product(C_c, tl.trans(B_c), PRECISION) * _decays(s_t, segment, t, Q, SEGMENTED)
-    paths = _product(dy_c, tl.trans(x_c), PRECISION) * mixing
+    mixing = tl.dot(C_c, tl.trans(B_c)) * _decays(s_t, segment, t, Q, SEGMENTED)
+    paths = tl.dot(dy_c, tl.trans(x_c)) * mixing
     mixing *= d_t[None, :]
-    dx_c = _product(tl.trans(mixing.to(x_c.dtype)), dy_c, PRECISION)
+    dx_c = tl.dot(tl.trans(mixing.to(x_c.dtype)), dy_c)
     dd_t = tl.sum(paths, axis=0)
     paths = tl.where(q[:, None] > q[None, :], paths * d_t[None, :], 0.0)
     ds_t = tl.sum(paths, axis=1) - tl.sum(paths, axis=0)
 
     after_c = _rows(after + state, tl.arange(0, P), N, N)
     outflow = _outflow(s_t, total, segment, t, last, SEGMENTED)
-    d_weighted = _product(B_c, tl.trans(after_c), PRECISION) * outflow[:, None]
+    d_weighted = tl.dot(B_c, tl.trans(after_c)) * outflow[:, None]
     dx_c += d_weighted * d_t[:, None]
     through = tl.sum(d_weighted * x_c.to(tl.float32), axis=1)
     dd_t += through
     leaving = tl.where(q < Q - 1, through * d_t, 0.0)
 
     before_c = _rows(before + state, tl.arange(0, P), N, N)
-    handed_in = _product(C_c, tl.trans(before_c), PRECISION) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
+    handed_in = tl.dot(C_c, tl.trans(before_c)) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
     ds_t += tl.sum(handed_in * dy_c.to(tl.float32), axis=1) - leaving
     crossing = tl.sum(tl.sum(before_c.to(tl.float32) * after_c.to(tl.float32), axis=1), axis=0)
     crossing = crossing * _across(total, segment, last, SEGMENTED) + tl.sum(leaving, axis=0)
@@ -286,7 +277,6 @@ def ssd_shared_gradients(
     N: tl.constexpr,
     Q: tl.constexpr,
     HB: tl.constexpr,
-    PRECISION: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
     """dB and dC of a chunk, of HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
@@ -307,17 +297,17 @@ def ssd_shared_gradients(
         s_t, d_t, total = tl.load(s + head * L + t), tl.load(d + head * L + t), tl.load(s + head * L + last)
         x_c, dy_c = _rows(x + head * P, t, P, H * P), _rows(dy + head * P, t, P, H * P)
         decays = _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
-        d_scores += _product(dy_c, tl.trans(x_c), PRECISION) * decays
+        d_scores += tl.dot(dy_c, tl.trans(x_c)) * decays
         inflow = _inflow(s_t, segment, t, SEGMENTED)
         decayed = (dy_c.to(tl.float32) * inflow[:, None]).to(dy_c.dtype)
-        dC_c += _product(decayed, _rows(before + head * P * N, tl.arange(0, P), N, N), PRECISION)
+        dC_c += tl.dot(decayed, _rows(before + head * P * N, tl.arange(0, P), N, N))
         outflow = _outflow(s_t, total, segment, t, last, SEGMENTED) * d_t
         weighted = (x_c.to(tl.float32) * outflow[:, None]).to(x_c.dtype)
-        dB_c += _product(weighted, _rows(after + head * P * N, tl.arange(0, P), N, N), PRECISION)
+        dB_c += tl.dot(weighted, _rows(after + head * P * N, tl.arange(0, P), N, N))
     B_c = _rows(B + (row * L * G + group) * N, t, N, G * N)
     C_c = _rows(C + (row * L * G + group) * N, t, N, G * N)
-    dC_c += _product(d_scores.to(B_c.dtype), B_c, PRECISION)
-    dB_c += _product(tl.trans(d_scores.to(B_c.dtype)), C_c, PRECISION)
+    dC_c += tl.dot(d_scores.to(B_c.dtype), B_c)
+    dB_c += tl.dot(tl.trans(d_scores.to(B_c.dtype)), C_c)
     tile = (row * (H // HB) + block) * L * N + t[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(dB + tile, dB_c)
     tl.store(dC + tile, dC_c)

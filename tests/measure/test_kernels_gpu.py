@@ -1,0 +1,65 @@
+"""`python -m biomamba_jax.benchmark kernels` for GPUs: the one at hand, played by the CPU, and absent ones."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from biomamba_jax import benchmark
+from biomamba_jax.errors import UserError
+from biomamba_jax.measure import kernels_gpu
+from biomamba_jax.measure.kernels import KernelsBenchmark
+
+SMALL = ["--target", "gpu", "--rows", "1", "--length", "32", "--channels", "64"]
+
+
+@pytest.fixture
+def a_gpu_that_is_a_cpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(kernels_gpu, "_CHECK", {"rows": 2, "length": 12, "channels": 64, "segments": True})
+    monkeypatch.setattr(kernels_gpu, "_LEAST_SECONDS", 0.0)
+
+
+def test_without_a_gpu_the_timing_says_so_in_one_line():
+    with pytest.raises(UserError, match=r"target gpu: JAX finds no GPU in this machine .* give --target sm_80"):
+        benchmark.main(["kernels", "--target", "gpu"])
+
+
+@pytest.mark.slow
+def test_every_implementation_is_checked_then_timed_and_what_cannot_run_is_named(a_gpu_that_is_a_cpu, capsys):
+    benchmark.main(["kernels", *SMALL])
+    printed = capsys.readouterr().out
+    assert "selective_scan, triton: left out: " in printed
+    assert "ssd, mamba_ssm: left out: " in printed
+    for word in ("worst gradient", "forward and backward", "tokens/s", "share of bandwidth", "share of tensor cores"):
+        assert word in printed
+
+
+def test_a_wrong_implementation_is_an_error_and_is_not_timed(a_gpu_that_is_a_cpu, monkeypatch):
+    monkeypatch.setattr(kernels_gpu, "_errors", lambda: iter([("ssd", "triton", {"y": 1e-3, "dA": float("nan")})]))
+    monkeypatch.setattr(kernels_gpu, "_timings", None)
+    with pytest.raises(UserError, match="wrong by more than 3e-02: ssd by triton"):
+        benchmark.main(["kernels", *SMALL])
+
+
+def test_the_least_work_is_inputs_and_results_once_and_the_products_of_chunks():
+    settings = KernelsBenchmark(target="gpu", rows=1, length=1, channels=64)
+    assert kernels_gpu.work("causal_conv1d", "forward", settings) == (2 * 2 * 64, 0)
+    assert kernels_gpu.work("selective_scan", "forward and backward", settings) == (2 * (11 * 64 + 6 * 16), 0)
+    products = 2 * (64 * 64 + 2 * 128 * 64 + 64 * 128)
+    assert kernels_gpu.work("ssd", "forward", settings) == (2 * (2 * 64 + 2 * 128), products)
+
+
+@pytest.mark.ahead_of_time
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
+def test_the_table_for_an_absent_gpu_lists_every_kernel(capsys):
+    benchmark.main(["kernels", "--target", "sm_90", "--rows", "1"])
+    printed = capsys.readouterr().out
+    for kernel in ("selective_scan_forward", "ssd_states", "ssd_shared_gradients", "causal_conv1d_backward"):
+        assert kernel in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
+def test_without_triton_the_remedy_is_named():
+    with pytest.raises(UserError, match=r"pip install 'biomamba-jax\[gpu\]'"):
+        benchmark.main(["kernels", "--target", "sm_90"])
