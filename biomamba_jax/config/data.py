@@ -98,7 +98,7 @@ class PrepareConfig:
     train_tokenizer: int | None = None
     """Train a SentencePiece model with this many pieces on the text instead."""
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
-    """Kind of SentencePiece model. `convert --to hf` needs unigram, and the settings of bytes and digits as they are."""
+    """Kind of SentencePiece model. `convert --to hf` needs unigram, and the settings of bytes and digits as here."""
     tokenizer_sample_bytes: int = 10_000_000
     """Text that it is trained on, drawn from all of the training split."""
     tokenizer_byte_fallback: bool = True
