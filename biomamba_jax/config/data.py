@@ -100,7 +100,7 @@ class PrepareConfig:
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model. `convert --to hf` needs unigram, and the settings of bytes and digits as here."""
     tokenizer_sample_bytes: int = 10_000_000
-    """Text that it is trained on, drawn from all of the training split."""
+    """Text that it is trained on, drawn from all of the training split; takes some 20 times as much memory."""
     tokenizer_byte_fallback: bool = True
     """Bytes stand in for rare characters, so that every text can be encoded."""
     tokenizer_split_digits: bool = True

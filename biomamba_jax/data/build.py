@@ -11,7 +11,8 @@ abstracts, 10 billion tokens), since no step holds a text for longer than it tak
                  tokenizer: 0.1-0.25 GB each
     this process while records are resolved: 2.5 GB, the most (see `resolve`); while near duplicates are sought 1.3 GB
                  (see `near_duplicates`); besides 1 byte a record for its status (46 MB), 4 a document for its shard
-                 (110 MB) and 40 for the choice of the tokenizer's sample (1.1 GB)
+                 (110 MB), 40 for the choice of the tokenizer's sample (1.1 GB), and 20 bytes a byte of that sample
+                 while a tokenizer is trained (0.2 GB)
 
 The two do not come together: workers have nothing to do while records are resolved. On disk the spools take 1.6 kB a
 document, 43 GB for all of PubMed, until the shards are written.
