@@ -4,7 +4,7 @@ The shards are the same bytes whatever the number of processes, the order in whi
 often the run was killed on its way: files are spooled and shards are written one by one under names that say what is
 in them (see `work`), and everything in between is a function of their content.
 
-Memory stays below 4 GB for all of PubMed (1,334 baseline files and a year of updates: 46 million records, 27 million
+Memory stays below 4 GB for all of PubMed on 12 cores (1,334 baseline files and a year of updates: 46 million records, 27 million
 abstracts, 10 billion tokens), since no step holds a text for longer than it takes to write it:
 
     a worker     one record's XML, a block of 4,096 records while it is judged, 1 MB of text while it is tokenized, the
@@ -14,8 +14,9 @@ abstracts, 10 billion tokens), since no step holds a text for longer than it tak
                  (110 MB), 40 for the choice of the tokenizer's sample (1.1 GB), and 20 bytes a byte of that sample
                  while a tokenizer is trained (0.2 GB)
 
-The two do not come together: workers have nothing to do while records are resolved. On disk the spools take 1.6 kB a
-document, 43 GB for all of PubMed, until the shards are written.
+Workers rest, at 0.1 GB each, while records are resolved. So 12 of them take 2.5 + 12 * 0.1 = 3.7 GB then and at most
+12 * 0.25 + 0.3 = 3.3 GB before and after; with more cores and little memory give fewer --workers. On disk the spools
+take 1.6 kB a document, 43 GB for all of PubMed, until the shards are written.
 """
 
 import hashlib
