@@ -1,0 +1,121 @@
+"""What a program asks of one device, read from its trace: floating-point operations, kernels, kept activations.
+
+The trace, not the compiled program, since that is where kernels state their costs and loops their lengths. Inside
+`shard_map` shapes are those of one device; whatever stands outside is divided over all.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCall:
+    """Calls of one kernel at one shape.
+
+    Attributes:
+      name: of the kernel.
+      calls: how often a step calls it.
+      flops: of its matrix products, one call.
+      vector_operations: as the kernel states them, one call; 0 where it states none.
+      bytes: of its operands and results, one call.
+    """
+
+    name: str
+    calls: int
+    flops: float
+    vector_operations: float
+    bytes: float
+
+
+@dataclasses.dataclass
+class Costs:
+    """Of one step on one device.
+
+    Attributes:
+      flops: of all matrix products, kernels included, recomputation included.
+      kernels: all calls of kernels.
+      kept_bytes: activations that loops over layers hand from the forward to the backward pass.
+    """
+
+    flops: float = 0.0
+    kernels: list[KernelCall] = dataclasses.field(default_factory=list)
+    kept_bytes: float = 0.0
+
+
+def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Costs:
+    """Costs of a traced program on one device.
+
+    Args:
+      jaxpr: from `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr`.
+      devices: that work outside `shard_map` is spread over.
+      layers: length of the loops whose stacked results are kept activations; None: none are.
+    """
+    costs = Costs()
+    found: dict[tuple[Any, ...], int] = {}
+    _walk(getattr(jaxpr, "jaxpr", jaxpr), 1, 1 / devices, layers, costs, found)
+    costs.kernels = [KernelCall(key[0], calls, *key[1:]) for key, calls in found.items()]
+    return costs
+
+
+def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs, found: dict[Any, int]) -> None:
+    """Adds `times` runs of `jaxpr`, of which this device does `share`."""
+    for equation in jaxpr.eqns:
+        name, parameters = equation.primitive.name, equation.params
+        if name == "dot_general":
+            costs.flops += times * share * _dot_flops(equation)
+        elif name == "pallas_call":
+            kernel = _kernel(equation)
+            found[kernel] = found.get(kernel, 0) + times
+            costs.flops += times * kernel[1]
+        elif name == "triton_kernel_call":  # states nothing: its bytes are left
+            kernel = str(parameters.get("name") or "triton"), 0.0, 0.0, _all_bytes(equation)
+            found[kernel] = found.get(kernel, 0) + times
+        elif name == "scan":
+            if parameters["length"] == layers and share == 1 and not parameters["reverse"]:
+                costs.kept_bytes += sum(map(_bytes, equation.outvars[parameters["num_carry"] :]))
+            _walk(parameters["jaxpr"].jaxpr, times * parameters["length"], share, layers, costs, found)
+        elif name == "cond":  # the costliest branch
+            branches = [program_costs(branch) for branch in parameters["branches"]]
+            heaviest = max(range(len(branches)), key=lambda i: branches[i].flops)
+            _walk(parameters["branches"][heaviest].jaxpr, times, share, layers, costs, found)
+        else:
+            for inner in _inner_jaxprs(parameters):
+                _walk(inner, times, 1.0 if name == "shard_map" else share, layers, costs, found)
+
+
+def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
+    for value in parameters.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
+
+
+def _dot_flops(equation: Any) -> float:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left = equation.invars[0].aval.shape
+    return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+
+
+def _kernel(equation: Any) -> tuple[str, float, float, float]:
+    """Name, FLOPs of matrix products, vector operations and bytes of one call."""
+    parameters = equation.params
+    name = parameters.get("name") or parameters["name_and_src_info"].name
+    inside = program_costs(parameters["jaxpr"])
+    flops = inside.flops * math.prod(parameters["grid_mapping"].grid)
+    stated = parameters.get("cost_estimate")
+    vector = 0.0 if stated is None or flops else float(stated.flops)
+    return name, flops, vector, _all_bytes(equation)
+
+
+def _all_bytes(equation: Any) -> float:
+    return float(sum(map(_bytes, (*equation.invars, *equation.outvars))))
+
+
+def _bytes(variable: Any) -> int:
+    aval = variable.aval
+    return math.prod(aval.shape) * jax.dtypes.itemsize_bits(aval.dtype) // 8 if hasattr(aval, "shape") else 0
