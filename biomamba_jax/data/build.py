@@ -4,8 +4,8 @@ The shards are the same bytes whatever the number of processes, the order in whi
 often the run was killed on its way: files are spooled and shards are written one by one under names that say what is
 in them (see `work`), and everything in between is a function of their content.
 
-Memory stays below 4 GB for all of PubMed on 12 cores (1,334 baseline files and a year of updates: 46 million records, 27 million
-abstracts, 10 billion tokens), since no step holds a text for longer than it takes to write it:
+Memory stays below 4 GB for all of PubMed on 12 cores (1,334 baseline files and a year of updates: 46 million records,
+27 million abstracts, 10 billion tokens), since no step holds a text for longer than it takes to write it:
 
     a worker     one record's XML, a block of 4,096 records while it is judged, 1 MB of text while it is tokenized, the
                  tokenizer: 0.1-0.25 GB each
