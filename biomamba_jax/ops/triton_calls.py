@@ -110,6 +110,7 @@ def call(
     results = run(
         *arguments,
         kernel=kernel,
+        name=kernel.__name__,
         grid=grid,
         num_warps=launch.warps,
         num_stages=launch.stages,

@@ -38,6 +38,7 @@ def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtyp
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [ODD, MANY], ids=str)
 @settings(max_examples=2)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))

@@ -41,6 +41,7 @@ def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids: np.nda
 
 
 @needs_triton
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @settings(max_examples=2)
 @given(data=st.data())
@@ -50,6 +51,7 @@ def test_values_and_all_gradients_match_the_recurrence(dtype, data):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_published_sizes_match_the_recurrence():
     segment_ids = np.repeat([[7, 3, 7]], [20, 44, 128], axis=1).astype(np.int32)
     assert_matches_recurrence(random_inputs(PUBLISHED, 2), segment_ids, "bfloat16")

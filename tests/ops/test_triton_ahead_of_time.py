@@ -28,13 +28,17 @@ MOST_REGISTERS = {
     "ssd_states": (136, 136, 128),
     "ssd_outputs": (255, 128, 176),
     "ssd_state_gradients": (136, 112, 112),
-    "ssd_token_gradients": (255, 224, 128),
+    "ssd_token_gradients": (255, 255, 232),
     "ssd_shared_gradients": (255, 255, 192),
-    "causal_conv1d_forward": (128, 128, 128),
-    "causal_conv1d_backward": (255, 255, 255),
+    "causal_conv1d_forward": (88, 96, 96),
+    "causal_conv1d_backward": (184, 192, 192),
 }
 # Bytes of a thread's registers kept in memory for a while: on sm_80 products are fed from registers.
-MOST_SPILLED = {("selective_scan_backward", 80): 16, ("ssd_token_gradients", 80): 192}
+MOST_SPILLED = {
+    ("selective_scan_backward", 80): 16,
+    ("ssd_token_gradients", 80): 296,
+    ("ssd_token_gradients", 90): 16,
+}
 
 
 @cache

@@ -39,7 +39,7 @@ BLOCKS: Mapping[str, Mapping[int, Blocks]] = {
     "backward": {80: Blocks(32, 4, 4, Launch(1)), 90: Blocks(32, 4, 4, Launch(1)), 100: Blocks(32, 4, 4, Launch(1))},
 }
 """For each kernel and compute capability from the given one on, by static counts (`benchmark kernels --target sm_90`):
-no spills, and a warp with 32 channels, since a batch has few programs."""
+few instructions, no spills forward, and a warp with 32 channels, since a batch has few programs."""
 
 
 class _Inputs(NamedTuple):

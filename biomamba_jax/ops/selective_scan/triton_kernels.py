@@ -1,13 +1,14 @@
 """The Triton kernels of the selective scan: importing this module needs triton. `triton.py` calls them.
 
-A program handles BE channels of one row and steps through time with the state [BN BE] in registers: a thread has a
-channel and all of its states, so the sum over d_state stays within it. The inputs of the next U steps are loaded while
-those of the present ones are used. Steps beyond the end of a row, channels beyond E and states beyond N are masked on
-loading so that they change nothing: delta = softplus(-inf) = 0.
+A program handles BE channels of one row and steps through time with the state [BN BE] in registers. The inputs of the
+next U steps are loaded while those of the present ones are used. Steps beyond the end of a row, channels beyond E and
+states beyond N are masked on loading so that they change nothing: delta = softplus(-inf) = 0.
+
+E and L come at run time, E divided by VECTOR: that is all that Triton knows of the alignment, so it gives every thread
+VECTOR neighbouring channels. With one, a thread has all states of its channel, and a sum over d_state stays within it.
 
 Shapes: x, dt, z, y and their gradients [B L E]; B, C [B L N]; A_log2e [N E], D, dt_bias [E] float32; reset [B L]
-float32, -inf where the state starts anew and 0 elsewhere; states [... N E] float32, with channels last. E and L come at
-run time: Triton then knows no alignment and gives every thread one channel.
+float32, -inf where the state starts anew and 0 elsewhere; states [... N E] float32, with channels last.
 """
 
 import triton
