@@ -1,20 +1,37 @@
-# Both targets need only Python 3.11 or newer, git and make; each makes the virtual environment that it uses.
+# Every target needs only Python 3.11 or newer, git and make, and makes the virtual environment that it uses.
 PYTHON ?= python3
 RUN := .venv-run
 TEST := .venv-test
+PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: quickstart test clean
+# The authors' ori_pqal.json, if PubMedQA is to be part of `make reproduce`.
+PUBMEDQA ?=
+
+.PHONY: quickstart reproduce test test-chips clean
 
 # A small Mamba trained on real PubMed abstracts: minutes on two cores.
 quickstart: $(RUN)/installed
 	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/quickstart.yaml
 
-# Style, types and all tests, slow ones included.
+# BioMamba's claim at laptop scale: a general model, the same adapted to PubMed with and without general text, a report.
+reproduce: $(RUN)/installed
+	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/general.yaml
+	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/adapted.yaml \
+	  $(if $(PUBMEDQA),--prepare.decontaminate '["$(PUBMEDQA)"]')
+	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/pubmed_only.yaml
+	$(RUN)/bin/python -m biomamba_jax.evaluate --config configs/reproduce/evaluate.yaml \
+	  $(if $(PUBMEDQA),--pubmedqa.path '$(PUBMEDQA)')
+
+# Style, types and all tests but those of the next target, slow ones included.
 test: $(TEST)/installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(TEST)/bin/python -m pytest -n 2 --dist worksteal
+	$(PYTEST) -m 'not ahead_of_time'
+
+# Programs compiled for TPUs and GPUs that are not there: kernels at every published size, whole training steps, plans.
+test-chips: $(TEST)/compilers
+	$(PYTEST) -m ahead_of_time
 
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(RUN)
@@ -24,6 +41,10 @@ $(RUN)/installed: pyproject.toml
 $(TEST)/installed: pyproject.toml
 	$(PYTHON) -m venv $(TEST)
 	$(TEST)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(TEST)/compilers: $(TEST)/installed
+	$(TEST)/bin/python -m pip install --quiet --editable '.[test,chips]'
 	touch $@
 
 clean:

@@ -8,6 +8,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+# Compilers for other chips may be installed too (`make test-chips`): they are no devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 # Many tests build the same small programs; a run of the suite compiles each of them once, subprocesses included.
 _COMPILED = tempfile.mkdtemp(prefix="biomamba-compiled-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
 if _COMPILED:
