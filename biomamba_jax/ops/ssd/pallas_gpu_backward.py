@@ -206,7 +206,6 @@ def gradients(inputs: Inputs, sizes: Sizes, x_dtype: Any, interpret: Any) -> Gra
 
 def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch) -> None:
     row, chunk, block = (lax.axis_index(name) for name in ("row", "chunk", "block"))
-    warpgroup = lax.axis_index("warpgroup")
     first_head = block * sizes.heads_of_block
     of_group = lax.div(first_head, jnp.int32(sizes.heads_of_group))
     time = mosaic_gpu.ds(chunk, CHUNK)
@@ -225,8 +224,7 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch)
 
     def run(side: _Side) -> None:
         if side.reading:
-            shared = [(inputs.B, scratch.B), (inputs.C, scratch.C)]
-            for source, buffer in shared:
+            for source, buffer in ((inputs.B, scratch.B), (inputs.C, scratch.C)):
                 plgpu.copy_gmem_to_smem(source.at[row, time, of_group], buffer, scratch.shared_arrived)
             if inputs.resets is not None:
                 plgpu.copy_gmem_to_smem(inputs.resets.at[row, chunk], scratch.resets, scratch.shared_arrived)
@@ -265,21 +263,9 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch)
             target[row, block, time, pl.ds(k * tiles.TILE, tiles.TILE)] = part
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == 0)
-    def _() -> None:
-        run(
-            _Side(
-                reading=True, rows=scratch.C, columns=scratch.B, scores=scratch.scores[0], d_scores=scratch.d_scores[0]
-            )
-        )
-
-    @pl.when(warpgroup == 1)
-    def _() -> None:
-        run(
-            _Side(
-                reading=False, rows=scratch.B, columns=scratch.C, scores=scratch.scores[1], d_scores=scratch.d_scores[1]
-            )
-        )
+    sides = ((True, scratch.C, scratch.B), (False, scratch.B, scratch.C))
+    for i, (side, scores, d_scores) in enumerate(zip(sides, scratch.scores, scratch.d_scores, strict=True)):
+        pl.when(lax.axis_index("warpgroup") == i)(functools.partial(run, _Side(*side, scores, d_scores)))
 
 
 def _head(
