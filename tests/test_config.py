@@ -17,7 +17,7 @@ def read(*argv: str) -> PretrainConfig:
     return parse(PretrainConfig, argv, prog="pretrain", description="")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_project_is_valid(path):
     schema = SCHEMAS.get(path.stem.partition("_")[0], PretrainConfig)
     parse(schema, ["--config", str(path)], prog="any", description="")
