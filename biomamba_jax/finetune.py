@@ -17,13 +17,14 @@ import jax
 
 from biomamba_jax import page
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import FinetuneConfig
+from biomamba_jax.config import DistributedConfig, FinetuneConfig
 from biomamba_jax.data.examples import Example, encode_examples
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.loading import load
+from biomamba_jax.parallel.distributed import processes, same_everywhere
 from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
@@ -48,12 +49,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     description = (__doc__ or "").partition("\n\n")[2]
     config = parse(FinetuneConfig, argv, prog="python -m biomamba_jax.finetune", description=description)
-    weights = read_model(local_folder(config.init_from or ""))
-    results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
-    if results is not None:
-        rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
-        summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
-        print(f"predictions and {RESULTS}: {config.run_dir}")
+    with processes(config.distributed) as first:
+        same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+        weights = read_model(local_folder(config.init_from or ""))
+        results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
+        if results is not None:
+            rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
+            summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
+            print(f"predictions and {RESULTS}: {config.run_dir}")
+        elif first and jax.process_count() > 1:
+            print(f"answered by one host alone: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")
 
 
 def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
@@ -115,6 +120,8 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
       where a run was stopped. The pooled figure is of questions that the weights were chosen by, that of the test set
       is not.
     """
+    if jax.process_count() > 1:
+        raise UserError(f"cross_validate: runs on one host, not on {jax.process_count()}; train the folds one by one")
     results: dict[str, Any] = {}
     pooled: list[Prediction] = []
     tests = []

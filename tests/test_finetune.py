@@ -69,9 +69,8 @@ def finetune(*settings: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [LORA, ["--lora.rank=0"]], ids=["adapters", "whole model"])
-def test_questions_are_learnt_and_the_result_leaves_as_any_model_does(here, settings, capsys):
-    results = finetune("--train.steps=120", *settings)
+def test_adapters_learn_the_questions_and_the_result_leaves_as_any_model_does(here, capsys):
+    results = finetune("--train.steps=120", *LORA)
     assert results["examples test"]["accuracy"] > 0.95
     table = capsys.readouterr().out
     assert "examples development" in table and "examples test" in table
@@ -149,12 +148,13 @@ def test_a_base_that_has_changed_since_is_refused(here, base):
 # --- PubMedQA and BioASQ ---------------------------------------------------------------------------------------------
 
 
-def write_pubmedqa(path: Path, copies: int = 1) -> None:
-    label = {"insulin": "yes", "serum": "yes", "glucose": "no", "mice": "no", "diabetes": "maybe"}
+def write_pubmedqa(path: Path) -> None:
+    """40 questions of each answer: 20 for the test, two for each fold."""
+    label = {"insulin": "yes", "glucose": "no", "diabetes": "maybe"}
     entries = {}
-    for pmid, (_, first, second) in enumerate(itertools.product(range(copies), label, NOUNS[:8]), 1):
+    for pmid, (first, number) in enumerate(itertools.product(label, range(40)), 1):
         entries[str(pmid)] = {
-            "QUESTION": f"{first} {second}?",
+            "QUESTION": f"{first} {NOUNS[number % 14]} {NOUNS[number // 14]}?",
             "CONTEXTS": ["the patients were given insulin"],
             "LABELS": ["METHODS"],
             "final_decision": label[first],
@@ -168,14 +168,15 @@ def test_ten_folds_are_trained_each_by_itself_and_pooled(here):
     main([*SETTINGS, "--pubmedqa.path=ori_pqal.json", "--cross_validate=true", "--train.steps=3", *LORA])
     results = json.loads(Path("run/results.json").read_text())
     assert list(results) == [*(f"fold {i}" for i in range(10)), "all folds", "test, mean of folds"]
-    assert results["all folds"]["questions"] == 20 and results["test, mean of folds"]["questions"] == 20
+    assert results["all folds"]["questions"] == 60 and results["test, mean of folds"]["questions"] == 60
     pooled = [line for i in range(10) for line in predictions(f"run/fold-{i}", "pubmedqa-development")]
     right = sum(line["truth"] == line["prediction"] for line in pooled)
-    assert results["all folds"]["accuracy"] == pytest.approx(right / 20)
-    assert len({line["key"] for line in pooled}) == 20
+    assert results["all folds"]["accuracy"] == pytest.approx(right / 60)
+    assert len({line["key"] for line in pooled}) == 60
     assert not {line["key"] for line in pooled} & {line["key"] for line in predictions("run/fold-0", "pubmedqa-test")}
 
 
+@pytest.mark.slow
 def test_bioasq_is_learnt_from_golden_files(here):
     snippets = [{"text": "the patients were given insulin"}]
     items = [

@@ -32,7 +32,7 @@ FORMAT_VERSION = 1
 _CHUNK_BYTES = 36 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
 _NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
-_RECIPE = ("optimizer", "schedule", "loss", "train", "lora")
+_RECIPE = ("optimizer", "schedule", "loss", "train")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,8 +162,9 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
     step, loop = max(steps), _loop(folder / "checkpoints" / str(max(steps)))
-    if settings.get("checkpoint", {}).get("keep_best") and loop["best"]["step"] is not None:
-        step = loop["best"]["step"]
+    best = loop.get("best", {}).get("step")
+    if settings.get("checkpoint", {}).get("keep_best") and best in steps:
+        step = best
     checkpoint = folder / "checkpoints" / str(step) / "state"
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
         shapes = {path: tuple(leaf.shape) for path, leaf in flatten(_metadata(handler, checkpoint)).items()}
@@ -206,10 +207,11 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
       the run directory and the shards still tell it.
     """
     rows = settings["data"]
+    sections = (*_RECIPE, "lora") if settings.get("lora", {}).get("rank") else _RECIPE
     about: dict[str, Any] = {
         "steps": step,
         "tokens": step * rows["batch_size"] * rows["sequence_length"],
-        "recipe": {key: settings[key] for key in _RECIPE if key in settings},
+        "recipe": {key: settings[key] for key in sections if key in settings},
     }
     metrics = folder / "metrics.jsonl"
     if metrics.exists():

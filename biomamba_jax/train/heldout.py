@@ -1,18 +1,41 @@
 """Loss on held-out text during training: token-weighted, every token of every document predicted."""
 
+import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 from flax import nnx
 
 from biomamba_jax.config import DataConfig, LossConfig
-from biomamba_jax.data.pipeline import evaluation_batches
+from biomamba_jax.data.pipeline import Batch, evaluation_batches
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
+from biomamba_jax.ops.cross_entropy import LossSums
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import reader, rows_per_host, shard_rows
-from biomamba_jax.train.step import language_model_loss
+from biomamba_jax.train.step import LossFunction, language_model_loss
+
+
+class SummedLoss:
+    """Adds up a loss over batches, on all devices.
+
+    Args:
+      fixed: further arguments of the loss.
+    """
+
+    def __init__(self, loss: LossFunction, layout: Layout, fixed: tuple[Any, ...] = ()):
+        sums = layout.summed(lambda params, batch, *fixed: (loss(params, batch, *fixed)[1], None), with_gradients=False)
+        self._sums, self._mesh, self._fixed = jax.jit(sums), layout.mesh, fixed
+
+    def __call__(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """`LossSums` by name, added up in float64: those of many batches are too large for float32."""
+        total = dict.fromkeys(LossSums._fields, 0.0)
+        for batch in batches:
+            sums, _ = jax.device_get(self._sums(params, shard_rows(batch, self._mesh), *self._fixed))
+            total = {name: total[name] + float(value) for name, value in sums._asdict().items()}
+        return total
 
 
 class HeldOut:
@@ -33,13 +56,10 @@ class HeldOut:
         self.batches = batches
         self.bytes_per_token = info.bytes / info.tokens
         # What is reported is the plain cross-entropy, whatever the training loss adds to it.
-        loss = language_model_loss(graph, LossConfig(), layout.axes)
-        sums = layout.summed(lambda params, batch: (loss(params, batch)[1], None), with_gradients=False)
-        self.sums = jax.jit(sums)
+        self.sums = SummedLoss(language_model_loss(graph, LossConfig(), layout.axes), layout)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats per token, perplexity and bits per byte."""
-        nll = tokens = 0.0
         batches = evaluation_batches(
             self.data.path,
             sequence_length=self.data.sequence_length,
@@ -48,17 +68,13 @@ class HeldOut:
             process_count=reader(self.mesh).count,
             split=self.split,
         )
-        for index, batch in enumerate(batches):
-            if index == self.batches:
-                break
-            sums, _ = jax.device_get(self.sums(params, shard_rows(batch, self.mesh)))
-            nll, tokens = nll + float(sums.nll), tokens + float(sums.weight)
-        loss = nll / tokens
+        sums = self.sums(params, itertools.islice(batches, self.batches))
+        loss = sums["nll"] / sums["weight"]
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-            "tokens": int(tokens),
+            "tokens": int(sums["weight"]),
         }
 
 

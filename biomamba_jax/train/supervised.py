@@ -29,8 +29,9 @@ from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.cross_entropy import LossSums
 from biomamba_jax.parallel.axes import ALONE, Axes
 from biomamba_jax.parallel.layout import Layout
-from biomamba_jax.parallel.mesh import make_mesh, reader, rows_per_host, shard_rows
+from biomamba_jax.parallel.mesh import make_mesh, reader, replicated, rows_per_host
 from biomamba_jax.parallel.sharding import path_names
+from biomamba_jax.train.heldout import SummedLoss
 from biomamba_jax.train.loop import Training, run
 from biomamba_jax.train.optimizer import Params, decay_mask
 from biomamba_jax.train.setup import abstract_model
@@ -38,7 +39,7 @@ from biomamba_jax.train.step import Batch, LossFunction, TrainState, language_mo
 
 CHECKED_STEP = 3
 """Updates after which every adapter must have had a gradient. The first gives one to B alone, which begins as zero; the
-second to A as well; one more for what begins as zero in between."""
+second to A as well, and one is to spare."""
 
 
 def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, development: EncodedExamples) -> bool:
@@ -59,6 +60,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     params, fixed, kept = _trained(config, weights)
     if fixed or config.labels:
         layout = _without_rules(layout)
+    fixed = jax.device_put(fixed, replicated(layout.mesh))
     loss_of = classification_loss if config.labels else language_model_loss
     loss = loss_of(graph, config.loss, layout.axes)
     plain = loss_of(graph, LossConfig(), layout.axes)
@@ -95,7 +97,9 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
 def _trained(config: FinetuneConfig, weights: Weights) -> tuple[Params, tuple[Any, ...], dict[str, Any]]:
     """What is trained, what the loss is given besides, and what checkpoints say of that."""
     adapters, head = jax.random.split(jax.random.key(config.train.seed))
-    params, fixed, kept = dict(weights.params), (), {}
+    params: Params = dict(weights.params)
+    fixed: tuple[Any, ...] = ()
+    kept: dict[str, Any] = {}
     if config.lora.rank:
         params = init_adapters(weights.params, config.lora.targets, config.lora.rank, adapters)
         fixed, kept = (weights.params,), {"base_sha256": fingerprint(weights.params)}
@@ -109,7 +113,7 @@ def _trained(config: FinetuneConfig, weights: Weights) -> tuple[Params, tuple[An
 
 
 def _without_rules(layout: Layout) -> Layout:
-    """All parameters everywhere: adapters and classifiers are small, and what they stand beside is not trained."""
+    """Every device holds all parameters: the rules know neither adapters nor classifiers."""
     if layout.mesh.shape["tensor"] > 1:
         raise UserError(f"mesh.tensor = {layout.mesh.shape['tensor']}: must be 1 for adapters and classifiers")
     return Layout(layout.mesh)
@@ -181,23 +185,21 @@ class Development:
         layout: Layout,
         fixed: tuple[Any, ...],
     ):
-        self._examples, self._rows, self._mesh, self._fixed = examples, config.data, layout.mesh, fixed
-        sums = layout.summed(lambda params, batch, *fixed: (loss(params, batch, *fixed)[1], None), with_gradients=False)
-        self._sums = jax.jit(sums)
+        self._examples, self._rows, self._mesh = examples, config.data, layout.mesh
+        self._sums = SummedLoss(loss, layout, fixed)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats, and the share of first guesses that are right, of answers' tokens or of classes."""
-        nll = correct = count = 0.0
-        for batch in every_batch(
+        batches = every_batch(
             self._examples,
             sequence_length=self._rows.sequence_length,
             batch_size=rows_per_host(self._rows.batch_size, self._mesh),
             process_index=reader(self._mesh).index,
             process_count=reader(self._mesh).count,
-        ):
-            sums, _ = jax.device_get(self._sums(params, shard_rows(batch, self._mesh), *self._fixed))
-            nll, correct, count = nll + float(sums.nll), correct + float(sums.correct), count + float(sums.weight)
-        return {"loss": nll / count, "accuracy": correct / count, "targets": int(count)}
+        )
+        sums = self._sums(params, batches)
+        count = sums["weight"]
+        return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "targets": int(count)}
 
 
 class AdapterCheck:

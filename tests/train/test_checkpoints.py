@@ -49,6 +49,13 @@ def test_the_last_ones_and_every_nth_are_kept(tmp_path):
     assert sorted(int(path.name) for path in checkpoints.folder.iterdir()) == [4, 8, 9]
 
 
+def test_the_best_one_is_kept_however_many_follow(tmp_path):
+    with Checkpoints(tmp_path, CheckpointConfig(keep_last=1)) as checkpoints:
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2)):
+            checkpoints.save(step, state(), {}, best=best)
+    assert sorted(int(path.name) for path in checkpoints.folder.iterdir()) == [2, 4]
+
+
 def test_an_empty_run_directory_has_none(tmp_path):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert checkpoints.latest is None
