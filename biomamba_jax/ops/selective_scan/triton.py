@@ -35,8 +35,8 @@ CHUNK = 32
 """Time steps between the states that are kept: 2 bytes a token and channel at d_state = 16."""
 
 BLOCKS: Mapping[str, Mapping[int, Blocks]] = {
-    "forward": {80: Blocks(32, 4, 1, Launch(1)), 90: Blocks(32, 4, 1, Launch(1)), 100: Blocks(32, 4, 1, Launch(1))},
-    "backward": {80: Blocks(32, 4, 4, Launch(1)), 90: Blocks(32, 4, 4, Launch(1)), 100: Blocks(32, 4, 4, Launch(1))},
+    "forward": {80: Blocks(channels=32, steps=4, vector=1, launch=Launch(1))},
+    "backward": {80: Blocks(channels=32, steps=4, vector=4, launch=Launch(1))},
 }
 """For each kernel and compute capability from the given one on, by static counts (`benchmark kernels --target sm_90`):
 few instructions, no spills forward, and a warp with 32 channels, since a batch has few programs."""

@@ -37,11 +37,11 @@ class Blocks(NamedTuple):
 
 
 BLOCKS: Mapping[str, Mapping[int, Blocks]] = {
-    "states": {80: Blocks(Launch(4, 3), 32), 90: Blocks(Launch(4, 3), 32), 100: Blocks(Launch(4, 3), 32)},
-    "outputs": {80: Blocks(Launch(4)), 90: Blocks(Launch(4)), 100: Blocks(Launch(4))},
-    "state_gradients": {80: Blocks(Launch(4, 3), 32), 90: Blocks(Launch(4, 3), 32), 100: Blocks(Launch(4, 3), 32)},
-    "token_gradients": {80: Blocks(Launch(4)), 90: Blocks(Launch(4)), 100: Blocks(Launch(4))},
-    "shared_gradients": {80: Blocks(Launch(8), 8), 90: Blocks(Launch(8), 8), 100: Blocks(Launch(8), 8)},
+    "states": {80: Blocks(Launch(4, 3), 32)},
+    "outputs": {80: Blocks(Launch(4))},
+    "state_gradients": {80: Blocks(Launch(4, 3), 32)},
+    "token_gradients": {80: Blocks(Launch(4))},
+    "shared_gradients": {80: Blocks(Launch(8), 8)},
 }
 """For each kernel and compute capability from the given one on, by static counts (`benchmark kernels --target sm_90`)
 in bfloat16 at the published sizes: few instructions, and no spills forward. `token_gradients` on four warps keeps 72
