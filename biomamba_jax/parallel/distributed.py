@@ -28,6 +28,7 @@ _VERSIONS = "biomamba_jax/versions"
 A_DAY = 24 * 3600
 """Seconds in which one process may do what all others wait for, such as preparing data."""
 _TIMEOUT = 300  # seconds for what every process does at once
+_LOOK_SECONDS = 2  # between two looks for a failure of another process
 
 
 @contextlib.contextmanager
@@ -150,7 +151,7 @@ def wait_for_all(name: str, within: float) -> None:
 def _follow_failures(me: str, ended: threading.Event) -> None:
     """Ends this process when another one has published why it failed."""
     client = _client()
-    while not ended.wait(1):
+    while not ended.wait(_LOOK_SECONDS):
         try:
             reason = client.key_value_try_get(_FAILURE)
         except Exception:  # there is none yet
@@ -164,7 +165,7 @@ def _exit(reason: str, publish: bool) -> None:
     if publish:
         with contextlib.suppress(Exception):  # another one was first, or the coordinator is gone
             _client().key_value_set(_FAILURE, reason)
-        threading.Event().wait(3)  # the coordinator lives in process 0: let the others read
+        threading.Event().wait(2 * _LOOK_SECONDS)  # the coordinator lives in process 0: let the others read
     os._exit(1)
 
 

@@ -17,7 +17,6 @@ from biomamba_jax.train.step import language_model_loss, make_train_step
 
 STEPS = 10
 ALL_MESHES = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(sizes) == 8]
-SOME_MESHES = [(1, 8, 1, 1), (1, 1, 4, 2), (1, 2, 2, 2), (2, 2, 1, 2)]
 CONFIGS = {
     "mamba1": ModelConfig(kind="mamba1", d_model=16, n_layers=2, vocab_size=61, d_state=4, bias=True),
     "mamba2": ModelConfig(
@@ -80,7 +79,7 @@ def check_meshes(kind: str, meshes: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
 def test_devices_train_as_one(kind):
-    check_meshes(kind, SOME_MESHES)
+    check_meshes(kind, [(1, 2, 2, 2)])
 
 
 @pytest.mark.slow
