@@ -182,7 +182,7 @@ def test_generated_answers_are_read_as_answers(folder):
             "--models.m x --bioasq.path [x] --bioasq.thresholds accuracy",
             "needs method likelihood and",
         ),
-        ("--models.m x --domains.d.path x --windo 3", "did you mean 'window'"),
+        ("--models.m x --domains.d.path x --widnow 3", "did you mean 'window'"),
     ],
 )
 def test_wrong_settings_end_in_one_line_that_names_the_key(tmp_path, arguments, message):
