@@ -1,8 +1,9 @@
 """What a training run would take on a machine, from the real compiler and the datasheets. All of it is estimates."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.plan import PlanConfig
@@ -20,7 +21,7 @@ PUBLISHED_VOCABULARY = 50277
 """Ids of the GPT-NeoX tokenizer, which the released models use."""
 _SECONDS_A_DAY = 86400
 # d_model and layers of the released models, by the end of their names on the hub.
-_RELEASED = {
+_RELEASED: Mapping[str, tuple[Literal["mamba1", "mamba2"], int, int]] = {
     "mamba-130m": ("mamba1", 768, 24),
     "mamba-370m": ("mamba1", 1024, 48),
     "mamba-790m": ("mamba1", 1536, 48),
@@ -58,7 +59,7 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        return self.times and self.step_tokens / self.times.step
+        return None if self.times is None else self.step_tokens / self.times.step
 
     @property
     def share_of_peak(self) -> float | None:
@@ -78,11 +79,13 @@ class Plan:
 
     @property
     def chip_hours(self) -> float | None:
-        return self.days and self.days * 24 * self.topology.chips
+        return None if self.days is None else self.days * 24 * self.topology.chips
 
     def as_json(self) -> dict[str, Any]:
         """All figures: bytes, seconds, FLOPs of one device and step unless named otherwise."""
-        compiled, times = self.compiled, self.times
+        compiled, times, seconds = self.compiled, self.times, None
+        if times is not None:
+            seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
         return {
             "estimate": "by the compiler and from datasheets, not measured",
             "topology": str(self.topology),
@@ -100,7 +103,7 @@ class Plan:
             "available_bytes": self.topology.chip.memory_bytes,
             "flops": compiled.costs.flops,
             "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
-            "seconds": times and dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound},
+            "seconds": seconds,
             "tokens_per_second": self.tokens_per_second,
             "share_of_peak": self.share_of_peak,
             "run_tokens": self.run_tokens,
@@ -151,7 +154,7 @@ def make_plan(config: PlanConfig) -> Answer:
     if asked.compiled.fits:
         return Answer(asked)
     nearest = nearest_fit(config, topology, compile_step, config.tries)
-    return Answer(asked, nearest and plan(*nearest))
+    return Answer(asked, None if nearest is None else plan(*nearest))
 
 
 def _times(config: PlanConfig, topology: Topology, compiled: Compiled) -> Times | None:

@@ -246,7 +246,7 @@ def _device_bytes(tree: Any) -> int:
 
 def _needed(message: str) -> int:
     """Bytes that the compiler would have used, from its refusal; 0 where it does not say."""
-    used = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of", message)
+    used = re.search(r"(?:Used |memory required [^(]*\()([\d.]+)([KMGT]?)i?B?(?: of|\))", message)
     return int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else 0
 
 

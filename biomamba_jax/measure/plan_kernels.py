@@ -30,7 +30,8 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
     """
     if target not in kernels.CHIPS:
         return {}
-    chip, rates = kernels.CHIPS[cast(kernels.Target, target)], {}
+    chip = kernels.CHIPS[cast(kernels.Target, target)]
+    rates: dict[str, float] = {}
     cores = 2 if target == "v5p" else 1  # the kernels' first grid axis, rows, is spread over a chip's cores
     topology = f"{target}:{kernels.SMALLEST[cast(kernels.Target, target)]}"
     for op in _OPS[kind]:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from biomamba_jax.config import MeshConfig, ModelConfig
 from biomamba_jax.config.plan import PlanConfig
@@ -36,8 +37,8 @@ def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
     return MeshConfig(*sizes)
 
 
-def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: object) -> PlanConfig:
-    return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))  # type: ignore[arg-type]
+def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
+    return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
 
 
 # --- The nearest setting that fits -----------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCon
     policies = _POLICIES[_POLICIES.index(config.model.remat) :]
     across = mesh.data * mesh.fsdp
     most = max(config.data.batch_size // across, 1)
-    seen = {(config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size)}
+    seen: set[Any] = {(config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size)}
     for fsdp in _doublings(mesh.fsdp, mesh.fsdp * mesh.data // topology.slices):
         shared = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
         for parts in _doublings(config.train.accumulation, most):
@@ -70,7 +71,7 @@ def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCon
             yield from _new(seen, smaller)
 
 
-def _new(seen: set[object], config: PlanConfig) -> Iterator[PlanConfig]:
+def _new(seen: set[Any], config: PlanConfig) -> Iterator[PlanConfig]:
     key = config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size
     if key not in seen:
         seen.add(key)
