@@ -83,7 +83,7 @@ def _show_plan(plan: Plan) -> None:
         ("floor: memory traffic", times.memory, None),
         ("floor: links of the slice", times.links, None),
         ("floor: network between slices", times.network, None),
-        ("kernels, static profile", times.kernels, f"{sum(k.calls for k in compiled.costs.kernels):,} calls"),
+        ("kernels", times.kernels, f"{sum(k.calls for k in compiled.costs.kernels):,} calls"),
         ("step", times.step, f"floor {times.floor / times.step:.0%} of it, by {times.bound}"),
     ]
     if plan.topology.slices == 1:
