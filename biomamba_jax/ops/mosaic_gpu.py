@@ -67,8 +67,13 @@ def call(
             scratch_types=tuple(allocations),
             grid=tuple(grid.values()),
             grid_names=tuple(grid),
-            # Barriers stand where memory changes hands: one at every store would take most of the time.
-            compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                # Barriers stand where memory changes hands: one at every store would take most of the time.
+                unsafe_no_auto_barriers=True,
+                # Layouts are chosen by hand.
+                lowering_semantics=plgpu.LoweringSemantics.Lane,
+            ),
             interpret=interpret or None,
             kernel_name=name,
             **threads,

@@ -111,11 +111,11 @@ def test_what_cannot_run_is_refused_with_the_reason(dtype, d_state, target, reas
         selective_scan(**arrays, implementation="pallas_gpu")
 
 
-def gradients_at_130m(devices, segments: bool, gated: bool):
+def gradients_at_130m(devices, segments: bool, gated: bool, d_state: int = 16, dtype: str = "bfloat16"):
     """A builder: values and all gradients in a batch of 8 x 1,024, as in a training step of Mamba-1 130m."""
     del devices
-    wide, narrow = (jax.ShapeDtypeStruct((8, 1024, n), jnp.bfloat16) for n in (1536, 16))
-    vector, A = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1536,), (1536, 16)))
+    wide, narrow = (jax.ShapeDtypeStruct((8, 1024, n), dtype) for n in (1536, d_state))
+    vector, A = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1536,), (1536, d_state)))
     arrays = {"x": wide, "dt": wide, "A": A, "B": narrow, "C": narrow, "D": vector, "dt_bias": vector}
     if gated:
         arrays["z"] = wide
@@ -126,6 +126,14 @@ def gradients_at_130m(devices, segments: bool, gated: bool):
         return y, pull_back(y)
 
     return run, (arrays, ids)
+
+
+@pytest.mark.parametrize(("d_state", "dtype"), [(16, "bfloat16"), (32, "float32"), (64, "float32")])
+def test_they_lower_for_hopper_wherever_jax_is_and_fit_into_shared_memory(d_state, dtype):
+    function, arguments = gradients_at_130m(None, segments=True, gated=True, d_state=d_state, dtype=dtype)
+    with dispatch.target_platform("gpu", 90):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 2
 
 
 @pytest.mark.ahead_of_time

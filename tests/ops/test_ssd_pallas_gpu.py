@@ -131,12 +131,12 @@ def test_what_cannot_run_is_refused_with_the_reason(changes, target, reason):
         ssd(*(inputs[k] for k in ("x", "dt", "A", "B", "C")), implementation="pallas_gpu")
 
 
-def gradients_at_130m(devices, segments: bool):
+def gradients_at_130m(devices, segments: bool, dtype: str = "bfloat16"):
     """A builder: values and all gradients in a batch of 8 x 1,024, as in a training step of Mamba-2 130m."""
     del devices
-    bf16, f32 = jnp.bfloat16, jnp.float32
-    narrow, vector = jax.ShapeDtypeStruct((8, 1024, 1, 128), bf16), jax.ShapeDtypeStruct((24,), f32)
-    x, dt = (jax.ShapeDtypeStruct(shape, bf16) for shape in ((8, 1024, 24, 64), (8, 1024, 24)))
+    vector = jax.ShapeDtypeStruct((24,), jnp.float32)
+    shapes = ((8, 1024, 24, 64), (8, 1024, 24), (8, 1024, 1, 128))
+    x, dt, narrow = (jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
     arrays = {"x": x, "dt": dt, "A": vector, "B": narrow, "C": narrow, "D": vector, "dt_bias": vector}
     ids = jax.ShapeDtypeStruct((8, 1024), jnp.int32) if segments else None
 
@@ -145,6 +145,14 @@ def gradients_at_130m(devices, segments: bool):
         return y, pull_back(y)
 
     return run, (arrays, ids)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_they_lower_for_hopper_wherever_jax_is_and_fit_into_shared_memory(dtype):
+    function, arguments = gradients_at_130m(None, segments=True, dtype=dtype)
+    with dispatch.target_platform("gpu", 90):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 3
 
 
 @pytest.mark.ahead_of_time

@@ -19,6 +19,7 @@ from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as cut
 from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import Blocks, Parameters, Tokens
 
 _WIDTH = 64  # channels of a block
+_MOST_STATES_AT_WIDTH = 32  # a block of more has half the channels, as shared memory allows
 
 
 class _Inputs(NamedTuple):
@@ -143,7 +144,8 @@ _scan.defvjp(_forward, _backward)
 
 def _blocks(inputs: _Inputs) -> Blocks:
     rows, length, channels = inputs.x.shape
-    width = min(_WIDTH, round_up(channels, cut.GROUP))
+    most = _WIDTH if inputs.A.shape[1] <= _MOST_STATES_AT_WIDTH else _WIDTH // 2
+    width = min(most, round_up(channels, cut.GROUP))
     return Blocks(
         rows=rows,
         length=round_up(length, cut.CHUNK),

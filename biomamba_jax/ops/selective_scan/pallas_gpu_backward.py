@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
 class Gradients(NamedTuple):
     x: Any  # [B L E]
     dt: Any  # [B L E]
-    z: Any | None  # [B L E]
+    z: Any  # [B L E] or None
     B: Any  # [B tiles L Q 4] float32, of each tile of channels
     C: Any  # [B tiles L Q 4] float32, of each tile of channels
     A: Any  # [B E Q 4] float32, of each row
@@ -273,4 +273,4 @@ def _part(
 
 def _sum_channels(terms: Any) -> Array:
     """[8 32 Q 4] -> [8 Q 4]."""
-    return jnp.sum(mosaic_gpu.lay(terms[...], _OF_CHANNELS), axis=1)
+    return jnp.sum(mosaic_gpu.read(terms, _OF_CHANNELS), axis=1)

@@ -83,10 +83,10 @@ class Tokens(NamedTuple):
 
     x: Any  # [B L E]
     dt: Any  # [B L E]
-    z: Any | None  # [B L E]
+    z: Any  # [B L E] or None
     B: Any  # [B L N]
     C: Any  # [B L N]
-    reset: Any | None  # [B L] float32: what is added to delta in the exponent, 0 or RESET_STEP
+    reset: Any  # [B L] float32: what is added to delta in the exponent, 0 or RESET_STEP; None without segments
 
 
 class Parameters(NamedTuple):
@@ -186,7 +186,7 @@ def over_channels(v: Array, width: int) -> Array:
 
 def sum_partials(ref: Any) -> Array:
     """The put-off last part of sums over d_state: [T C Q] -> [T C]."""
-    return jnp.sum(mosaic_gpu.lay(ref[...], PARTIAL), axis=2)
+    return jnp.sum(mosaic_gpu.read(ref, PARTIAL), axis=2)
 
 
 def prepare(tokens: Tokens, bias: Array, scratch: Any, blocks: Blocks) -> None:

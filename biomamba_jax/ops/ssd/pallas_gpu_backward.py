@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, SUMS, VECTORS, Sizes
+from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, SUMS, VECTORS, Product, Sizes
 
 _SLOTS = 2
 
@@ -123,7 +123,7 @@ class Inputs(NamedTuple):
     states: Any  # [B chunks H N P] bfloat16, before each chunk
     d_states: Any  # [B chunks H N P] bfloat16, gradient of the state after each chunk
     vectors: Any  # [B chunks H 4 l]
-    resets: Any | None  # [B chunks l], resets in the chunk up to each token
+    resets: Any  # [B chunks l], resets in the chunk up to each token; None where no state resets
     D: Any  # [H]
 
 
@@ -151,7 +151,7 @@ class _Scratch(NamedTuple):
     consumed: Any  # a barrier for each slot: both warpgroups are done with it
     B: Any
     C: Any
-    resets: Any | None
+    resets: Any  # or None
     shared_arrived: Any
     scores: tuple[Any, Any]  # of the two sides; their gradients with them are more than fits into registers
     d_scores: tuple[Any, Any]
@@ -289,11 +289,12 @@ def _head(
         exponent = tiles.read_row(vectors.at[VECTORS.s]) - tiles.read_column(vectors.at[VECTORS.g])
     decay = jnp.exp2(jnp.minimum(exponent, tiles.LARGEST_EXPONENT))
     mixing = (tiles.read(side.scores) * decay).astype(jnp.bfloat16)
-    side.d_scores[...] = tiles.read(side.d_scores) + tiles.product(own, other, transpose_b=True) * decay
+    d_mixing, through_state = tiles.products(Product(own, other, transpose_b=True), Product(side.rows, state))
+    side.d_scores[...] = tiles.read(side.d_scores) + d_mixing * decay
 
     # Sums of paths are of the rounded factors that entered the products, or else ends and begins would not cancel.
     # Tiles are read anew for each use: registers are what is short here.
-    result = tiles.product(side.rows, state) * tiles.read_column(vectors.at[scale])
+    result = through_state * tiles.read_column(vectors.at[scale])
     sums = outputs.sums.at[row, chunk, head]
     if not side.reading:
         sums[SUMS.leave] = jnp.sum(tiles.read(own) * result, axis=1)
@@ -313,4 +314,5 @@ def _head(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(scratch.dx, outputs.x.at[row, mosaic_gpu.ds(chunk, CHUNK), head])
     weighted = (tiles.read(own) * tiles.read_column(vectors.at[scale])).astype(jnp.bfloat16)
-    return [part + tiles.product(weighted, state.at[tiles.rows(k)], transpose_b=True) for k, part in enumerate(d_rows)]
+    transposed = [Product(weighted, state.at[tiles.rows(k)], transpose_b=True) for k in range(sizes.state_tiles)]
+    return [part + term for part, term in zip(d_rows, tiles.products(*transposed), strict=True)]

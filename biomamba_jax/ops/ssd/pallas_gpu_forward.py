@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, VECTORS, Sizes
+from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, VECTORS, Product, Sizes
 
 _SLOTS = 2
 
@@ -124,11 +124,11 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Outputs, scratch: _Scratch) -
         if outputs.states is not None:
             plgpu.copy_smem_to_gmem(scratch.state, outputs.states.at[row, chunk, head])
 
-        scores = tiles.product(here.C, here.B, transpose_b=True)
+        scores, handed_in = tiles.products(Product(here.C, here.B, transpose_b=True), Product(here.C, scratch.state))
         exponent = tiles.read_column(here.vectors.at[VECTORS.s]) - tiles.read_row(here.vectors.at[VECTORS.g])
         kept = tiles.keep(here.resets, later_rows=True)
         mixing = jnp.where(kept, scores * jnp.exp2(exponent), 0.0).astype(jnp.bfloat16)
-        y = tiles.product(here.C, scratch.state) * tiles.read_column(here.vectors.at[VECTORS.from_start])
+        y = handed_in * tiles.read_column(here.vectors.at[VECTORS.from_start])
         y = y + tiles.product(mixing, here.x)
         y = y + skip * tiles.read(here.x)
         plgpu.commit_smem()  # all warps are done with x

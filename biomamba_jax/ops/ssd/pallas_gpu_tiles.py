@@ -68,10 +68,10 @@ class Sizes(NamedTuple):
 class Vectors(NamedTuple):
     """Values of a head's tokens, each by its index in arrays [.. 4 l]."""
 
-    s: int = 0  # the sum of log2(e) d A from the chunk's or segment's start up to each token
-    g: int = 1  # s - log2 d: 2^(s_t - g_j) is the decay from token j to t, times d_j
-    from_start: int = 2  # 2^s, zero after a reset
-    to_end: int = 3  # 2^(s_last - g), zero before the last reset
+    s: Any = 0  # the sum of log2(e) d A from the chunk's or segment's start up to each token
+    g: Any = 1  # s - log2 d: 2^(s_t - g_j) is the decay from token j to t, times d_j
+    from_start: Any = 2  # 2^s, zero after a reset
+    to_end: Any = 3  # 2^(s_last - g), zero before the last reset
 
 
 VECTORS = Vectors()
@@ -106,22 +106,36 @@ def rows(i: int) -> Any:
     return pl.ds(i * TILE, TILE)
 
 
-def product(a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+class Product(NamedTuple):
     """a @ b, [64 64], of matrices in shared memory, transposed first where said; a may be an array in registers."""
 
-    def compute(sums: Any) -> Array:
-        plgpu.wgmma(
-            sums,
-            plgpu.transpose_ref(a, (1, 0)) if transpose_a else a,
-            plgpu.transpose_ref(b, (1, 0)) if transpose_b else b,
-        )
-        return sums[...]
+    a: Any
+    b: Any
+    transpose_a: bool = False
+    transpose_b: bool = False
 
-    if mosaic_gpu.interpreted() and (isinstance(a, jax.Array) or transpose_a or transpose_b):
-        # The interpreter's wgmma knows two plain references only.
-        a, b = a[...].T if transpose_a else a[...], b[...].T if transpose_b else b[...]
-        return jnp.dot(a, b, preferred_element_type=jnp.float32)
-    return pl.run_scoped(compute, plgpu.ACC((TILE, TILE), jnp.float32))
+
+def product(a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> Array:
+    return products(Product(a, b, transpose_a, transpose_b))[0]
+
+
+def products(*wanted: Product) -> list[Array]:
+    """Products that the tensor cores are given at once: a warpgroup waits for all together."""
+    if mosaic_gpu.interpreted():
+        if len(wanted) > 1:
+            return [products(one)[0] for one in wanted]
+        a, b, transpose_a, transpose_b = wanted[0]
+        if isinstance(a, jax.Array) or transpose_a or transpose_b:  # its wgmma knows two plain references only
+            a, b = a[...].T if transpose_a else a[...], b[...].T if transpose_b else b[...]
+            return [jnp.dot(a, b, preferred_element_type=jnp.float32)]
+
+    def compute(*sums: Any) -> list[Array]:
+        for total, (a, b, transpose_a, transpose_b) in zip(sums, wanted, strict=True):
+            a, b = a.transpose((1, 0)) if transpose_a else a, b.transpose((1, 0)) if transpose_b else b
+            plgpu.wgmma(total, a, b)
+        return [total[...] for total in sums]
+
+    return pl.run_scoped(compute, *[plgpu.ACC((TILE, TILE), jnp.float32) for _ in wanted])
 
 
 def over_columns(v: Array) -> Array:
@@ -171,4 +185,5 @@ def write_state(ref: Any, state: list[Array]) -> None:
 
 def advance(state: list[Array], across: Array, a: Any, weighted: Any) -> list[Array]:
     """across S + a^T v: the state before the next chunk, of a [l N] and the weighted v [l P] in shared memory."""
-    return [across * part + product(a.at[columns(i)], weighted, transpose_a=True) for i, part in enumerate(state)]
+    terms = products(*(Product(a.at[columns(i)], weighted, transpose_a=True) for i in range(len(state))))
+    return [across * part + term for part, term in zip(state, terms, strict=True)]
