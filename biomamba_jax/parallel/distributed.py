@@ -55,6 +55,7 @@ def processes(config: DistributedConfig) -> Iterator[bool]:
         wait_for_all("the end", within=A_DAY)
     except (Exception, KeyboardInterrupt) as error:
         # No clean end of JAX's runtime: it would wait for the others, and they for this one's part of a sum.
+        ended.set()
         if not isinstance(error, UserError | KeyboardInterrupt):
             traceback.print_exc()
         _exit(f"{me} failed: {_one_line(error)}", publish=True)

@@ -1,0 +1,147 @@
+"""Several processes, as several hosts would run them, train as one does, end together, and hand over to any number."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from synthetic import write_shards
+
+from biomamba_jax.interop import read_model
+from biomamba_jax.train.metrics import read_metrics
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+ENDS_WITHIN = 60
+"""Seconds after the death of one process in which all others have ended; much of it is waiting for a busy machine."""
+
+
+def settings(folder: Path, steps: int, **more: object) -> list[str]:
+    fixed = (
+        f"--data.path={folder / 'shards'} --data.sequence_length=32 --data.batch_size=8 --data.num_workers=0 "
+        "--model.kind=mamba2 --model.d_model=16 --model.n_layers=2 --model.headdim=8 --model.d_state=4 "
+        f"--optimizer.learning_rate=1e-2 --train.log_every=1 --train.steps={steps} --tensorboard=false"
+    ).split()
+    return fixed + [f"--{key}={value}" for key, value in more.items()]
+
+
+def start(count: int, arguments: list[str], *of_the_last: str) -> list[subprocess.Popen]:
+    """`count` processes that train together; the last one gets further arguments."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = []
+    for index in range(count):
+        joined = []
+        if count > 1:
+            joined = [f"--distributed.coordinator=localhost:{port}", f"--distributed.processes={count}"]
+            joined += [f"--distributed.process_id={index}", "--distributed.heartbeat_timeout=10"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+        joined += of_the_last if index == count - 1 else []
+        command = [sys.executable, "-m", "biomamba_jax.pretrain", *arguments, *joined]
+        running.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    return running
+
+
+def finish(running: list[subprocess.Popen]) -> None:
+    errors = [process.communicate(timeout=400)[1].decode()[-3000:] for process in running]
+    assert [process.returncode for process in running] == [0] * len(running), "\n".join(errors)
+
+
+def wait_for(path: Path, running: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 300
+    while not path.exists():
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in running), running[0].stderr.read().decode()[-3000:]
+        time.sleep(0.05)
+
+
+def same_metrics(run: Path, expected: Path) -> None:
+    lines = [[line for line in read_metrics(folder) if line["split"] == "train"] for folder in (run, expected)]
+    assert len(lines[0]) == len(lines[1]) > 0
+    for got, want in zip(*lines, strict=True):
+        assert (got["step"], got["tokens"]) == (want["step"], want["tokens"])
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+
+
+def final_state(run: Path) -> dict:
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices saved it
+    handlers = {"state": ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager((run / "checkpoints").absolute(), item_handlers=handlers) as manager:
+        saved = manager.item_metadata(step)["state"]
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), saved)
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))["state"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A folder with shards and the run of one process."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_shards(folder / "shards")
+    finish(start(1, settings(folder, 12, run_dir=folder / "one")))
+    return folder
+
+
+@pytest.mark.parametrize(("count", "mesh"), [(2, {}), (4, {"mesh.fsdp": 2}), (4, {"mesh.data": 1, "mesh.sequence": 4})])
+def test_several_processes_report_the_metrics_of_one(alone, tmp_path, count, mesh):
+    finish(start(count, settings(alone, 12, run_dir=tmp_path / "run", **mesh)))
+    same_metrics(tmp_path / "run", alone / "one")
+    read, saved = read_model(tmp_path / "run").params, final_state(tmp_path / "run")["params"]
+    jax.tree.map(np.testing.assert_array_equal, read, saved)  # a run directory like any other
+
+
+def test_the_checkpoint_of_four_processes_goes_on_in_two_and_then_in_one_where_it_stopped(alone, tmp_path):
+    # train.steps only says where each of them stops: the learning rate does not depend on it.
+    same = {"schedule.kind": "constant", "schedule.warmup_fraction": 0}
+    for count, steps, mesh in ((4, 4, {"mesh.fsdp": 4, "mesh.data": 1}), (2, 8, {"mesh.tensor": 2}), (1, 12, {})):
+        finish(start(count, settings(alone, steps, run_dir=tmp_path / "run", **same, **mesh)))
+    finish(start(1, settings(alone, 12, run_dir=tmp_path / "one", **same)))
+    same_metrics(tmp_path / "run", tmp_path / "one")
+
+
+def test_when_one_process_is_killed_the_others_end_with_a_reason_and_a_restart_is_exact(alone, tmp_path):
+    steps = 60
+    arguments = settings(alone, steps, **{"checkpoint.every": 10})
+    finish(start(2, [*arguments, f"--run_dir={tmp_path / 'whole'}"]))
+    running = start(2, [*arguments, f"--run_dir={tmp_path / 'killed'}"])
+    wait_for(tmp_path / "killed" / "checkpoints" / "10", running)
+    running[1].send_signal(signal.SIGKILL)
+    died = time.monotonic()
+    _, errors = running[0].communicate(timeout=ENDS_WITHIN)
+    print(f"ended after {time.monotonic() - died:.1f} s:", errors.decode()[-600:])
+    assert running[0].returncode != 0
+    assert "process" in errors.decode(), errors.decode()[-3000:]
+    finish(start(2, [*arguments, f"--run_dir={tmp_path / 'killed'}"]))
+    metrics = [(tmp_path / run / "metrics.jsonl").read_bytes() for run in ("whole", "killed")]
+    assert metrics[0] == metrics[1]
+    states = [final_state(tmp_path / run) for run in ("whole", "killed")]
+    for ours, theirs in zip(*map(jax.tree.leaves, states), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_request_to_one_process_lets_all_save_the_same_step_and_end(alone, tmp_path):
+    arguments = [*settings(alone, 2000, **{"checkpoint.every": 2000}), f"--run_dir={tmp_path / 'run'}"]
+    running = start(2, arguments)
+    wait_for(tmp_path / "run" / "timing.jsonl", running)
+    running[1].send_signal(signal.SIGTERM)
+    finish(running)
+    (step,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
+    assert 0 < step < 2000
+    assert read_metrics(tmp_path / "run")[-1]["step"] <= step
+
+
+def test_a_process_with_other_settings_is_refused_and_all_say_so(alone, tmp_path):
+    running = start(2, settings(alone, 12, run_dir=tmp_path / "run"), "--train.seed=1")
+    errors = [process.communicate(timeout=ENDS_WITHIN)[1].decode() for process in running]
+    assert [process.returncode for process in running] == [1, 1]
+    for text in errors:
+        assert "process 1 of 2 failed: settings" in text, text
