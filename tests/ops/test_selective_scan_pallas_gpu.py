@@ -51,6 +51,7 @@ def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtyp
         assert gradient.dtype == inputs[name].dtype, name
 
 
+@pytest.mark.slow
 @settings(max_examples=2)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
 def test_equals_the_plain_loop_in_values_and_all_gradients(data, seed):
