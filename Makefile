@@ -30,8 +30,10 @@ test: $(TEST)/installed
 	$(PYTEST) -m 'not ahead_of_time'
 
 # Programs compiled for TPUs and GPUs that are not there: kernels at every published size, whole training steps, plans.
+# ONLY is an expression of pytest's -k.
+ONLY ?=
 test-chips: $(TEST)/compilers
-	$(PYTEST) -m ahead_of_time
+	$(PYTEST) -m ahead_of_time $(if $(ONLY),-k '$(ONLY)')
 
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(RUN)
