@@ -67,7 +67,7 @@ def _start(config: DistributedConfig) -> bool:
     """Starts JAX's runtime where this process is one of several; tells whether it is."""
     if not (config.coordinator or launched_with_others(os.environ)):
         return False
-    if jax.config.jax_platforms == "cpu":
+    if jax.config.read("jax_platforms") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
@@ -166,7 +166,8 @@ def _exit(reason: str, publish: bool) -> None:
     if publish:
         with contextlib.suppress(Exception):  # another one was first, or the coordinator is gone
             _client().key_value_set(_FAILURE, reason)
-        threading.Event().wait(2 * _LOOK_SECONDS)  # the coordinator lives in process 0: let the others read
+    if jax.process_index() == 0:  # which holds what was published: the others end first
+        threading.Event().wait(2 * _LOOK_SECONDS)
     os._exit(1)
 
 

@@ -7,7 +7,7 @@ along tensor see the same tokens. Weights: see `sharding`.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -64,7 +64,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-class Reader(NamedTuple):
+@dataclass(frozen=True)
+class Reader:
     """Which rows this host reads: part `index` of `count`. Hosts that share rows are one reader."""
 
     index: int
@@ -138,7 +139,8 @@ def shard_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
             raise UserError(f"mesh.sequence = {mesh.shape['sequence']}: must divide rows of {rows.shape[1]} tokens")
         in_block = rows.shape[0] // len(own.blocks)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first = own.blocks.index((index[0].start or 0) // in_block) * in_block
             return rows[first : first + in_block, index[1]]
 

@@ -128,7 +128,7 @@ def selective_scan(
     total = jnp.sum(_step_sizes(x, dt, dt_bias), axis=1)
     exponent = jnp.where(_unbroken(segment_ids, x)[:, None, None], total[:, :, None] * A.astype(total.dtype), -jnp.inf)
     entering = entering_state(jnp.exp(exponent), state, continues, size, initial_state)
-    return ops.selective_scan(x, dt, A, B, C, D, z, initial_state=entering, **options)
+    return ops.selective_scan(x, dt, A, B, C, D, z, initial_state=entering, **options)  # type: ignore[return-value]
 
 
 def ssd(

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from biomamba_jax.config import MeshConfig, ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.sharding import sharding_rules
-from biomamba_jax.parallel.mesh import AXES, make_mesh, rows_per_host, shard_rows, share_of
+from biomamba_jax.parallel.mesh import AXES, Reader, make_mesh, rows_per_host, shard_rows, share_of
 from biomamba_jax.parallel.sharding import parameter_specs, tree_specs
 from biomamba_jax.train.setup import abstract_model
 
@@ -89,20 +89,20 @@ def test_rows_arrive_as_they_were_read():
 
 def test_each_host_reads_the_rows_of_its_own_devices():
     hosts = np.array([0, 0, 1, 1]).reshape(4, 1)  # 2 hosts of 2 devices, along data
-    assert share_of(0, hosts) == (0, 2, (0, 1))
-    assert share_of(1, hosts) == (1, 2, (2, 3))
+    assert share_of(0, hosts) == Reader(0, 2, (0, 1))
+    assert share_of(1, hosts) == Reader(1, 2, (2, 3))
 
 
 def test_rows_need_not_lie_side_by_side_on_a_host():
     hosts = np.array([0, 1, 1, 0]).reshape(4, 1)  # as a network's own order may have it
-    assert share_of(0, hosts) == (0, 2, (0, 3))
-    assert share_of(1, hosts) == (1, 2, (1, 2))
+    assert share_of(0, hosts) == Reader(0, 2, (0, 3))
+    assert share_of(1, hosts) == Reader(1, 2, (1, 2))
 
 
 def test_hosts_that_share_rows_read_the_same():
     hosts = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])  # tensor or sequence over 4 devices, hosts of 2
-    assert share_of(0, hosts) == share_of(1, hosts) == (0, 2, (0,))
-    assert share_of(2, hosts) == share_of(3, hosts) == (1, 2, (1,))
+    assert share_of(0, hosts) == share_of(1, hosts) == Reader(0, 2, (0,))
+    assert share_of(2, hosts) == share_of(3, hosts) == Reader(1, 2, (1,))
 
 
 def test_hosts_that_share_rows_in_part_are_refused():
