@@ -67,8 +67,6 @@ def _start(config: DistributedConfig) -> bool:
     """Starts JAX's runtime where this process is one of several; tells whether it is."""
     if not (config.coordinator or launched_with_others(os.environ)):
         return False
-    if jax.config.read("jax_platforms") == "cpu":
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             config.coordinator,
