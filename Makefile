@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv-run
 TEST := .venv-test
-PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist worksteal
+PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist worksteal --durations=20
 
 # The authors' ori_pqal.json, if PubMedQA is to be part of `make reproduce`.
 PUBMEDQA ?=
