@@ -1,6 +1,5 @@
 """The TPU kernels of `causal_conv1d`: interpreted on the CPU against the plain loop, and compiled with no TPU."""
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -12,7 +11,6 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.aot import Request, estimates
 from biomamba_jax.ops import causal_conv1d, dispatch
 from biomamba_jax.ops.causal_conv1d import pallas_tpu
 from tests.ops.oracles import in_dtype, segment_layouts
@@ -74,16 +72,3 @@ def test_a_tpu_program_takes_the_kernels_but_not_for_a_few_tokens():
 def test_without_a_tpu_the_kernels_refuse_and_say_why():
     with pytest.raises(UserError, match="'pallas_tpu' cannot be used: it runs on TPU, and this program is for cpu"):
         causal_conv1d(jnp.zeros((1, 64, 8)), jnp.zeros((8, 4)), implementation="pallas_tpu")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'")
-def test_both_kernels_compile_for_every_tpu_at_the_smallest_and_the_largest_size():
-    requests = []
-    for topology in ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1"):
-        for channels, segments in ((1536, True), (5120, False)):
-            shape = {"rows": 1, "length": 1024, "channels": channels, "segments": segments}
-            arguments = {"op": "causal_conv1d", "implementation": "pallas_tpu", "gradient": True, **shape}
-            requests.append(Request(topology, "biomamba_jax.measure.kernels:build", arguments))
-    for request, estimate in zip(requests, estimates(requests), strict=True):
-        assert estimate.error is None, f"{request}: {estimate.error}"

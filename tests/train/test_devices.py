@@ -71,7 +71,7 @@ def test_four_devices_give_the_losses_of_one(tmp_path, kind):
         assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.ahead_of_time
 @pytest.mark.parametrize(("kind", "mesh"), [("mamba1", "4,1,1,1"), ("mamba2", "4,1,1,1"), ("mamba2", "1,1,2,2")])
 def test_a_step_over_several_tpu_chips_compiles_with_the_kernels_in_it(kind, mesh):
     if importlib.util.find_spec("libtpu") is None:
