@@ -7,7 +7,7 @@ PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist worksteal --durations=20
 # The authors' ori_pqal.json, if PubMedQA is to be part of `make reproduce`.
 PUBMEDQA ?=
 
-.PHONY: quickstart reproduce test test-chips clean
+.PHONY: quickstart reproduce test test-long clean
 
 # A small Mamba trained on real PubMed abstracts: minutes on two cores.
 quickstart: $(RUN)/installed
@@ -27,13 +27,13 @@ test: $(TEST)/installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
-	$(PYTEST) -m 'not ahead_of_time'
+	$(PYTEST) -m 'not ahead_of_time and not long'
 
-# Programs compiled for TPUs and GPUs that are not there: kernels at every published size, whole training steps, plans.
-# ONLY is an expression of pytest's -k.
+# Every mesh of eight devices, runs of several processes, and programs compiled for TPUs and GPUs that are not there:
+# kernels at every published size, whole training steps, plans. ONLY is an expression of pytest's -k.
 ONLY ?=
-test-chips: $(TEST)/compilers
-	$(PYTEST) -m ahead_of_time $(if $(ONLY),-k '$(ONLY)')
+test-long: $(TEST)/compilers
+	$(PYTEST) -m 'ahead_of_time or long' $(if $(ONLY),-k '$(ONLY)')
 
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(RUN)

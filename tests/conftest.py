@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# Compilers for other chips may be installed too (`make test-chips`): they are no devices.
+# Compilers for other chips may be installed too (`make test-long`): they are no devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Many tests build the same small programs; a run of the suite compiles each of them once, subprocesses included.

@@ -82,7 +82,7 @@ def test_devices_train_as_one(kind):
     check_meshes(kind, [(1, 2, 2, 2)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
 def test_every_mesh_of_eight_devices_trains_as_one(kind):

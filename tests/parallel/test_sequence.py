@@ -130,7 +130,7 @@ def test_a_device_with_too_few_tokens_for_the_convolution_is_refused():
         sequence.causal_conv1d(x, jnp.zeros((4, 4)), None, jnp.ones(1, bool), 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
 def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_spread_over_more(kind):

@@ -17,7 +17,7 @@ from synthetic import write_shards
 from biomamba_jax.interop import read_model
 from biomamba_jax.train.metrics import read_metrics
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 ENDS_WITHIN = 60
