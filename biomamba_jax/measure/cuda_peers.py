@@ -1,6 +1,6 @@
 """The authors' own CUDA and Triton kernels, where `mamba_ssm` and `causal_conv1d` are installed, on the same values.
 
-Torch is imported only where one of them runs.
+Torch is imported only where one of them runs. Signatures as of mamba_ssm 2.3 and causal_conv1d 1.6.
 """
 
 import importlib
@@ -13,13 +13,24 @@ import numpy as np
 
 Run = Callable[[], Any]
 
+_DEVICE = "cuda"
+
+
+class Runs(NamedTuple):
+    """One op on one set of values."""
+
+    forward: Run
+    both: Run
+    """Forward and backward: gradients by the names of the arrays, in their order."""
+    wait: Callable[[Any], None]
+
 
 class Peer(NamedTuple):
-    """`build` takes what `kernels.build`'s functions do; it returns forward, forward and backward, and a wait."""
+    """`build` takes what `kernels.build`'s functions do."""
 
     name: str
     packages: tuple[str, ...]
-    build: Callable[..., tuple[Run, Run, Callable[[Any], None]]]
+    build: Callable[..., Runs]
 
     def why_not(self) -> str | None:
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
@@ -33,13 +44,13 @@ class Peer(NamedTuple):
 def _tensor(v: jax.Array) -> Any:
     """On the GPU, with gradients where it is of a floating type."""
     torch: Any = importlib.import_module("torch")
-    values = torch.from_numpy(np.array(v.astype("float32") if v.dtype == "bfloat16" else v)).cuda()
+    values = torch.from_numpy(np.array(v.astype("float32") if v.dtype == "bfloat16" else v)).to(_DEVICE)
     if v.dtype == "bfloat16":
         values = values.to(torch.bfloat16)
     return values.requires_grad_(values.is_floating_point())
 
 
-def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> tuple[Run, Run, Callable[[Any], None]]:
+def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> Runs:
     torch: Any = importlib.import_module("torch")
 
     def forward() -> Any:
@@ -47,12 +58,12 @@ def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> tuple[Run, Run, C
             return compute()
 
     def both() -> Any:
-        return torch.autograd.grad(compute(), list(inputs.values()), dy)
+        return dict(zip(inputs, torch.autograd.grad(compute(), list(inputs.values()), dy), strict=True))
 
-    return forward, both, lambda _: torch.cuda.synchronize()
+    return Runs(forward, both, lambda _: torch.cuda.synchronize())
 
 
-def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array):
+def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
     """Theirs knows no resets inside a row and has time last; the transposes are not in the timing."""
     function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
     wide = ("x", "dt", "B", "C", "z")
@@ -67,7 +78,7 @@ def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array):
     return _runs(compute, inputs, _tensor(dy.swapaxes(1, 2)).detach())
 
 
-def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array):
+def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
     function = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
     inputs = {k: _tensor(v) for k, v in arrays.items()}
     seq_idx = None if ids is None else _tensor(ids)
@@ -90,7 +101,7 @@ def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array):
     return _runs(compute, inputs, _tensor(dy).detach())
 
 
-def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array):
+def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
     """Time last in meaning, channels last in memory, as theirs needs for resets."""
     function = importlib.import_module("causal_conv1d").causal_conv1d_fn
     inputs = {k: _tensor(v) for k, v in arrays.items()}

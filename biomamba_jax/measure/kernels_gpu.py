@@ -1,13 +1,13 @@
 """The heavy operations on GPU: right and fast, on the one at hand; registers and spills, for one that is not there.
 
-On a GPU, one process checks every implementation against the plain loop in float64 and then times all of them, and
-`mamba_ssm`'s CUDA kernels where they are installed.
+On a GPU, one process checks every implementation against the plain loop in float64 and then times those that are right,
+and `mamba_ssm`'s CUDA kernels where they are installed. What fails is named and the rest is still measured.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.cuda_peers import PEERS, Peer
+from biomamba_jax.measure.cuda_peers import PEERS
 from biomamba_jax.measure.kernels import KernelsBenchmark, build
 from biomamba_jax.ops import dispatch
 from biomamba_jax.parallel.hardware import find_chip
@@ -30,6 +30,8 @@ _CHECK: Mapping[str, Any] = {"rows": 2, "length": 300, "channels": 256, "segment
 # Of the largest value: inputs and products are rounded to 8 bits, and the gradient of A sums terms of both signs.
 _TOLERANCE = 2**-5
 _REPEATS, _LEAST_SECONDS = 5, 0.2
+_DIRECTIONS = ("forward", "forward and backward")
+_SETS = 8  # of arguments that take turns: none is still in the GPU's cache from the time before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +44,23 @@ class Timing:
     seconds: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """An implementation that ended with an exception."""
+
+    op: str
+    implementation: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op} by {self.implementation} fails: {self.reason}"
+
+
 def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
     """Prints whether every implementation is right, and how fast it is.
 
     Raises:
-      UserError: JAX has no GPU here, or an implementation is wrong.
+      UserError: JAX has no GPU here, or, after all else is printed, an implementation is wrong or fails.
     """
     if jax.default_backend() not in ("gpu", "cuda"):
         raise UserError(
@@ -62,16 +76,29 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
     check = Table(title="largest error beside the largest value of the plain loop in float64, bfloat16 inputs")
     for column in ("op", "implementation", "y", "worst gradient", "of"):
         check.add_column(column)
-    wrong = []
+    faults: list[str] = []
+    right: list[tuple[str, str]] = []
     for op, name, errors in _errors():
+        if isinstance(errors, Failure):
+            faults.append(str(errors))
+            continue
         worst = max((k for k in errors if k != "y"), key=lambda k: errors[k])
         check.add_row(op, name, f"{errors['y']:.1e}", f"{errors[worst]:.1e}", worst)
-        if not all(error <= _TOLERANCE for error in errors.values()):  # NaN is wrong too
-            wrong.append(f"{op} by {name}")
+        if all(error <= _TOLERANCE for error in errors.values()):  # NaN is wrong too
+            right.append((op, name))
+        else:
+            faults.append(f"{op} by {name} is wrong by more than {_TOLERANCE:.0e}")
     print_tables([check])
-    if wrong:
-        raise UserError(f"wrong by more than {_TOLERANCE:.0e}: {', '.join(wrong)}; speed is of no interest then")
-    print_tables([_timings_table(settings, list(_timings(settings)))])
+    timings: list[Timing] = []
+    for found in _timings(settings, right):
+        if isinstance(found, Timing):
+            timings.append(found)
+        else:
+            faults.append(str(found))
+    timings += _peer_timings(settings)
+    print_tables([_timings_table(settings, timings)])
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def _why_absent(op: str, implementation: str) -> str | None:
@@ -107,7 +134,7 @@ def random_arguments(op: str, seed: int, **shape: Any) -> tuple[Any, ...]:
     return made, ids, *(draw("dy", like) for like in rest)
 
 
-def _errors() -> Iterator[tuple[str, str, Mapping[str, float]]]:
+def _errors() -> Iterator[tuple[str, str, Mapping[str, float] | Failure]]:
     """For every implementation: max|got - want| / max|want| of y and of each gradient."""
     for op in _OPS:
         arguments = random_arguments(op, 0, **_CHECK)
@@ -115,8 +142,16 @@ def _errors() -> Iterator[tuple[str, str, Mapping[str, float]]]:
             wide = jax.tree.map(lambda v: v.astype(jnp.float64) if v.dtype != jnp.int32 else v, arguments)
             want = _named(_function(op, "reference", _CHECK)(*wide))
         for name in _present(op):
-            got = _named(_function(op, name, _CHECK)(*arguments))
+            try:
+                got = _named(_function(op, name, _CHECK)(*arguments))
+            except Exception as e:  # of the compiler or the driver: the others are of interest all the same
+                yield op, name, Failure(op, name, _first_line(e))
+                continue
             yield op, name, {k: float(np.max(np.abs(got[k] - v)) / np.max(np.abs(v))) for k, v in want.items()}
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {(str(e).splitlines() or ['no message'])[0]}"
 
 
 def _function(op: str, implementation: str, shape: Mapping[str, Any], gradient: bool = True) -> Callable[..., Any]:
@@ -128,37 +163,88 @@ def _named(results: Any) -> dict[str, np.ndarray]:
     return {"y": np.asarray(y, np.float64)} | {k: np.asarray(v, np.float64) for k, v in gradients.items()}
 
 
-def _timings(settings: KernelsBenchmark) -> Iterator[Timing]:
-    shape = {k: getattr(settings, k) for k in ("rows", "length", "channels", "segments")}
-    for op in _OPS:
-        arguments = random_arguments(op, 0, **shape)
-        for name in _present(op):
-            forward = _seconds(
-                partial(_function(op, name, shape, gradient=False), *arguments[:2]), jax.block_until_ready
-            )
-            both = _seconds(partial(_function(op, name, shape), *arguments), jax.block_until_ready)
-            yield Timing(op, name, "forward", forward)
-            yield Timing(op, name, "forward and backward", both)
-        peer: Peer = PEERS[op]
+def _timings(settings: KernelsBenchmark, right: Sequence[tuple[str, str]]) -> Iterator[Timing | Failure]:
+    """Of the (op, implementation) in `right`."""
+    for op in dict.fromkeys(op for op, _ in right):
+        sets = _argument_sets(op, settings)
+        for name in (name for of_op, name in right if of_op == op):
+            alone, both = (_function(op, name, _shape(settings), gradient) for gradient in (False, True))
+            runs = (_in_turns(alone, [s[:2] for s in sets]), _in_turns(both, sets))
+            try:
+                seconds = [_seconds(run, jax.block_until_ready) / _SETS for run in runs]
+            except Exception as e:  # out of memory, say, at a shape that `_CHECK` did not have
+                yield Failure(op, name, _first_line(e))
+            else:
+                yield from (Timing(op, name, *found) for found in zip(_DIRECTIONS, seconds, strict=True))
+
+
+def _peer_timings(settings: KernelsBenchmark) -> Iterator[Timing]:
+    for op, peer in PEERS.items():
         if reason := peer.why_not():
             print(f"{op}, {peer.name}: left out: {reason}")
             continue
-        forward_peer, both_peer, wait = peer.build(*arguments)
-        yield Timing(op, peer.name, "forward", _seconds(forward_peer, wait))
-        yield Timing(op, peer.name, "forward and backward", _seconds(both_peer, wait))
+        try:
+            sets = [peer.build(*arguments) for arguments in _argument_sets(op, settings)]
+            runs = ([s.forward for s in sets], [s.both for s in sets])
+            seconds = [_seconds(partial(_call_all, run), sets[0].wait) / _SETS for run in runs]
+        except Exception as e:  # other people's code, in whatever state it is installed
+            print(f"{op}, {peer.name}: left out: {_first_line(e)}")
+        else:
+            yield from (Timing(op, peer.name, *found) for found in zip(_DIRECTIONS, seconds, strict=True))
+
+
+def _call_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    return [call() for call in calls]
+
+
+def _shape(settings: KernelsBenchmark) -> dict[str, Any]:
+    return {k: getattr(settings, k) for k in ("rows", "length", "channels", "segments")}
+
+
+def _argument_sets(op: str, settings: KernelsBenchmark) -> list[tuple[Any, ...]]:
+    """The same values in memory of their own."""
+    arguments = random_arguments(op, 0, **_shape(settings))
+    return [jax.tree.map(jnp.copy, arguments) for _ in range(_SETS)]
+
+
+def _in_turns(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
+    """One program that calls a function on each of the sets, one after the other: launching it costs next to nothing.
+
+    The results of one call are awaited before the next one's arguments are read, so that the calls' temporary memory
+    is that of one.
+    """
+
+    @jax.jit
+    def run(sets: Sequence[tuple[Any, ...]]) -> list[Any]:
+        results: list[Any] = []
+        for arguments in sets:
+            if results:
+                arguments, results[-1] = jax.lax.optimization_barrier((arguments, results[-1]))
+            results.append(function(*arguments))
+        return results
+
+    return partial(run, sets)
 
 
 def _seconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Seconds of one call in a queue of many, as in a training step, where launching costs no waiting."""
+    """Seconds of one call, with the next one already waiting, as in a training step: launching it costs no time.
+
+    No more than two calls' results are kept: those of a longer queue would not fit into memory.
+    """
     wait(run())
     start = time.perf_counter()
     wait(run())
-    calls = max(1, math.ceil(_LEAST_SECONDS / (time.perf_counter() - start)))
+    calls = max(2, math.ceil(_LEAST_SECONDS / (time.perf_counter() - start)))
     fastest = math.inf
     for _ in range(_REPEATS):
         start = time.perf_counter()
-        results = [run() for _ in range(calls)][-1]
-        wait(results)
+        before = run()
+        for _ in range(calls - 1):
+            before, last = run(), before
+            wait(last)
+            del last
+        wait(before)
+        del before
         fastest = min(fastest, (time.perf_counter() - start) / calls)
     return fastest
 

@@ -1,6 +1,7 @@
 """`python -m biomamba_jax.benchmark kernels` for GPUs: the one at hand, played by the CPU, and absent ones."""
 
 import importlib.util
+import weakref
 
 import jax
 import pytest
@@ -35,11 +36,52 @@ def test_every_implementation_is_checked_then_timed_and_what_cannot_run_is_named
         assert word in printed
 
 
-def test_a_wrong_implementation_is_an_error_and_is_not_timed(a_gpu_that_is_a_cpu, monkeypatch):
-    monkeypatch.setattr(kernels_gpu, "_errors", lambda: iter([("ssd", "triton", {"y": 1e-3, "dA": float("nan")})]))
-    monkeypatch.setattr(kernels_gpu, "_timings", None)
-    with pytest.raises(UserError, match="wrong by more than 3e-02: ssd by triton"):
+def test_what_is_wrong_or_fails_is_an_error_and_not_timed_and_the_rest_is(a_gpu_that_is_a_cpu, monkeypatch):
+    found = {
+        "xla": {"y": 1e-3, "A": 1e-3},
+        "triton": {"y": 1e-3, "A": float("nan")},
+        "pallas_gpu": kernels_gpu.Failure("ssd", "pallas_gpu", "JaxRuntimeError: no kernel image"),
+    }
+    timed = []
+    monkeypatch.setattr(kernels_gpu, "_errors", lambda: [("ssd", *item) for item in found.items()])
+    monkeypatch.setattr(kernels_gpu, "_timings", lambda settings, right: timed.extend(right) or [])
+    want = "^ssd by triton is wrong by more than 3e-02; ssd by pallas_gpu fails: JaxRuntimeError: no kernel image$"
+    with pytest.raises(UserError, match=want):
         benchmark.main(["kernels", *SMALL])
+    assert timed == [("ssd", "xla")]
+
+
+def test_an_exception_of_one_implementation_leaves_the_others(a_gpu_that_is_a_cpu, monkeypatch):
+    compiled = kernels_gpu._function
+
+    def function(op, name, *rest):
+        if name == "triton":
+            raise ValueError("ptxas died\nwith this")
+        return compiled(op, name, *rest)
+
+    monkeypatch.setattr(kernels_gpu, "_OPS", ("causal_conv1d",))
+    monkeypatch.setattr(kernels_gpu, "_present", lambda op: ["triton", "xla"])
+    monkeypatch.setattr(kernels_gpu, "_function", function)
+    (_, _, failure), (_, name, errors) = kernels_gpu._errors()
+    assert str(failure) == "causal_conv1d by triton fails: ValueError: ptxas died"
+    assert name == "xla" and set(errors) == {"y", "x", "weight", "bias"}
+
+
+def test_timing_keeps_the_results_of_no_more_than_two_calls(monkeypatch):
+    class Result:
+        """Something that can be told to be alive."""
+
+    alive, most = weakref.WeakSet(), []
+
+    def run():
+        result = Result()
+        alive.add(result)
+        most.append(len(alive))
+        return result
+
+    monkeypatch.setattr(kernels_gpu, "_LEAST_SECONDS", 1e-3)
+    kernels_gpu._seconds(run, lambda result: None)
+    assert len(most) > 20 and max(most) == 2
 
 
 def test_the_least_work_is_inputs_and_results_once_and_the_products_of_chunks():
