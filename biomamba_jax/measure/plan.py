@@ -88,6 +88,7 @@ class Plan:
             seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
         return {
             "estimate": "by the compiler and from datasheets, not measured",
+            "model": {key: getattr(self.config.model, key) for key in ("kind", "d_model", "n_layers")},
             "topology": str(self.topology),
             "chips": self.topology.chips,
             "devices": self.topology.devices,

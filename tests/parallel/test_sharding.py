@@ -1,5 +1,7 @@
 """Rules by parameter path, shapes of meshes, and which host reads which rows."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,40 @@ def test_one_axis_takes_what_the_others_leave():
         MeshConfig(tensor=-1)
     with pytest.raises(UserError, match=r"mesh.fsdp = 0"):
         MeshConfig(fsdp=0)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What JAX tells of one chip of a TPU."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def slices_of_sixteen(count: int) -> list[Chip]:
+    """Chips in squares of 4 x 4."""
+    return [Chip(n, n // 16, (n % 4, n // 4 % 4, 0)) for n in range(16 * count)]
+
+
+@pytest.mark.parametrize("sizes", [(-1, 1, 1, 1), (2, 16, 1, 1), (2, 4, 4, 1), (4, 2, 2, 2), (2, 1, 1, 16)])
+def test_between_slices_there_are_only_copies_of_the_weights(sizes):
+    mesh = make_mesh(MeshConfig(*sizes), slices_of_sixteen(2))
+    of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+    for copy in of:  # fsdp, tensor and sequence stay inside a slice
+        assert len(np.unique(copy)) == 1
+    first, second = np.split(of, 2)  # a slice's copies lie side by side: sums run inside it before they leave it
+    assert (first == 0).all() and (second == 1).all()
+
+
+def test_each_slice_holds_a_whole_copy_of_the_weights():
+    with pytest.raises(UserError, match=r"mesh\.data = 1: must be a multiple of the 2 slices"):
+        make_mesh(MeshConfig(1, 32), slices_of_sixteen(2))
+    with pytest.raises(UserError, match=r"mesh\.data = 16: must be a multiple of the 3 slices"):
+        make_mesh(MeshConfig(16, 3), slices_of_sixteen(3))
 
 
 def test_a_batch_that_does_not_divide_is_refused():

@@ -55,6 +55,7 @@ def test_a_plan_shows_memory_exchanges_time_and_price(compiler, capsys):
 def test_json_has_the_figures_exactly(compiler, capsys):
     command.main([*SMALL, "--json", "--tokens", "1e9"])
     found = json.loads(capsys.readouterr().out)
+    assert found["model"] == {"kind": "mamba2", "d_model": 256, "n_layers": 2}
     assert found["fits"] is True
     assert found["memory"]["total"] == 10 * GIB
     assert found["seconds"]["step"] == pytest.approx(0.1075)
