@@ -33,21 +33,9 @@ def _sees(reach, t, back, L, SEGMENTED: tl.constexpr):
 
 
 @triton.jit
-def _linear(
-    x,
-    weight,
-    bias,
-    initial,
-    reach,
-    t,
-    c,
-    L,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    SEGMENTED: tl.constexpr,
-    INITIAL: tl.constexpr,
-):
-    """bias + sum_k weight_k x_{t-K+1+k}"""
+def _linear(given, t, c, L, C: tl.constexpr, K: tl.constexpr, SEGMENTED: tl.constexpr, INITIAL: tl.constexpr):
+    """bias + sum_k weight_k x_{t-K+1+k}; `given` is (x, weight, bias, initial, reach)."""
+    x, weight, bias, initial, reach = given
     value = tl.load(bias + c, mask=c < C, other=0)[None, :]
     for back in tl.static_range(K - 1, -1, -1):
         tap = tl.load(weight + (K - 1 - back) * C + c, mask=c < C, other=0)[None, :]
@@ -58,11 +46,7 @@ def _linear(
 
 @triton.jit
 def _incoming(
-    x,
-    weight,
-    bias,
-    initial,
-    reach,
+    given,
     dy,
     t,
     c,
@@ -77,7 +61,7 @@ def _incoming(
     there = ((t >= 0) & (t < L))[:, None] & (c < C)[None, :]
     g = tl.load(dy + t[:, None] * C + c[None, :], mask=there, other=0).to(tl.float32)
     if SILU:
-        value = _linear(x, weight, bias, initial, reach, t, c, L, C, K, SEGMENTED, INITIAL)
+        value = _linear(given, t, c, L, C, K, SEGMENTED, INITIAL)
         gate = 1 / (1 + tl.exp2(-value * _LOG2_E))
         g *= gate * (1 + value * (1 - gate))
     return g
@@ -85,11 +69,7 @@ def _incoming(
 
 @triton.jit
 def _of_inputs(
-    x,
-    weight,
-    bias,
-    initial,
-    reach,
+    given,
     dy,
     t,
     c,
@@ -101,10 +81,11 @@ def _of_inputs(
     INITIAL: tl.constexpr,
 ):
     """The gradient of the inputs at t: of the K outputs from each on."""
+    _, weight, _, _, reach = given
     for back in tl.static_range(K - 1, -1, -1):
         later = t + back
         tap = tl.load(weight + (K - 1 - back) * C + c, mask=c < C, other=0)[None, :]
-        g = _incoming(x, weight, bias, initial, reach, dy, later, c, L, C, K, SILU, SEGMENTED, INITIAL)
+        g = _incoming(given, dy, later, c, L, C, K, SILU, SEGMENTED, INITIAL)
         part = tap * tl.where(_sees(reach, later, back, L, SEGMENTED)[:, None], g, 0.0)
         if back == K - 1:
             total = part
@@ -133,7 +114,8 @@ def causal_conv1d_forward(
     c, t = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * T + tl.arange(0, T)
     row = tl.program_id(2).to(tl.int64)
     x, y, reach, initial = x + row * L * C, y + row * L * C, reach + row * L, initial + row * (K - 1) * C
-    value = _linear(x, weight, bias, initial, reach, t, c, L, C, K, SEGMENTED, INITIAL)
+    given = (x, weight, bias, initial, reach)
+    value = _linear(given, t, c, L, C, K, SEGMENTED, INITIAL)
     if SILU:
         value = value / (1 + tl.exp2(-value * _LOG2_E))
     there = (t < L)[:, None] & (c < C)[None, :]
@@ -167,11 +149,12 @@ def causal_conv1d_backward(
     row = tl.program_id(2).to(tl.int64)
     x, dx, dy = x + row * L * C, dx + row * L * C, dy + row * L * C
     reach, initial = reach + row * L, initial + row * (K - 1) * C
+    given = (x, weight, bias, initial, reach)
     d_weight += (row * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
-    d_x = _of_inputs(x, weight, bias, initial, reach, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
+    d_x = _of_inputs(given, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
     there = (t < L)[:, None] & (c < C)[None, :]
     tl.store(dx + t[:, None] * C + c[None, :], d_x.to(dx.dtype.element_ty), mask=there)
-    g = _incoming(x, weight, bias, initial, reach, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
+    g = _incoming(given, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
     for back in tl.static_range(K - 1, -1, -1):
         seen = _inputs(x, initial, t - back, c, L, C, K, INITIAL)
         seen = tl.where(_sees(reach, t, back, L, SEGMENTED)[:, None], seen, 0.0)
@@ -180,6 +163,6 @@ def causal_conv1d_backward(
     if INITIAL:  # noqa: SIM102 (known when compiling; the other is not)
         if tl.program_id(1) == 0:
             i = tl.arange(0, BEFORE)
-            d_x = _of_inputs(x, weight, bias, initial, reach, dy, i + 1 - K, c, L, C, K, SILU, SEGMENTED, INITIAL)
+            d_x = _of_inputs(given, dy, i + 1 - K, c, L, C, K, SILU, SEGMENTED, INITIAL)
             place = d_initial + row * (K - 1) * C + i[:, None] * C + c[None, :]
             tl.store(place, d_x, mask=(i < K - 1)[:, None] & (c < C)[None, :])

@@ -32,6 +32,22 @@ def _sigmoid(v):
 
 
 @triton.jit
+def _place(E, N: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+    """A program's channels, row and states, its place in a state [N E], and what of that is there."""
+    e = tl.program_id(0) * BE + tl.arange(0, BE)
+    n = tl.arange(0, BN)
+    return e, tl.program_id(1).to(tl.int64), n, n[:, None] * E + e[None, :], (n < N)[:, None] & (e < E)[None, :]
+
+
+@triton.jit
+def _parameters(A_log2e, D, dt_bias, e, tile, there, E):
+    """A, D and dt_bias of the program's channels."""
+    in_row = e < E
+    A = tl.load(A_log2e + tile, mask=there, other=0)
+    return A, tl.load(D + e, mask=in_row, other=0), tl.load(dt_bias + e, mask=in_row, other=0)
+
+
+@triton.jit
 def _channels(row, t, e, L, E, other: tl.constexpr):
     """Channels e of time step t."""
     return tl.load(row + t * E + e, mask=e < tl.where(t < L, E, 0), other=other)
@@ -96,16 +112,10 @@ def selective_scan_forward(
 ):
     """y, the last state [B N E] and, to SAVE, the state before every CHUNK steps [B chunks N E]."""
     E = E_per_vector * VECTOR
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, BN)
-    tile = n[:, None] * E + e[None, :]
-    there = (n < N)[:, None] & (e < E)[None, :]
+    e, row, n, tile, there = _place(E, N, BN, BE)
     x, dt, z, y = x + row * L * E, dt + row * L * E, z + row * L * E, y + row * L * E
     B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
-    A = tl.load(A_log2e + tile, mask=there, other=0)
-    skip = tl.load(D + e, mask=e < E, other=0)
-    bias = tl.load(dt_bias + e, mask=e < E, other=0)
+    A, skip, bias = _parameters(A_log2e, D, dt_bias, e, tile, there, E)
     h = tl.load(initial + row * N * E + tile, mask=there, other=0)
     chunks = tl.cdiv(L, CHUNK)
     boundary += row * chunks * N * E
@@ -179,23 +189,16 @@ def selective_scan_backward(
     the row.
     """
     E = E_per_vector * VECTOR
-    block = tl.program_id(0)
-    e = block * BE + tl.arange(0, BE)
-    row = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, BN)
-    tile = n[:, None] * E + e[None, :]
-    there = (n < N)[:, None] & (e < E)[None, :]
+    e, row, n, tile, there = _place(E, N, BN, BE)
     x, dt, z, dy = x + row * L * E, dt + row * L * E, z + row * L * E, dy + row * L * E
     dx, d_dt, dz = dx + row * L * E, d_dt + row * L * E, dz + row * L * E
     B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
-    partial = (row * tl.num_programs(0) + block) * L * N
+    partial = (row * tl.num_programs(0) + tl.program_id(0)) * L * N
     dB, dC = dB + partial, dC + partial
     chunks = tl.cdiv(L, CHUNK)
     boundary += row * chunks * N * E
     scratch += row * (CHUNK // U) * N * E
-    A = tl.load(A_log2e + tile, mask=there, other=0)
-    skip = tl.load(D + e, mask=e < E, other=0)
-    bias = tl.load(dt_bias + e, mask=e < E, other=0)
+    A, skip, bias = _parameters(A_log2e, D, dt_bias, e, tile, there, E)
 
     # What reaches the state before the step at hand from all later ones.
     later = tl.load(d_final + row * N * E + tile, mask=there, other=0)

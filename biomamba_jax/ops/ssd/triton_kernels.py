@@ -20,6 +20,25 @@ import triton.language as tl
 
 
 @triton.jit
+def _of_head(base, row, head, L, H: tl.constexpr, P: tl.constexpr):
+    """Where a row's values of that head begin in an array [B L H P]."""
+    return base + (row * L * H + head) * P
+
+
+@triton.jit
+def _of_group(base, row, head, L, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr):
+    """Where a row's values of the head's group begin in an array [B L G N]."""
+    return base + (row * L * G + head // (H // G)) * N
+
+
+@triton.jit
+def _walker(N: tl.constexpr, PB: tl.constexpr):
+    """Head and row of a program that walks through chunks, and its PB channels' place in a state [P N]."""
+    p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
+    return tl.program_id(1), tl.program_id(2).to(tl.int64), p[:, None] * N + n[None, :]
+
+
+@triton.jit
 def _rows(base, t, width: tl.constexpr, stride):
     """[tokens, width]"""
     return tl.load(base + t[:, None] * stride + tl.arange(0, width)[None, :])
@@ -82,11 +101,9 @@ def ssd_states(
     SEGMENTED: tl.constexpr,
 ):
     """The state before each chunk and after the last one [B H P N] float32, PB channels of a head at a time."""
-    p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile = p[:, None] * N + n[None, :]
-    x += (row * L * H + head) * P + tl.program_id(0) * PB
-    B += (row * L * G + head // (H // G)) * N
+    head, row, tile = _walker(N, PB)
+    x = _of_head(x, row, head, L, H, P) + tl.program_id(0) * PB
+    B = _of_group(B, row, head, L, H, G, N)
     d, s, segment = d + (row * H + head) * L, s + (row * H + head) * L, segment + row * L
     state = tl.load(initial + (row * H + head) * P * N + tile)
     before += (row * (L // Q) * H + head) * P * N
@@ -124,10 +141,8 @@ def ssd_outputs(
     """y of a chunk and head, from the state before the chunk."""
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = chunk * Q + tl.arange(0, Q)
-    x += (row * L * H + head) * P
-    y += (row * L * H + head) * P
-    B += (row * L * G + head // (H // G)) * N
-    C += (row * L * G + head // (H // G)) * N
+    x, y = _of_head(x, row, head, L, H, P), _of_head(y, row, head, L, H, P)
+    B, C = _of_group(B, row, head, L, H, G, N), _of_group(C, row, head, L, H, G, N)
     segment += row * L
     before += ((row * (L // Q) + chunk) * H + head) * P * N
     s_t = tl.load(s + (row * H + head) * L + t)
@@ -162,11 +177,9 @@ def ssd_state_gradients(
     SEGMENTED: tl.constexpr,
 ):
     """The gradient of the state after each chunk, last chunk first, and of the first state [B H P N] float32."""
-    p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
-    head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tile = p[:, None] * N + n[None, :]
-    dy += (row * L * H + head) * P + tl.program_id(0) * PB
-    C += (row * L * G + head // (H // G)) * N
+    head, row, tile = _walker(N, PB)
+    dy = _of_head(dy, row, head, L, H, P) + tl.program_id(0) * PB
+    C = _of_group(C, row, head, L, H, G, N)
     s, segment = s + (row * H + head) * L, segment + row * L
     d_state = tl.load(d_final + (row * H + head) * P * N + tile)
     after += (row * (L // Q) * H + head) * P * N
@@ -214,11 +227,8 @@ def ssd_token_gradients(
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     t, last = chunk * Q + q, chunk * Q + Q - 1
-    x += (row * L * H + head) * P
-    dx += (row * L * H + head) * P
-    dy += (row * L * H + head) * P
-    B += (row * L * G + head // (H // G)) * N
-    C += (row * L * G + head // (H // G)) * N
+    x, dy, dx = _of_head(x, row, head, L, H, P), _of_head(dy, row, head, L, H, P), _of_head(dx, row, head, L, H, P)
+    B, C = _of_group(B, row, head, L, H, G, N), _of_group(C, row, head, L, H, G, N)
     segment += row * L
     of_head = (row * H + head) * L
     state = ((row * (L // Q) + chunk) * H + head) * P * N
@@ -282,14 +292,12 @@ def ssd_shared_gradients(
     """dB and dC of a chunk, of HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
     block, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
-    group = block * HB // (H // G)
-    x += (row * L * H + block * HB) * P
-    dy += (row * L * H + block * HB) * P
-    segment += row * L
-    d += (row * H + block * HB) * L
-    s += (row * H + block * HB) * L
-    before += ((row * (L // Q) + chunk) * H + block * HB) * P * N
-    after += ((row * (L // Q) + chunk) * H + block * HB) * P * N
+    first = block * HB
+    x, dy = _of_head(x, row, first, L, H, P), _of_head(dy, row, first, L, H, P)
+    B, C = _of_group(B, row, first, L, H, G, N), _of_group(C, row, first, L, H, G, N)
+    d, s, segment = d + (row * H + first) * L, s + (row * H + first) * L, segment + row * L
+    state = ((row * (L // Q) + chunk) * H + first) * P * N
+    before, after = before + state, after + state
     d_scores = tl.zeros((Q, Q), tl.float32)
     dB_c = tl.zeros((Q, N), tl.float32)
     dC_c = tl.zeros((Q, N), tl.float32)
@@ -304,8 +312,7 @@ def ssd_shared_gradients(
         outflow = _outflow(s_t, total, segment, t, last, SEGMENTED) * d_t
         weighted = (x_c.to(tl.float32) * outflow[:, None]).to(x_c.dtype)
         dB_c += tl.dot(weighted, _rows(after + head * P * N, tl.arange(0, P), N, N))
-    B_c = _rows(B + (row * L * G + group) * N, t, N, G * N)
-    C_c = _rows(C + (row * L * G + group) * N, t, N, G * N)
+    B_c, C_c = _rows(B, t, N, G * N), _rows(C, t, N, G * N)
     dC_c += tl.dot(d_scores.to(B_c.dtype), B_c)
     dB_c += tl.dot(tl.trans(d_scores.to(B_c.dtype)), C_c)
     tile = (row * (H // HB) + block) * L * N + t[:, None] * N + tl.arange(0, N)[None, :]
