@@ -10,6 +10,6 @@ T  tokens (B * L, flattened)
 """
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-__all__ = ["Array", "Float", "Int"]
+__all__ = ["Array", "Bool", "Float", "Int"]

@@ -144,27 +144,3 @@ def softplus(raw: Array) -> Array:
     for denominator in (9, 7, 5, 3, 1):
         series = series * square + 1 / denominator
     return jnp.maximum(raw, 0) + 2 * s * series
-
-
-def vary_alike(arrays: Any) -> Any:
-    """Inside `shard_map`: all arrays of a tree varying over all the mesh axes that any of them varies over.
-
-    A kernel wants it so, and the transpose of this step adds up the gradient of what was the same on all devices.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(v).manual_axis_type.varying for v in jax.tree.leaves(arrays)))
-
-    def vary(v: Array) -> Array:
-        missing = tuple(axes - jax.typeof(v).manual_axis_type.varying)
-        return jax.lax.pcast(v, missing, to="varying") if missing else v
-
-    return jax.tree.map(vary, arrays)
-
-
-def pad(v: Array, shape: tuple[int, ...], fill: float = 0) -> Array:
-    if v.shape == shape:
-        return v
-    return jnp.pad(v, [(0, want - have) for have, want in zip(v.shape, shape, strict=True)], constant_values=fill)
-
-
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

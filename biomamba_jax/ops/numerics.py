@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from biomamba_jax.ops import dispatch
-from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -24,6 +24,11 @@ def sum_leading(x: Float[Array, "*batch C"]) -> Float[Array, " C"]:
     if dispatch.platform() != "cpu":
         return jnp.sum(rows, axis=0, dtype=dtype)
     return jnp.dot(jnp.ones((1, rows.shape[0]), dtype), rows.astype(dtype))[0]
+
+
+def segment_starts(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Where a segment begins inside the row: the first token belongs to whatever came before it."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
 @jax.custom_vjp

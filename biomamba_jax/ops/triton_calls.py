@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import vary_over, varying_axes
 
 Sizes = TypeVar("Sizes")
 
@@ -119,7 +120,7 @@ def call(
         **constants,
     )
     axes = varying_axes(arguments)
-    return [_vary(v, axes) for v in results]
+    return [vary_over(v, axes) for v in results]
 
 
 def _triton_call() -> tuple[Callable[..., Any], Callable[[list[jax.ShapeDtypeStruct]], dict[str, Any]]]:
@@ -140,28 +141,3 @@ def for_device(table: Mapping[int, Sizes]) -> Sizes:
     """The entry of a table by least compute capability, for the GPU that programs are being built for."""
     capability = dispatch.compute_capability() or 0
     return table[max((least for least in table if least <= capability), default=min(table))]
-
-
-def varying_axes(arrays: Any) -> frozenset[str]:
-    """Inside `shard_map`: the mesh axes over which any of the arrays in the tree varies."""
-    leaves = [v for v in jax.tree.leaves(arrays) if hasattr(v, "dtype")]
-    return frozenset[str]().union(*(jax.typeof(v).manual_axis_type.varying for v in leaves))
-
-
-def vary_alike(arrays: Any) -> Any:
-    """Inside `shard_map`: all arrays of the tree varying alike, so that their gradients are summed outside."""
-    axes = varying_axes(arrays)
-    return jax.tree.map(lambda v: _vary(v, axes), arrays)
-
-
-def _vary(v: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(axes - jax.typeof(v).manual_axis_type.varying)
-    return jax.lax.pcast(v, missing, to="varying") if missing else v
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d
 from biomamba_jax.ops.causal_conv1d import pallas_tpu
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
 from tests.tolerances import TOLERANCES
 
@@ -58,8 +59,8 @@ def values_and_gradients(implementation: str, activation: str | None = "silu"):
     def compute(inputs, segment_ids):
         def run(arrays):
             if implementation == "pallas_tpu":
-                x, weight, bias, initial_state = (arrays.get(name) for name in ARRAYS)
-                return pallas_tpu.causal_conv1d(x, weight, bias, activation, segment_ids, initial_state, interpret=True)
+                given = Inputs(**arrays, segment_ids=segment_ids)
+                return pallas_tpu.causal_conv1d(given, activation, interpret=True)
             return causal_conv1d(
                 **arrays,
                 activation=activation,

@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d, dispatch
 from biomamba_jax.ops.causal_conv1d import pallas_tpu
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from tests.ops.oracles import in_dtype, segment_layouts
 from tests.ops.test_causal_conv1d import ACTIVATIONS, ARRAYS, SHAPES, Shape, assert_equals_oracle, random_inputs
 
@@ -52,11 +53,9 @@ def test_the_race_detector_reports_none(monkeypatch):
 
     monkeypatch.setattr(pallas_tpu, "_CHUNK", 16)
     inputs = in_dtype(random_inputs(Shape(rows=1, length=32, channels=128, width=4), 2), "float32", ACTIVATIONS)
-    x, weight, bias, initial_state = (inputs[name] for name in ARRAYS)
-    checked = partial(pallas_tpu.causal_conv1d, interpret=pltpu.InterpretParams(detect_races=True))
-    y, pull_back = jax.vjp(
-        lambda x: jax.jit(checked, static_argnums=3)(x, weight, bias, "silu", None, initial_state)[0], x
-    )
+    given = Inputs(**{name: inputs[name] for name in ARRAYS})
+    checked = partial(pallas_tpu.causal_conv1d, activation="silu", interpret=pltpu.InterpretParams(detect_races=True))
+    y, pull_back = jax.vjp(lambda x: jax.jit(checked)(given._replace(x=x))[0], given.x)
     jax.block_until_ready(pull_back(y))
     assert interpret_pallas_call.races.races_found is False
 

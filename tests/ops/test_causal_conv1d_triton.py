@@ -21,7 +21,7 @@ def assert_equals_the_plain_loop(
     inputs: dict[str, jax.Array], segment_ids, dtype: str, activation: str | None = "silu"
 ) -> None:
     values, gradients = triton_interpreter.values_and_gradients(
-        "biomamba_jax.ops.causal_conv1d.triton:causal_conv1d", inputs, ARRAYS, segment_ids, activation=activation
+        "causal_conv1d", inputs, ARRAYS, segment_ids, activation=activation
     )
     want_values, want_gradients = in_float64(by_name("reference", activation), inputs, segment_ids)
     tolerance = TOLERANCES["causal_conv1d", dtype]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu, reference, xla
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
 from tests.tolerances import TOLERANCES
 
@@ -73,7 +74,7 @@ def values_and_gradients(name: str):
 
     def compute(inputs, segment_ids):
         def run(arrays):
-            return implementation(name)(**{a: arrays.get(a) for a in ARRAYS}, segment_ids=segment_ids)
+            return implementation(name)(Inputs(**arrays, segment_ids=segment_ids))
 
         (y, final_state), pull_back = jax.vjp(run, {a: inputs[a] for a in ARRAYS if a in inputs})
         (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"].astype(final_state.dtype)))
@@ -175,14 +176,14 @@ def test_calls_joined_by_the_state_equal_one_call(form, first):
     scan = implementation(form)
 
     def whole(arrays):
-        return scan(**arrays, segment_ids=None)
+        return scan(Inputs(**arrays))
 
     def in_two_calls(arrays):
         parts = [
             {n: v[:, s] if n in ACTIVATIONS else v for n, v in arrays.items()} for s in (np.s_[:first], np.s_[first:])
         ]
-        y1, state = scan(**parts[0], segment_ids=None)
-        y2, state = scan(**(parts[1] | {"initial_state": state}), segment_ids=None)
+        y1, state = scan(Inputs(**parts[0]))
+        y2, state = scan(Inputs(**parts[1] | {"initial_state": state}))
         return jnp.concatenate([y1, y2], axis=1), state
 
     tolerance = TOLERANCES["selective_scan", "float32"]
@@ -242,8 +243,8 @@ def test_forward_and_backward_at_full_size_need_less_than_120_megabytes():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_no_array_of_length_times_d_state_survives_the_forward_pass(form):
-    scan = partial(xla.selective_scan, associative=form == "associative", segment_ids=None)
-    kept = jax.eval_shape(lambda arrays: jax.vjp(lambda a: scan(**a), arrays)[1], full_size(2048))
+    scan = partial(xla.selective_scan, associative=form == "associative")
+    kept = jax.eval_shape(lambda arrays: jax.vjp(lambda a: scan(Inputs(**a)), arrays)[1], full_size(2048))
     assert max(v.size for v in jax.tree.leaves(kept)) <= 2048 * 1536
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_gpu
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 from tests import h100
 from tests.ops import mosaic_interpreter
 from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
@@ -31,7 +32,7 @@ def interpreted(*, with_ids: bool):
     def compute(inputs, segment_ids):
         def run(arrays):
             scan = partial(pallas_gpu.selective_scan, interpret=mosaic_interpreter.parameters())
-            return scan(**{a: arrays.get(a) for a in ARRAYS}, segment_ids=segment_ids if with_ids else None)
+            return scan(Inputs(**arrays, segment_ids=segment_ids if with_ids else None))
 
         (y, final_state), pull_back = jax.vjp(run, {a: inputs[a] for a in ARRAYS if a in inputs})
         (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"]))

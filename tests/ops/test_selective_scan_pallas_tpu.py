@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 from tests.ops.oracles import assert_close, in_dtype, segment_layouts
 from tests.ops.test_selective_scan import (
     ACTIVATIONS,
@@ -92,7 +93,7 @@ def gradient_of_layers(scan, mesh=None):
     """A loss of two rematerialised layers in `lax.scan`, each a scan of rows and channels spread over the mesh."""
 
     def layer(x, arrays):
-        y, state = scan(x, *arrays, None, None)
+        y, state = scan(Inputs(x, *arrays))
         return x + y, state
 
     if mesh is not None:
@@ -135,8 +136,8 @@ def test_the_race_detector_reports_none(monkeypatch):
 
     inputs = in_dtype(random_inputs(TWO_TILES, 6), "float32", ACTIVATIONS)
     arrays = {name: inputs[name] for name in ARRAYS}
-    scan = partial(pallas_tpu.selective_scan, interpret=pltpu.InterpretParams(detect_races=True), segment_ids=None)
-    _, pull_back = jax.vjp(lambda a: jax.jit(lambda b: scan(**b))(a), arrays)
+    scan = partial(pallas_tpu.selective_scan, interpret=pltpu.InterpretParams(detect_races=True))
+    _, pull_back = jax.vjp(jax.jit(lambda a: scan(Inputs(**a))), arrays)
     jax.block_until_ready(pull_back((inputs["dy"], inputs["d_final_state"])))
     assert interpret_pallas_call.races.races_found is False
 

@@ -21,9 +21,7 @@ MANY = Shape(rows=1, length=20, channels=34, d_state=4)  # three chunks and two 
 
 
 def triton(inputs: dict[str, jax.Array], segment_ids: np.ndarray | None) -> tuple[dict, dict]:
-    return triton_interpreter.values_and_gradients(
-        "biomamba_jax.ops.selective_scan.triton:selective_scan", inputs, ARRAYS, segment_ids, {"CHUNK": 8}
-    )
+    return triton_interpreter.values_and_gradients("selective_scan", inputs, ARRAYS, segment_ids, {"CHUNK": 8})
 
 
 def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtype: str) -> None:

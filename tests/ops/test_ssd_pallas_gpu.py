@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, ssd
 from biomamba_jax.ops.ssd import pallas_gpu, reference
+from biomamba_jax.ops.ssd.inputs import Inputs
 from tests import h100
 from tests.ops import mosaic_interpreter
 from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
@@ -22,12 +23,11 @@ CHUNK = 64
 PAIR = Shape(rows=1, length=70, heads=2, headdim=64, d_state=24, groups=1, chunk=CHUNK)  # states pass between chunks
 GROUPS = PAIR._replace(rows=2, heads=4, groups=2, length=40)
 TWO_TILES = PAIR._replace(heads=1, d_state=128)  # of 64 states
-ORDER = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 
 
 def values_and_gradients(compute, inputs, segment_ids):
     def run(arrays):
-        return compute(*(arrays.get(k) for k in ORDER), segment_ids, arrays.get("initial_state"), None)
+        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
 
     (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS if name in inputs})
     (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"]))

@@ -19,6 +19,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.measure.aot import Estimate, Request, estimates
 from biomamba_jax.ops import dispatch, ssd
 from biomamba_jax.ops.ssd import pallas_tpu, reference
+from biomamba_jax.ops.ssd.inputs import Inputs
 from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
 from tests.tolerances import TOLERANCES
 
@@ -30,8 +31,7 @@ SMALLEST = Shape(rows=2, length=129, heads=2, headdim=64, d_state=8, groups=1, c
 
 def values_and_gradients(compute: Any, inputs: dict, segment_ids: jax.Array) -> tuple[dict, dict]:
     def run(arrays):
-        order = ("x", "dt", "A", "B", "C", "D", "dt_bias")
-        return compute(*(arrays[k] for k in order), segment_ids, arrays["initial_state"], None)
+        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
 
     (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS})
     (gradients,) = pull_back((inputs["dy"], inputs["d_final_state"]))

@@ -21,9 +21,7 @@ PUBLISHED = Shape(rows=1, length=192, heads=2, headdim=64, d_state=128, groups=1
 
 
 def triton(inputs: dict[str, jax.Array], segment_ids: np.ndarray | None) -> tuple[dict, dict]:
-    return triton_interpreter.values_and_gradients(
-        "biomamba_jax.ops.ssd.triton:ssd", inputs, ARRAYS, segment_ids, chunk_size=None
-    )
+    return triton_interpreter.values_and_gradients("ssd", inputs, ARRAYS, segment_ids, chunk_size=None)
 
 
 def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids: np.ndarray, dtype: str) -> None:

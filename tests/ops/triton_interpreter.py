@@ -25,25 +25,24 @@ needs_triton = pytest.mark.skipif(
 
 
 def values_and_gradients(
-    implementation: str,
+    op: str,
     inputs: Mapping[str, jax.Array],
     names: Sequence[str],
     segment_ids: np.ndarray | None,
     constants: Mapping[str, int] | None = None,
     **rest: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Values and gradients by name of an op's "module:function"; those of `names` that are not in `inputs` are None.
+    """Values and gradients by name of an op's Triton form; those of `names` that are not in `inputs` are left out.
 
     `constants` of the module are set to other values, since interpreting takes a millisecond for each operation.
     """
     arrays = {name: np.asarray(inputs[name]) for name in names if name in inputs}
-    rest |= {name: None for name in names if name not in inputs}
     cotangents = (np.asarray(inputs["dy"]), np.asarray(inputs["d_final_state"]))
-    return _process().submit(_compute, implementation, arrays, cotangents, segment_ids, constants or {}, rest).result()
+    return _process().submit(_compute, op, arrays, cotangents, segment_ids, constants or {}, rest).result()
 
 
 def losses(kind: str, steps: int) -> list[float]:
-    """`triton_training.losses` with the kernels."""
+    """`kernel_training.losses` with the kernels."""
     return _process().submit(_losses, kind, steps).result()
 
 
@@ -126,21 +125,21 @@ def _call(kernel: Any, *arguments: Any, outputs: Any, grid: Any, launch: Any, co
 
 
 def _compute(
-    implementation: str,
+    op: str,
     arrays: Mapping[str, np.ndarray],
     cotangents: tuple[np.ndarray, np.ndarray],
     segment_ids: np.ndarray | None,
     constants: Mapping[str, int],
     rest: Mapping[str, Any],
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    name, function = implementation.split(":")
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"biomamba_jax.ops.{op}.triton")
+    Inputs = importlib.import_module(f"biomamba_jax.ops.{op}.inputs").Inputs
     for constant, value in constants.items():
         setattr(module, constant, value)
-    op = getattr(module, function)
+    run = functools.partial(getattr(module, op), **rest)
     ids = None if segment_ids is None else jnp.asarray(segment_ids)
-    run = functools.partial(op, segment_ids=ids, **rest)
-    (y, state), pull_back = jax.vjp(lambda a: run(**a), {k: jnp.asarray(v) for k, v in arrays.items()})
+    given = {k: jnp.asarray(v) for k, v in arrays.items()}
+    (y, state), pull_back = jax.vjp(lambda a: run(Inputs(**a, segment_ids=ids)), given)
     (gradients,) = pull_back(tuple(map(jnp.asarray, cotangents)))
     values = {"y": np.asarray(y), "final_state": np.asarray(state)}
     return values, {k: np.asarray(v) for k, v in gradients.items()}
@@ -148,7 +147,7 @@ def _compute(
 
 def _losses(kind: str, steps: int) -> list[float]:
     from biomamba_jax.ops.selective_scan import triton
-    from tests.ops import triton_training
+    from tests.ops import kernel_training
 
-    triton.CHUNK = triton_training.LENGTH
-    return triton_training.losses(kind, "triton", steps)
+    triton.CHUNK = kernel_training.LENGTH
+    return kernel_training.losses(kind, "triton", steps, kernel_training.SIZES["triton"])

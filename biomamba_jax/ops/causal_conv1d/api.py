@@ -7,6 +7,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.causal_conv1d import pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.causal_conv1d,
@@ -74,5 +75,5 @@ def causal_conv1d(
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     preferred = _PREFERRED_FOR_FEW_TOKENS if length < _FEW_TOKENS else _PREFERRED
     conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred, {"triton": triton.why_not(x)})
-    y, final_state = conv(x, weight, bias, activation, segment_ids, initial_state)
+    y, final_state = conv(Inputs(x, weight, bias, segment_ids, initial_state), activation)
     return (y, final_state) if return_final_state else y

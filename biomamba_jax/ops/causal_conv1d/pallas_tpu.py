@@ -15,7 +15,9 @@ from jax.experimental.pallas import tpu as pltpu
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs
+from biomamba_jax.ops.kernel_arrays import pad, vary_alike
 
 _LANES = 128
 _EDGE = 8  # rows kept of the chunk before: all that a width of up to 9 reaches
@@ -24,7 +26,7 @@ _CHUNK = 256
 _TILE = 512
 
 
-class _Inputs(NamedTuple):
+class _Filled(NamedTuple):
     x: Float[Array, "B L C"]
     weight: Float[Array, "C K"]
     bias: Float[Array, " C"]
@@ -65,12 +67,8 @@ class _Gradients(NamedTuple):
 
 
 def causal_conv1d(
-    x: Float[Array, "B L C"],
-    weight: Float[Array, "C K"],
-    bias: Float[Array, " C"] | None,
+    inputs: Inputs,
     activation: str | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B K-1 C"] | None,
     *,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
@@ -82,6 +80,7 @@ def causal_conv1d(
     Raises:
       UserError: this is no TPU program, or the kernels do not know such inputs.
     """
+    x, weight, bias, segment_ids, initial_state = inputs
     rows, _, channels = x.shape
     width = weight.shape[1]
     if reason := _why_not(x, width, interpret):
@@ -90,9 +89,9 @@ def causal_conv1d(
         )
     past = jnp.zeros((rows, width - 1, channels), x.dtype) if initial_state is None else initial_state
     bias = jnp.zeros(channels, jnp.float32) if bias is None else bias
-    inputs = _vary_alike(_Inputs(x, weight, bias, segment_ids, past))
+    filled = vary_alike(_Filled(x, weight, bias, segment_ids, past))
     # The last inputs are a copy of a few rows, whose gradient XLA adds in place.
-    return _conv(inputs, activation == "silu", interpret), last_inputs(x, width - 1, segment_ids, initial_state)
+    return _conv(filled, activation == "silu", interpret), last_inputs(x, width - 1, segment_ids, initial_state)
 
 
 def _why_not(x: Array, width: int, interpret: Any) -> str | None:
@@ -105,37 +104,26 @@ def _why_not(x: Array, width: int, interpret: Any) -> str | None:
     return None
 
 
-def _vary_alike(inputs: _Inputs) -> _Inputs:
-    """Inside `shard_map`: all inputs vary over all the axes that any does, so that the gradients are summed outside."""
-    axes = frozenset[str]().union(*(jax.typeof(v).manual_axis_type.varying for v in jax.tree.leaves(inputs)))
-
-    def vary(v: Array) -> Array:
-        missing = tuple(axes - jax.typeof(v).manual_axis_type.varying)
-        return jax.lax.pcast(v, missing, to="varying") if missing else v
-
-    return jax.tree.map(vary, inputs)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _conv(inputs: _Inputs, silu: bool, interpret: Any) -> Array:
+def _conv(inputs: _Filled, silu: bool, interpret: Any) -> Array:
     blocks = _blocks(inputs, silu)
     y = _call(_forward_kernel, blocks, (_padded(inputs, blocks),), (_padded_specs(blocks, inputs, False),), interpret)
     return _cut(y, inputs.x)
 
 
-def _forward(inputs: _Inputs, silu: bool, interpret: Any):
+def _forward(inputs: _Filled, silu: bool, interpret: Any):
     return _conv(inputs, silu, interpret), inputs
 
 
-def _backward(silu: bool, interpret: Any, inputs: _Inputs, dy: Array):
+def _backward(silu: bool, interpret: Any, inputs: _Filled, dy: Array):
     blocks = _blocks(inputs, silu)
-    dy = _pad(dy, (blocks.rows, blocks.length, blocks.channels))
+    dy = pad(dy, (blocks.rows, blocks.length, blocks.channels))
     arguments = (_padded(inputs, blocks), dy)
     specs = (_padded_specs(blocks, inputs, True), _token_spec(blocks, True))
     g = _call(_backward_kernel, blocks, arguments, specs, interpret)
     past, channels = blocks.width - 1, inputs.x.shape[2]
     return (
-        _Inputs(
+        _Filled(
             x=_cut(g.x, inputs.x),
             weight=jnp.sum(g.weight, axis=0)[: blocks.width, :channels].T.astype(inputs.weight.dtype),
             bias=jnp.sum(g.bias, axis=(0, 1))[:channels].astype(inputs.bias.dtype),
@@ -148,7 +136,7 @@ def _backward(silu: bool, interpret: Any, inputs: _Inputs, dy: Array):
 _conv.defvjp(_forward, _backward)
 
 
-def _blocks(inputs: _Inputs, silu: bool) -> _Blocks:
+def _blocks(inputs: _Filled, silu: bool) -> _Blocks:
     rows, length, channels = inputs.x.shape
     chunk = min(_CHUNK, pl.cdiv(length, _TAIL) * _TAIL)
     tile = min(_TILE, pl.cdiv(channels, _LANES) * _LANES)
@@ -163,20 +151,16 @@ def _blocks(inputs: _Inputs, silu: bool) -> _Blocks:
     )
 
 
-def _pad(v: Array, shape: tuple[int, ...]) -> Array:
-    return jnp.pad(v, [(0, want - have) for have, want in zip(v.shape, shape, strict=True)])
-
-
 def _cut(v: Array, like: Array) -> Array:
     return v[:, : like.shape[1], : like.shape[2]]
 
 
-def _padded(inputs: _Inputs, blocks: _Blocks) -> _Padded:
-    x = _pad(inputs.x, (blocks.rows, blocks.length, blocks.channels))
+def _padded(inputs: _Filled, blocks: _Blocks) -> _Padded:
+    x = pad(inputs.x, (blocks.rows, blocks.length, blocks.channels))
     past = inputs.initial_state.astype(jnp.float32)
     initial = jnp.pad(past, ((0, 0), (_EDGE - blocks.width + 1, 0), (0, blocks.channels - past.shape[2])))
-    weight = _pad(inputs.weight.astype(jnp.float32).T, (_taps(blocks), blocks.channels))
-    bias = _pad(inputs.bias.astype(jnp.float32), (blocks.channels,))[None]
+    weight = pad(inputs.weight.astype(jnp.float32).T, (_taps(blocks), blocks.channels))
+    bias = pad(inputs.bias.astype(jnp.float32), (blocks.channels,))[None]
     return _Padded(x, x, initial, _reach(inputs.segment_ids, blocks), weight, bias)
 
 
@@ -196,7 +180,7 @@ def _reach(segment_ids: Array | None, blocks: _Blocks) -> Array | None:
     for j in range(1, past + 1):
         unbroken = unbroken & same[:, past - j : past - j + length]
         reach = reach + unbroken
-    return _pad(reach[:, :, None], (blocks.rows, blocks.length, 1))
+    return pad(reach[:, :, None], (blocks.rows, blocks.length, 1))
 
 
 def _token_spec(blocks: _Blocks, reverse: bool) -> pl.BlockSpec:
@@ -209,7 +193,7 @@ def _row_spec(blocks: _Blocks, height: int) -> pl.BlockSpec:
     return pl.BlockSpec((None, height, blocks.tile), lambda row, tile, chunk: (row, 0, tile))
 
 
-def _padded_specs(blocks: _Blocks, inputs: _Inputs, reverse: bool) -> _Padded:
+def _padded_specs(blocks: _Blocks, inputs: _Filled, reverse: bool) -> _Padded:
     last, tails = blocks.grid[2] - 1, blocks.chunk // _TAIL
 
     def order(chunk):

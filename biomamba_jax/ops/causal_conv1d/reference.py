@@ -3,18 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 
 
-def causal_conv1d(
-    x: Float[Array, "B L C"],
-    weight: Float[Array, "C K"],
-    bias: Float[Array, " C"] | None,
-    activation: str | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B K-1 C"] | None,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+def causal_conv1d(inputs: Inputs, activation: str | None) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
     """Steps through time with the window of the last K inputs, emptied at each change of segment."""
+    x, weight, bias, segment_ids, initial_state = inputs
     wide = jnp.promote_types(x.dtype, jnp.float32)
     rows, length, channels = x.shape
     past = weight.shape[1] - 1

@@ -4,15 +4,17 @@ The inputs of the activation are computed again in the backward pass, where they
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops import triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs
-from biomamba_jax.ops.triton_calls import Launch, cdiv, next_power_of_2
+from biomamba_jax.ops.kernel_arrays import cdiv, next_power_of_2, vary_alike
+from biomamba_jax.ops.numerics import segment_starts
+from biomamba_jax.ops.triton_calls import Launch
 
 _KERNELS = f"{__package__}.triton_kernels"
 _CHANNELS = 128  # of a program
@@ -20,35 +22,20 @@ _TOKENS = {"forward": 32, "backward": 16}  # so many that nothing spills
 _LAUNCH = Launch(4)
 
 
-class _Inputs(NamedTuple):
-    x: Float[Array, "B L C"]
-    weight: Float[Array, "C K"]
-    bias: Float[Array, " C"] | None
-    segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B K-1 C"] | None
-
-
 def why_not(x: Array) -> str | None:
     """Why the kernels can't compute these arrays, if so."""
     return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
 
 
-def causal_conv1d(
-    x: Float[Array, "B L C"],
-    weight: Float[Array, "C K"],
-    bias: Float[Array, " C"] | None,
-    activation: str | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B K-1 C"] | None,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+def causal_conv1d(inputs: Inputs, activation: str | None) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
     """All outputs and the last K-1 inputs; see `api.causal_conv1d`."""
-    inputs = triton_calls.vary_alike(_Inputs(x, weight, bias, segment_ids, initial_state))
-    last = last_inputs(inputs.x, weight.shape[1] - 1, inputs.segment_ids, inputs.initial_state)
+    inputs = vary_alike(inputs)
+    last = last_inputs(inputs.x, inputs.weight.shape[1] - 1, inputs.segment_ids, inputs.initial_state)
     return _conv(inputs, activation), last
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _conv(inputs: _Inputs, activation: str | None) -> Array:
+def _conv(inputs: Inputs, activation: str | None) -> Array:
     (y,) = triton_calls.call(
         triton_calls.kernels(_KERNELS).causal_conv1d_forward,
         *_kernel_inputs(inputs),
@@ -61,11 +48,11 @@ def _conv(inputs: _Inputs, activation: str | None) -> Array:
     return y
 
 
-def _forward(inputs: _Inputs, activation: str | None):
+def _forward(inputs: Inputs, activation: str | None):
     return _conv(inputs, activation), inputs
 
 
-def _backward(activation: str | None, inputs: _Inputs, dy: Array):
+def _backward(activation: str | None, inputs: Inputs, dy: Array):
     x, weight, bias, _, initial_state = inputs
     rows, _, channels = x.shape
     width = weight.shape[1]
@@ -88,7 +75,7 @@ def _backward(activation: str | None, inputs: _Inputs, dy: Array):
     )
     sums = jnp.sum(d_weight, (0, 1))
     return (
-        _Inputs(
+        Inputs(
             x=dx,
             weight=sums[:width].T.astype(weight.dtype),
             bias=None if bias is None else sums[width].astype(bias.dtype),
@@ -101,12 +88,12 @@ def _backward(activation: str | None, inputs: _Inputs, dy: Array):
 _conv.defvjp(_forward, _backward)
 
 
-def _grid(inputs: _Inputs, tokens: int) -> tuple[int, int, int]:
+def _grid(inputs: Inputs, tokens: int) -> tuple[int, int, int]:
     rows, length, channels = inputs.x.shape
     return cdiv(channels, _CHANNELS), cdiv(length, tokens), rows
 
 
-def _constants(inputs: _Inputs, activation: str | None, tokens: int) -> dict[str, int | bool]:
+def _constants(inputs: Inputs, activation: str | None, tokens: int) -> dict[str, int | bool]:
     channels, width = inputs.weight.shape
     return {
         "C": channels,
@@ -119,7 +106,7 @@ def _constants(inputs: _Inputs, activation: str | None, tokens: int) -> dict[str
     }
 
 
-def _kernel_inputs(inputs: _Inputs) -> tuple[Array, ...]:
+def _kernel_inputs(inputs: Inputs) -> tuple[Array, ...]:
     """What both kernels take first; x stands in for what there is none of."""
     x, weight, bias, ids, initial_state = inputs
     bias = jnp.zeros(x.shape[2]) if bias is None else bias
@@ -136,6 +123,5 @@ def _kernel_inputs(inputs: _Inputs) -> tuple[Array, ...]:
 def _reach(segment_ids: Int[Array, "B L"], past: int) -> Int[Array, "B L"]:
     """How many steps back each token may look, `past` at most; what comes before the first is of its segment."""
     token = jnp.arange(segment_ids.shape[1])
-    changed = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    start = jax.lax.cummax(jnp.where(changed, token, -past), axis=1)
+    start = jax.lax.cummax(jnp.where(segment_starts(segment_ids), token, -past), axis=1)
     return jnp.minimum(token - start, past).astype(jnp.int32)

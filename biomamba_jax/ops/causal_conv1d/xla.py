@@ -5,37 +5,22 @@ with a row of ones (`numerics.sum_leading`), which the automatic ones would not.
 """
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
 
 
-class _Inputs(NamedTuple):
-    x: Float[Array, "B L C"]
-    weight: Float[Array, "C K"]
-    bias: Float[Array, " C"] | None
-    segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B K-1 C"] | None
-
-
-def causal_conv1d(
-    x: Float[Array, "B L C"],
-    weight: Float[Array, "C K"],
-    bias: Float[Array, " C"] | None,
-    activation: str | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B K-1 C"] | None,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+def causal_conv1d(inputs: Inputs, activation: str | None) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
     """All outputs and the last K-1 inputs; see `api.causal_conv1d`."""
-    return _conv(_Inputs(x, weight, bias, segment_ids, initial_state), activation)
+    return _conv(inputs, activation)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _conv(inputs: _Inputs, activation: str | None):
+def _conv(inputs: Inputs, activation: str | None):
     x, weight, _, segment_ids, initial_state = inputs
     y = _linear(inputs)
     if activation == "silu":
@@ -43,11 +28,11 @@ def _conv(inputs: _Inputs, activation: str | None):
     return y.astype(x.dtype), last_inputs(x, weight.shape[1] - 1, segment_ids, initial_state)
 
 
-def _forward(inputs: _Inputs, activation: str | None):
+def _forward(inputs: Inputs, activation: str | None):
     return _conv(inputs, activation), inputs
 
 
-def _backward(activation: str | None, inputs: _Inputs, cotangents):
+def _backward(activation: str | None, inputs: Inputs, cotangents):
     x, weight, bias, segment_ids, initial_state = inputs
     wide = accumulator_dtype(x.dtype)
     g = cotangents[0].astype(wide)
@@ -68,7 +53,7 @@ def _backward(activation: str | None, inputs: _Inputs, cotangents):
         d_extended = d_extended + jnp.pad(tap * weight[:, k].astype(wide), ((0, 0), (k, past - k), (0, 0)))
     d_state = None if initial_state is None else d_extended[:, :past].astype(initial_state.dtype)
     return (
-        _Inputs(
+        Inputs(
             x=d_extended[:, past:].astype(x.dtype),
             weight=jnp.stack(d_weight, axis=1).astype(weight.dtype),
             bias=None if bias is None else sum_leading(g).astype(bias.dtype),
@@ -81,7 +66,7 @@ def _backward(activation: str | None, inputs: _Inputs, cotangents):
 _conv.defvjp(_forward, _backward)
 
 
-def _linear(inputs: _Inputs) -> Float[Array, "B L C"]:
+def _linear(inputs: Inputs) -> Float[Array, "B L C"]:
     """The convolution before its activation."""
     x, weight, bias, segment_ids, _ = inputs
     wide = accumulator_dtype(x.dtype)
@@ -94,7 +79,7 @@ def _linear(inputs: _Inputs) -> Float[Array, "B L C"]:
     return y
 
 
-def _extended(inputs: _Inputs) -> Float[Array, "B L+K-1 C"]:
+def _extended(inputs: Inputs) -> Float[Array, "B L+K-1 C"]:
     """x with the K-1 inputs before it in front."""
     x, weight, _, _, initial_state = inputs
     wide = accumulator_dtype(x.dtype)

@@ -6,6 +6,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.selective_scan,
@@ -90,5 +91,5 @@ def selective_scan(
     preferred = _PREFERRED_FOR_ONE_TOKEN if length == 1 else _PREFERRED
     unsuited = {"pallas_gpu": pallas_gpu.why_not(x, A), "triton": triton.why_not(x)}
     scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred, unsuited)
-    y, final_state = scan(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state)
+    y, final_state = scan(Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state))
     return (y, final_state) if return_final_state else y

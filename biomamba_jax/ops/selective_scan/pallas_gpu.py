@@ -5,47 +5,27 @@ bfloat16 array like x, and nothing else: the backward kernel computes everything
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, mosaic_gpu
-from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.mosaic_gpu import pad, round_up
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.kernel_arrays import pad, round_up, vary_alike
+from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.selective_scan import pallas_gpu_backward, pallas_gpu_forward
 from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as cut
+from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
 from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import Blocks, Parameters, Tokens
 
 _WIDTH = 64  # channels of a block
 _MOST_STATES_AT_WIDTH = 32  # a block of more has half the channels, as shared memory allows
 
 
-class _Inputs(NamedTuple):
-    x: Float[Array, "B L E"]
-    dt: Float[Array, "B L E"]
-    A: Float[Array, "E N"]
-    B: Float[Array, "B L N"]
-    C: Float[Array, "B L N"]
-    D: Float[Array, " E"]
-    z: Float[Array, "B L E"] | None
-    dt_bias: Float[Array, " E"]
-    segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B E N"]
-
-
 def selective_scan(
-    x: Float[Array, "B L E"],
-    dt: Float[Array, "B L E"],
-    A: Float[Array, "E N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " E"] | None,
-    z: Float[Array, "B L E"] | None,
-    dt_bias: Float[Array, " E"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B E N"] | None,
+    inputs: Inputs,
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
@@ -57,26 +37,12 @@ def selective_scan(
     Raises:
       UserError: the kernels cannot compute these arrays, or not in this program.
     """
-    if reason := why_not(x, A) or (None if interpret else dispatch.unavailable("pallas_gpu")):
+    if reason := why_not(inputs.x, inputs.A) or (None if interpret else dispatch.unavailable("pallas_gpu")):
         raise UserError(
             f"selective_scan: implementation 'pallas_gpu' cannot be used: {reason}; give implementation=None for the"
             " best one here"
         )
-    rows, _, channels = x.shape
-    zeros = jnp.zeros(channels, jnp.float32)
-    inputs = _Inputs(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        zeros if D is None else D,
-        z,
-        zeros if dt_bias is None else dt_bias,
-        segment_ids,
-        jnp.zeros((rows, *A.shape), jnp.float32) if initial_state is None else initial_state,
-    )
-    return _scan(mosaic_gpu.vary_alike(inputs), interpret)
+    return _scan(vary_alike(inputs.with_zeros()), interpret)
 
 
 def why_not(x: Array, A: Array) -> str | None:
@@ -89,16 +55,16 @@ def why_not(x: Array, A: Array) -> str | None:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: _Inputs, interpret: Any) -> tuple[Array, Array]:
+def _scan(inputs: FilledInputs, interpret: Any) -> tuple[Array, Array]:
     return _run(inputs, interpret, for_backward=False)[0]
 
 
-def _forward(inputs: _Inputs, interpret: Any):
+def _forward(inputs: FilledInputs, interpret: Any):
     results, boundary = _run(inputs, interpret, for_backward=True)
     return results, (inputs, boundary)
 
 
-def _run(inputs: _Inputs, interpret: Any, for_backward: bool):
+def _run(inputs: FilledInputs, interpret: Any, for_backward: bool):
     blocks = _blocks(inputs)
     _, length, channels = inputs.x.shape
     tokens, parameters = _padded(inputs, blocks)
@@ -124,7 +90,7 @@ def _backward(interpret: Any, residuals, cotangents):
         return jnp.sum(v, axis=0)[:channels].astype(like.dtype)
 
     return (
-        _Inputs(
+        FilledInputs(
             x=g.x[:, :length, :channels],
             dt=g.dt[:, :length, :channels],
             A=jnp.sum(_plain_state(g.A, inputs), axis=0).astype(inputs.A.dtype),
@@ -142,7 +108,7 @@ def _backward(interpret: Any, residuals, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _blocks(inputs: _Inputs) -> Blocks:
+def _blocks(inputs: FilledInputs) -> Blocks:
     rows, length, channels = inputs.x.shape
     most = _WIDTH if inputs.A.shape[1] <= _MOST_STATES_AT_WIDTH else _WIDTH // 2
     width = min(most, round_up(channels, cut.GROUP))
@@ -157,7 +123,7 @@ def _blocks(inputs: _Inputs) -> Blocks:
     )
 
 
-def _padded(inputs: _Inputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
+def _padded(inputs: FilledInputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
     """Tokens are filled up with steps of softplus(-infinity) = 0, which leave the state as it is."""
     wide = (blocks.rows, blocks.length, blocks.channels)
     narrow = (blocks.rows, blocks.length, blocks.d_state)
@@ -165,9 +131,8 @@ def _padded(inputs: _Inputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
     reset = None
     if inputs.segment_ids is not None:
         A = jnp.minimum(A, cut.WEAKEST_A)
-        ids = inputs.segment_ids
-        changed = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-        reset = pad(jnp.where(changed, cut.RESET_STEP, 0.0).astype(jnp.float32), narrow[:2])
+        steps = jnp.where(segment_starts(inputs.segment_ids), cut.RESET_STEP, 0.0)
+        reset = pad(steps.astype(jnp.float32), narrow[:2])
     A = pad(A, (blocks.channels, blocks.d_state), fill=-1)
     tokens = Tokens(
         x=pad(inputs.x, wide),
@@ -190,6 +155,6 @@ def _split_state(state: Float[Array, "B E N"], blocks: Blocks) -> Float[Array, "
     return padded.reshape(blocks.rows, blocks.channels, blocks.quarters, cut.VECTOR)
 
 
-def _plain_state(state: Float[Array, "B E Q 4"], inputs: _Inputs) -> Float[Array, "B E N"]:
+def _plain_state(state: Float[Array, "B E Q 4"], inputs: FilledInputs) -> Float[Array, "B E N"]:
     plain = state.reshape(*state.shape[:2], -1)
     return plain[:, : inputs.A.shape[0], : inputs.A.shape[1]]

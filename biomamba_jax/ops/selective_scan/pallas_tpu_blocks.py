@@ -78,10 +78,6 @@ class Parameters(NamedTuple):
     dt_bias: Array  # [tiles 1 tile]
 
 
-def round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def token_spec(blocks: Blocks, width: int | None = None, reverse: bool = False) -> pl.BlockSpec:
     """Block of an array [B L E], or of [B L width] shared by all tiles; `reverse` takes the last chunk first."""
     last = blocks.grid[1] - 1

@@ -3,22 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 
 
-def selective_scan(
-    x: Float[Array, "B L E"],
-    dt: Float[Array, "B L E"],
-    A: Float[Array, "E N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " E"] | None,
-    z: Float[Array, "B L E"] | None,
-    dt_bias: Float[Array, " E"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B E N"] | None,
-) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
+def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
     """Steps through time, one token at a time, and returns all outputs and the last state."""
+    x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state = inputs
     dtype = x.dtype
     wide = jnp.promote_types(dtype, jnp.float32)
     x, dt, A, B, C = (v.astype(wide) for v in (x, dt, A, B, C))

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops import triton_calls
-from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.triton_calls import Launch, cdiv, next_power_of_2
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.kernel_arrays import cdiv, next_power_of_2, vary_alike
+from biomamba_jax.ops.numerics import segment_starts
+from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
+from biomamba_jax.ops.triton_calls import Launch
 
 _KERNELS = f"{__package__}.triton_kernels"
 _LOG2_E = 1.4426950408889634
@@ -42,64 +45,27 @@ BLOCKS: Mapping[str, Mapping[int, Blocks]] = {
 few instructions, no spills forward, and a warp with 32 channels, since a batch has few programs."""
 
 
-class _Inputs(NamedTuple):
-    x: Float[Array, "B L E"]
-    dt: Float[Array, "B L E"]
-    A: Float[Array, "E N"]
-    B: Float[Array, "B L N"]
-    C: Float[Array, "B L N"]
-    D: Float[Array, " E"]
-    z: Float[Array, "B L E"] | None
-    dt_bias: Float[Array, " E"]
-    segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B E N"]
-
-
 def why_not(x: Array) -> str | None:
     """Why the kernels can't compute these arrays, if so."""
     return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
 
 
-def selective_scan(
-    x: Float[Array, "B L E"],
-    dt: Float[Array, "B L E"],
-    A: Float[Array, "E N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " E"] | None,
-    z: Float[Array, "B L E"] | None,
-    dt_bias: Float[Array, " E"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B E N"] | None,
-) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
+def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
     """All outputs and the last state; see `api.selective_scan`."""
-    zeros = jnp.zeros(x.shape[2], jnp.float32)
-    inputs = _Inputs(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        zeros if D is None else D,
-        z,
-        zeros if dt_bias is None else dt_bias,
-        segment_ids,
-        jnp.zeros((x.shape[0], *A.shape), jnp.float32) if initial_state is None else initial_state,
-    )
-    return _scan(triton_calls.vary_alike(inputs))
+    return _scan(vary_alike(inputs.with_zeros()))
 
 
 @jax.custom_vjp
-def _scan(inputs: _Inputs) -> tuple[Array, Array]:
+def _scan(inputs: FilledInputs) -> tuple[Array, Array]:
     return _run(inputs, save=False)[0]
 
 
-def _forward(inputs: _Inputs):
+def _forward(inputs: FilledInputs):
     outputs, boundary = _run(inputs, save=True)
     return outputs, (inputs, boundary)
 
 
-def _run(inputs: _Inputs, save: bool) -> tuple[tuple[Array, Array], Array]:
+def _run(inputs: FilledInputs, save: bool) -> tuple[tuple[Array, Array], Array]:
     rows, length, channels = inputs.x.shape
     d_state = inputs.A.shape[1]
     sizes = triton_calls.for_device(BLOCKS["forward"])
@@ -159,7 +125,7 @@ def _backward(residuals, cotangents):
         constants=_constants(sizes, inputs),
     )
     return (
-        _Inputs(
+        FilledInputs(
             x=dx,
             dt=d_dt,
             A=jnp.sum(dA, 0).T.astype(inputs.A.dtype),
@@ -182,7 +148,7 @@ def _vector_width(sizes: Blocks, channels: int) -> int:
     return math.gcd(sizes.vector, channels)
 
 
-def _constants(sizes: Blocks, inputs: _Inputs) -> dict[str, int | bool]:
+def _constants(sizes: Blocks, inputs: FilledInputs) -> dict[str, int | bool]:
     """The values that both kernels are compiled for."""
     channels, d_state = inputs.A.shape
     return {
@@ -197,14 +163,13 @@ def _constants(sizes: Blocks, inputs: _Inputs) -> dict[str, int | bool]:
     }
 
 
-def _kernel_inputs(inputs: _Inputs) -> tuple[Array, ...]:
+def _kernel_inputs(inputs: FilledInputs) -> tuple[Array, ...]:
     """What both kernels take first; x stands in for what there is none of."""
     A, D, dt_bias = (v.astype(jnp.float32) for v in (inputs.A, inputs.D, inputs.dt_bias))
     x, ids = inputs.x, inputs.segment_ids
     reset = x
     if ids is not None:
-        changed = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
-        reset = jnp.where(changed, -jnp.inf, 0.0).astype(jnp.float32)
+        reset = jnp.where(segment_starts(ids), -jnp.inf, 0.0).astype(jnp.float32)
     z = x if inputs.z is None else inputs.z
     return x, inputs.dt, z, inputs.B, inputs.C, (A * _LOG2_E).T, D, dt_bias, reset
 

@@ -11,24 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch
-from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts, sum_leading
 from biomamba_jax.ops.selective_scan.chunks import ASSOCIATIVE, SEQUENTIAL, Chunk, loop
+from biomamba_jax.ops.selective_scan.inputs import Inputs
 
 _CHUNK_SIZE = {"cpu": 32, "gpu": 64, "tpu": 64}
-
-
-class _Inputs(NamedTuple):
-    x: Float[Array, "B L E"]
-    dt: Float[Array, "B L E"]
-    A: Float[Array, "E N"]
-    B: Float[Array, "B L N"]
-    C: Float[Array, "B L N"]
-    D: Float[Array, " E"] | None
-    z: Float[Array, "B L E"] | None
-    dt_bias: Float[Array, " E"] | None
-    segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B E N"] | None
 
 
 class _Plan(NamedTuple):
@@ -49,16 +37,7 @@ class _Tokens(NamedTuple):
 
 
 def selective_scan(
-    x: Float[Array, "B L E"],
-    dt: Float[Array, "B L E"],
-    A: Float[Array, "E N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " E"] | None,
-    z: Float[Array, "B L E"] | None,
-    dt_bias: Float[Array, " E"] | None,
-    segment_ids: Int[Array, "B L"] | None,
-    initial_state: Float[Array, "B E N"] | None,
+    inputs: Inputs,
     *,
     chunk_size: int | None = None,
     associative: bool | None = None,
@@ -73,16 +52,16 @@ def selective_scan(
     platform = dispatch.platform()
     if associative is None:
         associative = platform != "cpu"
-    plan = _Plan(min(chunk_size or _CHUNK_SIZE[platform], x.shape[1]), associative)
-    return _scan(_Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state), plan)
+    plan = _Plan(min(chunk_size or _CHUNK_SIZE[platform], inputs.x.shape[1]), associative)
+    return _scan(inputs, plan)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: _Inputs, plan: _Plan) -> tuple[Array, Array]:
+def _scan(inputs: Inputs, plan: _Plan) -> tuple[Array, Array]:
     return _forward(inputs, plan)[0]
 
 
-def _forward(inputs: _Inputs, plan: _Plan):
+def _forward(inputs: Inputs, plan: _Plan):
     wide = accumulator_dtype(inputs.x.dtype)
     rows, length, channels = inputs.x.shape
     A = inputs.A.T.astype(wide)
@@ -147,7 +126,7 @@ def _backward(plan: _Plan, residuals, cotangents):
     if inputs.initial_state is not None:
         d_initial = d_initial.swapaxes(1, 2).astype(inputs.initial_state.dtype)
     return (
-        _Inputs(
+        Inputs(
             x=dx.astype(inputs.x.dtype),
             dt=d_dt.astype(inputs.dt.dtype),
             A=sum_leading(dA.reshape(rows, -1)).reshape(A.shape).T.astype(inputs.A.dtype),
@@ -165,21 +144,19 @@ def _backward(plan: _Plan, residuals, cotangents):
 _scan.defvjp(_forward, _backward)
 
 
-def _biased_dt(inputs: _Inputs) -> Array:
+def _biased_dt(inputs: Inputs) -> Array:
     dt = inputs.dt.astype(accumulator_dtype(inputs.x.dtype))
     return dt if inputs.dt_bias is None else dt + inputs.dt_bias.astype(dt.dtype)
 
 
-def _tokens(inputs: _Inputs, plan: _Plan) -> _Tokens:
+def _tokens(inputs: Inputs, plan: _Plan) -> _Tokens:
     wide = accumulator_dtype(inputs.x.dtype)
     dt = _biased_dt(inputs)
     # softplus, without the handling of infinities and NaN in `jax.nn.softplus`
     delta = jnp.maximum(dt, 0) + jnp.log1p(jnp.exp(-jnp.abs(dt)))
     same = None
     if inputs.segment_ids is not None:
-        ids = inputs.segment_ids
-        same = jnp.pad(ids[:, 1:] == ids[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-        same = _cut(same, plan, fill=True)
+        same = _cut(~segment_starts(inputs.segment_ids), plan, fill=True)
     x, B, C = (_cut(v.astype(wide), plan) for v in (inputs.x, inputs.B, inputs.C))
     return _Tokens(x, _cut(delta, plan), B, C, same)
 

@@ -6,6 +6,7 @@ from typing import Any
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.ssd import pallas_gpu, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.ssd.inputs import Inputs
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "xla": xla.ssd,
@@ -65,29 +66,20 @@ def ssd(
       ValueError: shapes or sizes do not fit together.
       UserError: the implementation does not exist or cannot run here.
     """
-    _check(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
+    inputs = Inputs(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state)
+    _check(inputs, chunk_size)
     on_tpu = "xla" if pallas_tpu.why_einsum(x, B, chunk_size) else "pallas_tpu"
     # Few tokens would be padded to a chunk, and one is a step without products.
     on_gpu = ("xla",) if x.shape[1] < triton.CHUNK else ("pallas_gpu", "triton", "xla")
     preferred: dict[dispatch.Platform, tuple[str, ...]] = {"cpu": ("xla",), "gpu": on_gpu, "tpu": (on_tpu,)}
     unsuited = {"pallas_gpu": pallas_gpu.why_not(x, B, chunk_size), "triton": triton.why_not(x, chunk_size)}
     compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, preferred, unsuited)
-    y, final_state = compute(x, dt, A, B, C, D, dt_bias, segment_ids, initial_state, chunk_size)
+    y, final_state = compute(inputs, chunk_size)
     return (y, final_state) if return_final_state else y
 
 
-def _check(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-) -> None:
+def _check(inputs: Inputs, chunk_size: int | None) -> None:
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"ssd: x must be [B L H P] with no empty axis, not {x.shape}")
     batch, length, heads, headdim = x.shape

@@ -15,18 +15,21 @@ import jax
 import jax.numpy as jnp
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch, mosaic_gpu
+from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.mosaic_gpu import LN_2, LOG2_E, pad, round_up
+from biomamba_jax.ops.kernel_arrays import pad, round_up, vary_alike
+from biomamba_jax.ops.mosaic_gpu import LN_2, LOG2_E
+from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.ssd import pallas_gpu_backward, pallas_gpu_forward
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
+from biomamba_jax.ops.ssd.inputs import Inputs
 from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, SUMS
 
 # softplus of it, with any bias added, is zero: such a step changes nothing.
 _NO_STEP = -1e30
 
 
-class _Inputs(NamedTuple):
+class _Arrays(NamedTuple):
     """Padded in length and d_state."""
 
     x: Float[Array, "B L H P"]
@@ -39,25 +42,13 @@ class _Inputs(NamedTuple):
     initial_state: Float[Array, "B H N P"]
 
 
-def ssd(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-    *,
-    interpret: Any = None,
-) -> tuple[Array, Array]:
+def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = None) -> tuple[Array, Array]:
     """See `biomamba_jax.ops.ssd`. `interpret` (parameters of Pallas's interpreter for GPU) runs the kernels anywhere.
 
     Raises:
       UserError: the kernels cannot compute these arrays, or not in this program.
     """
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     reason = why_not(x, B, chunk_size) or (None if interpret else dispatch.unavailable("pallas_gpu"))
     if reason:
         raise UserError(f"ssd: implementation 'pallas_gpu' cannot be used: {reason}; leave the choice to None or 'xla'")
@@ -72,9 +63,9 @@ def ssd(
     initial = jnp.zeros(state, f32) if initial_state is None else pad(initial_state.astype(f32).swapaxes(2, 3), state)
     resets = None
     if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, padded - length)))
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padded - length)))
         resets = jnp.cumsum(starts.astype(f32).reshape(batch, -1, CHUNK), axis=-1)
-    inputs = _Inputs(
+    arrays = _Arrays(
         x=pad(x, (batch, padded, *x.shape[2:])),
         dt=dt,
         exponent=exponent,
@@ -84,7 +75,7 @@ def ssd(
         resets=resets,
         initial_state=initial,
     )
-    y, final = _ssd(mosaic_gpu.vary_alike(inputs), interpret)
+    y, final = _ssd(vary_alike(arrays), interpret)
     return y[:, :length], final[:, :, : B.shape[3]].swapaxes(2, 3)
 
 
@@ -108,7 +99,7 @@ def _softplus(v: Array) -> Array:
     return jnp.maximum(v, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(v)))
 
 
-def _sizes(inputs: _Inputs) -> tiles.Sizes:
+def _sizes(inputs: _Arrays) -> tiles.Sizes:
     batch, length, heads, _ = inputs.x.shape
     groups, d_state = inputs.B.shape[2:]
     return tiles.Sizes(batch, length // CHUNK, heads, groups, d_state, inputs.resets is not None)
@@ -139,7 +130,7 @@ def _sum_until(v: Array, resets: Array | None, *, backwards: bool = False) -> Ar
     return jnp.sum(jnp.where(until, v[..., None, :], 0.0), axis=-1)
 
 
-def _vectors(inputs: _Inputs) -> Array:
+def _vectors(inputs: _Arrays) -> Array:
     """[B chunks H 4 l], see `tiles.Vectors`."""
     s = _sum_until(_chunked(inputs.exponent), inputs.resets)
     g = s - jnp.log2(jnp.maximum(_chunked(inputs.dt), tiles.TINY))
@@ -152,7 +143,7 @@ def _vectors(inputs: _Inputs) -> Array:
     return jnp.stack(tiles.Vectors(s, g, from_start, to_end), axis=3)
 
 
-def _split_skip(inputs: _Inputs) -> tuple[Array, Array | None]:
+def _split_skip(inputs: _Arrays) -> tuple[Array, Array | None]:
     """D for the kernels, and D for what is added outside, where x is wider than what the kernels read."""
     if inputs.x.dtype == jnp.bfloat16:
         return inputs.D, None
@@ -160,11 +151,11 @@ def _split_skip(inputs: _Inputs) -> tuple[Array, Array | None]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _ssd(inputs: _Inputs, interpret: Any) -> tuple[Array, Array]:
+def _ssd(inputs: _Arrays, interpret: Any) -> tuple[Array, Array]:
     return _run(inputs, interpret, save_states=False)[0]
 
 
-def _run(inputs: _Inputs, interpret: Any, *, save_states: bool):
+def _run(inputs: _Arrays, interpret: Any, *, save_states: bool):
     bf16 = jnp.bfloat16
     D, outside = _split_skip(inputs)
     arguments = pallas_gpu_forward.Inputs(
@@ -181,7 +172,7 @@ def _run(inputs: _Inputs, interpret: Any, *, save_states: bool):
     return (y, out.final_state), out.states
 
 
-def _forward(inputs: _Inputs, interpret: Any):
+def _forward(inputs: _Arrays, interpret: Any):
     results, states = _run(inputs, interpret, save_states=True)
     return results, (inputs, states)
 
@@ -213,7 +204,7 @@ def _backward(interpret: Any, residuals, cotangents):
         return jnp.sum(v, 2).swapaxes(1, 2).astype(like.dtype)
 
     return (
-        _Inputs(
+        _Arrays(
             x=dx,
             dt=d_dt,
             exponent=d_exponent,
@@ -229,7 +220,7 @@ def _backward(interpret: Any, residuals, cotangents):
 _ssd.defvjp(_forward, _backward)
 
 
-def _step_gradients(inputs: _Inputs, vectors: Array, out: pallas_gpu_backward.Gradients) -> tuple[Array, Array]:
+def _step_gradients(inputs: _Arrays, vectors: Array, out: pallas_gpu_backward.Gradients) -> tuple[Array, Array]:
     """Of the steps, as far as they weigh x, and of the exponents, from sums over paths.
 
     The gradient of step k's log-decay is the sum of all paths j -> t with j < k <= t of the same segment: [paths that

@@ -8,7 +8,7 @@ long as the text besides the inputs.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import vary_alike
+from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
+from biomamba_jax.ops.ssd.inputs import Inputs
 from biomamba_jax.ops.ssd.pallas_tpu_backward import backward
 from biomamba_jax.ops.ssd.pallas_tpu_forward import forward
 
@@ -26,21 +29,23 @@ _NO_STEP = -1e30
 _FEWEST_PAIRS = 4
 
 
-def ssd(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-    *,
-    interpret: Any = False,
-) -> tuple[Array, Array]:
+class _Arrays(NamedTuple):
+    """Padded in length to whole chunks; dt, parameters and states in float32."""
+
+    x: Array
+    dt: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array
+    dt_bias: Array
+    starts: Array | None  # [B L], where a segment begins
+    initial_state: Array | None
+
+
+def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = False) -> tuple[Array, Array]:
     """See `biomamba_jax.ops.ssd`. `interpret` (True, or Pallas's parameters) runs the kernels on any platform."""
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     reason = why_not(x, B, chunk_size)
     if reason is None and not interpret and dispatch.platform() != "tpu":
         reason = f"it runs on TPU, not on {dispatch.platform()}"
@@ -56,12 +61,11 @@ def ssd(
     padding = -length % tiles.CHUNK
     starts = None
     if segment_ids is not None:
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(changes, ((0, 0), (1, padding)))
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padding)))
     x, B, C = (_pad(v, 1, padding) for v in (x, B, C))
     dt = _pad(dt, 1, padding, _NO_STEP)
-    arrays = _vary_alike((x, dt, A, B, C, D, dt_bias, starts, initial_state))
-    y, final_state = _ssd(*arrays, interpret)
+    arrays = vary_alike(_Arrays(x, dt, A, B, C, D, dt_bias, starts, initial_state))
+    y, final_state = _ssd(arrays, interpret)
     return y[:, :length], final_state
 
 
@@ -107,20 +111,6 @@ def _pad(v: Array, axis: int, amount: int, value: float = 0) -> Array:
     return jnp.pad(v, [(0, amount if i == axis else 0) for i in range(v.ndim)], constant_values=value)
 
 
-def _vary_alike(arrays: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
-    """Inside `shard_map`: all arrays varying over the mesh axes that any of them varies over.
-
-    A kernel wants it so, and the transpose of this step adds up the gradient of what was the same on all devices.
-    """
-    axes = frozenset[str]().union(*(jax.typeof(v).manual_axis_type.varying for v in arrays if v is not None))
-
-    def vary(v: Array) -> Array:
-        missing = axes - jax.typeof(v).manual_axis_type.varying
-        return jax.lax.pcast(v, tuple(missing), to="varying") if missing else v
-
-    return jax.tree.map(vary, arrays)
-
-
 def _sizes(x: Array, B: Array) -> tiles.Sizes:
     batch, length, heads, _ = x.shape
     groups, d_state = B.shape[2:]
@@ -148,7 +138,8 @@ def _from_rows(v: Array, sizes: tiles.Sizes) -> Array:
     return v.reshape(*v.shape[:-3], -1)
 
 
-def _shared_inputs(sizes: tiles.Sizes, dt: Array, A: Array, B: Array, C: Array, dt_bias: Array, starts: Array | None):
+def _shared_inputs(arrays: _Arrays, sizes: tiles.Sizes) -> tiles.SharedInputs:
+    _, dt, A, B, C, _, dt_bias, starts, _ = arrays
     batch, length = dt.shape[:2]
     resets = None
     if starts is not None:
@@ -185,35 +176,36 @@ def _state_out(state: Array, heads: int, d_state: int) -> Array:
     return state[:, :d_state].swapaxes(1, 2).reshape(state.shape[0], heads, tiles.HEADDIM, d_state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(9,))
-def _ssd(x, dt, A, B, C, D, dt_bias, starts, initial_state, interpret) -> tuple[Array, Array]:
-    return _run(x, dt, A, B, C, D, dt_bias, starts, initial_state, interpret, save_states=False)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _ssd(arrays: _Arrays, interpret: Any) -> tuple[Array, Array]:
+    return _run(arrays, interpret, save_states=False)[0]
 
 
-def _run(x, dt, A, B, C, D, dt_bias, starts, initial_state, interpret, *, save_states: bool):
-    sizes = _sizes(x, B)
+def _run(arrays: _Arrays, interpret: Any, *, save_states: bool):
+    x, initial_state = arrays.x, arrays.initial_state
+    sizes = _sizes(x, arrays.B)
     out = forward(
         sizes,
         _merge_heads(x),
-        _shared_inputs(sizes, dt, A, B, C, dt_bias, starts),
-        _skip(D, sizes),
+        _shared_inputs(arrays, sizes),
+        _skip(arrays.D, sizes),
         None if initial_state is None else _state_in(initial_state, sizes),
         save_states=save_states,
         interpret=interpret,
     )
-    return (out.y.reshape(x.shape), _state_out(out.final_state, x.shape[2], B.shape[3])), out.states
+    return (out.y.reshape(x.shape), _state_out(out.final_state, x.shape[2], arrays.B.shape[3])), out.states
 
 
-def _forward(x, dt, A, B, C, D, dt_bias, starts, initial_state, interpret):
-    inputs = (x, dt, A, B, C, D, dt_bias, starts, initial_state)
-    outputs, states = _run(*inputs, interpret, save_states=True)
-    has_initial_state = initial_state is not None
-    return outputs, (*inputs[:-1], states, () if has_initial_state else None)
+def _forward(arrays: _Arrays, interpret: Any):
+    outputs, states = _run(arrays, interpret, save_states=True)
+    has_initial_state = () if arrays.initial_state is not None else None
+    return outputs, (arrays._replace(initial_state=None), states, has_initial_state)
 
 
-def _backward(interpret, residuals, cotangents):
-    x, dt, A, B, C, D, dt_bias, starts, states, has_initial_state = residuals
+def _backward(interpret: Any, residuals, cotangents):
+    arrays, states, has_initial_state = residuals
     dy, d_final_state = cotangents
+    x, B = arrays.x, arrays.B
     sizes = _sizes(x, B)
     batch, length, heads, _ = x.shape
     out = backward(
@@ -222,8 +214,8 @@ def _backward(interpret, residuals, cotangents):
         _merge_heads(dy),
         states,
         _state_in(d_final_state, sizes),
-        _shared_inputs(sizes, dt, A, B, C, dt_bias, starts),
-        _skip(D, sizes),
+        _shared_inputs(arrays, sizes),
+        _skip(arrays.D, sizes),
         interpret=interpret,
     )
 
@@ -234,11 +226,19 @@ def _backward(interpret, residuals, cotangents):
         return v[..., : B.shape[3]].astype(B.dtype)
 
     d_dt = _from_rows(out.dt.transpose(0, 3, 1, 2), sizes)
-    d_A = _from_rows(jnp.sum(out.A, (0, 3)), sizes)
-    d_D = jnp.sum(out.D.reshape(batch, heads, -1), (0, 2))
-    d_initial = None if has_initial_state is None else _state_out(out.initial_state, heads, B.shape[3])
-    d_x = out.x.reshape(x.shape)
-    return d_x, d_dt, d_A, of_group(out.B), of_group(out.C), d_D, jnp.sum(d_dt, (0, 1)), None, d_initial
+    return (
+        _Arrays(
+            x=out.x.reshape(x.shape),
+            dt=d_dt,
+            A=_from_rows(jnp.sum(out.A, (0, 3)), sizes),
+            B=of_group(out.B),
+            C=of_group(out.C),
+            D=jnp.sum(out.D.reshape(batch, heads, -1), (0, 2)),
+            dt_bias=jnp.sum(d_dt, (0, 1)),
+            starts=None,
+            initial_state=None if has_initial_state is None else _state_out(out.initial_state, heads, B.shape[3]),
+        ),
+    )
 
 
 _ssd.defvjp(_forward, _backward)

@@ -5,21 +5,12 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.numerics import accumulator_dtype
+from biomamba_jax.ops.ssd.inputs import Inputs
 
 
-def ssd(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-) -> tuple[Array, Array]:
+def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     """See `biomamba_jax.ops.ssd`; all in float32, or float64 for float64 x; `chunk_size` plays no part."""
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     dtype = accumulator_dtype(x.dtype)
@@ -32,8 +23,8 @@ def ssd(
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, headdim, d_state), dtype)
 
-    def step(state: Array, inputs: tuple[Array, ...]) -> tuple[Array, Array]:
-        u_t, dt_t, b_t, c_t, start = inputs
+    def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
+        u_t, dt_t, b_t, c_t, start = token
         state = jnp.where(start[:, None, None, None], 0, state)
         decay = jnp.exp(dt_t * A)[:, :, None, None]
         state = decay * state + (dt_t[:, :, None] * u_t)[..., None] * b_t[:, :, None, :]

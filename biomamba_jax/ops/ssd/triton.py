@@ -17,7 +17,10 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.triton_calls import Launch, next_power_of_2
+from biomamba_jax.ops.kernel_arrays import next_power_of_2, pad, vary_alike
+from biomamba_jax.ops.numerics import segment_starts
+from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.ops.triton_calls import Launch
 
 CHUNK = 64
 _KERNELS = f"{__package__}.triton_kernels"
@@ -75,19 +78,9 @@ def why_not(x: Array, chunk_size: int | None) -> str | None:
     return None
 
 
-def ssd(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-) -> tuple[Array, Array]:
+def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     """See `biomamba_jax.ops.ssd`; `chunk_size` is None or `CHUNK`."""
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     rows, length, heads, headdim = x.shape
     d_state = B.shape[3]
     f32 = jnp.float32
@@ -102,28 +95,21 @@ def ssd(
     wide, narrow = (max(_SMALLEST_SIDE, next_power_of_2(n)) for n in (headdim, d_state))
     segment = None
     if segment_ids is not None:
-        changes = segment_ids[:, 1:] != segment_ids[:, :-1]
-        starts = jnp.pad(changes, ((0, 0), (1, padding))).reshape(rows, -1, CHUNK)
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padding))).reshape(rows, -1, CHUNK)
         segment = jnp.cumsum(starts, axis=2, dtype=jnp.int32)
-    d = _pad(d, rows, length + padding, heads).swapaxes(1, 2)
+    d = pad(d, (rows, length + padding, heads)).swapaxes(1, 2)
     arrays = _Arrays(
-        x=_pad(x, rows, length + padding, heads, wide),
+        x=pad(x, (rows, length + padding, heads, wide)),
         d=d,
         s=_sums(d * (A * _LOG2_E)[:, None], segment),
-        B=_pad(B.astype(x.dtype), rows, length + padding, B.shape[2], narrow),
-        C=_pad(C.astype(x.dtype), rows, length + padding, B.shape[2], narrow),
+        B=pad(B.astype(x.dtype), (rows, length + padding, B.shape[2], narrow)),
+        C=pad(C.astype(x.dtype), (rows, length + padding, B.shape[2], narrow)),
         D=D,
-        initial_state=_pad(initial_state.astype(f32), rows, heads, wide, narrow),
+        initial_state=pad(initial_state.astype(f32), (rows, heads, wide, narrow)),
     )
-    arrays, segment = triton_calls.vary_alike((arrays, segment))
+    arrays, segment = vary_alike((arrays, segment))
     y, final_state = _ssd(arrays, None if segment is None else segment.reshape(rows, -1))
     return y[:, :length, :, :headdim], final_state[:, :, :headdim, :d_state]
-
-
-def _pad(v: Array, *shape: int) -> Array:
-    if v.shape == shape:
-        return v
-    return jnp.pad(v, [(0, want - have) for have, want in zip(v.shape, shape, strict=True)])
 
 
 def _sums(exponents: Float[Array, "B H L"], segment: Int[Array, "B chunks Q"] | None) -> Float[Array, "B H L"]:

@@ -25,26 +25,17 @@ import numpy as np
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.numerics import accumulator_dtype
+from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts
+from biomamba_jax.ops.ssd.inputs import Inputs
 
 # CPU: measured; 32 and 128 are slower by a tenth to a quarter. Accelerators: a token moves 4 H l bytes for each array
 # like M and 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
-def ssd(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    dt_bias: Array | None,
-    segment_ids: Array | None,
-    initial_state: Array | None,
-    chunk_size: int | None,
-) -> tuple[Array, Array]:
+def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     """See `biomamba_jax.ops.ssd`."""
+    x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     dtype = accumulator_dtype(x.dtype)
@@ -59,7 +50,7 @@ def ssd(
 
     starts = jnp.zeros((batch, length), bool)
     if segment_ids is not None:
-        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+        starts = segment_starts(segment_ids)
     chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
     # A padded step has d = 0: it leaves the state as it is.
     x, dt, B, C, starts = (_pad_length(v, -length % chunk) for v in (x, dt, B, C, starts))
