@@ -11,6 +11,10 @@ import pytest
 # Compilers for other chips may be installed too (`make test-long`): they are no devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# Compiling takes most of the time of most tests; machine code that is not optimized is ready in half of it, and gives
+# the same values. XLA_FLAGS= (empty) tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # Many tests build the same small programs; a run of the suite compiles each of them once, subprocesses included.
 _COMPILED = tempfile.mkdtemp(prefix="biomamba-compiled-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
 if _COMPILED:
