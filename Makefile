@@ -29,8 +29,8 @@ test: $(TEST)/installed
 	$(TEST)/bin/mypy
 	$(PYTEST) -m 'not ahead_of_time and not long'
 
-# Every mesh of eight devices, runs of several processes, and programs compiled for TPUs and GPUs that are not there:
-# kernels at every published size, whole training steps, plans. ONLY is an expression of pytest's -k.
+# Training on every mesh, in several processes and with interpreted kernels; then programs compiled for TPUs and GPUs
+# that are not there: kernels at every published size, whole training steps, plans. ONLY is an expression of pytest's -k.
 ONLY ?=
 test-long: $(TEST)/compilers
 	$(PYTEST) -m 'ahead_of_time or long' $(if $(ONLY),-k '$(ONLY)')

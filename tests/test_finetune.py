@@ -162,7 +162,7 @@ def write_pubmedqa(path: Path) -> None:
     path.write_text(json.dumps(entries))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_folds_are_trained_each_by_itself_and_pooled(here):
     write_pubmedqa(here / "ori_pqal.json")
     main([*SETTINGS, "--pubmedqa.path=ori_pqal.json", "--cross_validate=true", "--train.steps=3", *LORA])
@@ -213,7 +213,7 @@ def test_pubmedqa_itself_gives_the_published_baseline_on_its_test_set(here, shar
 # --- Resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_ends_with_the_same_bits(here):
     settings = [
         *SETTINGS,

@@ -51,7 +51,7 @@ def python(*arguments: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_four_devices_give_the_losses_of_one(tmp_path, kind):
     shards = write_shards(tmp_path / "shards")
