@@ -15,6 +15,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu
 from biomamba_jax.ops.selective_scan.inputs import Inputs
+from tests.devices import on_devices
 from tests.ops.oracles import assert_close, in_dtype, segment_layouts
 from tests.ops.test_selective_scan import (
     ACTIVATIONS,
@@ -112,9 +113,7 @@ def gradient_of_layers(scan, mesh=None):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    jax.device_count() < 4, reason="needs four devices: XLA_FLAGS=--xla_force_host_platform_device_count=4"
-)
+@on_devices(4)
 def test_rows_and_channels_spread_over_a_mesh_under_remat_and_scan_over_layers_equal_one_device():
     inputs = in_dtype(random_inputs(Shape(rows=2, length=16, channels=256, d_state=8), 5), "float32", ACTIVATIONS)
     names = ("dt", "A", "B", "C", "D", "z", "dt_bias")
