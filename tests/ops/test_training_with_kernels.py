@@ -10,7 +10,7 @@ STEPS = 50
 # Differences of rounding (1e-5, the ops' tolerance in float32) grow from step to step.
 TOLERANCE = 1e-3
 
-pytestmark = pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+pytestmark = [pytest.mark.long, pytest.mark.parametrize("kind", ["mamba1", "mamba2"])]
 
 
 def plain(kind: str, kernels: str) -> list[float]:
@@ -23,13 +23,11 @@ def plain(kind: str, kernels: str) -> list[float]:
 
 
 @needs_triton
-@pytest.mark.slow
 def test_fifty_steps_with_triton_give_the_losses_of_xla_and_the_plain_loop(kind):
     got = triton_interpreter.losses(kind, STEPS)
     np.testing.assert_allclose(got, plain(kind, "triton"), rtol=TOLERANCE)
 
 
-@pytest.mark.slow
 def test_fifty_steps_with_the_tpu_kernels_give_the_losses_of_xla_and_the_plain_loop(kind):
     got = kernel_training.losses(
         kind,
@@ -42,7 +40,6 @@ def test_fifty_steps_with_the_tpu_kernels_give_the_losses_of_xla_and_the_plain_l
     np.testing.assert_allclose(got, plain(kind, "pallas_tpu"), rtol=TOLERANCE)
 
 
-@pytest.mark.long
 def test_fifty_steps_with_mosaic_gpu_give_the_losses_of_xla_and_the_plain_loop(kind):
     got = mosaic_interpreter.losses(kind, STEPS)
     np.testing.assert_allclose(got, plain(kind, "pallas_gpu"), rtol=TOLERANCE)
