@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.measure.hlo_cycles import kernel_cycles, other_cycles
 
 CHILD_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -56,7 +57,7 @@ class Estimate:
       temporary_bytes: of everything else it allocates.
       static_cycles: of each Pallas call by name, if the profile was asked for.
       xla_cycles: XLA's own model of all other operations, loops multiplied by their trip counts; up to a few times too
-        high.
+        high. None where a loop does not tell how often it runs.
       error: the compiler's words where it refused the program; all else is 0 then.
     """
 
@@ -64,7 +65,7 @@ class Estimate:
     output_bytes: int = 0
     temporary_bytes: int = 0
     static_cycles: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    xla_cycles: int = 0
+    xla_cycles: int | None = 0
     error: str | None = None
 
 
@@ -148,48 +149,9 @@ def _compile(request: Request) -> Estimate:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        static_cycles=_static_cycles(text),
-        xla_cycles=_xla_cycles(text),
+        static_cycles=kernel_cycles(text),
+        xla_cycles=other_cycles(text),
     )
-
-
-def _static_cycles(text: str) -> dict[str, int]:
-    """Cycles of each Pallas call of an optimised module, by its HLO name."""
-    found = {}
-    for line in text.splitlines():
-        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
-        name = re.search(r"%([\w.\-]+) = ", line)
-        if "tpu_custom_call" in line and cycles and name:
-            found[name[1]] = int(cycles[1])
-    return found
-
-
-def _xla_cycles(text: str) -> int:
-    """The sum of `estimated_cycles` over a module without its Pallas calls."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    entry = ""
-    for line in text.splitlines():
-        if header := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            lines = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        else:
-            lines.append(line)
-
-    def cost(name: str) -> int:
-        total = 0
-        for line in computations.get(name, []):
-            if "tpu_custom_call" not in line and (cycles := re.search(r'"estimated_cycles":"(\d+)"', line)):
-                total += int(cycles[1])
-            if loop := re.search(r"\bwhile\(.*body=%?([\w.\-]+)", line):
-                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-                total += (int(trips[1]) if trips else 1) * cost(loop[1])
-            elif re.search(r"\b(conditional|call)\(", line):
-                branches = re.findall(r"(?:to_apply|true_computation|false_computation)=%?([\w.\-]+)", line)
-                total += sum(map(cost, branches))
-        return total
-
-    return cost(entry)
 
 
 def _read_loops(folder: str) -> list[Loop]:

@@ -70,14 +70,16 @@ class Line:
     op: str
     implementation: str
     direction: str
-    seconds: float
+    seconds: float | None  # None: the compiler does not tell
     vector_floor: float | None
     matrix_floor: float | None
     memory_floor: float
     temporary_bytes: int
 
     @property
-    def share_of_floor(self) -> float:
+    def share_of_floor(self) -> float | None:
+        if not self.seconds:
+            return None
         return max(self.vector_floor or 0, self.matrix_floor or 0, self.memory_floor) / self.seconds
 
 
@@ -149,9 +151,9 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
             line.op,
             line.implementation,
             line.direction,
-            f"{line.seconds * 1e3:.3f}",
+            "unknown" if line.seconds is None else f"{line.seconds * 1e3:.3f}",
             *("" if floor is None else f"{floor * 1e3:.3f}" for floor in floors),
-            f"{line.share_of_floor:.0%}",
+            "" if line.share_of_floor is None else f"{line.share_of_floor:.0%}",
             f"{line.temporary_bytes / 1e6:.0f}",
         )
     print_tables([table])
@@ -169,7 +171,7 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
         for direction, estimate in (("forward", forward), ("forward and backward", both)):
             memory = (estimate.argument_bytes + estimate.output_bytes) / chip.bandwidth
-            seconds = estimate.xla_cycles / chip.clock
+            seconds = None if estimate.xla_cycles is None else estimate.xla_cycles / chip.clock
             yield Line(op, "xla", direction, seconds, None, None, memory, estimate.temporary_bytes)
 
 

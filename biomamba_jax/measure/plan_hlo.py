@@ -172,7 +172,7 @@ class _Reader:
 
     def _walk(self, computation: str, times: int) -> None:
         for i in self._computations.get(computation, ()):
-            called = _called(i)
+            called = called_computations(i)
             if i.opcode == "while":
                 self._walk(called["body"][0], times * self._trips(i, called))
             elif i.opcode in ("call", "async-start"):
@@ -253,7 +253,7 @@ class _Reader:
 
     def _all_flops(self, fused: str) -> float:
         inside = self._computations[fused]
-        nested = sum(self._all_flops(_called(j)["calls"][0]) for j in inside if j.opcode == "fusion")
+        nested = sum(self._all_flops(called_computations(j)["calls"][0]) for j in inside if j.opcode == "fusion")
         return nested + sum(self._flops(j, fused) for j in inside)
 
     def _read(self, parameter: Instruction, fused: str, outer: str) -> int:
@@ -267,7 +267,7 @@ class _Reader:
             if user.opcode in ("dynamic-slice", "gather", "slice") and position == 0:
                 total += shape_bytes(user.results, everywhere=True)
             elif user.opcode == "fusion":
-                nested = _called(user)["calls"][0]
+                nested = called_computations(user)["calls"][0]
                 inner = next(
                     j for j in self._computations[nested] if j.opcode == "parameter" and j.arguments == str(position)
                 )
@@ -332,7 +332,8 @@ class _Reader:
         return found.results if found else ""
 
 
-def _called(i: Instruction) -> dict[str, list[str]]:
+def called_computations(i: Instruction) -> dict[str, list[str]]:
+    """Names of the computations that an instruction calls, by what it calls them."""
     found: dict[str, list[str]] = {}
     pattern = r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
     for key, name in re.findall(pattern, i.attributes):
