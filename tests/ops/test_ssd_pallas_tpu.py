@@ -197,9 +197,10 @@ def test_training_takes_less_memory_than_the_einsum():
 def test_static_cycles_do_not_rise():
     """Cycles of a chunk of one row at the 130m shape, by the compiler's profile: the slope between two lengths.
 
-    Deterministic for one version of libtpu; the bounds are 3% above what was reached with 0.0.52.
+    Deterministic for one version of libtpu; the bounds are 3% above what was reached with 0.0.52. For 8 x 1,024 tokens
+    they are 0.117 and 0.267 ms on v5e at 1.5 GHz, 0.079 and 0.180 ms on v6e at 1.75 GHz.
     """
-    bounds = {"v5e:1x1": (2735, 6780), "v6e:1x1": (2160, 4580)}
+    bounds = {"v5e:1x1": (2735, 6258), "v6e:1x1": (2160, 4920)}
     lengths = [request(topology, 24, rows=1, length=n) for topology in bounds for n in (256, 384)]
     results = [list(result.static_cycles.values()) for result in compiled(*lengths, profile=True)]
     for topology, short, long in zip(bounds, results[::2], results[1::2], strict=True):

@@ -7,8 +7,8 @@ E_tj = 2^(s_t - g_j), M = E o C B^T where t >= j in one segment, and w_j = 2^(s_
     d(C B^T) = sum over heads of (dy x^T) o E            dC = d(C B^T) B + (2^s dy) S^T      dB likewise
     gradient of step k's log-decay = sum of all paths j -> t with j < k <= t of the same segment
 
-A path's sum is [paths that end at t >= k] - [paths that begin at j >= k]: dy . (y - D x), summed over the channels, and
-x . (dx - D dy). Rounding cancels in the difference because both sides have the same rounded M.
+A path's sum is [paths that end at t >= k] - [paths that begin at j >= k]. Within a chunk these are sums over the rows
+and columns of M o (dy x^T), so paths on both sides cancel, and y itself is not needed.
 """
 
 from collections.abc import Iterator
@@ -73,7 +73,8 @@ class _Sums(NamedTuple):
     B: Any  # [l N]
     C: Any  # [l N]
     ends: Any  # [R l], all paths that end at each token
-    begins: Any  # [R l], all paths that begin at each token
+    begins: Any  # [R l], paths that begin at each token and leave the chunk
+    begins_inside: Any  # paths that begin at each token and end in the chunk: for each 64 tokens, rows of pairs
     last: Any  # [R/2 128], paths that leave the chunk, summed over tokens
 
 
@@ -141,61 +142,69 @@ def _store(shared: _Shared, values: _Shared) -> None:
             ref[...] = value
 
 
+def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
+    """Sums over each head's channels, [l 128], into the pair's two rows of `rows`."""
+    transposed = values.T
+    rows[pair : pair + 1] = jnp.sum(transposed[:HEADDIM], 0, keepdims=True)
+    row = sizes.half_rows + pair
+    rows[row : row + 1] = jnp.sum(transposed[HEADDIM:], 0, keepdims=True)
+
+
 def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
-    """The gradients of one pair of heads."""
+    """The gradients of one pair of heads. The order keeps few arrays alive at once: the scheduler stays close to it."""
     half_rows = sizes.half_rows
     lanes = slice(pair * LANES, (pair + 1) * LANES)
     x, dy, state, d_after = inputs.x[:, lanes], inputs.dy[:, lanes], inputs.states[:, lanes], d_state[:, lanes]
     x_exact, dy_exact = x.astype(jnp.float32), dy.astype(jnp.float32)
     x, dy, d_after_rounded = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), d_after.astype(jnp.bfloat16)
-    s, g, to_end = (tiles.spread(columns[...], pair, half_rows) for columns in (shared.s, shared.g, shared.to_end))
-    from_start = jnp.exp2(s)
 
-    dx: list[Any] = [None] * (CHUNK // HEADDIM)
+    s = tiles.spread(shared.s[...], pair, half_rows)
     ends: list[Any] = [None] * (CHUNK // HEADDIM)
-    below = above = 0
+    start = 0
     for k, piece in enumerate(tiles.halves(CHUNK)):
         i = k * half_rows + pair
-        rows = slice(below, below + CHUNK - piece.start)
+        rows = slice(start, start + CHUNK - piece.start)
+        start = rows.stop
         decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], tiles.LARGEST_EXPONENT))
-        x_diagonal = tiles.block_diagonal(x[piece])
-        product = tiles.dot((shared.scores[rows] * decay).astype(jnp.bfloat16), x_diagonal)
+        d_scores = tiles.dot(dy[piece.start :], tiles.block_diagonal(x[piece]), tiles.AS_ROWS) * decay
+        sums.scores[rows] += d_scores
+        paths = d_scores * shared.scores[rows]
+        sums.begins_inside[i : i + 1] = jnp.sum(paths, 0, keepdims=True)
         for n in range(k, len(ends)):
-            ends[n] = tiles.plus(ends[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
-        sums.scores[rows] += tiles.dot(dy[piece.start :], x_diagonal, tiles.AS_ROWS) * decay
-        below = rows.stop
+            ends[n] = tiles.plus(ends[n], paths[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
+    dy_decayed_exact = jnp.exp2(s) * dy_exact
+    dy_decayed = dy_decayed_exact.astype(jnp.bfloat16)
+    handed_in = tiles.dot(shared.C[...], state) * dy_decayed_exact
+    _store_head_sums(sums.ends, sizes, pair, jnp.concatenate(ends, 0) + handed_in)
 
-        rows = slice(above, above + piece.stop)
+    g = tiles.spread(shared.g[...], pair, half_rows)
+    dx: list[Any] = [None] * (CHUNK // HEADDIM)
+    start = 0
+    for k, piece in enumerate(tiles.halves(CHUNK)):
+        i = k * half_rows + pair
+        rows = slice(start, start + piece.stop)
+        start = rows.stop
         decay = jnp.exp2(jnp.minimum(shared.s_rows[i : i + 1] - g[: piece.stop], tiles.LARGEST_EXPONENT))
         mixing = (shared.scores_transposed[rows] * decay).astype(jnp.bfloat16)
         product = tiles.dot(mixing, tiles.block_diagonal(dy[piece]))
         for n in range(k + 1):
             dx[n] = tiles.plus(dx[n], product[n * HEADDIM : (n + 1) * HEADDIM])
-        above = rows.stop
 
-    dy_decayed = (from_start * dy_exact).astype(jnp.bfloat16)
+    to_end = tiles.spread(shared.to_end[...], pair, half_rows)
     x_weighted = (to_end * x_exact).astype(jnp.bfloat16)
     onward = tiles.dot(shared.B[...], d_after_rounded) * to_end
-    handed_in = tiles.dot(shared.C[...], state) * from_start
     skip = tiles.spread_row(inputs.D[...], pair, half_rows) * dy_exact
-    mixed = jnp.concatenate(dx, 0) + onward
-    out.x[:, lanes] = (mixed + skip).astype(out.x.dtype)
+    out.x[:, lanes] = (jnp.concatenate(dx, 0) + onward + skip).astype(out.x.dtype)
     out.D[:, lanes] += jnp.sum(dy_exact * x_exact, 0, keepdims=True)
     sums.C[...] += tiles.dot(dy_decayed, state, tiles.AS_ROWS)
     sums.B[...] += tiles.dot(x_weighted, d_after_rounded, tiles.AS_ROWS)
     d_before = tiles.spread(shared.across[...], pair, half_rows)[:1] * d_after
     d_state[:, lanes] = d_before + tiles.dot(shared.C_transposed[...], dy_decayed)
 
-    # Sums of paths are of the rounded factors that entered the products, or else ends and begins would not cancel.
-    x_rounded, dy_rounded = x.astype(jnp.float32), dy.astype(jnp.float32)
-    begins = x_rounded * onward
+    begins = x.astype(jnp.float32) * onward
     last = jnp.sum(begins, 0, keepdims=True) + jnp.sum(d_before * state.astype(jnp.float32), 0, keepdims=True)
     sums.last[pair : pair + 1] = last
-    y = jnp.concatenate(ends, 0) + handed_in
-    for rows, values in ((sums.ends, dy_rounded * y), (sums.begins, x_rounded * mixed)):
-        transposed = values.T
-        rows[pair : pair + 1] = jnp.sum(transposed[:HEADDIM], 0, keepdims=True)
-        rows[half_rows + pair : half_rows + pair + 1] = jnp.sum(transposed[HEADDIM:], 0, keepdims=True)
+    _store_head_sums(sums.begins, sizes, pair, begins)
 
 
 def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
@@ -228,7 +237,9 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     left = tiles.iota(last.shape, 1) < HEADDIM
     leave = jnp.concatenate([jnp.sum(jnp.where(where, last, 0.0), 1, keepdims=True) for where in (left, ~left)], 0)
     at_end = tiles.iota((sizes.rows, CHUNK), 1) == CHUNK - 1
-    begins = sums.begins[...]
+    inside = [sums.begins_inside[k * sizes.half_rows : (k + 1) * sizes.half_rows] for k in range(len(pieces))]
+    of_heads = [jnp.concatenate([v[:, head] for v in inside], 1) for head in tiles.halves(LANES)]
+    begins = sums.begins[...] + jnp.concatenate(of_heads, 0)
     net = sums.ends[...] - begins + jnp.where(at_end, leave, 0.0)
     from_here = tiles.iota((CHUNK, CHUNK), 0) >= tiles.iota((CHUNK, CHUNK), 1)
     if resets is not None:
@@ -253,7 +264,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
     @pl.when((row == 0) & (block == 0) & (step == 0))
     def start_half() -> None:
         # Rows beyond the last pair are never written, but summed with the others.
-        for ref in (sums.ends, sums.begins, sums.last):
+        for ref in (sums.ends, sums.begins, sums.begins_inside, sums.last):
             ref[...] = jnp.zeros_like(ref)
         *_, values = _prepare(sizes, inputs.here)
         _store(shared, values)
@@ -363,6 +374,7 @@ def backward(
         C=tile(CHUNK, n),
         ends=tile(sizes.rows, CHUNK),
         begins=tile(sizes.rows, CHUNK),
+        begins_inside=tile(of_pieces),
         last=tile(sizes.half_rows),
     )
 
