@@ -37,8 +37,9 @@ def test_the_inner_loops_stay_packed():
     assert min(loop.filled["VALU"] for loop in (forward, recompute, back)) > 0.88
 
 
-@pytest.mark.parametrize(("topology", "forward", "backward"), [("v5e:1x1", 80, 204), ("v6e:1x1", 80, 200)])
+@pytest.mark.parametrize(("topology", "forward", "backward"), [("v5e:1x1", 80, 204), ("v6e:1x1", 74.7, 200)])
 def test_static_cycles_a_token_of_1536_channels_stay_low(topology, forward, backward):
+    """For 8 x 1,024 tokens: at most 0.437 and 1.114 ms on v5e at 1.5 GHz, 0.350 and 0.937 ms on v6e at 1.75 GHz."""
     short, long = estimates([gradient_request(topology, length=n) for n in (128, 192)], profile=True)
     for direction, bound in (("forward", forward), ("backward", backward)):
         cycles = [sum(v for k, v in e.static_cycles.items() if direction in k) for e in (short, long)]
