@@ -14,7 +14,7 @@ from biomamba_jax.ops import causal_conv1d, selective_scan, ssd
 from biomamba_jax.train.progress import print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
-_D_STATE, _SSD_D_STATE, _HEADDIM, _WIDTH = 16, 128, 64, 4
+_D_STATE, _SSD_D_STATE, _SSD_CHUNK, _HEADDIM, _WIDTH = 16, 128, 128, 64, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,9 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
     print_tables([table])
     print(
         "Pallas kernels: the static profile of the schedule, without waiting for memory. XLA forms: XLA's own model, "
-        "which can be a few times off. Share: the highest floor over the time."
+        "which can be a few times off; the profile does not run on them. Share: the highest floor over the time. "
+        "Temporary memory: of the program with the forward pass alone, and of the one with both passes, which also "
+        "stands in the lines of the backward pass."
     )
 
 
@@ -203,6 +205,7 @@ def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[L
     whole = _estimates(op, "pallas_tpu", settings, settings.rows, [settings.length], profile=False)[0]
     tokens = settings.rows * settings.length
     memory = [(e.argument_bytes + e.output_bytes) / chip.bandwidth for e in whole]
+    lines = []
     for i, direction in enumerate(("forward", "backward")):
         cycles = [_kernel_cycles(pair[1].static_cycles, direction) for pair in (short, long)]
         seconds = (cycles[1] - cycles[0]) / (_SHORT_LENGTHS[1] - _SHORT_LENGTHS[0]) * tokens / chip.clock
@@ -210,7 +213,40 @@ def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[L
         if op == "selective_scan":
             registers = tokens * settings.channels * _D_STATE / 1024
             vector = registers * _SCAN_OPERATIONS[direction] / _VECTOR_SLOTS / chip.clock
-        yield Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes)
+        if op == "ssd":
+            matrix = 2 * tokens * _ssd_products(settings.channels)[direction] / chip.matrix_flops
+        lines.append(Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes))
+    yield from lines
+    yield both_directions(*lines)
+
+
+def _ssd_products(channels: int) -> dict[str, int]:
+    """Multiplications a token in the products of the chunked form, one group: the fewest of each pass.
+
+    Forward: scores of the group; values within the chunk, into the state and out of it of each channel. Backward: the
+    scores again and the two products of their gradient; of each channel the gradients of scores and values within the
+    chunk, and of B, C, values and state through the state.
+    """
+    scores, within, through = _SSD_CHUNK * _SSD_D_STATE, channels * _SSD_CHUNK, channels * _SSD_D_STATE
+    return {"forward": scores + within + 2 * through, "backward": 3 * scores + 2 * within + 4 * through}
+
+
+def both_directions(forward: Line, backward: Line) -> Line:
+    """To stand beside the same of an alternative. Memory is that of the program with both."""
+
+    def total(name: str) -> float | None:
+        parts = [getattr(line, name) for line in (forward, backward)]
+        return None if None in parts else sum(parts)
+
+    floors = total("vector_floor"), total("matrix_floor"), backward.memory_floor
+    return Line(
+        forward.op,
+        forward.implementation,
+        "forward and backward",
+        total("seconds"),
+        *floors,
+        temporary_bytes=backward.temporary_bytes,
+    )
 
 
 def _kernel_cycles(cycles: Mapping[str, int], direction: str) -> int:

@@ -7,6 +7,7 @@ import pytest
 from biomamba_jax import benchmark
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure.aot import Request, estimates
+from biomamba_jax.measure.kernels import Line, both_directions
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
@@ -22,6 +23,14 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
 def test_channels_that_are_no_whole_heads_are_refused():
     with pytest.raises(UserError, match=r"channels = 100: must be a multiple of the head size 64"):
         benchmark.main(["kernels", "--channels", "100"])
+
+
+def test_both_directions_of_a_kernel_together_have_the_floors_of_both_and_the_memory_of_the_program_with_both():
+    forward = Line("ssd", "pallas_tpu", "forward", 1.0, None, 0.5, memory_floor=0.1, temporary_bytes=3)
+    backward = Line("ssd", "pallas_tpu", "backward", 3.0, None, 1.5, memory_floor=0.4, temporary_bytes=5)
+    both = both_directions(forward, backward)
+    assert (both.seconds, both.matrix_floor, both.vector_floor, both.memory_floor) == (4.0, 2.0, None, 0.4)
+    assert both.share_of_floor == 0.5 and both.temporary_bytes == 5
 
 
 @pytest.mark.ahead_of_time
