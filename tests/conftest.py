@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes most of the time of most tests; machine code that is not optimized is ready in half of it, and gives
 # the same values. XLA_FLAGS= (empty) tests what users run.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+# A shell's background jobs ignore Ctrl-C, and hand that down: the programs that tests interrupt must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Many tests build the same small programs; a run of the suite compiles each of them once, subprocesses included.
 _COMPILED = tempfile.mkdtemp(prefix="biomamba-compiled-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None

@@ -40,7 +40,7 @@ print(peak[0] / sum(x.nbytes for x in flatten(weights.params).values()))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of memory")
 def test_conversions_stay_below_one_and_a_half_times_the_float32_weights(tmp_path):
     pytest.importorskip("torch", reason="mamba_ssm's pytorch_model.bin is part of what is measured")

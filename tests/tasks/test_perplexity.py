@@ -68,7 +68,7 @@ print(score_domain(scorer(biomamba_jax.load(sys.argv[1]), 96, 3), documents()).n
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_spread_over_four_devices_give_the_figures_of_one(folder, scores):
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")]
