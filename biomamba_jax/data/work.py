@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from biomamba_jax.errors import UserError
@@ -37,9 +37,12 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
     Args:
       spools: a folder of its own for spools, which then stay when the run has ended, for runs to come.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output}: already exists; remove it or give another --output")
     work = Work(output.parent / f"{output.name}.partial", spools)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if work.root.exists() and not work.output.exists():  # its run was killed after the rename
+            with suppress(UserError), _locked(work.root):
+                shutil.rmtree(work.root, ignore_errors=True)
+        raise UserError(f"{output}: already exists; remove it or give another --output")
     with ExitStack() as stack:
         for folder in filter(None, (work.root, spools)):
             stack.enter_context(_locked(folder))
