@@ -5,7 +5,6 @@ process's own output: `python -m tests.h100 module:function '{"argument": 1}'`.
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
+from tests.compilers import require_cuda_compiler
 
 ROOT = Path(__file__).parents[1]
 # What comes out of a cache is not assembled, and nothing is said of it.
@@ -71,9 +70,7 @@ def compiled(builder: str, **arguments: Any) -> Program:
       builder: "module:function"; called with `arguments` and eight of the topology's devices it returns (function,
         arguments), the latter trees of `jax.ShapeDtypeStruct`; without a sharding they lie on the first device.
     """
-    for package in ("jax_cuda12_plugin", "jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"):
-        if not _installed(package):
-            pytest.skip(f"needs {package}: pip install 'biomamba-jax[gpu]' to compile for GPU without one")
+    require_cuda_compiler()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "tests.h100", builder, json.dumps(arguments)],
@@ -85,13 +82,6 @@ def compiled(builder: str, **arguments: Any) -> Program:
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
     return Program(_kernels(done.stdout + done.stderr), facts["mosaic_calls"], facts["temporary_bytes"])
-
-
-def _installed(package: str) -> bool:
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
 
 
 def _kernels(words: str) -> tuple[Kernel, ...]:

@@ -8,10 +8,7 @@ from biomamba_jax import benchmark
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure.aot import Request, estimates
 from biomamba_jax.measure.kernels import Line, both_directions
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
-)
+from tests.compilers import needs_libtpu
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):

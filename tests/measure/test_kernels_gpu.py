@@ -1,6 +1,6 @@
 """`python -m biomamba_jax.benchmark kernels` for GPUs: the one at hand, played by the CPU, and absent ones."""
 
-import importlib.util
+import sys
 import weakref
 
 import jax
@@ -10,6 +10,7 @@ from biomamba_jax import benchmark
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure import kernels_gpu
 from biomamba_jax.measure.kernels import KernelsBenchmark
+from tests.compilers import needs_triton
 
 SMALL = ["--target", "gpu", "--rows", "1", "--length", "32", "--channels", "64"]
 
@@ -93,7 +94,7 @@ def test_the_least_work_is_inputs_and_results_once_and_the_products_of_chunks():
 
 
 @pytest.mark.ahead_of_time
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0")
+@needs_triton
 def test_the_table_for_an_absent_gpu_lists_every_kernel(capsys):
     benchmark.main(["kernels", "--target", "sm_90", "--rows", "1"])
     printed = capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_the_table_for_an_absent_gpu_lists_every_kernel(capsys):
         assert kernel in printed
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is not None, reason="triton is installed")
-def test_without_triton_the_remedy_is_named():
+def test_without_triton_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(UserError, match=r"pip install 'biomamba-jax\[gpu\]'"):
         benchmark.main(["kernels", "--target", "sm_90"])

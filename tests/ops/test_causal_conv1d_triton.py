@@ -7,11 +7,11 @@ import pytest
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d
+from tests.compilers import needs_triton
 from tests.ops import triton_interpreter
 from tests.ops.oracles import assert_close, in_dtype, in_float64
 from tests.ops.test_causal_conv1d import ACTIVATIONS, ARRAYS, SHAPES, Shape, random_inputs
 from tests.ops.test_causal_conv1d import values_and_gradients as by_name
-from tests.ops.triton_interpreter import needs_triton
 from tests.tolerances import TOLERANCES
 
 TWO_BLOCKS = Shape(rows=1, length=35, channels=130, width=4)  # of tokens and of channels

@@ -3,19 +3,13 @@
 The TPUs are not there: libtpu compiles for them on any machine.
 """
 
-import importlib.util
-
 import pytest
 
 from biomamba_jax.measure import kernels
 from biomamba_jax.measure.aot import Request, estimates
+from tests.compilers import needs_libtpu
 
-pytestmark = [
-    pytest.mark.ahead_of_time,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
-    ),
-]
+pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
 D_INNER = (1536, 2048, 3072, 4096, 5120)  # of the published sizes, the same five for both kinds

@@ -3,7 +3,6 @@
 Bundles and static cycles are what the compiler's schedule says: the same on every machine, for one version of libtpu.
 """
 
-import importlib.util
 from functools import partial
 
 import jax
@@ -15,13 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from biomamba_jax.measure.aot import Request, estimates, inner_loops
 from biomamba_jax.ops import selective_scan
+from tests.compilers import needs_libtpu
 
-pytestmark = [
-    pytest.mark.ahead_of_time,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
-    ),
-]
+pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 
 
 def gradient_request(topology: str, channels: int = 1536, length: int = 1024, segments: bool = True) -> Request:

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import selective_scan
+from tests.compilers import needs_triton
 from tests.ops import triton_interpreter
 from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
 from tests.ops.test_selective_scan import ACTIVATIONS, ARRAYS, Shape, random_inputs
 from tests.ops.test_selective_scan import values_and_gradients as reference
-from tests.ops.triton_interpreter import needs_triton
 from tests.tolerances import TOLERANCES
 
 ODD = Shape(rows=2, length=11, channels=5, d_state=3)  # no size fits a block

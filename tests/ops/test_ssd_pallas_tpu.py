@@ -3,7 +3,6 @@
 Interpreting is slow to compile, so there are few shapes, each compiled once and run on many inputs.
 """
 
-import importlib.util
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from biomamba_jax.measure.aot import Estimate, Request, estimates
 from biomamba_jax.ops import dispatch, ssd
 from biomamba_jax.ops.ssd import pallas_tpu, reference
 from biomamba_jax.ops.ssd.inputs import Inputs
+from tests.compilers import needs_libtpu
 from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
 from tests.tolerances import TOLERANCES
 
@@ -174,25 +174,26 @@ def request(topology: str, heads: int, **changes: Any) -> Request:
 
 
 def compiled(*requests: Request, profile: bool = False) -> list[Estimate]:
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install libtpu to compile for TPU without one")
     results = estimates(requests, profile=profile)
     for one, result in zip(requests, results, strict=True):
         assert result.error is None, f"{one}: {result.error}"
     return results
 
 
+@needs_libtpu
 @pytest.mark.ahead_of_time
 def test_they_compile_under_shard_map_scan_and_checkpoint():
     compiled(Request("v5e:2x2", "tests.ops.ssd_layers:sharded_layers", {}))
 
 
+@needs_libtpu
 @pytest.mark.ahead_of_time
 def test_training_takes_less_memory_than_the_einsum():
     kernels, einsum = compiled(request("v5e:1x1", 24), request("v5e:1x1", 24, implementation="xla"))
     assert kernels.temporary_bytes < einsum.temporary_bytes
 
 
+@needs_libtpu
 @pytest.mark.ahead_of_time
 def test_static_cycles_do_not_rise():
     """Cycles of a chunk of one row at the 130m shape, by the compiler's profile: the slope between two lengths.

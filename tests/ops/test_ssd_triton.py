@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import ssd
+from tests.compilers import needs_triton
 from tests.ops import triton_interpreter
 from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
 from tests.ops.test_ssd import values_and_gradients as by_name
-from tests.ops.triton_interpreter import needs_triton
 from tests.tolerances import TOLERANCES
 
 CHUNK = 64

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from tests.compilers import needs_triton
 from tests.ops import kernel_training, mosaic_interpreter, triton_interpreter
-from tests.ops.triton_interpreter import needs_triton
 
 STEPS = 50
 # Differences of rounding (1e-5, the ops' tolerance in float32) grow from step to step.

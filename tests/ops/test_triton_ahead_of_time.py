@@ -1,6 +1,5 @@
 """The Triton kernels of all ops compiled for GPUs that are not there: spills, registers, shared memory, PTX version."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,13 +9,8 @@ from pathlib import Path
 import pytest
 
 from biomamba_jax.measure.triton_static import Usage, usages
+from tests.compilers import needs_jax_triton, needs_triton
 from tests.ops.gpu_lowering import KERNELS
-from tests.ops.triton_interpreter import needs_triton
-
-needs_jax_triton = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("jax_triton", "jax_cuda12_plugin")),
-    reason="needs jax-triton and jax's plugin for CUDA: pip install 'biomamba-jax[gpu]'",
-)
 
 BATCH = {"rows": 8, "length": 1024, "channels": 1536, "segments": True}
 OPS = ("selective_scan", "ssd", "causal_conv1d")

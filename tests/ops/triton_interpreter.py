@@ -6,7 +6,6 @@ The op runs in a second process; there, the kernels get numpy arrays and all aro
 import concurrent.futures
 import functools
 import importlib
-import importlib.util
 import multiprocessing
 import os
 from collections.abc import Mapping, Sequence
@@ -15,13 +14,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from biomamba_jax.ops import triton_calls
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton: pip install triton==3.9.0 (or the [gpu] extra)"
-)
 
 
 def values_and_gradients(

@@ -15,6 +15,7 @@ from biomamba_jax.measure.plan_compile import Compiled, Memory
 from biomamba_jax.measure.plan_costs import Costs
 from biomamba_jax.measure.plan_hlo import Collective, Work
 from biomamba_jax.parallel.hardware import GIB
+from tests.compilers import needs_libtpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = "--model.d_model 256 --model.n_layers 2 --model.vocab_size 512 --data.sequence_length 512".split()
@@ -133,10 +134,6 @@ def test_findings_survive_the_way_out_of_the_compilers_process():
 
 
 # --- The real compiler ---------------------------------------------------------------------------------------------
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
-)
 
 
 @pytest.mark.ahead_of_time

@@ -1,6 +1,5 @@
 """Several devices train as one does, and the TPU kernels compile in a step that spans several chips."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import pytest
 from synthetic import write_shards
 
 from biomamba_jax.train.metrics import read_metrics
+from tests.compilers import needs_libtpu
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,10 +71,9 @@ def test_four_devices_give_the_losses_of_one(tmp_path, kind):
         assert four["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
+@needs_libtpu
 @pytest.mark.ahead_of_time
 @pytest.mark.parametrize(("kind", "mesh"), [("mamba1", "4,1,1,1"), ("mamba2", "4,1,1,1"), ("mamba2", "1,1,2,2")])
 def test_a_step_over_several_tpu_chips_compiles_with_the_kernels_in_it(kind, mesh):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs libtpu: pip install 'biomamba-jax[tpu]'")
     settings = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     assert int(python("-c", COMPILE, kind, mesh, **settings).splitlines()[-1]) > 0

@@ -1,19 +1,13 @@
 """The whole training step of the 130m models through the real TPU compiler, on one chip and on sixteen."""
 
-import importlib.util
-
 import pytest
 
 from biomamba_jax.config import DataConfig, MeshConfig, ModelConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.measure.plan_compile import Compiled, compile_step
+from tests.compilers import needs_libtpu
 
-pytestmark = [
-    pytest.mark.ahead_of_time,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install 'biomamba-jax[tpu]'"
-    ),
-]
+pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 
 KERNELS = {
     "mamba1": {"selective_scan_forward", "selective_scan_backward"},
