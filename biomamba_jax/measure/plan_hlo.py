@@ -10,6 +10,15 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from biomamba_jax.measure.hlo import (
+    Computations,
+    Instruction,
+    UnknownTripCountError,
+    called_computations,
+    parse,
+    trip_count,
+)
+
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota opt-barrier domain "
@@ -20,23 +29,6 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Operations that write into an array which they are given first; the position of what they write."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation; `results`, `arguments` and `attributes` are text."""
-
-    name: str
-    results: str
-    opcode: str
-    arguments: str
-    attributes: str
-    is_root: bool
-
-    @property
-    def operands(self) -> list[str]:
-        """Names of the instructions that it uses."""
-        return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,45 +89,6 @@ def read_program(text: str, devices: int = 1, slices: int = 1) -> Program:
     return _Reader(computations, devices, slices).read(entry)
 
 
-def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """All computations by name, and the name of the entry."""
-    computations: dict[str, list[Instruction]] = {}
-    current: list[Instruction] | None = None
-    entry = ""
-    for line in text.splitlines():
-        if header := re.match(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$", line):
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif line.startswith("}"):
-            current = None
-        elif current is not None and (instruction := _instruction(line)):
-            current.append(instruction)
-    return computations, entry
-
-
-def _instruction(line: str) -> Instruction | None:
-    head = re.match(r"^\s*(ROOT )?%?([\w.\-]+) = ", line)
-    if head is None:
-        return None
-    start = head.end()
-    stop = _closing(line, start) if line[start] == "(" else line.index(" ", start)
-    rest = line[stop:].lstrip()
-    opcode, _, _ = rest.partition("(")
-    first = line.index("(", stop)
-    last = _closing(line, first)
-    return Instruction(head[2], line[start:stop], opcode, line[first + 1 : last - 1], line[last:], bool(head[1]))
-
-
-def _closing(line: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
-    depth = 0
-    for position in range(start, len(line)):
-        depth += (line[position] == "(") - (line[position] == ")")
-        if depth == 0:
-            return position + 1
-    return len(line)
-
-
 def shape_bytes(text: str, everywhere: bool = False) -> int:
     """Bytes of all arrays in a type, tuples included; those in the chip's own memory only if `everywhere`."""
     return sum(
@@ -158,7 +111,7 @@ def _dimensions(text: str) -> list[int]:
 
 
 class _Reader:
-    def __init__(self, computations: Mapping[str, list[Instruction]], devices: int, slices: int) -> None:
+    def __init__(self, computations: Computations, devices: int, slices: int) -> None:
         self._computations, self._devices, self._slices = computations, devices, slices
         self._named = {name: {i.name: i for i in body} for name, body in computations.items()}
         self._work: list[Work] = []
@@ -174,7 +127,7 @@ class _Reader:
         for i in self._computations.get(computation, ()):
             called = called_computations(i)
             if i.opcode == "while":
-                self._walk(called["body"][0], times * self._trips(i, called))
+                self._walk(called["body"][0], times * self._trips(i, computation))
             elif i.opcode in ("call", "async-start"):
                 for inner in called.get("to_apply", called.get("calls", ())):
                     self._walk(inner, times)
@@ -196,12 +149,14 @@ class _Reader:
         if flops or moved:
             self._work.append(Work(i.name, times, flops, moved))
 
-    def _trips(self, i: Instruction, called: Mapping[str, Sequence[str]]) -> int:
-        if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes):
-            return int(known[1])
-        condition = self._computations.get(called["condition"][0], ())
-        bounds = [int(j.arguments) for j in condition if j.opcode == "constant" and j.arguments.isdigit()]
-        return max(bounds, default=1)
+    def _trips(self, i: Instruction, computation: str) -> int:
+        """Where the text does not tell, the bound in the loop's condition: a plan is an estimate."""
+        try:
+            return trip_count(i, self._computations[computation], self._computations)
+        except UnknownTripCountError:
+            condition = self._computations[called_computations(i)["condition"][0]]
+            bounds = [int(j.arguments) for j in condition if j.opcode == "constant" and j.arguments.isdigit()]
+            return max(bounds, default=1)
 
     # --- Exchanges ---------------------------------------------------------------------------------------------------
 
@@ -330,17 +285,6 @@ class _Reader:
     def _type(self, name: str, computation: str) -> str:
         found = self._named[computation].get(name)
         return found.results if found else ""
-
-
-def called_computations(i: Instruction) -> dict[str, list[str]]:
-    """Names of the computations that an instruction calls, by what it calls them."""
-    found: dict[str, list[str]] = {}
-    pattern = r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
-    for key, name in re.findall(pattern, i.attributes):
-        found.setdefault(key, []).append(name)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
-        found["branch_computations"] = re.findall(r"%?([\w.\-]+)", branches[1])
-    return found
 
 
 def _is_product(i: Instruction) -> bool:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from biomamba_jax.measure.plan_hlo import parse, read_program, replica_groups, shape_bytes
+from biomamba_jax.measure.hlo import parse
+from biomamba_jax.measure.plan_hlo import read_program, replica_groups, shape_bytes
 
 TILED = "{1,0:T(8,128)(2,1)}"
 LOOP = f"""\
@@ -37,17 +38,21 @@ HloModule jit_step, is_scheduled=true
   %y2 = bf16[64,256,128]{{2,1,0}} fusion(%kept, %y, %i), kind=kLoop, calls=%keep
   %scan.3 = bf16[256,128]{TILED} custom-call(%y), custom_call_target="tpu_custom_call"
   %sum = bf16[256,128]{TILED} all-reduce(%scan.3), replica_groups=[4,2]<=[8], to_apply=%add
-  ROOT %next = (s32[]) tuple(%i)
+  %one = s32[] constant(1)
+  %i.next = s32[] add(%i, %one)
+  ROOT %next = (s32[]) tuple(%i.next)
 }}
 
 %condition (state: (s32[])) -> pred[] {{
   %state = (s32[]) parameter(0)
-  %bound = s32[] constant(64)
+  %i = s32[] get-tuple-element(%state), index=0
+  %bound = s32[] constant(65)
   ROOT %less = pred[] compare(%i, %bound), direction=LT
 }}
 
 ENTRY %main (a: s32[]) -> f32[] {{
-  %a = (s32[], bf16[256,512]) parameter(0)
+  %first = s32[] constant(1)
+  %a = (s32[], bf16[256,512]) tuple(%first)
   %loop = (s32[]) while(%a), condition=%condition, body=%body, BACKEND
   %start = (f32[4,1024]{{1,0}}, f32[32,1024]{{1,0}}) all-gather-start(%b), replica_groups={{{{0,1,2,3,4,5,6,7}}}}
   %done = f32[32,1024]{{1,0}} all-gather-done(%start)
@@ -58,9 +63,12 @@ ENTRY %main (a: s32[]) -> f32[] {{
 """
 WITH_COUNT = LOOP.replace("BACKEND", 'backend_config={"known_trip_count":{"n":"64"}}')
 WITHOUT_COUNT = LOOP.replace(", BACKEND", "")
+UNCLEAR = WITHOUT_COUNT.replace("constant(65)", "constant(64)").replace("add(%i, %one)", "multiply(%i, %one)")
 
 
-@pytest.mark.parametrize("text", [WITH_COUNT, WITHOUT_COUNT], ids=["stated", "in the condition"])
+@pytest.mark.parametrize(
+    "text", [WITH_COUNT, WITHOUT_COUNT, UNCLEAR], ids=["stated", "counted", "the bound in its condition"]
+)
 def test_a_loops_body_counts_as_often_as_it_runs(text):
     (product,) = [work for work in read_program(text).work if work.flops]
     assert (product.calls, product.flops) == (64, 2 * 256 * 512 * 128)
