@@ -164,13 +164,15 @@ def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
     compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
     weights = parameter_count(model) / mesh.tensor
     sent = 0.0
-    if mesh.data > 1:
+    if mesh.data * mesh.sequence > 1:  # gradients, summed over both
         sent += 8 * weights / mesh.fsdp
     if mesh.fsdp > 1:
         sent += (2 + 2 + 4) * weights * config.train.accumulation
     if mesh.tensor > 1:  # the residual stream, summed twice in each direction, on every device of the group
         sent += 4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model
-    if mesh.sequence > 1:
-        sent += 4 * model.n_layers * model.d_inner * model.state_size * mesh.sequence
+    if mesh.sequence > 1:  # each row's state, in both directions, in log2 steps
+        rows = config.data.batch_size / (mesh.data * mesh.fsdp)
+        state = 4 * model.d_inner * model.state_size / mesh.tensor
+        sent += 2 * math.log2(mesh.sequence) * rows * model.n_layers * state
     network = 8 * weights / mesh.fsdp / topology.kind.network if topology.slices > 1 else 0.0
     return compute + sent / topology.kind.link + network
