@@ -104,10 +104,21 @@ def next_tokens(
     if seen is not None:
         logits = penalized(logits, seen, values.repetition_penalty)
     if not steps.draw:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _argmax(logits)
     logits = filtered(logits / values.temperature, values, steps)
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
+    return _argmax(logits + noise)
+
+
+def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The first of the likeliest tokens; 0 where there are NaN only.
+
+    In two reductions of whole vectors: XLA's CPU backend compares pairs of value and index one by one, which took 3 % of
+    the time of the 130m model's step.
+    """
+    vocabulary = logits.shape[1]
+    best = logits == jnp.max(logits, axis=1, keepdims=True)
+    return jnp.min(jnp.where(best, jnp.arange(vocabulary, dtype=jnp.int32), vocabulary), axis=1) % vocabulary
 
 
 def penalized(logits: Float[Array, "B V"], seen: Array, penalty: Float[Array, ""]) -> Float[Array, "B V"]:
