@@ -113,8 +113,8 @@ def next_tokens(
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
     """The first of the likeliest tokens; 0 where there are NaN only.
 
-    In two reductions of whole vectors: XLA's CPU backend compares pairs of value and index one by one, which took 3 % of
-    the time of the 130m model's step.
+    In two reductions of whole vectors: XLA's CPU backend compares pairs of value and index one by one, which took 3 %
+    of the time of the 130m model's step.
     """
     vocabulary = logits.shape[1]
     best = logits == jnp.max(logits, axis=1, keepdims=True)
