@@ -1,5 +1,6 @@
 """Settings shared by all tests: repeatable examples, and where sample data may lie."""
 
+import gc
 import os
 import shutil
 import signal
@@ -12,9 +13,12 @@ import pytest
 # Compilers for other chips may be installed too (`make test-long`): they are no devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Compiling takes most of the time of most tests; machine code that is not optimized is ready in half of it, and gives
-# the same values. XLA_FLAGS= (empty) tests what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Compiling takes most of the time of most tests; machine code that is not optimized, and made of loops by the older of
+# XLA's two ways, is ready in a quarter of it and gives the same values. XLA_FLAGS= (empty) tests what users run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+# JAX makes many small objects that live long, which are looked through again and again.
+gc.set_threshold(200_000, 20, 100)
 
 # A shell's background jobs ignore Ctrl-C, and hand that down: the programs that tests interrupt must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)

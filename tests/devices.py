@@ -18,8 +18,7 @@ def on_devices(count: int) -> Callable[[Callable[..., None]], Callable[..., None
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(test)
         def run(**arguments: object) -> None:
-            # Compiled without optimization of machine code: in half the time, to the same values.
-            flags = f"--xla_force_host_platform_device_count={count} --xla_backend_optimization_level=0"
+            flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
             call = f"from devices import call; call({test.__module__!r}, {test.__name__!r}, {arguments!r})"
             folders = [str(ROOT), str(ROOT / "tests"), str(Path(sys.modules[test.__module__].__file__ or "").parent)]
             done = subprocess.run(
