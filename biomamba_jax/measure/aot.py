@@ -22,13 +22,22 @@ from typing import Any
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure.hlo_cycles import kernel_cycles, other_cycles
 
-CHILD_ENVIRONMENT = {
+_CHILD_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a cloud machine's metadata server for its TPUs
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # otherwise a second process fails on libtpu's lock file
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
 }
+
+
+def compiler_environment() -> dict[str, str]:
+    """This process's environment for one that compiles for absent devices.
+
+    Without XLA's flags for CPUs: libtpu does not know them all, and ends the process at one that it does not.
+    """
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu_")]
+    return os.environ | _CHILD_ENVIRONMENT | {"XLA_FLAGS": " ".join(flags)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +111,7 @@ def inner_loops(request: Request, *, timeout: float = 600) -> list[Loop]:
 def _run(requests: Sequence[Request], flags: str, timeout: float) -> list[Estimate]:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("compiling for TPU needs libtpu: pip install 'biomamba-jax[tpu]'")
-    environment = os.environ | CHILD_ENVIRONMENT | {"LIBTPU_INIT_ARGS": flags}
+    environment = compiler_environment() | {"LIBTPU_INIT_ARGS": flags}
     words = json.dumps([dataclasses.asdict(request) for request in requests])
     try:
         child = subprocess.run(

@@ -11,7 +11,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 from biomamba_jax.command_line import parse, to_yaml
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.aot import CHILD_ENVIRONMENT
+from biomamba_jax.measure.aot import compiler_environment
 from biomamba_jax.measure.plan_costs import Costs, KernelCall, program_costs
 from biomamba_jax.measure.plan_hlo import Collective, Work, read_program
 from biomamba_jax.measure.plan_topology import GPU_TARGETS, Topology, parse_topology
@@ -105,13 +104,14 @@ def compile_step(config: PlanConfig) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
-        xla_flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+        environment = compiler_environment()
+        environment["XLA_FLAGS"] += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
         try:
             child = subprocess.run(
                 [sys.executable, "-m", "biomamba_jax.measure.plan_compile", str(path), folder],
                 capture_output=True,
                 text=True,
-                env=os.environ | CHILD_ENVIRONMENT | {"XLA_FLAGS": xla_flags},
+                env=environment,
                 timeout=config.limit_seconds,
             )
         except subprocess.TimeoutExpired:

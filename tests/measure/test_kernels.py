@@ -6,7 +6,7 @@ import pytest
 
 from biomamba_jax import benchmark
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.aot import Request, estimates
+from biomamba_jax.measure.aot import Request, compiler_environment, estimates
 from biomamba_jax.measure.kernels import Line, both_directions
 from tests.compilers import needs_libtpu
 
@@ -15,6 +15,11 @@ def test_without_libtpu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu: pip install 'biomamba-jax\[tpu\]'"):
         benchmark.main(["kernels"])
+
+
+def test_flags_for_cpus_do_not_reach_the_compiler_for_tpus_which_would_end_at_them(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_dump_to=here")
+    assert compiler_environment()["XLA_FLAGS"] == "--xla_dump_to=here"
 
 
 def test_channels_that_are_no_whole_heads_are_refused():
