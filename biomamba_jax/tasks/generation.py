@@ -280,12 +280,13 @@ def _prompt_keys(prompts: Sequence[Sequence[int]], nth: Sequence[int], seed: int
     sums = [zlib.crc32(np.asarray(prompt, "<i4").tobytes()) for prompt in prompts]
     filling = [0] * (round_up_rows(len(prompts)) - len(prompts))
     root = jax.random.key(seed)
+    return _keys(root, jnp.array(sums + filling, jnp.uint32), jnp.array([*nth, *filling], jnp.uint32))
 
-    @jax.vmap
-    def key(checksum: Array, repeat: Array) -> Array:
-        return jax.random.fold_in(jax.random.fold_in(root, checksum), repeat)
 
-    return key(jnp.array(sums + filling, jnp.uint32), jnp.array([*nth, *filling], jnp.uint32))
+@jax.jit
+def _keys(root: Array, checksums: Int[Array, " B"], repeats: Int[Array, " B"]) -> Array:
+    fold = jax.vmap(jax.random.fold_in)
+    return fold(jax.vmap(jax.random.fold_in, (None, 0))(root, checksums), repeats)
 
 
 def _before(eos_id: int | None, tokens: list[int]) -> list[int]:
