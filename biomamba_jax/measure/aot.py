@@ -40,6 +40,16 @@ def compiler_environment() -> dict[str, str]:
     return os.environ | _CHILD_ENVIRONMENT | {"XLA_FLAGS": " ".join(flags)}
 
 
+def tpu_devices(topology: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of TPUs that are not there, for instance "v5e:4x4"; needs libtpu and `compiler_environment`."""
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if set(topology.partition(":")[2].split("x")) == {"1"}:  # older libtpu expect a host of 2 x 2 chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One program for one topology.
@@ -134,11 +144,10 @@ def _run(requests: Sequence[Request], flags: str, timeout: float) -> list[Estima
 
 def _compile(request: Request) -> Estimate:
     import jax
-    from jax.experimental import topologies
 
     from biomamba_jax.ops import dispatch
 
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=request.topology).devices
+    devices = tpu_devices(request.topology)
     module, function_name = request.builder.split(":")
     build = getattr(importlib.import_module(module), function_name)
     first = jax.sharding.SingleDeviceSharding(devices[0])

@@ -21,7 +21,7 @@ from typing import Any
 from biomamba_jax.command_line import parse, to_yaml
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.aot import compiler_environment
+from biomamba_jax.measure.aot import compiler_environment, tpu_devices
 from biomamba_jax.measure.plan_costs import Costs, KernelCall, program_costs
 from biomamba_jax.measure.plan_hlo import Collective, Work, read_program
 from biomamba_jax.measure.plan_topology import GPU_TARGETS, Topology, parse_topology
@@ -194,12 +194,10 @@ def _text(compiled: Any, folder: Path) -> str:
 
 
 def _devices(topology: Topology) -> Any:
+    if topology.is_tpu:
+        return tpu_devices(topology.compiler_name, topology.slices)
     from jax.experimental import topologies
 
-    if topology.is_tpu:
-        several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-        name = topology.compiler_name
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
     target = GPU_TARGETS[topology.generation]
     shape = topology.compiler_name
     return topologies.get_topology_desc(topology.generation, "cuda", target_config=target, topology=shape).devices
