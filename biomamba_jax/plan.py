@@ -2,8 +2,8 @@
 
 Compiles a config's real training step for a machine that is not there, and says what it would take: memory of a chip
 by kind, what the chips exchange, the time of a step against its floors, days and chip-hours of the run. A config that
-does not fit gets the nearest setting that does. Needs no TPU, only its compiler: pip install 'biomamba-jax[tpu]'. All
-figures are estimates.
+does not fit gets the nearest setting that does. Needs no TPU, only its compiler: pip install
+'biomamba-jax[tpu-compiler]'. All figures are estimates.
 """
 
 import json

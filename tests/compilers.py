@@ -14,7 +14,7 @@ def installed(module: str) -> bool:
 
 
 needs_libtpu = pytest.mark.skipif(
-    not installed("libtpu"), reason="needs libtpu: make test-long, or pip install 'biomamba-jax[tpu]'"
+    not installed("libtpu"), reason="needs libtpu: make test-long, or pip install 'biomamba-jax[tpu-compiler]'"
 )
 needs_jax_triton = pytest.mark.skipif(
     not (installed("jax_triton") and installed("jax_cuda12_plugin")),

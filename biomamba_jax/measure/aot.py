@@ -120,7 +120,7 @@ def inner_loops(request: Request, *, timeout: float = 600) -> list[Loop]:
 
 def _run(requests: Sequence[Request], flags: str, timeout: float) -> list[Estimate]:
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPU needs libtpu: pip install 'biomamba-jax[tpu]'")
+        raise UserError("compiling for TPU needs libtpu: pip install 'biomamba-jax[tpu-compiler]'")
     environment = compiler_environment() | {"LIBTPU_INIT_ARGS": flags}
     words = json.dumps([dataclasses.asdict(request) for request in requests])
     try:

@@ -87,7 +87,7 @@ def check_compiler(topology: Topology) -> None:
       UserError: the compiler for this machine is not installed.
     """
     if topology.is_tpu and importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPU needs libtpu: pip install 'biomamba-jax[tpu]'")
+        raise UserError("planning for TPU needs libtpu: pip install 'biomamba-jax[tpu-compiler]'")
     if not topology.is_tpu and (
         importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec(_PLUGIN) is None
     ):

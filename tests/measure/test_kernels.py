@@ -13,7 +13,7 @@ from tests.compilers import needs_libtpu
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs libtpu: pip install 'biomamba-jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
         benchmark.main(["kernels"])
 
 

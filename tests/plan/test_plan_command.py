@@ -100,7 +100,7 @@ def test_a_batch_that_does_not_divide_is_refused(compiler):
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"planning for TPU needs libtpu: pip install 'biomamba-jax\[tpu\]'"):
+    with pytest.raises(UserError, match=r"planning for TPU needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
         command.main(SMALL)
     with pytest.raises(UserError, match=r"planning for GPU needs the CUDA plugin"):
         command.main([*SMALL, "--topology", "h100-8"])
