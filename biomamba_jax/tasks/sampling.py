@@ -111,7 +111,7 @@ def next_tokens(
 
 
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first of the likeliest tokens; 0 where there are NaN only.
+    """The first of the likeliest tokens of each row; 0 in a row with a NaN.
 
     In two reductions of whole vectors: XLA's CPU backend compares pairs of value and index one by one, which took 3 %
     of the time of the 130m model's step.

@@ -68,7 +68,10 @@ def test_runs_killed_at_random_and_started_again_give_the_same_bytes(many, tmp_p
         assert process.returncode in (0, -signal.SIGKILL), errors
         if (tmp_path / "o").exists():  # also where the kill came after the shards' rename, before the process's end
             break
+    if process.returncode != 0:
+        assert start(many, tmp_path / "o").wait(60) == 1  # refused, and clears what the kill left
     assert contents(tmp_path / "o") == contents(whole)
+    assert {path.name for path in tmp_path.iterdir()} == {"o", "whole"}
 
 
 def test_what_a_run_killed_after_its_last_step_left_is_removed_by_the_next_start(many, tmp_path):
