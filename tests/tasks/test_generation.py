@@ -10,6 +10,7 @@ from flax import nnx
 from random_weights import random_weights
 from tiny_models import CONFIGS, train_tokenizer
 
+from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
@@ -54,6 +55,16 @@ def test_layers_laid_apart_give_the_logits_of_the_stacked_model(models):
     for index, layer in enumerate(states):
         for ours, theirs in zip(jax.tree.leaves(layer), jax.tree.leaves(state.layers), strict=True):
             assert_close(ours, theirs[index])
+
+
+def test_one_token_through_wide_layers_gives_the_logits_of_the_stacked_model():
+    # Products with kernels of this size have a form of their own on CPU.
+    config = ModelConfig(kind="mamba1", d_model=512, n_layers=1, d_state=4, vocab_size=64)
+    stacked = LanguageModel(config, rngs=nnx.Rngs(0))
+    apart = InferenceModel.from_params(config, nnx.to_pure_dict(nnx.state(stacked)))
+    tokens = jnp.array([[11]])
+    hidden, _ = jax.jit(lambda model: model.hidden(tokens))(apart)
+    assert_close(apart.logits(hidden), forward(stacked, tokens))
 
 
 @nnx.jit
