@@ -189,20 +189,22 @@ class _Reader:
 
     def _fusion(self, i: Instruction, computation: str, fused: str, times: int) -> None:
         inside = self._computations[fused]
+        root = next(j for j in inside if j.is_root)
         # TPU: an exchange that overlaps with products stands in the fusion that starts it, in each that it runs beside,
         # and in the one that awaits it.
         starts, awaits = (i.name.startswith(f"async-collective-{end}") for end in ("start", "done"))
         if not awaits and not fused.startswith("async_collective_fusion"):
             for j in inside:
                 if kind := _collective_kind(j.opcode):
-                    self._exchange(j, kind, fused, times, overlaps=starts)
+                    # TPU: a sum of which the fusion keeps this device's part is scattered as it is reduced.
+                    scatters = kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == j.name
+                    self._exchange(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
         if starts or awaits:
             return
         flops = self._all_flops(fused)
         parameters = sorted((j for j in inside if j.opcode == "parameter"), key=lambda j: int(j.arguments))
         pairs = zip(parameters, i.operands, strict=True)
         moved = sum(self._read(j, fused, self._type(o, computation)) for j, o in pairs)
-        root = next(j for j in inside if j.is_root)
         moved += self._written(root, fused, i.results)
         self._add(i, times, flops, moved)
 

@@ -140,6 +140,28 @@ def test_an_exchange_beside_products_counts_once_however_many_fusions_name_it():
     assert (gather.calls, gather.bytes, gather.overlaps) == (1, 4 * 256 * 128, True)
 
 
+def test_a_sum_cut_up_in_the_same_fusion_is_a_reduce_scatter():
+    # As libtpu writes it, with rows of padding where its parts would not be whole tiles.
+    text = """\
+%all-reduce-scatter.1 (input: f32[2560,512]) -> f32[168,512] {
+  %input = f32[2560,512]{1,0} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[2688,512]{1,0} pad(%input, %zero), padding=0_128x0_0
+  %all-reduce.40 = f32[2688,512]{1,0} all-reduce(%pad), replica_groups={{0,1,2,3}}, to_apply=%add
+  %id = u32[] partition-id()
+  %first = u32[] constant(0)
+  ROOT %dynamic-slice.44 = f32[168,512]{1,0} dynamic-slice(%all-reduce.40, %id, %first), dynamic_slice_sizes={168,512}
+}
+ENTRY %main (g: f32[2560,512]) -> f32[168,512] {
+  %g = f32[2560,512]{1,0} parameter(0)
+  ROOT %fusion.359 = f32[168,512]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    (scatter,) = read_program(text, devices=4).collectives
+    assert (scatter.kind, scatter.calls, scatter.bytes) == ("reduce-scatter", 1, 4 * 2688 * 512)
+    assert scatter.sent == scatter.bytes * 3 / 4
+
+
 @pytest.mark.parametrize(
     "product",
     [
