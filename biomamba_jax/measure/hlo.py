@@ -74,8 +74,9 @@ def called_computations(i: Instruction) -> dict[str, list[str]]:
     pattern = r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
     for key, name in re.findall(pattern, i.attributes):
         found.setdefault(key, []).append(name)
-    if branches := re.search(r"branch_computations=\{([^}]*)\}", i.attributes):
-        found["branch_computations"] = re.findall(r"%?([\w.\-]+)", branches[1])
+    for key in ("branch_computations", "called_computations"):
+        if listed := re.search(key + r"=\{([^}]*)\}", i.attributes):
+            found[key] = re.findall(r"%?([\w.\-]+)", listed[1])
     return found
 
 

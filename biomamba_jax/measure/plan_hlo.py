@@ -123,21 +123,22 @@ class _Reader:
         collectives = [Collective(k[0], calls, *k[1:]) for k, calls in self._collectives.items()]
         return Program(self._work, collectives, self._kernels)
 
-    def _walk(self, computation: str, times: int) -> None:
+    def _walk(self, computation: str, times: int, overlaps: bool = False) -> None:
+        """overlaps: the computation was started beside others, as those of SparseCores are."""
         for i in self._computations.get(computation, ()):
             called = called_computations(i)
             if i.opcode == "while":
                 self._walk(called["body"][0], times * self._trips(i, computation))
-            elif i.opcode in ("call", "async-start"):
-                for inner in called.get("to_apply", called.get("calls", ())):
-                    self._walk(inner, times)
+            elif i.opcode in ("call", "async-start") or "called_computations" in called:
+                for inner in next(iter(called.values()), ()):
+                    self._walk(inner, times, overlaps or i.opcode == "async-start")
             elif i.opcode == "conditional":
                 for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
                     self._walk(inner, times)
             elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
                 self._kernels[i.name] = self._kernels.get(i.name, 0) + times
             elif kind := _collective_kind(i.opcode):
-                self._exchange(i, kind, computation, times)
+                self._exchange(i, kind, computation, times, overlaps)
             elif i.opcode == "send":
                 self._send(i, computation, times)
             elif i.opcode == "fusion":

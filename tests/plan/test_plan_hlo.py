@@ -140,6 +140,26 @@ def test_an_exchange_beside_products_counts_once_however_many_fusions_name_it():
     assert (gather.calls, gather.bytes, gather.overlaps) == (1, 4 * 256 * 128, True)
 
 
+def test_an_exchange_that_a_sparse_core_does_overlaps():
+    text = """\
+%called (p: bf16[160,512]) -> bf16[2560,512] {
+  %p = bf16[160,512]{1,0} parameter(0)
+  ROOT %all-gather.67 = bf16[2560,512]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+%async (q: bf16[160,512]) -> bf16[2560,512] {
+  %q = bf16[160,512]{1,0} parameter(0)
+  ROOT %custom-call.19 = bf16[2560,512]{1,0} custom-call(%q), custom_call_target="x", called_computations={%called}
+}, execution_thread="sparsecore"
+ENTRY %main (w: bf16[160,512]) -> bf16[2560,512] {
+  %w = bf16[160,512]{1,0} parameter(0)
+  %start = ((bf16[160,512]), bf16[2560,512], u32[]) async-start(%w), async_execution_thread="sparsecore", calls=%async
+  ROOT %done = bf16[2560,512]{1,0} async-done(%start)
+}
+"""
+    (gather,) = read_program(text, devices=4).collectives
+    assert (gather.kind, gather.bytes, gather.overlaps) == ("all-gather", 2 * 2560 * 512, True)
+
+
 def test_a_sum_cut_up_in_the_same_fusion_is_a_reduce_scatter():
     # As libtpu writes it, with rows of padding where its parts would not be whole tiles.
     text = """\
