@@ -87,6 +87,18 @@ def test_a_run_whose_gradients_stay_non_finite_stops_with_the_remedy(shards):
         )
 
 
+def test_compiler_options_reach_the_program_of_the_step(shards, tmp_path):
+    pretrain("--train.steps=2", "--train.compiler_options={xla_dump_to: dump}")
+    assert list((tmp_path / "dump").glob("*jit_train_step*"))
+
+
+@pytest.mark.parametrize("option", ["xla_no_such_option: 1", "xla_cpu_enable_fast_math: maybe"])
+def test_options_that_the_compiler_does_not_know_are_refused_before_the_run_begins(option, shards, tmp_path):
+    with pytest.raises(UserError, match=rf"train\.compiler_options: .*{option.partition(':')[0]}"):
+        pretrain("--train.steps=2", f"--train.compiler_options={{{option}}}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_shards_that_do_not_exist_are_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"biomamba_jax\.prepare"):

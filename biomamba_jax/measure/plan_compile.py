@@ -149,6 +149,7 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
 
     from biomamba_jax.ops import dispatch
     from biomamba_jax.parallel.mesh import make_mesh
+    from biomamba_jax.train.step import jit_step
 
     topology = parse_topology(config.topology, config.slices)
     capability = None if topology.is_tpu else 90
@@ -162,7 +163,7 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
         parameters, optimizer = (_device_bytes(tree) for tree in (state.params, state.optimizer))
         start = time.perf_counter()
         try:
-            traced = jax.jit(step, donate_argnums=0).trace(state, batch)
+            traced = jit_step(step, config.train.compiler_options, mesh).trace(state, batch)
             costs = program_costs(traced.jaxpr, mesh.size, config.model.n_layers)
             compiled = traced.lower().compile()
         except UserError as refusal:

@@ -20,7 +20,7 @@ from biomamba_jax.train.optimizer import make_optimizer
 from biomamba_jax.train.progress import summary_table
 from biomamba_jax.train.schedule import learning_rate
 from biomamba_jax.train.setup import abstract_model, initial_state, total_peak_flops
-from biomamba_jax.train.step import language_model_loss, make_train_step
+from biomamba_jax.train.step import jit_step, language_model_loss, make_train_step
 
 PUBLISHED_VOCABULARY = 50277
 """Ids of the GPT-NeoX tokenizer, which the released models use."""
@@ -74,7 +74,7 @@ class TrainingStep:
         loss = language_model_loss(graph, config.loss, layout.axes)
         step = make_train_step(loss, optimizer, config.train.accumulation, layout)
         like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
-        self._step = jax.jit(step, donate_argnums=0).lower(like, self._batch).compile()
+        self._step = jit_step(step, config.train.compiler_options, layout.mesh).lower(like, self._batch).compile()
         self._state = jax.jit(begin, out_shardings=shardings)()
 
     def __call__(self) -> None:

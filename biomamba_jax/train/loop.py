@@ -38,7 +38,7 @@ from biomamba_jax.train.setup import (
     total_steps,
     with_vocabulary,
 )
-from biomamba_jax.train.step import LossFunction, TrainState, language_model_loss, make_train_step
+from biomamba_jax.train.step import LossFunction, TrainState, jit_step, language_model_loss, make_train_step
 from biomamba_jax.train.stop import StopRequest
 from biomamba_jax.train.training_text import epoch_tokens, mixture_of
 
@@ -120,7 +120,7 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
     schedule = learning_rate(config.schedule, config.optimizer.learning_rate, steps)
     optimizer = make_optimizer(config.optimizer, config.model, schedule, training.decayed)
     step_of = make_train_step(training.loss, optimizer, config.train.accumulation, layout)
-    train_step = jax.jit(step_of, donate_argnums=0)
+    train_step = jit_step(step_of, config.train.compiler_options, layout.mesh)
     fixed = jax.device_put(training.fixed, replicated(layout.mesh))
 
     with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:

@@ -1,14 +1,16 @@
 """One optimizer step: a batch in, new weights and the sums of the loss out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from biomamba_jax.config import LossConfig
+from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
@@ -105,7 +107,7 @@ def make_train_step(
     accumulation: int = 1,
     layout: Layout | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The function of one step, of (state, batch, *fixed); the caller compiles it and donates the state.
+    """The function of one step, of (state, batch, *fixed), for `jit_step`.
 
     A batch is computed in `accumulation` parts. Gradients of sums are added up and divided by the tokens of the whole
     batch, so that the result does not depend on how tokens fall into parts. A gradient that is not finite changes
@@ -157,3 +159,18 @@ def make_train_step(
         return new, StepMetrics(sums, tokens, norm, new.skipped, new.skipped_in_a_row)
 
     return train_step
+
+
+def jit_step(step: Callable[..., Any], options: Mapping[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
+    """The step, to be compiled with `options` of XLA for the devices of `mesh`; its state is donated.
+
+    Raises:
+      UserError: their compiler does not know an option, or its value.
+    """
+    if options:  # before anything else is compiled, or written
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
+        try:
+            jax.jit(lambda x: x, compiler_options=dict(options)).lower(scalar).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise UserError(f"train.compiler_options: {error}") from None
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(options) or None)
