@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_formula(gated, groups, dtype, tol
             *map(jnp.asarray, rounded), jnp.asarray(weight), jnp.asarray(mix)
         )
     got = ours(*inputs, jnp.asarray(weight, jnp.float32), jnp.asarray(mix, jnp.float32))
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(got, map(np.asarray, expected), strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= tolerance * max(np.linalg.norm(b), 1)
 
 
