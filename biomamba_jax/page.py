@@ -27,7 +27,7 @@ def figure(value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return str(value)
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}".rstrip(".")
 
 
 def section(title: str, content: str) -> str:

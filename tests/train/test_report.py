@@ -44,8 +44,8 @@ def test_the_table_compares_before_and_after_with_baselines_of_the_same_text(run
     ]
     (run_dir / "baselines.json").write_text(json.dumps(baselines))
     assert cells(page(run_dir)) == [
-        ["pubmed validation", "this run at step 0", "8,103", "3"],
-        ["pubmed validation", "unigram", "800", "2.5"],
+        ["pubmed validation", "this run at step 0", "8,103", "3.000"],
+        ["pubmed validation", "unigram", "800.0", "2.500"],
         ["pubmed validation", "this run at step 90", "10.47", "0.7828"],
     ]
 
