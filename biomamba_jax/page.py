@@ -67,6 +67,7 @@ def svg(title: str, draw: Callable[[Any], None]) -> str:
         "axes.spines.top": False,
         "axes.spines.right": False,
         "grid.alpha": 0.15,
+        "axes.axisbelow": True,
     }
     with matplotlib.rc_context(style):
         picture = Figure(figsize=(6, 3.4), layout="constrained")
@@ -113,6 +114,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 3rem; max-width: 68rem; background:
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 1.75rem; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem; }
+h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 header p, footer { color: var(--soft); margin: .25rem 0 0; }
 footer { margin-top: 3rem; font-size: .85rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .75rem;
@@ -120,7 +122,8 @@ footer { margin-top: 3rem; font-size: .85rem; }
 .figures div { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; }
 .figures strong { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .figures span { color: var(--soft); font-size: .85rem; }
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+.curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
+ul + .curves { margin-top: 1rem; }
 figure { margin: 0; padding: .5rem; border: 1px solid var(--line); border-radius: .5rem; }
 figure svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; }
@@ -128,12 +131,15 @@ th, td { text-align: left; padding: .4rem .75rem; border-bottom: 1px solid var(-
 thead th, .environment th { color: var(--soft); font-weight: 500; }
 .results th:nth-child(n+3), .results td:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; }
 .results .final td { font-weight: 600; } .results .final td:nth-child(n+3) { color: var(--accent); }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
 .columns { display: block; overflow-x: auto; margin-bottom: 1rem; font-size: .92rem; }
 .columns th:nth-child(n+2), .columns td:nth-child(n+2) { text-align: right; font-variant-numeric: tabular-nums; }
 .columns .heading th { padding-top: 1.25rem; text-align: left; } small { color: var(--soft); white-space: nowrap; }
 .environment { font-size: .9rem; } .environment td { overflow-wrap: anywhere; } .environment th { white-space: nowrap; }
 ul { padding-left: 1.25rem; margin: 0; }
-pre { background: var(--card); border-radius: .5rem; padding: 1rem; overflow-x: auto; font-size: .85rem; margin: 0; }
+pre { background: var(--card); border-radius: .5rem; padding: 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
+  font-size: .85rem; margin: 0; }
+pre + pre { margin-top: .5rem; }
 """
 
 _PAGE = """<!DOCTYPE html>

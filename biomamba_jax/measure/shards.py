@@ -244,11 +244,15 @@ def _plots(found: Inspection) -> list[str]:
 
     def reasons(axes: Any) -> None:
         left_out = {reason: number for reason, number in found.manifest.filters.items() if number}
-        axes.barh(list(left_out), list(left_out.values()), color=page.COLOURS[2])
+        bars = axes.barh(list(left_out), list(left_out.values()), color=page.COLOURS[2])
+        axes.bar_label(bars, fmt="{:,.0f}", padding=3)
+        axes.margins(x=0.15)  # for the longest bar's label
+        axes.invert_yaxis()  # the first above, as in the table
         axes.set_xlabel("records")
 
     def shares(axes: Any) -> None:
-        axes.bar([s.name for s in found.mixture], [100 * s.share for s in found.mixture], color=page.COLOURS[3])
+        bars = axes.bar([s.name for s in found.mixture], [100 * s.share for s in found.mixture], color=page.COLOURS[3])
+        axes.bar_label(bars, fmt="{:.1f} %", padding=2)
         axes.set_ylabel("% of the tokens")
 
     plots = [page.svg("Documents by length", lengths)]
@@ -258,9 +262,15 @@ def _plots(found: Inspection) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    names = "".join(f"<th>{page.text(name)}</th>" for name in head)
-    lines = "".join("<tr>" + "".join(f"<td>{page.text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{names}</tr></thead><tbody>{lines}</tbody></table>"
+    """Columns of figures stand to the right."""
+    figures = [all(row[column].lstrip("-")[:1].isdigit() for row in rows) for column in range(len(head))]
+    css = [' class="number"' if figure else "" for figure in figures]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        return "".join(f"<{tag}{kind}>{page.text(cell)}</{tag}>" for kind, cell in zip(css, cells, strict=True))
+
+    lines = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{line('th', head)}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def _list(lines: Sequence[str]) -> str:
