@@ -178,3 +178,16 @@ def test_the_trace_and_the_compiled_program_agree_on_the_arithmetic():
     compiled = plan_compile.compile_step(config)
     in_program = sum(work.calls * work.flops for work in compiled.work)
     assert in_program == pytest.approx(compiled.costs.flops, rel=0.05)  # Mamba-1's kernels have no products
+
+
+@pytest.mark.ahead_of_time
+@needs_libtpu
+def test_sparse_cores_exchange_weights_and_gradients_beside_the_products_where_the_options_say_so():
+    name = "xla_tpu_enable_sparse_core_collective_offload_{}"
+    options = {name.format(kind): True for kind in ("all_gather", "reduce_scatter")}
+    words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.compiler_options".split()
+    config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)], prog="plan", description="")
+    kernel = 1024 * 2048  # elements of the smallest of a layer's large matrices
+    exchanged = [c for c in plan_compile.compile_step(config).collectives if c.bytes >= 2 * kernel]
+    assert {c.kind for c in exchanged} >= {"all-gather", "reduce-scatter"}
+    assert all(c.overlaps for c in exchanged if c.kind in ("all-gather", "reduce-scatter"))
