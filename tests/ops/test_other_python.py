@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from biomamba_jax.measure.aot import compiler_environment
 from tests.ops.gpu_lowering import KERNELS
 
 OTHER = "3.12" if sys.version_info < (3, 12) else "3.11"
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.long
 
 
 def run(python: str, *words: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    environment = compiler_environment() | {"PYTHONPATH": str(ROOT)}  # its JAX does not know all flags of ours
     return subprocess.run([python, *words], capture_output=True, text=True, cwd=ROOT, env=environment)
 
 
