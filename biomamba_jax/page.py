@@ -129,11 +129,10 @@ figure svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .4rem .75rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 thead th, .environment th { color: var(--soft); font-weight: 500; }
-.results th:nth-child(n+3), .results td:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; }
+.number, .results :is(th, td):nth-child(n+3), .columns :is(th, td):nth-child(n+2) { text-align: right;
+  font-variant-numeric: tabular-nums; }
 .results .final td { font-weight: 600; } .results .final td:nth-child(n+3) { color: var(--accent); }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
 .columns { display: block; overflow-x: auto; margin-bottom: 1rem; font-size: .92rem; }
-.columns th:nth-child(n+2), .columns td:nth-child(n+2) { text-align: right; font-variant-numeric: tabular-nums; }
 .columns .heading th { padding-top: 1.25rem; text-align: left; } small { color: var(--soft); white-space: nowrap; }
 .environment { font-size: .9rem; } .environment td { overflow-wrap: anywhere; } .environment th { white-space: nowrap; }
 ul { padding-left: 1.25rem; margin: 0; }

@@ -128,15 +128,15 @@ class _Reader:
         for i in self._computations.get(computation, ()):
             called = called_computations(i)
             if i.opcode == "while":
-                self._walk(called["body"][0], times * self._trips(i, computation))
+                self._walk(called["body"][0], times * self._trips(i, computation), overlaps)
+            elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
+                self._kernels[i.name] = self._kernels.get(i.name, 0) + times
             elif i.opcode in ("call", "async-start") or "called_computations" in called:
                 for inner in next(iter(called.values()), ()):
                     self._walk(inner, times, overlaps or i.opcode == "async-start")
             elif i.opcode == "conditional":
                 for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
-                    self._walk(inner, times)
-            elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
-                self._kernels[i.name] = self._kernels.get(i.name, 0) + times
+                    self._walk(inner, times, overlaps)
             elif kind := _collective_kind(i.opcode):
                 self._exchange(i, kind, computation, times, overlaps)
             elif i.opcode == "send":

@@ -6,8 +6,8 @@ the layers are unrolled, which costs compile time that grows with their number. 
 
 XLA's CPU backend multiplies a few rows well in some forms only. bfloat16 as it is (by YNNPACK) only where the result is
 float32 and there are two rows at least; otherwise it converts the weights to float32 first, at every token: 2.4 times
-slower. See `_product`. In float32, one row takes a large matrix faster as two halves: 7 % of the 130m model's step on 2
-cores. See `_product_by_halves`.
+slower. See `_product`. In float32, one row takes a large matrix faster as two halves: 64 tokens of the 130m models in
+7 % less time on 2 cores. See `_product_by_halves`.
 """
 
 from collections.abc import Mapping
@@ -29,7 +29,8 @@ from biomamba_jax.ops.numerics import project
 LayerStates = tuple[MixerState, ...]
 
 _LARGE = 1 << 18
-"""Elements of a kernel from which halves pay: those of less are through in 10 microseconds."""
+"""Elements of a kernel from which it is taken as halves: 1.2 M gained 10 %, 0.12 M and 0.07 M nothing; none between was
+measured."""
 
 _MATRICES = {"kernel", "embedding", "lm_head"}
 """Parameters that are cast to the compute type wherever they are used, and so can be kept in it."""

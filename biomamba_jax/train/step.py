@@ -1,6 +1,6 @@
 """One optimizer step: a batch in, new weights and the sums of the loss out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -161,7 +161,7 @@ def make_train_step(
     return train_step
 
 
-def jit_step(step: Callable[..., Any], options: Mapping[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
+def jit_step(step: Callable[..., Any], options: dict[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
     """The step, to be compiled with `options` of XLA for the devices of `mesh`; its state is donated.
 
     Raises:
@@ -170,7 +170,7 @@ def jit_step(step: Callable[..., Any], options: Mapping[str, Any], mesh: Mesh) -
     if options:  # before anything else is compiled, or written
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
         try:
-            jax.jit(lambda x: x, compiler_options=dict(options)).lower(scalar).compile()
+            jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()
         except jax.errors.JaxRuntimeError as error:
             raise UserError(f"train.compiler_options: {error}") from None
-    return jax.jit(step, donate_argnums=0, compiler_options=dict(options) or None)
+    return jax.jit(step, donate_argnums=0, compiler_options=options or None)
