@@ -53,6 +53,17 @@ def test_activation_bias_segments_and_state_can_be_left_out():
     assert_equals_the_plain_loop(inputs, None, "float32", activation=None)
 
 
+@needs_triton
+def test_independent_kernels_of_one_program_keep_out_of_each_others_way_when_interpreted():
+    shape = Shape(rows=1, length=35, channels=32, width=4)  # large enough that XLA on CPU runs them at the same time
+    inputs = [in_dtype(random_inputs(shape, seed), "float32", ACTIVATIONS) for seed in range(24)]
+    calls = [{name: given[name] for name in ARRAYS} for given in inputs]
+    got = triton_interpreter.values_at_once("causal_conv1d", calls, activation="silu")
+    for y, given in zip(got, inputs, strict=True):
+        want, _ = in_float64(by_name("reference"), given, None)
+        assert_close({"y": y}, {"y": want["y"]}, TOLERANCES["causal_conv1d", "float32"].value)
+
+
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     inputs = random_inputs(SHAPES[0], 2)
     with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):

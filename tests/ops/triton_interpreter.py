@@ -8,6 +8,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,11 @@ def values_and_gradients(
     arrays = {name: np.asarray(inputs[name]) for name in names if name in inputs}
     cotangents = (np.asarray(inputs["dy"]), np.asarray(inputs["d_final_state"]))
     return _process().submit(_compute, op, arrays, cotangents, segment_ids, constants or {}, rest).result()
+
+
+def values_at_once(op: str, calls: Sequence[Mapping[str, jax.Array]], **rest: Any) -> list[np.ndarray]:
+    """The op's first result for each of the inputs by name, by independent kernels of one compiled program."""
+    return _process().submit(_compute_at_once, op, [jax.tree.map(np.asarray, dict(c)) for c in calls], rest).result()
 
 
 def losses(kind: str, steps: int) -> list[float]:
@@ -101,15 +107,20 @@ class _Pointer:
         return self.array.strides
 
 
+# For a kernel's time the interpreter puts functions of its own in place of triton.language's and keeps the place in the
+# grid, for the whole process; but XLA may run a program's independent callbacks at the same time.
+_one_kernel = threading.Lock()
+
+
 def _call(kernel: Any, *arguments: Any, outputs: Any, grid: Any, launch: Any, constants: Mapping[str, Any]) -> Any:
     """As `triton_calls.call`; what a kernel leaves unwritten is NaN."""
 
     def interpret(*arrays: Any) -> list[np.ndarray]:
         results = [np.full(o.shape, np.nan, o.dtype) for o in outputs]
         rest = iter([_Pointer(np.ascontiguousarray(np.asarray(v))) for v in arrays])
-        kernel[grid](
-            *(v if isinstance(v, int) else next(rest) for v in arguments), *map(_Pointer, results), **constants
-        )
+        given = [v if isinstance(v, int) else next(rest) for v in arguments]
+        with _one_kernel:
+            kernel[grid](*given, *map(_Pointer, results), **constants)
         return results
 
     arrays = [v for v in arguments if not isinstance(v, int)]
@@ -137,6 +148,13 @@ def _compute(
     (gradients,) = pull_back(tuple(map(jnp.asarray, cotangents)))
     values = {"y": np.asarray(y), "final_state": np.asarray(state)}
     return values, {k: np.asarray(v) for k, v in gradients.items()}
+
+
+def _compute_at_once(op: str, calls: Sequence[Mapping[str, np.ndarray]], rest: Mapping[str, Any]) -> list[np.ndarray]:
+    run = functools.partial(getattr(importlib.import_module(f"biomamba_jax.ops.{op}.triton"), op), **rest)
+    Inputs = importlib.import_module(f"biomamba_jax.ops.{op}.inputs").Inputs
+    program = jax.jit(lambda all: [run(Inputs(**{"segment_ids": None, **given}))[0] for given in all])
+    return [np.asarray(value) for value in program(calls)]
 
 
 def _losses(kind: str, steps: int) -> list[float]:
