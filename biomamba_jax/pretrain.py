@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from biomamba_jax import page
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import DistributedConfig, ModelConfig, PretrainConfig
 
@@ -62,11 +63,11 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
         return config, None
     from biomamba_jax.interop import read_model
     from biomamba_jax.interop.hub import local_folder
+    from biomamba_jax.train.checkpoints import has_checkpoint
     from biomamba_jax.train.setup import computed_as
 
     run = Path(config.run_dir)
-    resumes = (run / "config.yaml").exists() and any((run / "checkpoints").glob("[0-9]*"))
-    if resumes:
+    if (run / "config.yaml").exists() and has_checkpoint(run):
         model = ModelConfig(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"])
         params = None
     else:
@@ -76,19 +77,20 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
 
 
 def write_baselines(config: PretrainConfig) -> None:
-    """Counts n-gram models on the training split, for the results table and the report, unless that was done before."""
+    """Counts n-gram models on the training split, for the results table and the report, unless that was done before or
+    there is no held-out text."""
     from biomamba_jax.data.ngrams import ngram_baselines
     from biomamba_jax.data.shards import open_split
 
     path = Path(config.run_dir) / "baselines.json"
     manifest, train = open_split(config.data.path, "train")
-    if path.exists() or manifest.splits["train"].tokens > _LARGEST_BASELINE:
-        return
     _, held_out = open_split(config.data.path, "validation")
+    if path.exists() or not len(held_out) or manifest.splits["train"].tokens > _LARGEST_BASELINE:
+        return
     tokenizer = manifest.tokenizer
     baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
+    page.replace(path, json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
 
 
 def show_results(run_dir: Path) -> None:
@@ -102,7 +104,9 @@ def show_results(run_dir: Path) -> None:
     named += [(baseline["name"], baseline) for baseline in baselines]
     named += [(f"this model, step {line['step']:,}", line) for line in evaluations[1:][-1:]]
     rows = [(name, f"{line['perplexity']:,.2f}", f"{line['bits_per_byte']:.4f}") for name, line in named]
-    summary_table(f"Held-out text ({evaluations[-1]['tokens']:,} tokens)", ("model", "perplexity", "bits/byte"), rows)
+    if evaluations:  # unless somebody took metrics.jsonl away
+        title = f"Held-out text ({evaluations[-1]['tokens']:,} tokens)"
+        summary_table(title, ("model", "perplexity", "bits/byte"), rows)
     print(f"report: {run_dir / 'report.html'}")
 
 

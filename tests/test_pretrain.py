@@ -1,6 +1,7 @@
 """The pretrain command from text to a finished run directory, in this process and at a small size."""
 
 import json
+from pathlib import Path
 
 import lxml.html
 import pytest
@@ -73,6 +74,26 @@ def test_a_finished_run_is_left_as_it_is(shards):
     assert pretrain("--train.steps=4") == first
 
 
+def test_a_run_that_is_beyond_the_steps_asked_for_says_so(shards, capsys):
+    pretrain("--train.steps=4")
+    pretrain("--train.steps=2")
+    assert "nothing to do: the run is at step 4, beyond the 2 steps asked for" in capsys.readouterr().err
+
+
+def test_a_finished_run_whose_metrics_were_taken_away_still_ends_well(shards, capsys):
+    pretrain("--train.steps=2")
+    Path("run/metrics.jsonl").unlink()
+    pretrain("--train.steps=2")
+    assert capsys.readouterr().out.endswith(f"report: {Path('run/report.html')}\n")
+
+
+def test_shards_without_held_out_text_are_refused_with_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_shards(tmp_path / "shards", documents=9)  # of which a tenth is held out
+    with pytest.raises(UserError, match=r"the validation split is empty; prepare with a larger validation_fraction"):
+        pretrain("--train.steps=2")
+
+
 def test_a_run_directory_of_another_model_is_refused(shards):
     pretrain("--train.steps=2")
     with pytest.raises(UserError, match="does not fit this config") as refusal:
@@ -85,6 +106,15 @@ def test_a_run_whose_gradients_stay_non_finite_stops_with_the_remedy(shards):
         pretrain(
             "--train.steps=30", "--optimizer.learning_rate=1e30", "--optimizer.clip=0", "--train.max_skipped_steps=3"
         )
+
+
+def test_the_learning_rate_of_a_metrics_line_is_that_of_its_update_though_others_were_skipped(shards):
+    settings = ["--optimizer.learning_rate=1e30", "--optimizer.clip=0", "--train.log_every=1"]
+    with pytest.raises(UserError, match="gradients in a row were not finite"):
+        pretrain(*settings, "--schedule.kind=linear", "--train.steps=30", "--train.max_skipped_steps=3")
+    lines = [line for line in read_metrics("run") if line["split"] == "train"]
+    assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 3]
+    assert {line["learning_rate"] for line in lines} == {lines[0]["learning_rate"]}  # the only one that was applied
 
 
 def test_compiler_options_reach_the_program_of_the_step(shards, tmp_path):
@@ -112,3 +142,12 @@ def test_a_run_starts_from_the_weights_of_another(shards):
     assert first["step"] == 0 and first["loss"] == before["loss"]
     main([*SMALL, "--data.path=shards", "--run_dir=second", "--init_from=run", "--train.steps=4"])  # and resumes
     assert read_metrics("second")[-1]["step"] == 4
+
+
+def test_a_run_killed_while_it_wrote_its_first_checkpoint_begins_with_the_given_weights_again(shards):
+    before = pretrain("--train.steps=4")[-1]
+    again = [*SMALL, "--data.path=shards", "--run_dir=second", "--init_from=run", "--train.steps=2"]
+    Path("second/checkpoints/2.orbax-checkpoint-tmp").mkdir(parents=True)
+    Path("second/config.yaml").write_bytes(Path("run/config.yaml").read_bytes())
+    main(again)
+    assert read_metrics("second")[0]["loss"] == before["loss"]

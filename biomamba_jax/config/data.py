@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least, check_folder
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,7 @@ class RowsConfig:
     """Rows of one optimizer step, over all devices and hosts."""
 
     def __post_init__(self) -> None:
-        for key in ("sequence_length", "batch_size"):
-            check(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "must be at least 1")
+        check_at_least(1, "data", self, "sequence_length", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ class DataConfig(RowsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.num_workers >= 0, "data.num_workers", self.num_workers, "must be 0 or more")
+        check_at_least(0, "data", self, "num_workers")
+        check_folder("data.path", self.path)
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ class PrepareConfig:
     """Seed of the sample that the tokenizer is trained on."""
 
     def __post_init__(self) -> None:
+        check_folder("prepare.output", self.output)
+        check_at_least(0, "prepare", self, "validation_fraction", "test_fraction", "workers")
         held_out = self.validation_fraction + self.test_fraction
-        for key in ("validation_fraction", "test_fraction"):
-            check(getattr(self, key) >= 0, f"prepare.{key}", getattr(self, key), "must be 0 or more")
         check(held_out < 1, "prepare.validation_fraction + test_fraction", held_out, "must leave text to train on")
         for key in ("near_duplicates", "decontaminate_overlap"):
             value = getattr(self, key)

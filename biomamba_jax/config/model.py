@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least
 from biomamba_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
@@ -55,18 +55,10 @@ class ModelConfig:
     """Layers per step of the scan over layers; n_layers unrolls it fully: slower to compile, faster on CPU."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "d_model",
-            "n_layers",
-            "pad_vocab_multiple",
-            "d_conv",
-            "expand",
-            "headdim",
-            "n_groups",
-            "unroll",
-        ):
-            check(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "must be at least 1")
-        check(self.d_conv >= 2, "model.d_conv", self.d_conv, "must be at least 2")
+        sizes = ("d_model", "n_layers", "vocab_size", "pad_vocab_multiple", "d_state", "expand", "dt_rank", "headdim")
+        check_at_least(1, "model", self, *sizes, "n_groups", "chunk_size", "unroll")
+        check_at_least(2, "model", self, "d_conv")
+        check_at_least(0, "model", self, "norm_eps")
         if self.kind == "mamba2":
             check(
                 self.d_inner % self.headdim == 0,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least, check_folder
 from biomamba_jax.config.data import DataConfig, PrepareConfig, RowsConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
@@ -36,6 +36,8 @@ class OptimizerConfig:
         check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be above 0")
         for key in ("beta1", "beta2", "ema"):
             check(0 <= getattr(self, key) < 1, f"optimizer.{key}", getattr(self, key), "must be in [0, 1)")
+        check(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "must be above 0")
+        check_at_least(0, "optimizer", self, "weight_decay", "clip")
         check(0 < self.layer_decay <= 1, "optimizer.layer_decay", self.layer_decay, "must be in (0, 1]")
 
 
@@ -50,15 +52,11 @@ class ScheduleConfig:
     stable_fraction: float = 0.65
     """wsd: share of the run at the peak rate."""
     final_fraction: float = 0.1
-    """Last learning rate relative to the peak."""
+    """Learning rate at the end of the run relative to the peak."""
 
     def __post_init__(self) -> None:
-        check(
-            0 <= self.warmup_fraction <= 1,
-            "schedule.warmup_fraction",
-            self.warmup_fraction,
-            "must be in [0, 1]",
-        )
+        for key in ("warmup_fraction", "stable_fraction", "final_fraction"):
+            check(0 <= getattr(self, key) <= 1, f"schedule.{key}", getattr(self, key), "must be in [0, 1]")
         together = self.warmup_fraction + self.stable_fraction
         check(
             self.kind != "wsd" or together <= 1,
@@ -81,7 +79,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         check(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "must be in [0, 1)")
-        check(self.z_loss >= 0, "loss.z_loss", self.z_loss, "must be 0 or more")
+        check_at_least(0, "loss", self, "z_loss")
+        check_at_least(1, "loss", self, "chunk_size")
 
 
 @dataclass(frozen=True)
@@ -110,11 +109,11 @@ class TrainConfig:
     """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; README.md has two for TPU v5p and v6e."""
 
     def __post_init__(self) -> None:
-        check(self.steps is None or self.steps >= 1, "train.steps", self.steps, "must be at least 1")
         check(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
-        for key in ("accumulation", "log_every", "max_skipped_steps"):
-            check(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "must be at least 1")
-        check(self.patience is None or self.patience >= 1, "train.patience", self.patience, "must be at least 1")
+        positive = ("steps", "accumulation", "log_every", "eval_batches", "patience", "max_skipped_steps")
+        check_at_least(1, "train", self, *positive)
+        check_at_least(0, "train", self, "eval_every")
+        check(0 <= self.seed < 2**32, "train.seed", self.seed, "must be in 0..2^32 - 1")
 
 
 @dataclass(frozen=True)
@@ -131,8 +130,7 @@ class CheckpointConfig:
     """Save and keep the weights of the lowest held-out loss as well; they are then what is exported."""
 
     def __post_init__(self) -> None:
-        check(self.every >= 1, "checkpoint.every", self.every, "must be at least 1")
-        check(self.keep_last >= 1, "checkpoint.keep_last", self.keep_last, "must be at least 1")
+        check_at_least(1, "checkpoint", self, "every", "keep_last", "keep_every")
 
 
 @dataclass(frozen=True)
@@ -167,6 +165,7 @@ class RunConfig:
     """Mirror metrics to this Weights & Biases project (needs the [wandb] extra)."""
 
     def __post_init__(self) -> None:
+        check_folder("run_dir", self.run_dir)
         check(
             self.data.batch_size % self.train.accumulation == 0,
             "train.accumulation",

@@ -28,11 +28,20 @@ class _Best(policies.PreservationPolicy):
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether a run has a whole checkpoint to go on from; one that a killed process left half-written is none."""
+    return any(path.name.isdigit() for path in _folder(run_dir).glob("*"))
+
+
+def _folder(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits for writes in progress when it closes."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.folder = run_dir / "checkpoints"
+        self.folder = _folder(run_dir)
         self._best = _Best()
         kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last), self._best]
         if config.keep_every:

@@ -130,6 +130,8 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
         like = jax.eval_shape(begin, params)
         shardings = layout.shardings(like)
         best = Best()
+        if start is None and params is None and config.init_from is not None:
+            raise UserError(f"{run_dir}: its checkpoint went away during the start; run again to begin from init_from")
         if start is None:
             state, totals = jax.jit(begin, out_shardings=shardings)(params), Totals()
         else:
@@ -158,6 +160,8 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
             about = describe(config, steps / training.epoch_steps, steps, start, state.params)
             for note in (about, *training.notes, *notes):
                 progress.log(note)
+            if start is not None and start > steps:
+                progress.log(f"nothing to do: the run is at step {start:,}, beyond the {steps:,} steps asked for")
 
             # --- What happens between steps ------------------------------------------------------------------------
             def evaluate(step: int, state: TrainState) -> None:
@@ -182,7 +186,9 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
 
             def log(step: int, state: TrainState) -> None:
                 drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}
-                metrics.write(step, "train", interval.line() | {"learning_rate": float(schedule(step - 1))} | drawn)
+                line = interval.line()
+                rate = float(schedule(max(step - 1 - interval.skipped, 0)))  # a skipped update does not count
+                metrics.write(step, "train", line | {"learning_rate": rate} | drawn)
                 watch.update(interval.tokens)
                 metrics.write_timing(step, watch.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
                 watch.restart(interval.tokens)

@@ -14,6 +14,7 @@ import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
+from biomamba_jax import page
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.shards import Manifest
@@ -99,7 +100,7 @@ def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
     earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
-    path.write_text(to_yaml(config), encoding="utf-8")
+    page.replace(path, to_yaml(config))
     if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, run_dir / tokenizer.name)
     record_start(run_dir, start or 0)
