@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from biomamba_jax.data.encode import write_splits
-from biomamba_jax.data.files import in_order
+from biomamba_jax.data.files import in_order, naming_errors
 from biomamba_jax.data.filters import KEPT
 from biomamba_jax.data.shards import Manifest, TokenizerInfo
 from biomamba_jax.data.sources import Progress, Selection, Source, count_reasons, read_sources, require_documents
@@ -90,6 +90,9 @@ def build_shards(
     paths = in_order(inputs)
     if not paths:
         raise UserError("--input names no file; give NLM XML, JSON lines or text files, or nlm-sample")
+    for path in paths:  # a missing one ends here, not hours later
+        with naming_errors(path):
+            path.stat()
     if (tokenizer is None) == (settings.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
     given = None if tokenizer is None else load_tokenizer(tokenizer)  # a wrong one ends here, not after the first pass

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biomamba_jax.data.files import naming_errors, read_lines
+from biomamba_jax.data.files import read_lines, uncompressed_name
 from biomamba_jax.data.shingles import shingles
 from biomamba_jax.errors import UserError
 
@@ -123,9 +123,11 @@ def read_evaluation(paths: Iterable[str]) -> Evaluation:
 
 
 def _items(path: Path) -> list[Item]:
-    if path.suffix == ".json":
-        with naming_errors(path):
-            content = path.read_text("utf-8-sig")
+    kind = Path(uncompressed_name(path).lower()).suffix
+    if kind not in (".json", ".jsonl", ".txt"):
+        raise UserError(f"{path}: unknown kind of evaluation text; --decontaminate takes .json, .jsonl and .txt")
+    if kind == ".json":
+        content = "\n".join(read_lines(path))
         try:
             found = list(_json_items(path, json.loads(content)))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -139,7 +141,7 @@ def _items(path: Path) -> list[Item]:
 
 def _lines(path: Path) -> Iterator[str]:
     for number, line in enumerate(read_lines(path), 1):
-        if ".jsonl" not in path.suffixes or not line.strip():
+        if ".jsonl" not in uncompressed_name(path).lower() or not line.strip():
             yield line.strip()
             continue
         try:
@@ -153,11 +155,12 @@ def _json_items(path: Path, content: Any) -> Iterator[Item]:
         for question in content["questions"]:
             name = f"{path.name}: {question.get('id')}"
             snippets = question.get("snippets") or []
-            links = [*question.get("documents", []), *(snippet.get("document", "") for snippet in snippets)]
+            documents = question.get("documents") or []
+            links = [*documents, *(snippet.get("document") or "" for snippet in snippets)]
             pmids = tuple(int(match[1] or match[2]) for link in links if (match := _PMID_URL.search(link)))
-            yield Item(name, question.get("body", ""), pmids)
+            yield Item(name, question.get("body") or "", pmids)
             for snippet in snippets:
-                yield Item(name, snippet.get("text", ""), ())
+                yield Item(name, snippet.get("text") or "", ())
         return
     for pmid, question in content.items():  # PubMedQA
         pmids = (int(pmid),) if pmid.isdecimal() and int(pmid) < 2**32 else ()
@@ -165,9 +168,9 @@ def _json_items(path: Path, content: Any) -> Iterator[Item]:
             yield Item(f"{path.name}: {pmid}", "", pmids)
             continue
         name = f"{path.name}: {pmid}"
-        yield Item(name, " \n ".join(question.get("CONTEXTS", [])), pmids)
+        yield Item(name, " \n ".join(question.get("CONTEXTS") or []), pmids)
         for part in ("QUESTION", "LONG_ANSWER"):
-            yield Item(name, question.get(part, ""), ())
+            yield Item(name, question.get(part) or "", ())
 
 
 def _strings(value: Any) -> Iterator[str]:

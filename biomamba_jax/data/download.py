@@ -9,18 +9,20 @@ import hashlib
 import http.client
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from biomamba_jax.data.files import stated_md5
+from biomamba_jax.data.work import locked
 from biomamba_jax.errors import UserError
 
 NLM = "https://ftp.ncbi.nlm.nih.gov/pubmed"
@@ -47,6 +49,10 @@ class _Unwanted(Exception):
     """What arrived is not the file; why."""
 
 
+class _Stopped(Exception):
+    """The program is ending; what has arrived is kept."""
+
+
 @dataclass(frozen=True)
 class Downloader:
     """How files are fetched.
@@ -59,6 +65,7 @@ class Downloader:
     tries: int = 5
     timeout: float = 60.0
     pause: float = 1.0
+    _stopped: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
 
     def fetch_all(self, files: Sequence[Remote], connections: int, progress: Callable[[Remote, str], None]) -> None:
         """Fetches all of `files`, so many at a time; what goes wrong with one does not keep the others.
@@ -67,9 +74,13 @@ class Downloader:
           progress: told of each file when it is "there" already, "fetched", or is to be fetched "again: WHY".
 
         Raises:
-          UserError: names the files that could not be had in `tries` tries, and why; the others are there.
+          UserError: names the files that could not be had in `tries` tries, and why; the others are there. Or the
+            folder cannot be made, or another download is at work in it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder):
+            self._fetch_all(files, connections, progress)
+
+    def _fetch_all(self, files: Sequence[Remote], connections: int, progress: Callable[[Remote, str], None]) -> None:
         failed: dict[Remote, str] = {}
         waiting = iter(files)
         running: dict[Future[None], Remote] = {}
@@ -89,6 +100,7 @@ class Downloader:
                         elif error is not None:
                             raise error
             except BaseException:
+                self._stopped.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
         if failed:
@@ -102,7 +114,8 @@ class Downloader:
         for attempt in range(self.tries):
             if attempt:
                 progress(f"again: {reason}")
-                time.sleep(min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE))
+                self._stopped.wait(min(self.pause * 2 ** (attempt - 1), _LONGEST_PAUSE))
+            self._go_on()
             try:
                 sidecar = self._read(f"{file.url}.md5").decode("utf-8", "replace")
                 md5 = stated_md5(sidecar)
@@ -141,12 +154,17 @@ class Downloader:
                 output.truncate(0)
                 have = 0
             length = response.headers.get("Content-Length")
-            while block := response.read(_BLOCK):
+            while block := response.read1(_BLOCK):  # what has arrived, however little
                 output.write(block)
+                self._go_on()
         received = beginning.stat().st_size - have
         if length is not None and received < int(length):
             raise _Unwanted(f"the connection ended after {received:,} of {int(length):,} bytes")
         return self._accept(beginning, path, md5)
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise _Stopped
 
     def _accept(self, arrived: Path, path: Path, md5: str) -> None:
         found = _md5(arrived)
@@ -204,16 +222,16 @@ def choose(files: Iterable[Remote], numbers: str | None) -> list[Remote]:
         return files
     by_number = {int(match[1]): file for file in files if (match := _NAME.fullmatch(file.name))}
     wanted: set[int] = set()
+    there = f"{min(by_number)}-{max(by_number)}" if by_number else "none"
     for part in numbers.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise UserError(f"--numbers {numbers}: give numbers and ranges such as 1-20,1335")
-        wanted |= set(range(first, last + 1))
-    missing = sorted(wanted - by_number.keys())
-    if missing:
-        there = f"{min(by_number)}-{max(by_number)}" if by_number else "none"
-        raise UserError(f"--numbers {numbers}: there is no file {missing[0]}; the mirror has {there}")
+        for number in range(first, last + 1):
+            if number not in by_number:
+                raise UserError(f"--numbers {numbers}: there is no file {number}; the mirror has {there}")
+            wanted.add(number)
     return [by_number[number] for number in sorted(wanted)]
 
 

@@ -40,6 +40,7 @@ class ShardTask:
 
     folder: str
     tokenizer: str
+    tokenizer_sha256: str
     token_dtype: str
     parts: tuple[ShardPart, ...]
 
@@ -68,7 +69,11 @@ def write_splits(
     tasks = [
         [
             ShardTask(
-                str(shards / f"{name}-{_name(parts, tokenizer.sha256)}"), str(tokenizer.path.resolve()), dtype, parts
+                str(shards / f"{name}-{_name(parts, tokenizer.sha256)}"),
+                str(tokenizer.path.resolve()),
+                tokenizer.sha256,
+                dtype,
+                parts,
             )
             for parts in _shards(sources, splits, split)
         ]
@@ -88,7 +93,7 @@ def write_splits(
         np.save(output / name / LENGTHS_NAME, lengths)
         for number, task in enumerate(of_split):
             (shard,) = Path(task.folder).glob("*.array_record")
-            os.replace(shard, output / name / f"shard-{number:05d}-of-{len(of_split):05d}.array_record")
+            _put(shard, output / name / f"shard-{number:05d}-of-{len(of_split):05d}.array_record")
         own, infos = infos[: len(of_split)], infos[len(of_split) :]
         found[name] = SplitInfo(
             documents=sum(info.documents for info in own),
@@ -97,6 +102,14 @@ def write_splits(
             shards=len(own),
         )
     return found
+
+
+def _put(shard: Path, place: Path) -> None:
+    """Gives the shard its place. It stays where it was, too, so that it is still there if what follows fails."""
+    try:
+        os.link(shard, place)
+    except OSError:  # a file system without links
+        os.replace(shard, place)
 
 
 def documents_per_shard(documents: int) -> int:
@@ -130,7 +143,10 @@ def _name(parts: Sequence[ShardPart], tokenizer_sha256: str) -> str:
     return state.hexdigest()
 
 
-_tokenizer_of_process = cache(load_tokenizer)
+@cache
+def _tokenizer_of_process(path: str, sha256: str) -> Tokenizer:
+    """The tokenizer of a file, whose content may be another one in a later run of the same process."""
+    return load_tokenizer(path)
 
 
 def write_shard(task: ShardTask) -> SplitInfo:
@@ -139,7 +155,7 @@ def write_shard(task: ShardTask) -> SplitInfo:
     if done.exists() and any(Path(task.folder).glob("*.array_record")):
         return SplitInfo(**json.loads(done.read_text()))
     shutil.rmtree(task.folder, ignore_errors=True)
-    tokenizer = _tokenizer_of_process(task.tokenizer)
+    tokenizer = _tokenizer_of_process(task.tokenizer, task.tokenizer_sha256)
     documents = sum(len(part.rows) for part in task.parts)
     with ShardWriter(task.folder, documents_per_shard=max(documents, 1), token_dtype=task.token_dtype) as writer:
         for part in task.parts:

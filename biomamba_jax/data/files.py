@@ -3,6 +3,7 @@
 import bz2
 import hashlib
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +53,7 @@ def naming_errors(path: str | Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {error.start}); convert it") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check --input") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
 
 
 def uncompressed_name(path: str | Path) -> str:
@@ -62,7 +63,12 @@ def uncompressed_name(path: str | Path) -> str:
 
 
 def _uncompressed(path: str | Path, raw: BinaryIO) -> BinaryIO:
-    return _DECOMPRESSORS.get(Path(path).suffix, lambda plain: plain)(raw)
+    decompressor = _DECOMPRESSORS.get(Path(path).suffix)
+    if decompressor is None:
+        return raw
+    if os.fstat(raw.fileno()).st_size == 0:  # gzip's reader takes it for the end of a file
+        raise EOFError("it is empty")
+    return decompressor(raw)
 
 
 def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:

@@ -93,8 +93,8 @@ class MixedDocuments:
         return int(self._ends[source - 1]) if source else 0
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's data must agree with: sizes, weights and unit."""
-        found: dict[str, Any] = {"mixture_unit": self.mixture.unit}
+        """What a checkpoint's data must agree with: the sources in their order, sizes, weights and unit."""
+        found: dict[str, Any] = {"mixture_unit": self.mixture.unit, "mixture_sources": self.names}
         for share, reader in zip(self.mixture.shares, self.readers, strict=True):
             found[f"{share.name}.weight"] = share.weight
             found[f"{share.name}.documents"] = len(reader)

@@ -64,7 +64,8 @@ def files_in(path: str) -> list[Path]:
     """The file itself, or the files of a folder that can be read, by name; UserError where a folder has none."""
     if not Path(path).is_dir():
         return [Path(path)]
-    found = [each for each in sorted(Path(path).iterdir()) if _reader(each) is not None and each.is_file()]
+    known = (each for each in sorted(Path(path).iterdir()) if _reader(each) is not None and each.is_file())
+    found = [each for each in known if not each.name.lower().startswith("readme")]  # NLM's README.txt is no text
     if not found:
         raise UserError(f"{path}: holds no file of a known kind; --input takes {KINDS}")
     return found
@@ -120,10 +121,13 @@ def _parquet(path: Path, filters: Filters) -> Iterator[Candidate]:
 
 
 def _fields(record: dict[str, Any]) -> tuple[str, int]:
-    text, pmid = record["text"], int(record.get("pmid") or 0)
-    if not isinstance(text, str) or not 0 <= pmid < 2**32:
+    text, pmid = record["text"], record.get("pmid") or 0
+    if isinstance(pmid, float) and pmid.is_integer():  # a column with gaps, as tables keep it
+        pmid = int(pmid)
+    whole = isinstance(pmid, str) or type(pmid) is int
+    if not isinstance(text, str) or not whole or not 0 <= int(pmid) < 2**32:
         raise ValueError("text is no string, or pmid no PMID")
-    return text, pmid
+    return text, int(pmid)
 
 
 def _paragraphs(path: Path, filters: Filters) -> Iterator[Candidate]:

@@ -14,6 +14,8 @@ import json
 import os
 import re
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -190,7 +192,8 @@ class ShardWriter:
             "source": source,
             "bytes": num_bytes,
         }
-        self._writer.write(msgpack.packb(record))
+        with _as_os_errors():
+            self._writer.write(msgpack.packb(record))
         self._lengths.append(ids.size)
         self._num_bytes += num_bytes
 
@@ -207,14 +210,17 @@ class ShardWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._close()
-            for path in self.folder.glob("*.partial"):  # none is left after _finish
-                path.unlink()
+            try:
+                self._close()
+            finally:
+                for path in self.folder.glob("*.partial"):  # none is left after _finish
+                    path.unlink()
 
     def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with _as_os_errors():
+                writer.close()
 
     def _next_shard(self) -> None:
         self._close()
@@ -232,6 +238,15 @@ class ShardWriter:
         for i, path in enumerate(self._shards):
             os.replace(path, self.folder / f"shard-{i:05d}-of-{len(self._shards):05d}.array_record")
         os.replace(self.folder / f"{LENGTHS_NAME}.partial", self.folder / LENGTHS_NAME)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    """ArrayRecord's errors, of a full disk for one, as the OSErrors that other files give."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 class ShardReader:

@@ -55,8 +55,7 @@ class Source:
 
     def texts(self, rows: np.ndarray) -> list[str]:
         """The texts of some of the kept rows, ascending."""
-        sizes = self.rows["size"].astype(np.int64)
-        return read_texts(self.spool.stem, (np.cumsum(sizes) - sizes)[rows], sizes[rows])
+        return read_texts(self.spool.stem, rows)
 
     def describe(self) -> dict[str, object]:
         """Its entry in the manifest: which file it was and what it gave."""

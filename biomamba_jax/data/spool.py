@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from biomamba_jax.data.near_duplicates import Bands, band_values
 from biomamba_jax.data.readers import Candidate, read_candidates
 from biomamba_jax.data.text import normalized_digest, split_position
 
-_SPOOL_VERSION = 1  # raised whenever a spool of the same file would have other bytes
+_SPOOL_VERSION = 2  # raised whenever a spool of the same file would have other bytes
 _BLOCK_ROWS = 4096
 INDEX = np.dtype(
     [
@@ -96,10 +97,13 @@ def _load(path: str) -> np.ndarray:
 
 def finished_spool(task: SpoolTask) -> Spool | None:
     """The spool of the task, if it is there whole; UserError if the file's MD5 sidecar now says another sum."""
-    path = Path(f"{task.stem}.json")
-    if not path.exists():
+    try:
+        saved = json.loads(Path(f"{task.stem}.json").read_text("utf-8"))
+        size = np.load(f"{task.stem}.npy", mmap_mode="r")["size"].sum(dtype=np.int64)
+        if os.stat(f"{task.stem}.text").st_size != size:  # cut short, by a machine that lost its power, say
+            return None
+    except (OSError, ValueError):
         return None
-    saved = json.loads(path.read_text("utf-8"))
     overlaps = [(row, item, share) for row, item, share in saved["overlaps"]]
     sums = Checksums(**saved["sums"])
     check_md5(task.path, sums.md5)
@@ -135,14 +139,20 @@ def spool(task: SpoolTask) -> Spool:
     return Spool(stem, sums, html_entities, overlaps)
 
 
-def read_texts(stem: str, offsets: np.ndarray, sizes: np.ndarray) -> list[str]:
-    """The texts of STEM.text at byte `offsets` (ascending) of the given sizes."""
-    texts = []
+def read_texts(stem: str, rows: np.ndarray) -> list[str]:
+    """The texts of some of the kept rows of a spool, ascending."""
+    borders, texts = _borders(stem), []
     with open(f"{stem}.text", "rb") as file:
-        for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
-            file.seek(offset)
-            texts.append(file.read(size).decode())
+        for first, end in zip(borders[rows].tolist(), borders[rows + 1].tolist(), strict=True):
+            file.seek(first)
+            texts.append(file.read(end - first).decode())
     return texts
+
+
+@lru_cache(4)
+def _borders(stem: str) -> np.ndarray:
+    """Where each row's text begins in STEM.text, and the end of the last."""
+    return np.concatenate([[0], np.cumsum(_load(f"{stem}.npy")["size"], dtype=np.int64)])
 
 
 def _blocks(records: Iterable[Candidate]) -> Iterator[list[Candidate]]:

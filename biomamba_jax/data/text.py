@@ -12,8 +12,9 @@ import unicodedata
 _ESCAPED = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
 _XML_NAMES = {"&lt;", "&gt;", "&amp;"}
 _MOST_ESCAPES = 3
-# Publishers also deliver HTML tags as escaped text; one with a known name is markup, `P<0.05` and `a<c>d` are not.
-_ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?: [^<>]*)?/?>", re.IGNORECASE)
+# Publishers also deliver HTML tags as escaped text. One with a known name is markup; `P<0.05`, `a<c>d` and
+# `a<b and c>d` are not.
+_ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE)
 _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
 
 

@@ -155,7 +155,8 @@ def train_sentencepiece(
 
     A number stands for the usual training of a vocabulary of that size. The same texts in the same order give the same
     bytes. Ids: 0 `<|endoftext|>`, 1 unknown (never used with byte fallback), 2 line end, 3 ... 258 bytes, then the
-    learnt pieces. With byte fallback every text with single spaces decodes to itself.
+    learnt pieces. With byte fallback every text with single spaces decodes to itself, unless it holds U+2581,
+    SentencePiece's own sign for a space.
 
     Raises:
       UserError: the texts cannot fill, or do not fit, a vocabulary of that size.

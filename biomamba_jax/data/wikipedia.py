@@ -6,6 +6,7 @@ such thing.
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,9 @@ def prose(markup: str) -> str:
         raise UserError("Wikipedia's dumps need mwparserfromhell: pip install 'biomamba-jax[wikipedia]'") from None
     tail = _TAIL.search(markup)
     code: Any = mwparserfromhell.parse(markup[: tail.start()] if tail else markup)
-    for node in [*code.filter_tags(recursive=False), *code.filter_wikilinks(recursive=False)]:
+    for node in [*code.filter_tags(), *code.filter_wikilinks()]:
         name = str(getattr(node, "tag", "")).strip().lower()
         if name in _NO_PROSE or (hasattr(node, "title") and _NOT_A_LINK.match(str(node.title))):
-            code.remove(node)
+            with suppress(ValueError):  # it went with one that it is in
+                code.remove(node)
     return code.strip_code(normalize=True, collapse=True)

@@ -5,6 +5,7 @@ the very end by a rename. What a failed run leaves are finished spools and shard
 with none of them finished, nothing.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -40,12 +41,14 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
     work = Work(output.parent / f"{output.name}.partial", spools)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if work.root.exists() and not work.output.exists():  # its run was killed after the rename
-            with suppress(UserError), _locked(work.root):
+            with suppress(UserError), locked(work.root):
                 shutil.rmtree(work.root, ignore_errors=True)
         raise UserError(f"{output}: already exists; remove it or give another --output")
+    if output.is_symlink() or os.path.ismount(output):
+        raise UserError(f"{output}: is a link or a mount point, which no finished folder can replace; name one in it")
     with ExitStack() as stack:
-        for folder in filter(None, (work.root, spools)):
-            stack.enter_context(_locked(folder))
+        for folder in filter(None, (spools, work.root)):
+            stack.enter_context(locked(folder))
         try:
             shutil.rmtree(work.output, ignore_errors=True)
             for folder in (work.spools, work.shards, work.output):
@@ -54,8 +57,10 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
             os.rename(work.output, output)
             work.keeps = False
         except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{output}: cannot be written ({reason}); free space or give another --output") from None
+            reason = str(error.strerror or error)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+            remedy = f"{'free space or ' if full else ''}give another --output"
+            raise UserError(f"{output}: cannot be written ({reason}); {remedy}") from None
         finally:
             shutil.rmtree(work.output, ignore_errors=True)
             if not work.worth_keeping:
@@ -63,7 +68,7 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """The folder, made if it is not there, for this process alone; the system unlocks it with the process's end."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,8 @@ def _locked(folder: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"{folder}: another run is at work here; wait for it or name another folder") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be locked ({error.strerror}); name one on another disk") from None
         yield

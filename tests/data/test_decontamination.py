@@ -1,5 +1,6 @@
 """Evaluation text is kept out: by the PMIDs of its articles, and by shared runs of words even where it was edited."""
 
+import gzip
 import json
 import random
 from collections import Counter
@@ -145,6 +146,22 @@ def test_pubmedqa_s_list_of_test_articles_gives_pmids_alone(tmp_path):
     assert read_evaluation([str(path)]).pmids.tolist() == [123, 456]
 
 
+@pytest.mark.parametrize("name", ["ori_pqal.JSON", "ori_pqal.json.gz"])
+def test_source_articles_are_known_whatever_the_spelling_or_packing_of_the_name(tmp_path, name):
+    plain = Path(pubmedqa(tmp_path / "a.json", {123: passage(1)})).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(plain) if name.endswith(".gz") else plain)
+    assert read_evaluation([str(tmp_path / name)]).pmids.tolist() == [123]
+
+
+def test_questions_with_empty_parts_are_read(tmp_path):
+    bioasq = {"id": "5a", "body": None, "documents": None, "snippets": [{"document": None, "text": passage(1, 40)}]}
+    pubmed = {"QUESTION": None, "CONTEXTS": None, "LONG_ANSWER": passage(2, 40)}
+    for name, content in (("a.json", {"questions": [bioasq]}), ("b.json", {"7": pubmed})):
+        (tmp_path / name).write_text(json.dumps(content))
+    evaluation = read_evaluation([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert evaluation.overlaps([passage(1, 40), passage(2, 40)], LEAST).keys() == {0, 1}
+
+
 def test_lines_of_json_are_items_of_all_their_strings(tmp_path):
     path = tmp_path / "set.jsonl"
     path.write_text(json.dumps({"q": passage(1, 40), "choices": [passage(2, 40), 3], "n": None}) + "\n\n")
@@ -160,6 +177,7 @@ def test_lines_of_json_are_items_of_all_their_strings(tmp_path):
         ("a.json", '{"questions": 3}'),
         ("a.jsonl", "{"),
         ("a.txt", ""),
+        ("a.csv", "question,answer"),
     ],
 )
 def test_what_is_no_evaluation_text_is_named(tmp_path, name, content):

@@ -1,5 +1,6 @@
 """Downloads from a server of this machine that breaks connections, lies, and sends damaged files."""
 
+import contextlib
 import gzip
 import hashlib
 import threading
@@ -15,6 +16,7 @@ from biomamba_jax import prepare
 from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 from biomamba_jax.data.files import checksums
 from biomamba_jax.data.nlm import read_articles
+from biomamba_jax.data.work import locked
 from biomamba_jax.errors import UserError
 
 NAMES = {
@@ -39,6 +41,7 @@ class Mirror:
             self.files[f"{path}.md5"] = f"MD5({name})= {hashlib.md5(content).hexdigest()}\n".encode()
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.requests: list[tuple[str, str | None]] = []
+        self.stopped = threading.Event()
 
     def handler(mirror):
         class Handler(BaseHTTPRequestHandler):
@@ -54,6 +57,13 @@ class Mirror:
                     return self.send("".join(f'<a href="{n}">{n}</a>\n' for n in links).encode(), 200)
                 if self.path not in mirror.files or fault == "gone":
                     return self.send_error(404)
+                if fault == "slow":
+                    self.send_response(200)
+                    self.end_headers()
+                    with contextlib.suppress(OSError):  # the other side has gone
+                        while not mirror.stopped.wait(0.01):
+                            self.wfile.write(b".")
+                    return None
                 if fault == "busy":
                     return self.send_error(503)
                 content, status = mirror.files[self.path], 200
@@ -78,13 +88,15 @@ class Mirror:
 
 
 @pytest.fixture
-def mirror(tmp_path):
+def mirror(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     mirror = Mirror(tmp_path)
     server = ThreadingHTTPServer(("127.0.0.1", 0), mirror.handler())
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     mirror.url = f"http://127.0.0.1:{server.server_port}/pubmed"
     yield mirror
+    mirror.stopped.set()
     server.shutdown()
     thread.join()
     server.server_close()
@@ -103,7 +115,7 @@ def fetch_all(mirror, downloader, part="all", connections=3) -> list[tuple[str, 
 
 def assert_whole(mirror, folder: Path, parts=("baseline", "updatefiles")) -> None:
     names = [name for part in parts for name in NAMES[part]]
-    assert {path.name for path in folder.iterdir()} == {*names, *(f"{name}.md5" for name in names)}
+    assert {path.name for path in folder.iterdir()} - {"lock"} == {*names, *(f"{name}.md5" for name in names)}
     for part in parts:
         for name in NAMES[part]:
             assert (folder / name).read_bytes() == mirror.files[f"/pubmed/{part}/{name}"]
@@ -133,6 +145,29 @@ def test_what_is_there_whole_is_not_fetched_again_and_what_is_damaged_is(mirror,
     assert told[first.name] == "there"
     assert [name for name, _ in mirror.requests if name.endswith(".gz")] == [second.name]
     assert_whole(mirror, downloader.folder)
+
+
+def test_ctrl_c_ends_downloads_that_would_go_on_for_ever(mirror, downloader):
+    first, second = NAMES["baseline"]
+    mirror.faults[second] = ["slow"]
+
+    def interrupt(file, what):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        downloader.fetch_all(list_files(mirror.url, "baseline"), 2, interrupt)
+    assert (downloader.folder / first).exists()
+
+
+def test_two_downloads_into_one_folder_are_refused(mirror, downloader):
+    with locked(downloader.folder), pytest.raises(UserError, match="another run is at work here"):
+        fetch_all(mirror, downloader)
+
+
+def test_a_folder_that_cannot_be_made_is_named(mirror, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: cannot be made"):
+        fetch_all(mirror, Downloader(tmp_path / "file"))
 
 
 def test_a_broken_connection_goes_on_where_it_broke(mirror, downloader):

@@ -161,6 +161,15 @@ def test_a_run_cannot_go_on_with_other_weights(folders):
         batches.set_state(state)
 
 
+@pytest.mark.parametrize("names", [["c4", "pubmed", "wikipedia"], ["pubmed", "wikipedia"]])
+def test_a_run_cannot_go_on_with_sources_in_another_order_or_fewer(folders, names):
+    with iterator(folders) as batches:
+        state = json.loads(json.dumps(batches.get_state()))
+    other = mixture(folders, {name: WEIGHTS[name] for name in names})
+    with iterator(folders, mixture=other) as batches, pytest.raises(UserError, match="mixture_sources is"):
+        batches.set_state(state)
+
+
 def test_a_source_of_another_tokenizer_is_refused(folders):
     with pytest.raises(UserError, match="made with tokenizer"):
         iterator(folders, tokenizer_sha256="cd")

@@ -1,6 +1,7 @@
 """NLM's XML becomes articles: each rule of reading it, one test."""
 
 import gzip
+import html
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_entities_that_were_escaped_again_are_unescaped_and_what_only_looks_like
 def test_tags_that_arrive_as_escaped_text_are_dropped_but_comparisons_are_not(read):
     content = "<AbstractText>&lt;p&gt;&lt;i&gt;n&lt;/i&gt; = 3&lt;/p&gt; if a&lt;c&gt;d</AbstractText>"
     assert abstract_of(read, content) == "n = 3 if a<c>d"
+    comparisons = "if A&lt;b 0.5 and C&gt;D, n&lt;p than q but later r &gt; s"
+    assert abstract_of(read, f"<AbstractText>{comparisons}</AbstractText>") == html.unescape(comparisons)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,7 +233,11 @@ def test_a_program_ends_at_once_with_its_workers_however_it_ends(folder, tmp_pat
 
 
 def is_running(pid):
-    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
+    if Path("/proc/self/stat").exists():  # where there may be no ps
+        stat = Path(f"/proc/{pid}/stat")
+        state = stat.read_text().rpartition(")")[2].strip() if stat.exists() else ""
+    else:
+        state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
     return bool(state) and not state.startswith("Z")
 
 

@@ -60,6 +60,26 @@ def test_a_damaged_file_is_named_and_never_read_in_part(tmp_path, suffix, damage
         texts_of(path)
 
 
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_an_empty_file_is_no_packed_one(tmp_path, suffix):
+    (tmp_path / f"a.jsonl{suffix}").touch()
+    with pytest.raises(UserError, match="truncated or damaged"):
+        texts_of(tmp_path / f"a.jsonl{suffix}")
+
+
+@pytest.mark.parametrize("pmid", ["Infinity", "3.9", "true", "-1", '"x"'])
+def test_a_pmid_that_is_no_whole_number_is_named(tmp_path, pmid):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{LONG}", "pmid": {pmid}}}')
+    with pytest.raises(UserError, match=r'line 1 is not a JSON object with .* a whole number "pmid"'):
+        texts_of(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("pmid", ["3", "3.0", '"3"'])
+def test_a_pmid_may_be_written_as_tables_do(tmp_path, pmid):
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "{LONG}", "pmid": {pmid}}}')
+    assert [record.pmid for record in read_candidates(tmp_path / "a.jsonl", Filters())] == [3]
+
+
 def test_parquet_as_wikipedia_is_published_gives_its_text_column(tmp_path):
     path = tmp_path / "train-00000-of-00041.parquet"
     table = pyarrow.table({"id": ["1", "2", "3"], "url": ["u"] * 3, "title": ["t"] * 3, "text": TEXTS})
@@ -115,6 +135,20 @@ It has 51 amino acids.
 
 
 @pytest.mark.parametrize(
+    ("markup", "text"),
+    [
+        ("<small>Small<ref>Jones 1999</ref></small>.", "Small."),
+        ("'''Bold<ref>a b c</ref>''' word", "Bold word"),
+        ("<div>[[File:a.jpg|thumb|a caption]]Text.</div>", "Text."),
+        ("<div>\n{|\n! head\n|-\n| cell\n|}\nText.</div>", "Text."),
+        ("Text.<gallery>a.jpg<ref>inner</ref></gallery>", "Text."),
+    ],
+)
+def test_what_is_no_prose_is_left_out_inside_other_markup_too(markup, text):
+    assert prose(markup) == text
+
+
+@pytest.mark.parametrize(
     "name", ["enwiki-20260101-pages-articles.xml", "enwiki-20260101-pages-articles1.xml-p1p41242.bz2"]
 )
 def test_wikipedia_s_dump_gives_the_prose_of_its_articles(tmp_path, name):
@@ -147,7 +181,7 @@ def test_a_folder_stands_for_its_files_by_name(tmp_path):
     for name in ("pubmed26n0002.xml.gz", "pubmed26n0001.xml.gz"):
         write_set(tmp_path / name, article())
         (tmp_path / f"{name}.md5").write_text("")
-    (tmp_path / "README").write_text("")
+    (tmp_path / "README.txt").write_text("NLM says how to use it.")
     assert [path.name for path in files_in(str(tmp_path))] == ["pubmed26n0001.xml.gz", "pubmed26n0002.xml.gz"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no file of a known kind"):

@@ -1,5 +1,7 @@
 """`prepare` interrupted, killed and started again: what was finished is used, and the shards are the same bytes."""
 
+import dataclasses
+import errno
 import os
 import random
 import shutil
@@ -10,12 +12,14 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from corpora import SMALL, abstract, contents, documents
 from nlm_xml import article, deletions, write_set
 
-from biomamba_jax.data import build, encode, sources, spool, work
+from biomamba_jax.data import build, encode, shards, sources, spool, work
 from biomamba_jax.data.build import build_shards
+from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.errors import UserError
 
 
@@ -106,11 +110,79 @@ def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatc
     kept |= {path: path.stat().st_mtime_ns for path in (tmp_path / "o.partial").rglob("*.array_record")}
     assert len(kept) == 6 + 2
     with monkeypatch.context() as patch:
-        patch.setattr(encode.os, "replace", lambda a, b: used.append(Path(a)) or os.rename(a, b))
         used: list[Path] = []
+        link = os.link
+        patch.setattr(encode.os, "link", lambda a, b: used.append(Path(a)) or link(a, b))
         build_shards(many, output, settings=SMALL, workers=1)
     assert {path for path in kept if path.suffix == ".array_record"} < set(used)
     assert contents(output) == contents(tmp_path / "whole")
+
+
+def test_finished_shards_are_kept_when_the_last_step_fails(many, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"o: cannot be written \(No space left"):
+        patch.setattr(build.Manifest, "save", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "ShardWriter", Mock(side_effect=AssertionError("a shard was written again")))
+        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+
+
+def test_without_links_between_files_shards_are_moved(many, tmp_path, monkeypatch):
+    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+    monkeypatch.setattr(encode.os, "link", Mock(side_effect=PermissionError))
+    build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+    assert contents(tmp_path / "o") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_piece_of_a_shard(many, tmp_path, monkeypatch):
+    class Full:
+        def __init__(self, path, options):
+            Path(path).touch()
+
+        def write(self, record):
+            raise RuntimeError("write() failed: No space left on device")
+
+        def close(self):
+            raise RuntimeError("close() failed: No space left on device")
+
+    monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
+    with pytest.raises(UserError, match=r"No space left on device\); free space or give another --output"):
+        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+    assert not [path for path in tmp_path.rglob("shard-*") if path.is_file()]
+
+
+def test_an_output_that_no_folder_can_replace_is_refused_before_any_work(many, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="o: is a link or a mount point"):
+        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+    assert not (tmp_path / "o.partial").exists()
+
+
+def test_a_missing_input_is_refused_before_the_others_are_read(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "spool", Mock(side_effect=AssertionError("a file was read")))
+    with pytest.raises(UserError, match=r"missing\.xml: cannot be read"):
+        build_shards([*many, str(tmp_path / "missing.xml")], tmp_path / "o", settings=SMALL, workers=1)
+
+
+def test_a_tokenizer_trained_anew_in_the_same_place_is_the_one_that_is_used(many, tmp_path):
+    given = dataclasses.replace(SMALL, train_tokenizer=None)
+    for files in (many[:3], many[3:]):
+        build_shards(files, tmp_path / "o", settings=SMALL, workers=1)
+        build_shards(files, tmp_path / "by itself", tmp_path / "o" / "tokenizer.model", given, workers=1)
+        for split in build.SPLITS:
+            both = [ShardReader(tmp_path / name / split) for name in ("o", "by itself")]
+            assert all(np.array_equal(a.ids, b.ids) for a, b in zip(*both, strict=True))
+        shutil.rmtree(tmp_path / "o")
+        shutil.rmtree(tmp_path / "by itself")
+
+
+def test_a_spool_whose_text_was_cut_short_is_made_again(many, tmp_path):
+    build_shards(many[:2], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    for text in (tmp_path / "spools").glob("*.text"):
+        os.truncate(text, text.stat().st_size // 2)
+    build_shards(many[:2], tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    assert contents(tmp_path / "before") == contents(tmp_path / "after")
 
 
 def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
