@@ -24,7 +24,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.loading import load
-from biomamba_jax.parallel.distributed import processes, same_everywhere
+from biomamba_jax.parallel.distributed import exit_if_stopped, processes, same_everywhere
 from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
@@ -53,19 +53,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         weights = read_model(local_folder(config.init_from or ""))
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
-        if results is not None:
+        if results:
             rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
             summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
             print(f"predictions and {RESULTS}: {config.run_dir}")
-        elif first and jax.process_count() > 1:
+        elif first and results is not None:
             print(f"answered by one host alone: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")
+    exit_if_stopped(complete=results is not None)
 
 
 def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
     """Fine-tunes, then answers the development and test splits with the best weights.
 
     Returns:
-      Measures by "task split", as in results.json; None where the run was stopped, or has several hosts.
+      Measures by "task split", as in results.json; empty where the run has several hosts, None where it was stopped.
     """
     if weights.tokenizer_file is None:
         raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` puts one beside the weights")
@@ -87,7 +88,7 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
 
     if not finetune(config, weights, encoded(train, "training"), encoded(development, "development")):
         return None
-    return answer(config, tasks) if jax.process_count() == 1 else None
+    return answer(config, tasks) if jax.process_count() == 1 else {}
 
 
 def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:

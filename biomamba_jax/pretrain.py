@@ -26,7 +26,7 @@ _LARGEST_BASELINE = 100_000_000
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` without the program's name, None for this process's arguments."""
-    from biomamba_jax.parallel.distributed import A_DAY, processes, same_everywhere, wait_for_all
+    from biomamba_jax.parallel.distributed import A_DAY, exit_if_stopped, processes, same_everywhere, wait_for_all
     from biomamba_jax.train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)
@@ -39,9 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_if_missing(config)
             write_baselines(config)
         wait_for_all("data", within=A_DAY)
-        train(*with_initial_weights(config))
+        complete = train(*with_initial_weights(config))
         if first:
             show_results(Path(config.run_dir))
+    exit_if_stopped(complete)
 
 
 def prepare_if_missing(config: PretrainConfig) -> None:

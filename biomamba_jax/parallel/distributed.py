@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -23,6 +24,8 @@ import biomamba_jax
 from biomamba_jax.config import DistributedConfig
 from biomamba_jax.errors import UserError
 
+STOPPED = 128 + signal.SIGTERM
+"""Exit status of each of several processes that were stopped before their end, whichever got the SIGTERM."""
 _FAILURE = "biomamba_jax/failure"
 _VERSIONS = "biomamba_jax/versions"
 A_DAY = 24 * 3600
@@ -145,6 +148,20 @@ def wait_for_all(name: str, within: float) -> None:
         _client().wait_at_barrier(f"biomamba_jax/{name}", int(within * 1000))
     except Exception as error:
         raise UserError(f"waited {within:,.0f} s for the other processes at {name!r}: {_one_line(error)}") from error
+
+
+def exit_if_stopped(complete: bool) -> None:
+    """Leaves with status `STOPPED` where this is one of several processes and they were asked to stop.
+
+    One SIGTERM stops all, and only the process that got it would be known to have been stopped: what started the others
+    must not take their run for finished. A process alone leaves with status 0. Must come after `processes`, whose end
+    all wait for.
+
+    Args:
+      complete: whether the run came to its end.
+    """
+    if not complete and jax.process_count() > 1:
+        raise SystemExit(STOPPED)
 
 
 def _follow_failures(me: str, ended: threading.Event) -> None:

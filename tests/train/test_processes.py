@@ -15,6 +15,7 @@ import pytest
 from synthetic import write_shards
 
 from biomamba_jax.interop import read_model
+from biomamba_jax.parallel.distributed import STOPPED
 from biomamba_jax.train.metrics import read_metrics
 
 pytestmark = pytest.mark.long
@@ -51,9 +52,9 @@ def start(count: int, arguments: list[str], *of_the_last: str) -> list[subproces
     return running
 
 
-def finish(running: list[subprocess.Popen]) -> None:
+def finish(running: list[subprocess.Popen], status: int = 0) -> None:
     errors = [process.communicate(timeout=400)[1].decode()[-3000:] for process in running]
-    assert [process.returncode for process in running] == [0] * len(running), "\n".join(errors)
+    assert [process.returncode for process in running] == [status] * len(running), "\n".join(errors)
 
 
 def wait_for(path: Path, running: list[subprocess.Popen]) -> None:
@@ -128,12 +129,12 @@ def test_when_one_process_is_killed_the_others_end_with_a_reason_and_a_restart_i
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_request_to_one_process_lets_all_save_the_same_step_and_end(alone, tmp_path):
+def test_a_request_to_one_process_lets_all_save_the_same_step_and_leave_as_stopped(alone, tmp_path):
     arguments = [*settings(alone, 2000, **{"checkpoint.every": 2000}), f"--run_dir={tmp_path / 'run'}"]
     running = start(2, arguments)
     wait_for(tmp_path / "run" / "timing.jsonl", running)
     running[1].send_signal(signal.SIGTERM)
-    finish(running)
+    finish(running, STOPPED)
     (step,) = [int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     assert 0 < step < 2000
     assert read_metrics(tmp_path / "run")[-1]["step"] <= step
