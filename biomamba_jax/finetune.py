@@ -53,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         weights = read_model(local_folder(config.init_from or ""))
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
-        if results:
+        if results is not None and jax.process_count() == 1:
             rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
             summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
             print(f"predictions and {RESULTS}: {config.run_dir}")
-        elif first and results is not None:
+        elif results is not None and first:
             print(f"answered by one host alone: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")
     exit_if_stopped(complete=results is not None)
 
