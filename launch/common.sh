@@ -11,9 +11,14 @@ DRY_RUN=no
 
 note() { printf '%s\n' "$*" >&2; }
 
+# Says what failed, for whoever called.
+fail() {
+  note "error: $*"
+  return 1
+}
+
 die() {
-  printf 'error: %s\n' "$*" >&2
-  exit 1
+  fail "$@" || exit 1
 }
 
 # The arguments as words that a shell reads back unchanged.
@@ -21,6 +26,16 @@ quoted() {
   local text
   printf -v text '%q ' "$@"
   printf '%s' "${text% }"
+}
+
+# As words that a shell reads back unchanged, without a backslash where there is no quote.
+in_quotes() {
+  local word words=()
+  for word in "$@"; do
+    [[ $(quoted "$word") == "$word" ]] || word=${word@Q}
+    words+=("$word")
+  done
+  printf '%s' "${words[*]}"
 }
 
 # Shows a command and runs it; with --dry-run shows it only, as a line that can be pasted.
@@ -86,11 +101,13 @@ read_options() {
   ((${#TRAIN[@]})) || die "$file: TRAIN is empty: name the training command"
 }
 
-# Shell code that runs its arguments as a command and leaves with its status, or with 143 after a SIGTERM. Training itself
-# answers one SIGTERM with a checkpoint and status 0: a preempted run would look like a finished one.
-#   $1  what to do before leaving after a SIGTERM, ending in "; "
+# Shell code that runs its arguments as a command and leaves with its status, or with 143 after a SIGTERM. Training in
+# one process answers a SIGTERM with a checkpoint and status 0: a preempted run would look like a finished one.
+#   $1  what to do before leaving, ending in "; "; it finds the status in $status
 # The command gets the signal from whoever signals the whole process group; a second one would cut its checkpoint short.
+# The trap names $!, which is known as soon as the command is there; a variable would come too late for an early signal.
 guard() {
   # shellcheck disable=SC2016  # for the shell that runs it
-  printf 'trap '\''wait "$pid"; %sexit 143'\'' TERM; "$@" & pid=$!; wait "$pid"' "${1:-}"
+  printf 'status=0; trap '\''wait $!; status=143; %sexit 143'\'' TERM; "$@" & wait $! || status=$?; %sexit "$status"' \
+    "${1:-}" "${1:-}"
 }

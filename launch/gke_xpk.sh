@@ -59,35 +59,40 @@ delete_cluster() {
   run xpk cluster delete --cluster="$CLUSTER" "${WHERE[@]}" --force
 }
 
-# One line, since xpk puts it into YAML. xpk hands SIGTERM to this shell alone, which hands it on; training then saves a
-# checkpoint and leaves with status 0, and the shell with 143, which xpk restarts.
+# One line, since xpk puts it into YAML, for GPUs even into double quotes. xpk hands SIGTERM to this shell alone, which
+# hands it on; training then saves a checkpoint, and the shell leaves with status 143, which xpk restarts.
 training_command() {
   local image_setup
-  image_setup="pip install --quiet $(quoted ".[$EXTRA]") && "
+  image_setup="pip install --quiet $(in_quotes ".[$EXTRA]") && "
   [[ -z $DOCKER_IMAGE ]] || image_setup=''
   # shellcheck disable=SC2016  # for the container's shell
-  printf '%s' "$image_setup" "${SETUP:+$SETUP && }" '{ trap '\''kill -TERM "$pid"; wait "$pid"; exit 143'\'' TERM; ' \
-    "$(quoted "${TRAIN[@]}")" ' & pid=$!; wait "$pid"; }'
+  printf '%s' "$image_setup" "${SETUP:+$SETUP && }" '{ trap '\''kill -TERM $!; wait $!; exit 143'\'' TERM; ' \
+    "$(in_quotes "${TRAIN[@]}")" ' & wait $!; }'
 }
 
 submit() {
-  local flags=(--max-restarts="$MAX_RESTARTS") name
+  # 1 is the status of a process whose peers are lost
+  local flags=(--max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1) name command
   if [[ -n $DOCKER_IMAGE ]]; then
     flags+=(--docker-image="$DOCKER_IMAGE")
   else
     flags+=(--base-docker-image="$BASE_IMAGE" --script-dir="$ROOT")
   fi
   for name in "${STORAGE[@]}"; do flags+=(--storage="$name"); done
-  [[ $(training_command) != *$'\n'* ]] || die "TRAIN and SETUP: must not contain line breaks here"
+  command=$(training_command)
+  [[ $command != *$'\n'* ]] || die "TRAIN and SETUP: must not contain line breaks here"
+  [[ ${DEVICE[0]} != --device-type=* || $command != *[\"\\]* ]] ||
+    die "TRAIN and SETUP: must not contain \" or \\ for GPUs, where xpk puts them into quotes: put it into a script"
   # 300 seconds to write a last checkpoint
   run xpk workload create --workload="$NAME" --cluster="$CLUSTER" "${DEVICE[@]}" "${COUNT[@]}" "${WHERE[@]}" \
-    "${flags[@]}" --termination-grace-period-seconds=300 --command="$(training_command)" ||
+    "${flags[@]}" --termination-grace-period-seconds=300 --command="$command" ||
     die "workload $NAME could not be submitted"
 }
 
-# 0 finished, 125 failed, 124 still running or queued, anything else: no answer.
+# 0 finished, 125 failed, 124 still running or queued, anything else: no answer. It has to wait for a second: without
+# that kubectl does not speak of a time-out, and xpk does not say 124.
 workload_state() {
-  run xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --wait-for-job-completion="$NAME" --timeout=0
+  run xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --wait-for-job-completion="$NAME" --timeout=1
 }
 
 follow() {

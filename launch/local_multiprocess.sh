@@ -3,6 +3,7 @@
 #
 # Trains in several processes on this machine, as several hosts would: to try multi-host training out on CPUs. When one
 # process fails the others are ended, after GRACE_SECONDS by force. Ctrl-C and SIGTERM let all save a checkpoint.
+# Training that was stopped is no failure: all processes leave with status 143 then, and so does this.
 # Settings: launch/settings.env (TRAIN, VENV, PROCESSES, PORT, GRACE_SECONDS).
 
 set -euo pipefail
@@ -28,7 +29,7 @@ end_all() {
 }
 
 main() {
-  local rank status
+  local rank status result=0
   set -m # a process group each: Ctrl-C reaches this script alone, which asks each process once
   for ((rank = 0; rank < PROCESSES; rank++)); do
     local words=("${TRAIN[@]}" --distributed.coordinator="localhost:$PORT" --distributed.processes="$PROCESSES"
@@ -46,12 +47,18 @@ main() {
   for ((rank = 0; rank < ${#PIDS[@]}; rank++)); do # as many times as there are processes, in the order that they end
     status=0
     wait -n || status=$?
-    if ((status)); then
-      note "error: a process ended with status $status; ending the others"
-      end_all
-      return "$status"
-    fi
+    case $status in
+      0) ;;
+      143) result=143 ;;
+      *)
+        note "error: a process ended with status $status; ending the others"
+        end_all
+        return "$status"
+        ;;
+    esac
   done
+  ((result == 0)) || note "training was stopped; the same command goes on from its newest checkpoint"
+  return "$result"
 }
 
 main

@@ -7,8 +7,9 @@
 #   SSH, SCP                           commands up to the name
 #   EVERY, FIRST                       flags for all workers and for the first
 #
-# A worker keeps everything under ~/biomamba_jax: the checkout, its virtual environment .venv, train.log, train.pid, and
-# train.status, which holds the exit status once training has ended, or "stopped".
+# A worker keeps everything under ~/biomamba_jax: the checkout, its virtual environment .venv, train.log, train.pid,
+# train.status, which holds the exit status once training has ended (143 if it was stopped), and train.asked, which is
+# there if `stop` asked for that.
 
 [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "NAME=$NAME: must be lower case letters, digits and -"
 
@@ -18,6 +19,12 @@ WHERE=(--zone="$ZONE")
 
 MADE=no    # this invocation made the resource that exists now
 STARTED=no # and training was started on it
+RESTARTS=0
+
+# Shell condition: training runs on this worker. After a restart of the machine another program may have its pid; the
+# brackets keep the pattern from finding this very command.
+# shellcheck disable=SC2016  # for the worker's shell
+RUNNING='grep -qs ">[t]rain.status" "/proc/$(cat train.pid 2>/dev/null)/cmdline"'
 
 runtime_version() {
   if [[ -n $RUNTIME ]]; then
@@ -95,7 +102,10 @@ await_ready() {
       case $state in
         ready) return ;;
         waiting) ;;
-        *) die "$NAME will not become ready: it is $state" ;;
+        *)
+          fail "$NAME will not become ready: it is $state"
+          return
+          ;;
       esac
     else
       ((++misses < TRIES)) || die "$NAME: no answer $misses times in a row"
@@ -112,14 +122,15 @@ delete() {
 
 install() {
   local scratch archive
-  scratch=$(mktemp -d)
+  scratch=$(mktemp -d) || return
   archive=$scratch/$FOLDER.tar.gz
   [[ $DRY_RUN == no ]] || archive=$FOLDER.tar.gz
   git -C "$ROOT" diff --quiet HEAD 2>/dev/null || note "note: changes that are not committed do not travel"
   if ! { run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
     retry copy_to_every "$archive" "$FOLDER.tar.gz" && retry on_every "$(install_command)"; }; then
     rm -rf -- "$scratch"
-    die "$NAME: the package could not be installed on every worker"
+    fail "$NAME: the package could not be installed on every worker"
+    return
   fi
   rm -rf -- "$scratch"
 }
@@ -130,46 +141,56 @@ install_command() {
   printf '%s' "set -e; mkdir -p ~/$FOLDER; cd ~/$FOLDER; rm -rf biomamba_jax configs; " \
     "tar -xzf ~/$FOLDER.tar.gz; python3 -m pip install --quiet --user uv; uv=~/.local/bin/uv; " \
     "\"\$uv\" venv --quiet --allow-existing --python $(quoted "$PYTHON_VERSION") .venv; " \
-    "\"\$uv\" pip install --quiet --python .venv/bin/python $package" "${SETUP:+; $SETUP}"
+    "\"\$uv\" pip install --quiet --python .venv/bin/python $package"
 }
 
 start() {
-  retry on_every "$(start_command)" || die "$NAME: training could not be started on every worker"
+  if ! retry on_every "$(start_command)"; then
+    fail "$NAME: training could not be started on every worker"
+    return
+  fi
   STARTED=yes
 }
 
-# Starting twice is harmless: a worker on which training runs is left alone.
+# Starting twice is harmless: a worker on which training runs is left alone. SETUP belongs here, since what it mounted
+# is gone after a restart of the machine.
 start_command() {
   local guarded
   # shellcheck disable=SC2016  # for the worker's shell
-  guarded=$(guard 'echo stopped >train.status; ')'; echo "$?" >train.status'
-  printf '%s' "cd ~/$FOLDER || exit 1; export PATH=\"\$PWD/.venv/bin:\$PATH\"; " \
-    "if [ -e train.pid ] && kill -0 \"\$(cat train.pid)\" 2>/dev/null; then exit 0; fi; rm -f train.status; " \
+  guarded=$(guard 'echo "$status" >train.status; ')
+  printf '%s' "cd ~/$FOLDER || exit 1; if $RUNNING; then exit 0; fi; rm -f train.status train.asked; " \
+    "${SETUP:+"bash -ec $(quoted "$SETUP") || exit 1; "}" "export PATH=\"\$PWD/.venv/bin:\$PATH\"; " \
     "nohup setsid bash -c $(quoted "$guarded") train $(quoted "${TRAIN[@]}") >train.log 2>&1 </dev/null & " \
     "echo \"\$!\" >train.pid"
 }
 
+# The mark comes first: `follow` asks the first worker whether training was stopped on purpose. The signal goes to the
+# process group: training and its guard.
 stop() {
-  on_every "kill -TERM -- \"-\$(cat ~/$FOLDER/train.pid)\"" # the process group: training and its guard
+  on_first "touch ~/$FOLDER/train.asked" &&
+    on_every "cd ~/$FOLDER && $RUNNING && kill -TERM -- \"-\$(cat train.pid)\""
 }
 
 # The first worker's log, until training there ends or the connection does.
 follow_log() {
-  on_first "cd ~/$FOLDER && tail --lines=${1:-+1} --pid=\"\$(cat train.pid)\" -F train.log"
+  local show="tail --lines=${1:-+1}"
+  on_first "cd ~/$FOLDER && if $RUNNING; then $show --pid=\"\$(cat train.pid)\" -F train.log; else $show train.log; fi"
 }
 
-# Prints an exit status, stopped, running, or gone (ended without a word: the machine was restarted, say); non-zero when
-# the worker does not answer.
+# Prints an exit status, stopped (by `stop`), interrupted (by a SIGTERM from elsewhere: a host is shut down for
+# maintenance, say), running, or gone (ended without a word: the machine was restarted, say); non-zero when the worker
+# does not answer.
 training_status() {
-  local command="cd ~/$FOLDER && if [ -s train.status ]; then cat train.status; "
-  command+="elif kill -0 \"\$(cat train.pid)\" 2>/dev/null; then echo running; else echo gone; fi"
+  local command="cd ~/$FOLDER && status=\$(cat train.status 2>/dev/null); "
+  command+="if [ \"\$status\" = 143 ]; then if [ -e train.asked ]; then echo stopped; else echo interrupted; fi; "
+  command+="elif [ -n \"\$status\" ]; then echo \"\$status\"; elif $RUNNING; then echo running; else echo gone; fi"
   on_first "$command"
 }
 
 # Follows training until it has ended, and starts it again on fresh machines where it lost its own. Training resumes from
 # its newest checkpoint by itself.
 supervise() {
-  local lines=+1 status state restarts=0 misses=0
+  local lines=+1 status state misses=0
   if [[ $DRY_RUN == yes ]]; then
     follow_log
     training_status
@@ -200,9 +221,9 @@ supervise() {
         note "error: training ended with status $status; the log is above and in ~/$FOLDER/train.log of the first worker"
         return "$status"
         ;;
-      ready:gone)
-        count_restart "its processes are gone"
-        start
+      ready:gone | ready:interrupted)
+        count_restart "its processes are $status"
+        start || exit 1
         ;;
       lost:* | absent:*)
         count_restart "its machines are $state"
@@ -220,15 +241,22 @@ supervise() {
 }
 
 count_restart() {
-  ((++restarts <= MAX_RESTARTS)) || die "$NAME: $1, and MAX_RESTARTS=$MAX_RESTARTS is reached"
-  note "$NAME: $1; start $restarts of at most $MAX_RESTARTS again"
+  ((++RESTARTS <= MAX_RESTARTS)) || die "$NAME: $1, and MAX_RESTARTS=$MAX_RESTARTS is reached"
+  note "$NAME: $1; start $RESTARTS of at most $MAX_RESTARTS again"
 }
 
+# Makes the machines and starts training on them; machines that are lost on the way are made anew.
 bring_up() {
-  create
-  await_ready
-  install
-  start
+  local state
+  while :; do
+    create
+    if await_ready && install && start; then return; fi
+    sleep "$SETTLE_SECONDS" # machines may be gone before the resource says so
+    state=$(resource_state) || state=unknown
+    [[ $state == lost || $state == absent ]] || exit 1
+    count_restart "its machines are $state"
+    [[ $state == absent ]] || delete
+  done
 }
 
 run_all() {

@@ -9,10 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 WHERE = ["--zone=us-west4-a", "--project=my-project"]
-LOOK = "wait-for-job-completion"
+SAVES = "#!/usr/bin/env bash\ntrap 'sleep 0.1; echo saved; exit 0' TERM\n{}\nwhile :; do sleep 0.05; done\n"
+
+
+def looks(*statuses):
+    """What xpk answers to looks at a workload: 1 where kubectl may not wait, since it speaks of no time-out then."""
+    look = "wait-for-job-completion=pubmed --timeout="
+    return (f"{look}0$", [(1, "condition not met")]), (f"{look}[1-9]", [(status, "") for status in statuses])
 
 
 def verbs(stage):
@@ -24,21 +31,22 @@ def verbs(stage):
 
 def test_xpk_submits_and_follows_until_the_end(stage):
     stage.settings("SLICES=2 STORAGE=(runs) SETUP='mkdir -p /tmp/x'")
-    stage.answer((LOOK, [(124, ""), (124, ""), (0, "")]))
+    stage.answer(*looks(124, 124, 0))
     done = stage.run("gke_xpk.sh", "run")
     assert done.returncode == 0, done.stderr
     follow = ["xpk workload list", "kubectl logs --follow"]
     assert verbs(stage) == ["xpk workload create", *follow, *follow, "xpk workload list"]
     submit = stage.calls[0]
     kind = ["--workload=pubmed", "--cluster=biomamba", "--tpu-type=v5litepod-16", "--num-slices=2", *WHERE]
-    image = ["--max-restarts=50", "--base-docker-image=python:3.12", f"--script-dir={LAUNCH.parent}", "--storage=runs"]
-    assert submit[3:-1] == [*kind, *image, "--termination-grace-period-seconds=300"]
-    assert submit[-1].startswith("--command=pip install --quiet .\\[tpu\\] && mkdir -p /tmp/x && { trap ")
+    again = ["--max-restarts=50", "--restart-on-exit-codes=1"]
+    image = ["--base-docker-image=python:3.12", f"--script-dir={LAUNCH.parent}", "--storage=runs"]
+    assert submit[3:-1] == [*kind, *again, *image, "--termination-grace-period-seconds=300"]
+    assert submit[-1].startswith("--command=pip install --quiet '.[tpu]' && mkdir -p /tmp/x && { trap ")
     assert stage.calls[2][-2].endswith("jobset-name=pubmed,batch.kubernetes.io/job-completion-index=0")
 
 
 def test_a_workload_that_failed_is_an_error(stage):
-    stage.answer((LOOK, [(125, "")]))
+    stage.answer(*looks(125))
     done = stage.run("gke_xpk.sh", "follow")
     assert done.returncode == 1
     assert "workload pubmed has failed" in done.stderr
@@ -46,9 +54,9 @@ def test_a_workload_that_failed_is_an_error(stage):
 
 
 def test_no_answer_is_not_a_failure_until_it_lasts(stage):
-    stage.answer((LOOK, [(1, ""), (1, ""), (124, ""), (1, ""), (0, "")]))
+    stage.answer(*looks(1, 1, 124, 1, 0))
     assert stage.run("gke_xpk.sh", "follow").returncode == 0
-    stage.answer((LOOK, [(1, "")]))
+    stage.answer(*looks(1))
     done = stage.run("gke_xpk.sh", "follow")
     assert done.returncode == 1
     assert "no answer 3 times in a row; it may still run" in done.stderr
@@ -74,9 +82,29 @@ def test_gpus_are_asked_for_by_node(stage):
     ]
 
 
+def test_a_command_for_gpus_reads_back_unchanged_from_the_quotes_of_xpk(stage):
+    stage.settings("ACCELERATOR=h100-80gb-8 EXTRA=gpu SETUP='mkdir -p /tmp/x' TRAIN=(python train 'my run' '#1: {a}')")
+    stage.run("gke_xpk.sh", "submit")
+    command = stage.calls[0][-1].removeprefix("--command=")
+    assert yaml.safe_load(f'- name: COMMAND\n  value: "{command}"\n') == [{"name": "COMMAND", "value": command}]
+    assert command.startswith("pip install --quiet '.[gpu]' && mkdir")
+    assert "python train 'my run' '#1: {a}' &" in command
+
+
+@pytest.mark.parametrize("words", ["TRAIN=(python 'a\"b')", 'TRAIN=(python "it\'s")', "SETUP='echo \"$HOME\"'"])
+def test_what_cannot_stand_in_the_quotes_of_xpk_is_refused(stage, words):
+    stage.settings(f"ACCELERATOR=h100-80gb-8 {words}")
+    done = stage.run("gke_xpk.sh", "submit")
+    assert done.returncode == 1
+    assert done.stderr.startswith('error: TRAIN and SETUP: must not contain " or \\ for GPUs')
+    assert stage.calls == []
+    stage.settings(words)
+    assert stage.run("gke_xpk.sh", "submit").returncode == 0
+
+
 def test_a_container_asked_to_leave_leaves_with_a_status_that_is_restarted(stage, tmp_path):
     saves = tmp_path / "it saves"
-    saves.write_text("#!/usr/bin/env bash\ntrap 'echo saved; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n")
+    saves.write_text(SAVES.format("echo ready"))
     saves.chmod(0o755)
     stage.settings(f"TRAIN=({shlex.quote(str(saves))}) DOCKER_IMAGE=mine")
     stage.run("gke_xpk.sh", "submit")
@@ -86,6 +114,28 @@ def test_a_container_asked_to_leave_leaves_with_a_status_that_is_restarted(stage
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=10)[0] == "saved\n"
     assert process.returncode == 143
+
+
+@pytest.mark.parametrize("launcher", ["gke_xpk.sh", "slurm.sbatch"])
+def test_a_request_that_comes_as_soon_as_training_is_there_reaches_it(stage, job, tmp_path, launcher):
+    saves = tmp_path / "it saves"
+    # xpk signals the shell, SLURM all processes.
+    saves.write_text(SAVES.format("kill -TERM $PPID" if launcher == "gke_xpk.sh" else "kill -TERM 0"))
+    saves.chmod(0o755)
+    stage.settings(f"TRAIN=({shlex.quote(str(saves))}) DOCKER_IMAGE=mine VENV={tmp_path / 'venv'}")
+    if launcher == "gke_xpk.sh":
+        stage.run(launcher, "submit")
+        code, words = stage.calls[0][-1].removeprefix("--command="), []
+    else:
+        stage.run(launcher, **job)
+        code, *words = stage.calls[0][6:]
+    slow = "trap 'sleep 0.1' DEBUG; "  # before each command of the shell, so that the signal is there before the next
+    outer = 'trap : TERM; "$@"; status=$?; echo left; exit "$status"'
+    for delay in (slow, *[""] * 10):
+        command = ["bash", "-c", outer, "outer", "bash", "-c", delay + code, *words]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert process.communicate(timeout=10)[0] == "saved\nleft\n"  # and nobody holds the pipe: all have ended
+        assert process.returncode == 143
 
 
 # --- SLURM ---------------------------------------------------------------------------------------------------------
@@ -165,6 +215,15 @@ def test_one_failure_ends_all(stage):
     assert done.returncode == 5
     assert "a process ended with status 5; ending the others" in done.stderr
     assert time.monotonic() - start < 40  # nobody waited for the 50 s
+
+
+def test_training_that_was_stopped_is_no_failure(stage):
+    trainer(stage, "import sys, time; time.sleep(int(sys.argv[-1][-1])); print('saved'); sys.exit(143)")
+    done = stage.run("local_multiprocess.sh", "2")
+    assert done.returncode == 143
+    assert sorted(done.stdout.splitlines()) == ["0: saved", "1: saved"]
+    assert "training was stopped; the same command goes on from its newest checkpoint" in done.stderr
+    assert "error" not in done.stderr
 
 
 def test_a_request_to_stop_reaches_each_process_once(stage):

@@ -1,7 +1,11 @@
 """launch/tpu_queued_resource.sh and tpu_vm.sh: exact commands, their order, failures, preemption and resume."""
 
+import dataclasses
+import os
 import shlex
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,11 +98,36 @@ def test_a_look_that_fails_is_repeated(stage):
     assert len(stage.calls) == 5
 
 
-def test_a_resource_that_fails_while_waiting_is_deleted_again(stage):
-    stage.answer((LIST, [(0, ""), (0, "WAITING_FOR_RESOURCES\n"), (0, "FAILED\n")]))
+def states(*names):
+    return LIST, [(0, f"{name}\n" if name else "") for name in names]
+
+
+def test_machines_lost_before_they_are_ready_are_made_anew(stage):
+    stage.answer(states("", "WAITING_FOR_RESOURCES", "FAILED", "FAILED", "", "ACTIVE"), FINISHED)
+    done = stage.run(QUEUE, "run")
+    assert done.returncode == 0, done.stderr
+    assert "error: pubmed will not become ready: it is lost" in done.stderr
+    assert "its machines are lost; start 1 of at most 50 again" in done.stderr
+    lost = ["list", "create pubmed", "list", "list", "list", "delete pubmed"]
+    assert steps(stage) == [*lost, *UP, "ssh follow", "ssh status", "delete pubmed"]
+
+
+@pytest.mark.parametrize("step", ["pip install", "nohup"])
+def test_machines_lost_while_they_are_set_up_are_made_anew(stage, step):
+    fails = [(255, "")] * 3  # all tries
+    stage.answer(states("", "ACTIVE", "SUSPENDING", "", "ACTIVE"), FINISHED, (step, [*fails, (0, "")]))
+    done = stage.run(QUEUE, "run")
+    assert done.returncode == 0, done.stderr
+    assert steps(stage).count("create pubmed") == 2
+
+
+def test_machines_lost_before_training_are_counted_and_the_last_deleted(stage):
+    stage.settings("MAX_RESTARTS=1")
+    stage.answer(states("", "FAILED", "FAILED", "", "FAILED"))
     done = stage.run(QUEUE, "run")
     assert done.returncode == 1
-    assert "error: pubmed will not become ready: it is lost" in done.stderr
+    assert "MAX_RESTARTS=1 is reached" in done.stderr
+    assert steps(stage).count("create pubmed") == 2
     assert steps(stage)[-1] == "delete pubmed"
 
 
@@ -107,7 +136,7 @@ def test_an_installation_that_keeps_failing_is_tried_again_and_its_machines_dele
     done = stage.run(QUEUE, "run")
     assert done.returncode == 1
     assert "could not be installed on every worker" in done.stderr
-    assert steps(stage) == [*UP[:-1], "ssh install", "ssh install", "delete pubmed"]
+    assert steps(stage) == [*UP[:-1], "ssh install", "ssh install", "list", "delete pubmed"]
 
 
 def test_an_installation_that_fails_once_goes_on(stage):
@@ -175,12 +204,21 @@ def test_preemptions_are_counted(stage):
     assert "MAX_RESTARTS=1 is reached" in done.stderr
 
 
-def test_machines_that_were_restarted_train_on_without_being_made_anew(stage):
-    stage.answer((LIST, [(0, "ACTIVE\n")]), (STATUS, [(0, "gone\n"), (0, "0\n")]))
+@pytest.mark.parametrize("status", ["gone", "interrupted"])
+def test_machines_that_were_restarted_train_on_without_being_made_anew(stage, status):
+    stage.answer((LIST, [(0, "ACTIVE\n")]), (STATUS, [(0, f"{status}\n"), (0, "0\n")]))
     done = stage.run(QUEUE, "follow")
     assert done.returncode == 0, done.stderr
     assert "ssh start" in steps(stage)
     assert "create pubmed" not in steps(stage)
+
+
+def test_training_that_was_stopped_on_purpose_is_not_started_again(stage):
+    stage.answer((LIST, [(0, "ACTIVE\n")]), (STATUS, [(0, "stopped\n")]))
+    done = stage.run(QUEUE, "follow")
+    assert done.returncode == 0, done.stderr
+    assert "training was stopped after a checkpoint" in done.stderr
+    assert steps(stage) == ["ssh follow", "ssh status", "list"]
 
 
 def test_a_dropped_connection_is_taken_up_again(stage):
@@ -207,44 +245,127 @@ def test_machines_can_be_kept(stage):
     assert "delete pubmed" not in steps(stage)
 
 
-def test_words_with_spaces_and_quotes_reach_the_trainer_unchanged(stage, tmp_path):
+# --- What workers do with the commands that reach them -------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Worker:
+    """A home as a worker has it, with a python that is a shell script."""
+
+    stage: Any
+    home: Path
+
+    def __post_init__(self) -> None:
+        self.folder = self.home / "biomamba_jax"
+        (self.folder / ".venv" / "bin").mkdir(parents=True)
+
+    def python(self, script: str) -> None:
+        path = self.folder / ".venv" / "bin" / "python"
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n")
+        path.chmod(0o755)
+
+    def does(self, mark: str, then: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs the command with this mark in it, the last one that a launcher sent, and more."""
+        sent = [call[-1].removeprefix("--command=") for call in self.stage.calls if mark in call[-1]]
+        environment = self.stage.environment() | {"HOME": str(self.home)}
+        words = ["bash", "-c", f"cd; {sent[-1]}{then}"]
+        return subprocess.run(words, env=environment, timeout=20, capture_output=True, text=True)
+
+    def read(self, name: str) -> str:
+        return (self.folder / name).read_text()
+
+    def pid(self) -> int:
+        return int(self.read("train.pid"))
+
+
+START, STOP, ENDED = "nohup", "kill -TERM", "; until [ -s train.status ]; do sleep 0.05; done"
+READY = "; until grep -q ready train.log; do sleep 0.05; done"
+SAVES = "trap 'echo saved; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done"
+
+
+@pytest.fixture
+def worker(stage, tmp_path):
+    """A worker, and a launcher that has sent every command once."""
+
+    def make(settings: str = "TRAIN=(python train)") -> Worker:
+        stage.settings(settings)
+        stage.answer(FRESH, FINISHED)
+        stage.run(QUEUE, "run")
+        stage.run(QUEUE, "stop")
+        return Worker(stage, tmp_path / "a home")
+
+    return make
+
+
+def test_words_with_spaces_and_quotes_reach_the_trainer_unchanged(worker):
     words = ["python", "-m", "biomamba_jax.pretrain", "--run_dir", '/mnt/it\'s my "run" $HOME', "--wandb_project=a b"]
-    stage.settings(f"TRAIN=({shlex.join(words)})")
-    stage.answer(FRESH, FINISHED)
-    stage.run(QUEUE, "run")
-    command = next(call[-1] for call in stage.calls if "nohup" in call[-1]).removeprefix("--command=")
-    # Run it as a worker would, with a python that notes its arguments.
-    (home := tmp_path / "a home" / "biomamba_jax").mkdir(parents=True)
-    binaries = home / ".venv" / "bin"
-    binaries.mkdir(parents=True)
-    (binaries / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\nexit 7\n')
-    (binaries / "python").chmod(0o755)
-    wait = "; while ! [ -s train.status ]; do sleep 0.05; done"
-    subprocess.run(["bash", "-c", command + wait], env=stage.environment() | {"HOME": str(home.parent)}, timeout=20)
-    assert (home / "train.log").read_text().splitlines() == words[1:]
-    assert (home / "train.status").read_text() == "7\n"
+    worker = worker(f"TRAIN=({shlex.join(words)})")
+    worker.python('printf "%s\\n" "$@"\nexit 7')
+    worker.does(START, ENDED)
+    assert worker.read("train.log").splitlines() == words[1:]
+    assert worker.read("train.status") == "7\n"
+    assert worker.does(STATUS).stdout == "7\n"
 
 
-def test_a_stopped_training_is_marked_as_stopped_although_it_left_with_status_0(stage, tmp_path):
-    stage.settings("TRAIN=(python train)")
-    stage.answer(FRESH, FINISHED)
-    stage.run(QUEUE, "run")
-    stage.run(QUEUE, "stop")
-    start, stop = (
-        next(call[-1] for call in stage.calls if mark in call[-1]).removeprefix("--command=")
-        for mark in ("nohup", "kill -TERM")
-    )
-    binaries = tmp_path / "biomamba_jax" / ".venv" / "bin"
-    binaries.mkdir(parents=True)
-    saves = "#!/usr/bin/env bash\ntrap 'echo saved; exit 0' TERM\necho ready\nwhile :; do sleep 0.05; done\n"
-    (binaries / "python").write_text(saves)
-    (binaries / "python").chmod(0o755)
-    script = f"{start}; until grep -q ready train.log; do sleep 0.05; done; {stop}; "
-    script += "until [ -s train.status ]; do sleep 0.05; done"
-    subprocess.run(["bash", "-c", script], env=stage.environment() | {"HOME": str(tmp_path)}, timeout=20, check=True)
-    folder = tmp_path / "biomamba_jax"
-    assert (folder / "train.log").read_text().splitlines()[-1] == "saved"
-    assert (folder / "train.status").read_text() == "stopped\n"
+def test_training_that_stop_ended_is_told_from_training_that_a_shutdown_ended(worker):
+    worker = worker()
+    worker.python(SAVES)  # and leaves with status 0
+    for asked, meaning in ((False, "interrupted"), (True, "stopped"), (False, "interrupted")):
+        worker.does(START, READY)
+        if asked:
+            worker.does("touch")
+        worker.does(STOP, ENDED)
+        assert worker.read("train.log").splitlines()[-1] == "saved"
+        assert worker.does(STATUS).stdout == f"{meaning}\n"
+
+
+def test_one_of_several_processes_that_another_ones_signal_stopped_counts_as_stopped(worker):
+    worker = worker()
+    worker.python("exit 143")
+    worker.does(START, ENDED)
+    assert worker.does(STATUS).stdout == "interrupted\n"
+
+
+def test_stop_leaves_its_mark_before_anything_stops(stage):
+    assert stage.run(QUEUE, "stop").returncode == 0
+    mark, stop = stage.calls
+    assert mark[-3:] == ["--node=0", "--worker=0", "--command=touch ~/biomamba_jax/train.asked"]
+    assert stop[-3:-1] == ["--node=all", "--worker=all"]
+
+
+def test_training_that_runs_is_not_started_twice(worker):
+    worker = worker("TRAIN=(python train) SETUP='echo mounted >>setup'")
+    worker.python(SAVES)
+    worker.does(START, READY)
+    first = worker.pid()
+    assert worker.does(START).returncode == 0
+    assert worker.does(STATUS).stdout == "running\n"
+    worker.does(STOP, ENDED)
+    assert worker.pid() == first
+    assert worker.read("setup") == "mounted\n"
+
+
+def test_every_start_sets_the_worker_up_and_trains_only_if_that_went_well(worker):
+    worker = worker("TRAIN=(python train) SETUP='[ -e share ]; echo mounted >>setup'")
+    worker.python("cat setup; exit 7")
+    assert worker.does(START).returncode == 1
+    assert not (worker.folder / "train.pid").exists()
+    (worker.folder / "share").touch()
+    for count in (1, 2):
+        worker.does(START, ENDED)
+        assert worker.read("train.log") == "mounted\n" * count
+
+
+def test_a_pid_that_another_program_has_after_a_restart_is_not_training(worker):
+    worker = worker()
+    worker.python("echo trained")
+    (worker.folder / "train.log").write_text("before\n")
+    (worker.folder / "train.pid").write_text(f"{os.getpid()}\n")  # runs, and is not training
+    assert worker.does(STATUS).stdout == "gone\n"
+    assert worker.does(FOLLOW).stdout == "before\n"
+    assert worker.does(STOP).returncode == 1
+    worker.does(START, ENDED)
+    assert worker.read("train.log") == "trained\n"
 
 
 def test_a_tpu_vm_is_driven_the_same_way(stage):
