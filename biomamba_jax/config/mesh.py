@@ -33,7 +33,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """How the processes of several hosts find each other. On Cloud TPU, GKE and SLURM they do so by themselves."""
+    """How the processes of several hosts find each other.
+
+    They do so by themselves on Cloud TPU, on GKE (GPU nodes: through xpk), under SLURM's srun and under mpirun of Open
+    MPI up to version 4.
+    """
 
     coordinator: str | None = None
     """host:port of the first process, the same for all; left out: found by itself where launched as one of several."""

@@ -6,6 +6,7 @@ that all run the same code with the same settings.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -45,9 +46,9 @@ def processes(config: DistributedConfig) -> Iterator[bool]:
       Whether this is the first process, which alone writes what is shared.
 
     Raises:
-      UserError: the others did not come within `config.start_timeout`.
+      UserError: the others did not come within `config.start_timeout`, or nobody says where they are.
     """
-    if not _start(config):
+    if not _start(as_xpk_says(config, os.environ)):
         yield True
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
@@ -88,13 +89,33 @@ def _start(config: DistributedConfig) -> bool:
     return jax.process_count() > 1
 
 
+def as_xpk_says(config: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig:
+    """The config with what xpk tells the pods of GPU nodes about each other, of which JAX reads a part only."""
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
+    address, port, count, rank = (environment.get(name, "") for name in names)
+    if config.coordinator or not (address and port and count and rank) or int(count) == 1:
+        return config
+    return dataclasses.replace(config, coordinator=f"{address}:{port}", processes=int(count), process_id=int(rank))
+
+
 def launched_with_others(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX can ask started this process as one of several: SLURM, Open MPI, GKE or Cloud TPU."""
+    """Whether a launcher that JAX can ask started this process as one of several.
+
+    JAX can ask Open MPI up to version 4, SLURM's srun, and the TPU hosts of GKE and Cloud TPU.
+
+    Raises:
+      UserError: an MPI that JAX cannot ask started this process as one of several: Open MPI 5, MPICH, Intel MPI.
+    """
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        several = int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
+        if several and "OMPI_MCA_orte_hnp_uri" not in environment:
+            raise _no_address("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", environment)
+        return several
     if "SLURM_PROCID" in environment and "SLURM_STEP_NODELIST" in environment:
         return int(environment.get("SLURM_NTASKS", 1)) > 1
-    if "OMPI_COMM_WORLD_SIZE" in environment:
-        return int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
-    if "tpu" not in environment.get("JAX_PLATFORMS", "tpu") or importlib.util.find_spec("libtpu") is None:
+    if int(environment.get("PMI_SIZE") or 1) > 1:
+        raise _no_address("PMI_SIZE", "PMI_RANK", environment)
+    if "tpu" not in (environment.get("JAX_PLATFORMS") or "tpu") or importlib.util.find_spec("libtpu") is None:
         return False
     if int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1:
         return True
@@ -102,6 +123,14 @@ def launched_with_others(environment: Mapping[str, str]) -> bool:
         return "," in environment["TPU_WORKER_HOSTNAMES"]
     # A Cloud TPU VM names its hosts in its metadata, which JAX asks; on a single host that comes to one process.
     return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
+
+
+def _no_address(size: str, rank: str, environment: Mapping[str, str]) -> UserError:
+    return UserError(
+        f"distributed: this is one of {environment[size]} processes ({size}) of an MPI that does not tell JAX their "
+        "address; give all of them --distributed.coordinator=HOST:PORT of the first, "
+        f"--distributed.processes=${size} and --distributed.process_id=${rank}"
+    )
 
 
 def same_everywhere(settings: Any) -> None:
