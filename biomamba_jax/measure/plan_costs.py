@@ -67,7 +67,9 @@ def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             costs.flops += times * share * _dot_flops(equation)
-        elif name == "pallas_call":
+        elif name == "wgmma_ref":
+            costs.flops += times * share * _tensor_core_flops(equation)
+        elif name in ("pallas_call", "mpmd_map"):  # Pallas for TPU; Mosaic GPU
             kernel = _kernel(equation)
             found[kernel] = found.get(kernel, 0) + times
             costs.flops += times * kernel[1]
@@ -75,9 +77,10 @@ def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs
             kernel = str(parameters.get("name") or "triton"), 0.0, 0.0, _all_bytes(equation)
             found[kernel] = found.get(kernel, 0) + times
         elif name == "scan":
+            body = parameters["jaxpr"].jaxpr
             if parameters["length"] == layers and share == 1 and not parameters["reverse"]:
-                costs.kept_bytes += sum(map(_bytes, equation.outvars[parameters["num_carry"] :]))
-            _walk(parameters["jaxpr"].jaxpr, times * parameters["length"], share, layers, costs, found)
+                costs.kept_bytes += sum(map(_bytes, _stacked(equation, body)))
+            _walk(body, times * parameters["length"], share, layers, costs, found)
         elif name == "cond":  # the costliest branch
             branches = [program_costs(branch) for branch in parameters["branches"]]
             heaviest = max(range(len(branches)), key=lambda i: branches[i].flops)
@@ -95,18 +98,41 @@ def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
                 yield item
 
 
+def _stacked(equation: Any, body: Any) -> Iterator[Any]:
+    """What a loop stacks, which has an axis more than what its body gives; a carried value is as it was."""
+    for variable, of_step in zip(equation.outvars, body.outvars, strict=True):
+        if variable.aval.shape != of_step.aval.shape:
+            yield variable
+
+
 def _dot_flops(equation: Any) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
     return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
 
 
+def _tensor_core_flops(equation: Any) -> float:
+    """Of Hopper's `wgmma`: sum += left right, where left is an array, or a part of a reference as transforms say."""
+    total, left, trees = equation.invars[0].aval, equation.invars[1].aval, equation.params
+    if (tree := trees["a_transforms_tree"]) is not None:
+        first = 3 + (trees["acc_transforms_tree"].num_leaves if trees["acc_transforms_tree"] is not None else 0)
+        leaves = [getattr(v, "val", v.aval) for v in equation.invars[first : first + tree.num_leaves]]
+        for transform in jax.tree.unflatten(tree, leaves):
+            left = transform.transform_type(left)
+    return 2.0 * math.prod(total.shape) * left.shape[-1]
+
+
 def _kernel(equation: Any) -> tuple[str, float, float, float]:
     """Name, FLOPs of matrix products, vector operations and bytes of one call."""
     parameters = equation.params
     name = parameters.get("name") or parameters["name_and_src_info"].name
-    inside = program_costs(parameters["jaxpr"])
-    flops = inside.flops * math.prod(parameters["grid_mapping"].grid)
+    if "meshes" in parameters:  # each of a block's warpgroups has a branch of its own: all of them count
+        ((mesh, jaxpr),) = zip(parameters["meshes"], parameters["jaxprs"], strict=True)
+        grid = mesh.grid
+    else:
+        jaxpr, grid = parameters["jaxpr"], parameters["grid_mapping"].grid
+    inside = program_costs(jaxpr)
+    flops = inside.flops * math.prod(grid)
     stated = parameters.get("cost_estimate")
     vector = 0.0 if stated is None or flops else float(stated.flops)
     return name, flops, vector, _all_bytes(equation)

@@ -8,6 +8,7 @@ from jax.experimental import pallas as pl
 from jax.sharding import Mesh, PartitionSpec
 
 from biomamba_jax.measure.plan_costs import program_costs
+from biomamba_jax.ops import dispatch, selective_scan, ssd
 
 LAYERS, ROWS, WIDTH = 5, 8, 16
 
@@ -75,6 +76,43 @@ def test_kernels_state_their_costs_or_are_looked_into():
     assert by_name["double"].bytes == 2 * 4 * x.size
     assert (by_name["square"].calls, by_name["square"].flops) == (1, 4 * 2 * 16**3)
     assert costs.flops == by_name["square"].flops
+
+
+def gradient_costs(op, arguments, *platform):
+    """Of values and all gradients."""
+    shapes = tuple(jax.ShapeDtypeStruct(*a) for a in arguments)
+    with dispatch.target_platform(*platform):
+        return program_costs(jax.make_jaxpr(lambda a: jax.vjp(lambda a: op(*a), a)[1](a[0]))(shapes))
+
+
+def test_ssd_on_hopper_costs_its_products_and_its_traffic():
+    rows, length, heads, headdim, states, chunk = 2, 256, 8, 64, 128, 64
+    wide, narrow = (rows, length, heads, headdim), (rows, length, 1, states)
+    half, single = jnp.bfloat16, jnp.float32
+    arguments = ((wide, half), (wide[:3], half), ((heads,), single), (narrow, half), (narrow, half))
+    costs = gradient_costs(ssd, arguments, "gpu", 90)
+    # In units of two FLOPs a token and head; both sides of the gradient multiply scores once for all heads.
+    square, by_state, through = chunk * headdim, chunk * states, states * headdim
+    wanted = {
+        "ssd_forward": by_state + square + 2 * through,
+        "ssd_backward_states": through,
+        "ssd_backward": 2 * (2 * square + 2 * through) + 4 * by_state / heads,
+    }
+    tokens = rows * length * heads
+    assert {kernel.name: kernel.flops / (2 * tokens) for kernel in costs.kernels} == wanted
+    assert costs.flops == sum(kernel.flops for kernel in costs.kernels)
+    values = rows * length * (heads * headdim + 2 * states)
+    assert all(kernel.calls == 1 and kernel.bytes > 2 * values for kernel in costs.kernels)
+
+
+def test_the_scan_on_hopper_moves_about_what_it_moves_on_tpu():
+    rows, length, channels, states = 2, 256, 128, 16
+    wide, narrow = (rows, length, channels), (rows, length, states)
+    half = jnp.bfloat16
+    arguments = ((wide, half), (wide, half), ((channels, states), jnp.float32), (narrow, half), (narrow, half))
+    gpu, tpu = (gradient_costs(selective_scan, arguments, *p).kernels for p in (("gpu", 90), ("tpu", None)))
+    assert [kernel.name for kernel in gpu] == ["selective_scan_forward", "selective_scan_backward"]
+    assert [kernel.bytes for kernel in gpu] == pytest.approx([kernel.bytes for kernel in tpu], rel=0.2)
 
 
 def test_work_outside_of_shard_map_is_spread_over_the_devices_and_inside_is_one_devices():
