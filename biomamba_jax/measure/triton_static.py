@@ -52,6 +52,30 @@ def calls(op: str, capability: int, *, gradient: bool = True, **shape: Any) -> l
 def compile_call(call: triton_calls.Call, capability: int) -> Any:
     """Triton's result for one kernel: `asm` by stage ("ptx", "cubin", ...) and `metadata`."""
     import triton
+
+    source, target, options = _source(call, capability)
+    return triton.compile(source, target=target, options=options)
+
+
+def intermediate(call: triton_calls.Call, capability: int) -> str:
+    """One kernel in Triton's own intermediate language, functions inlined; needs no assembler."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    source, target, given = _source(call, capability)
+    backend = make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    tools = backend.get_codegen_implementation(options), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](source.make_ir(target, options, *tools, context), {}))
+
+
+def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[str, Any]]:
+    """What Triton compiles, for what, and how."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -70,7 +94,7 @@ def compile_call(call: triton_calls.Call, capability: int) -> Any:
         "ptx_version": triton_calls.PTX_VERSION,
         "enable_fp_fusion": True,
     }
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return source, GPUTarget("cuda", capability, 32), options
 
 
 def usage(call: triton_calls.Call, capability: int) -> Usage:

@@ -66,7 +66,7 @@ def _backward(activation: str | None, inputs: Inputs, dy: Array):
         x.shape[1],
         outputs=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
-            jax.ShapeDtypeStruct((rows, grid[1], width + 1, channels), f32),
+            jax.ShapeDtypeStruct((rows, grid[0], width + 1, channels), f32),
             jax.ShapeDtypeStruct((1,) if initial_state is None else initial_state.shape, f32),
         ],
         grid=grid,
@@ -89,8 +89,9 @@ _conv.defvjp(_forward, _backward)
 
 
 def _grid(inputs: Inputs, tokens: int) -> tuple[int, int, int]:
+    """Tokens come first: of the other two axes CUDA takes 65,535 programs at most."""
     rows, length, channels = inputs.x.shape
-    return cdiv(channels, _CHANNELS), cdiv(length, tokens), rows
+    return cdiv(length, tokens), cdiv(channels, _CHANNELS), rows
 
 
 def _constants(inputs: Inputs, activation: str | None, tokens: int) -> dict[str, int | bool]:

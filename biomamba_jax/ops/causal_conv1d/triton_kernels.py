@@ -13,9 +13,15 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def _places(t, c, C: tl.constexpr):
+    """[tokens, channels], in 64 bits: a long row has more than 2^31 values."""
+    return t.to(tl.int64)[:, None] * C + c[None, :]
+
+
+@triton.jit
 def _inputs(x, initial, t, c, L, C: tl.constexpr, K: tl.constexpr, INITIAL: tl.constexpr):
     """x at tokens t, which may lie before the first one or beyond the last."""
-    at = t[:, None] * C + c[None, :]
+    at = _places(t, c, C)
     value = tl.load(x + at, mask=((t >= 0) & (t < L))[:, None] & (c < C)[None, :], other=0).to(tl.float32)
     if INITIAL:
         before = ((t < 0) & (t >= 1 - K))[:, None] & (c < C)[None, :]
@@ -59,7 +65,7 @@ def _incoming(
 ):
     """The gradient of what the activation gets, at tokens t; zero outside the row."""
     there = ((t >= 0) & (t < L))[:, None] & (c < C)[None, :]
-    g = tl.load(dy + t[:, None] * C + c[None, :], mask=there, other=0).to(tl.float32)
+    g = tl.load(dy + _places(t, c, C), mask=there, other=0).to(tl.float32)
     if SILU:
         value = _linear(given, t, c, L, C, K, SEGMENTED, INITIAL)
         gate = 1 / (1 + tl.exp2(-value * _LOG2_E))
@@ -111,7 +117,7 @@ def causal_conv1d_forward(
     SEGMENTED: tl.constexpr,
     INITIAL: tl.constexpr,
 ):
-    c, t = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * T + tl.arange(0, T)
+    c, t = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * T + tl.arange(0, T)
     row = tl.program_id(2).to(tl.int64)
     x, y, reach, initial = x + row * L * C, y + row * L * C, reach + row * L, initial + row * (K - 1) * C
     given = (x, weight, bias, initial, reach)
@@ -119,7 +125,7 @@ def causal_conv1d_forward(
     if SILU:
         value = value / (1 + tl.exp2(-value * _LOG2_E))
     there = (t < L)[:, None] & (c < C)[None, :]
-    tl.store(y + t[:, None] * C + c[None, :], value.to(y.dtype.element_ty), mask=there)
+    tl.store(y + _places(t, c, C), value.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -145,15 +151,15 @@ def causal_conv1d_backward(
 ):
     """dx; of the taps and, last, the bias the program's part [B blocks K+1 C] float32; d_initial [B K-1 C] float32,
     BEFORE >= K-1 tokens."""
-    c, t = tl.program_id(0) * BC + tl.arange(0, BC), tl.program_id(1) * T + tl.arange(0, T)
+    c, t = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * T + tl.arange(0, T)
     row = tl.program_id(2).to(tl.int64)
     x, dx, dy = x + row * L * C, dx + row * L * C, dy + row * L * C
     reach, initial = reach + row * L, initial + row * (K - 1) * C
     given = (x, weight, bias, initial, reach)
-    d_weight += (row * tl.num_programs(1) + tl.program_id(1)) * (K + 1) * C
+    d_weight += (row * tl.num_programs(0) + tl.program_id(0)) * (K + 1) * C
     d_x = _of_inputs(given, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
     there = (t < L)[:, None] & (c < C)[None, :]
-    tl.store(dx + t[:, None] * C + c[None, :], d_x.to(dx.dtype.element_ty), mask=there)
+    tl.store(dx + _places(t, c, C), d_x.to(dx.dtype.element_ty), mask=there)
     g = _incoming(given, dy, t, c, L, C, K, SILU, SEGMENTED, INITIAL)
     for back in tl.static_range(K - 1, -1, -1):
         seen = _inputs(x, initial, t - back, c, L, C, K, INITIAL)
@@ -161,8 +167,8 @@ def causal_conv1d_backward(
         tl.store(d_weight + (K - 1 - back) * C + c, tl.sum(g * seen, axis=0), mask=c < C)
     tl.store(d_weight + K * C + c, tl.sum(g, axis=0), mask=c < C)
     if INITIAL:  # noqa: SIM102 (known when compiling; the other is not)
-        if tl.program_id(1) == 0:
+        if tl.program_id(0) == 0:
             i = tl.arange(0, BEFORE)
             d_x = _of_inputs(given, dy, i + 1 - K, c, L, C, K, SILU, SEGMENTED, INITIAL)
-            place = d_initial + row * (K - 1) * C + i[:, None] * C + c[None, :]
+            place = d_initial + row * (K - 1) * C + _places(i, c, C)
             tl.store(place, d_x, mask=(i < K - 1)[:, None] & (c < C)[None, :])

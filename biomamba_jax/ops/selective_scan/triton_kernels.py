@@ -7,6 +7,9 @@ states beyond N are masked on loading so that they change nothing: delta = softp
 E and L come at run time, E divided by VECTOR: that is all that Triton knows of the alignment, so it gives every thread
 VECTOR neighbouring channels. With one, a thread has all states of its channel, and a sum over d_state stays within it.
 
+In the loop over chunks pointers stand at the chunk's first step, steps t count from there and L is how many are left: a
+place in a long row needs 64 bits, one near the chunk 32.
+
 Shapes: x, dt, z, y and their gradients [B L E]; B, C [B L N]; A_log2e [N E], D, dt_bias [E] float32; reset [B L]
 float32, -inf where the state starts anew and 0 elsewhere; states [... N E] float32, with channels last.
 """
@@ -124,10 +127,11 @@ def selective_scan_forward(
     for i in tl.static_range(U):
         ahead = ahead + (_tokens(x, dt, z, i, e, L, E, GATED),)
     B_t, C_t = _narrow(B, 0, n, L, N, BN), _narrow(C, 0, n, L, N, BN)
-    for chunk in range(0, chunks):
+    for _ in range(0, chunks):
         if SAVE:
-            tl.store(boundary + chunk * N * E + tile, h, mask=there)
-        for block in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, L), U):
+            tl.store(boundary + tile, h, mask=there)
+            boundary += N * E
+        for block in range(0, tl.minimum(CHUNK, L), U):
             loaded = ()
             for i in tl.static_range(U):
                 t = block + i
@@ -144,6 +148,9 @@ def selective_scan_forward(
                 tl.store(y + t * E + e, y_t.to(y.dtype.element_ty), mask=e < tl.where(t < L, E, 0))
                 B_t, C_t = next_B, next_C
             ahead = loaded
+        L -= CHUNK
+        x, dt, z, y = x + CHUNK * E, dt + CHUNK * E, z + CHUNK * E, y + CHUNK * E
+        B, C, reset = B + CHUNK * N, C + CHUNK * N, reset + CHUNK
     tl.store(final + row * N * E + tile, h, mask=there)
 
 
@@ -190,13 +197,16 @@ def selective_scan_backward(
     """
     E = E_per_vector * VECTOR
     e, row, n, tile, there = _place(E, N, BN, BE)
-    x, dt, z, dy = x + row * L * E, dt + row * L * E, z + row * L * E, dy + row * L * E
-    dx, d_dt, dz = dx + row * L * E, d_dt + row * L * E, dz + row * L * E
-    B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
-    partial = (row * tl.num_programs(0) + tl.program_id(0)) * L * N
-    dB, dC = dB + partial, dC + partial
     chunks = tl.cdiv(L, CHUNK)
-    boundary += row * chunks * N * E
+    first = (chunks - 1) * CHUNK
+    token = row * L + first
+    x, dt, z, dy = x + token * E, dt + token * E, z + token * E, dy + token * E
+    dx, d_dt, dz = dx + token * E, d_dt + token * E, dz + token * E
+    B, C, reset = B + token * N, C + token * N, reset + token
+    partial = ((row * tl.num_programs(0) + tl.program_id(0)) * L + first) * N
+    dB, dC = dB + partial, dC + partial
+    L -= first
+    boundary += (row * chunks + chunks - 1) * N * E
     scratch += row * (CHUNK // U) * N * E
     A, skip, bias = _parameters(A_log2e, D, dt_bias, e, tile, there, E)
 
@@ -205,19 +215,20 @@ def selective_scan_backward(
     sum_A = tl.zeros((BN, BE), tl.float32)
     sum_D = tl.zeros((BE,), tl.float32)
     sum_bias = tl.zeros((BE,), tl.float32)
-    for chunk in range(chunks - 1, -1, -1):
-        h = tl.load(boundary + chunk * N * E + tile, mask=there, other=0)
+    for _ in range(0, chunks):
+        h = tl.load(boundary + tile, mask=there, other=0)
+        boundary -= N * E
         for part in range(0, CHUNK // U - 1):
             tl.store(scratch + part * N * E + tile, h, mask=there)
             for i in tl.static_range(U):
-                t = chunk * CHUNK + part * U + i
+                t = part * U + i
                 delta = _softplus(_channels(dt, t, e, L, E, float("-inf")).to(tl.float32) + bias)
                 u = delta * _channels(x, t, e, L, E, 0).to(tl.float32)
                 h = _decay(delta, A, reset, t, L, SEGMENTED) * h + u[None, :] * _narrow(B, t, n, L, N, BN)
         tl.store(scratch + (CHUNK // U - 1) * N * E + tile, h, mask=there)
         tl.debug_barrier()
         for part in range(CHUNK // U - 1, -1, -1):
-            start = chunk * CHUNK + part * U
+            start = part * U
             before = (tl.load(scratch + part * N * E + tile, mask=there, other=0),)
             inputs = ()
             for i in tl.static_range(U):
@@ -261,6 +272,11 @@ def selective_scan_backward(
                 sum_D += g * x_t
                 sum_bias += d_raw
         tl.debug_barrier()
+        L += CHUNK
+        x, dt, z, dy = x - CHUNK * E, dt - CHUNK * E, z - CHUNK * E, dy - CHUNK * E
+        dx, d_dt, dz = dx - CHUNK * E, d_dt - CHUNK * E, dz - CHUNK * E
+        B, C, reset = B - CHUNK * N, C - CHUNK * N, reset - CHUNK
+        dB, dC = dB - CHUNK * N, dC - CHUNK * N
     tl.store(d_initial + row * N * E + tile, later, mask=there)
     tl.store(dA + row * N * E + tile, sum_A, mask=there)
     tl.store(dD + row * E + e, sum_D, mask=e < E)

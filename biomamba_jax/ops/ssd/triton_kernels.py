@@ -1,7 +1,8 @@
 """The Triton kernels of SSD; importing this module needs triton. `triton.py` calls them.
 
 Two walk the chunks of a head with its state, or the gradient of it, in registers, and leave it at every chunk; all
-others take a chunk by itself. Sizes are powers of two: Q tokens of a chunk, P channels of a head, N states.
+others take a chunk by itself. Pointers stand at the chunk's first token and tokens t count from there: a place in a
+long row needs 64 bits, one in a chunk 32. Sizes are powers of two: Q tokens of a chunk, P channels of a head, N states.
 
 Shapes: x, y [B L H P]; B, C [B L G N]; states [B chunks H P N], all of one dtype. d, the steps after the softplus, and
 s [B H L] float32: s_t is the sum of the exponents (d A, in base 2) of the tokens up to t, of its chunk and its segment.
@@ -20,15 +21,15 @@ import triton.language as tl
 
 
 @triton.jit
-def _of_head(base, row, head, L, H: tl.constexpr, P: tl.constexpr):
-    """Where a row's values of that head begin in an array [B L H P]."""
-    return base + (row * L * H + head) * P
+def _of_head(base, token, head, H: tl.constexpr, P: tl.constexpr):
+    """Where a token's values of that head begin in an array [B L H P]; tokens of all rows are counted."""
+    return base + (token * H + head) * P
 
 
 @triton.jit
-def _of_group(base, row, head, L, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr):
-    """Where a row's values of the head's group begin in an array [B L G N]."""
-    return base + (row * L * G + head // (H // G)) * N
+def _of_group(base, token, head, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr):
+    """Where a token's values of the head's group begin in an array [B L G N]."""
+    return base + (token * G + head // (H // G)) * N
 
 
 @triton.jit
@@ -102,20 +103,22 @@ def ssd_states(
 ):
     """The state before each chunk and after the last one [B H P N] float32, PB channels of a head at a time."""
     head, row, tile = _walker(N, PB)
-    x = _of_head(x, row, head, L, H, P) + tl.program_id(0) * PB
-    B = _of_group(B, row, head, L, H, G, N)
+    x = _of_head(x, row * L, head, H, P) + tl.program_id(0) * PB
+    B = _of_group(B, row * L, head, H, G, N)
     d, s, segment = d + (row * H + head) * L, s + (row * H + head) * L, segment + row * L
+    t, last = tl.arange(0, Q), Q - 1
     state = tl.load(initial + (row * H + head) * P * N + tile)
     before += (row * (L // Q) * H + head) * P * N
-    for chunk in range(0, L // Q):
-        tl.store(before + chunk * H * P * N + tile, state.to(before.dtype.element_ty))
-        t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
+    for _ in range(0, L // Q):
+        tl.store(before + tile, state.to(before.dtype.element_ty))
         total = tl.load(s + last)
         weight = _outflow(tl.load(s + t), total, segment, t, last, SEGMENTED) * tl.load(d + t)
         x_c = _rows(x, t, PB, H * P)
         weighted = (x_c.to(tl.float32) * weight[:, None]).to(x_c.dtype)
         increment = tl.dot(tl.trans(weighted), _rows(B, t, N, G * N))
         state = state * _across(total, segment, last, SEGMENTED) + increment
+        x, B, before = x + Q * H * P, B + Q * G * N, before + H * P * N
+        d, s, segment = d + Q, s + Q, segment + Q
     tl.store(final + (row * H + head) * P * N + tile, state)
 
 
@@ -140,13 +143,13 @@ def ssd_outputs(
 ):
     """y of a chunk and head, from the state before the chunk."""
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t = chunk * Q + tl.arange(0, Q)
-    x, y = _of_head(x, row, head, L, H, P), _of_head(y, row, head, L, H, P)
-    B, C = _of_group(B, row, head, L, H, G, N), _of_group(C, row, head, L, H, G, N)
-    segment += row * L
+    t, first = tl.arange(0, Q), row * L + chunk * Q
+    x, y = _of_head(x, first, head, H, P), _of_head(y, first, head, H, P)
+    B, C = _of_group(B, first, head, H, G, N), _of_group(C, first, head, H, G, N)
+    segment += first
     before += ((row * (L // Q) + chunk) * H + head) * P * N
-    s_t = tl.load(s + (row * H + head) * L + t)
-    d_t = tl.load(d + (row * H + head) * L + t)
+    of_head = (row * H + head) * L + chunk * Q
+    s_t, d_t = tl.load(s + of_head + t), tl.load(d + of_head + t)
     C_c = _rows(C, t, N, G * N)
     scores = tl.dot(C_c, tl.trans(_rows(B, t, N, G * N)))
     mixing = scores * _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
@@ -178,19 +181,21 @@ def ssd_state_gradients(
 ):
     """The gradient of the state after each chunk, last chunk first, and of the first state [B H P N] float32."""
     head, row, tile = _walker(N, PB)
-    dy = _of_head(dy, row, head, L, H, P) + tl.program_id(0) * PB
-    C = _of_group(C, row, head, L, H, G, N)
-    s, segment = s + (row * H + head) * L, segment + row * L
+    first = row * L + L - Q
+    dy = _of_head(dy, first, head, H, P) + tl.program_id(0) * PB
+    C = _of_group(C, first, head, H, G, N)
+    s, segment = s + (row * H + head) * L + L - Q, segment + first
+    t, last = tl.arange(0, Q), Q - 1
     d_state = tl.load(d_final + (row * H + head) * P * N + tile)
-    after += (row * (L // Q) * H + head) * P * N
-    for back in range(0, L // Q):
-        chunk = L // Q - 1 - back
-        tl.store(after + chunk * H * P * N + tile, d_state.to(after.dtype.element_ty))
-        t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
+    after += ((row * (L // Q) + L // Q - 1) * H + head) * P * N
+    for _ in range(0, L // Q):
+        tl.store(after + tile, d_state.to(after.dtype.element_ty))
         dy_c = _rows(dy, t, PB, H * P)
         decayed = (dy_c.to(tl.float32) * _inflow(tl.load(s + t), segment, t, SEGMENTED)[:, None]).to(dy_c.dtype)
         increment = tl.dot(tl.trans(decayed), _rows(C, t, N, G * N))
         d_state = d_state * _across(tl.load(s + last), segment, last, SEGMENTED) + increment
+        dy, C, after = dy - Q * H * P, C - Q * G * N, after - H * P * N
+        s, segment = s - Q, segment - Q
     tl.store(d_initial + (row * H + head) * P * N + tile, d_state)
 
 
@@ -225,12 +230,11 @@ def ssd_token_gradients(
     at its start. The diagonal is no path.
     """
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    q = tl.arange(0, Q)
-    t, last = chunk * Q + q, chunk * Q + Q - 1
-    x, dy, dx = _of_head(x, row, head, L, H, P), _of_head(dy, row, head, L, H, P), _of_head(dx, row, head, L, H, P)
-    B, C = _of_group(B, row, head, L, H, G, N), _of_group(C, row, head, L, H, G, N)
-    segment += row * L
-    of_head = (row * H + head) * L
+    t, last, first = tl.arange(0, Q), Q - 1, row * L + chunk * Q
+    x, dy, dx = _of_head(x, first, head, H, P), _of_head(dy, first, head, H, P), _of_head(dx, first, head, H, P)
+    B, C = _of_group(B, first, head, H, G, N), _of_group(C, first, head, H, G, N)
+    segment += first
+    of_head = (row * H + head) * L + chunk * Q
     state = ((row * (L // Q) + chunk) * H + head) * P * N
     s_t, d_t, total = tl.load(s + of_head + t), tl.load(d + of_head + t), tl.load(s + of_head + last)
 
@@ -241,7 +245,7 @@ def ssd_token_gradients(
     mixing *= d_t[None, :]
     dx_c = tl.dot(tl.trans(mixing.to(x_c.dtype)), dy_c)
     dd_t = tl.sum(paths, axis=0)
-    paths = tl.where(q[:, None] > q[None, :], paths * d_t[None, :], 0.0)
+    paths = tl.where(t[:, None] > t[None, :], paths * d_t[None, :], 0.0)
     ds_t = tl.sum(paths, axis=1) - tl.sum(paths, axis=0)
 
     after_c = _rows(after + state, tl.arange(0, P), N, N)
@@ -250,14 +254,14 @@ def ssd_token_gradients(
     dx_c += d_weighted * d_t[:, None]
     through = tl.sum(d_weighted * x_c.to(tl.float32), axis=1)
     dd_t += through
-    leaving = tl.where(q < Q - 1, through * d_t, 0.0)
+    leaving = tl.where(t < last, through * d_t, 0.0)
 
     before_c = _rows(before + state, tl.arange(0, P), N, N)
     handed_in = tl.dot(C_c, tl.trans(before_c)) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
     ds_t += tl.sum(handed_in * dy_c.to(tl.float32), axis=1) - leaving
     crossing = tl.sum(tl.sum(before_c.to(tl.float32) * after_c.to(tl.float32), axis=1), axis=0)
     crossing = crossing * _across(total, segment, last, SEGMENTED) + tl.sum(leaving, axis=0)
-    ds_t += tl.where(q == Q - 1, crossing, 0.0)
+    ds_t += tl.where(t == last, crossing, 0.0)
 
     dx_c += tl.load(D + head) * dy_c.to(tl.float32)
     skipped = tl.sum(tl.sum(dy_c.to(tl.float32) * x_c.to(tl.float32), axis=1), axis=0)
@@ -291,18 +295,19 @@ def ssd_shared_gradients(
 ):
     """dB and dC of a chunk, of HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
     block, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    t, last = chunk * Q + tl.arange(0, Q), chunk * Q + Q - 1
-    first = block * HB
-    x, dy = _of_head(x, row, first, L, H, P), _of_head(dy, row, first, L, H, P)
-    B, C = _of_group(B, row, first, L, H, G, N), _of_group(C, row, first, L, H, G, N)
-    d, s, segment = d + (row * H + first) * L, s + (row * H + first) * L, segment + row * L
-    state = ((row * (L // Q) + chunk) * H + first) * P * N
+    t, last, first = tl.arange(0, Q), Q - 1, row * L + chunk * Q
+    lowest = block * HB
+    x, dy = _of_head(x, first, lowest, H, P), _of_head(dy, first, lowest, H, P)
+    B, C = _of_group(B, first, lowest, H, G, N), _of_group(C, first, lowest, H, G, N)
+    of_heads = (row * H + lowest) * L + chunk * Q
+    d, s, segment = d + of_heads, s + of_heads, segment + first
+    state = ((row * (L // Q) + chunk) * H + lowest) * P * N
     before, after = before + state, after + state
     d_scores = tl.zeros((Q, Q), tl.float32)
     dB_c = tl.zeros((Q, N), tl.float32)
     dC_c = tl.zeros((Q, N), tl.float32)
     for head in range(0, HB):
-        s_t, d_t, total = tl.load(s + head * L + t), tl.load(d + head * L + t), tl.load(s + head * L + last)
+        s_t, d_t, total = tl.load(s + t), tl.load(d + t), tl.load(s + last)
         x_c, dy_c = _rows(x + head * P, t, P, H * P), _rows(dy + head * P, t, P, H * P)
         decays = _decays(s_t, segment, t, Q, SEGMENTED) * d_t[None, :]
         d_scores += tl.dot(dy_c, tl.trans(x_c)) * decays
@@ -312,9 +317,10 @@ def ssd_shared_gradients(
         outflow = _outflow(s_t, total, segment, t, last, SEGMENTED) * d_t
         weighted = (x_c.to(tl.float32) * outflow[:, None]).to(x_c.dtype)
         dB_c += tl.dot(weighted, _rows(after + head * P * N, tl.arange(0, P), N, N))
+        d, s = d + L, s + L
     B_c, C_c = _rows(B, t, N, G * N), _rows(C, t, N, G * N)
     dC_c += tl.dot(d_scores.to(B_c.dtype), B_c)
     dB_c += tl.dot(tl.trans(d_scores.to(B_c.dtype)), C_c)
-    tile = (row * (H // HB) + block) * L * N + t[:, None] * N + tl.arange(0, N)[None, :]
+    tile = ((row * (H // HB) + block) * L + chunk * Q) * N + t[:, None] * N + tl.arange(0, N)[None, :]
     tl.store(dB + tile, dB_c)
     tl.store(dC + tile, dC_c)
