@@ -52,7 +52,9 @@ def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCon
     across = mesh.data * mesh.fsdp
     most = max(config.data.batch_size // across, 1)
     seen: set[Any] = {(config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size)}
-    for fsdp in _doublings(mesh.fsdp, mesh.fsdp * mesh.data // topology.slices):
+    for fsdp in _doublings(mesh.fsdp, across // topology.slices):
+        if across % fsdp or (across // fsdp) % topology.slices:
+            continue
         shared = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
         for parts in _doublings(config.train.accumulation, most):
             if config.data.batch_size % (parts * across):
@@ -66,7 +68,7 @@ def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCon
         data = dataclasses.replace(config.data, batch_size=rows)
         train = dataclasses.replace(config.train, accumulation=max(rows // across, 1))
         least = dataclasses.replace(mesh, fsdp=across // topology.slices, data=topology.slices)
-        if rows % (train.accumulation * across) == 0:
+        if rows % (train.accumulation * across) == 0 and across % topology.slices == 0:
             smaller = dataclasses.replace(with_mesh(config, least, remat="full"), data=data, train=train)
             yield from _new(seen, smaller)
 
@@ -94,19 +96,20 @@ def nearest_fit(
     settings = [s for s in smaller_settings(config, topology) if guessed_memory(s, topology) < limit]
     if not settings:
         return None
-    found = settings[-1], compile_(settings[-1])
-    if not found[1].fits:
-        return None
-    low, high = 0, len(settings) - 1
-    for _ in range(tries - 1):
-        if low >= high:
+    found: tuple[PlanConfig, Compiled] | None = None
+    for _ in range(tries):
+        if not settings:
             break
-        middle = (low + high) // 2
+        middle = (len(settings) - 1) // 2 if found else len(settings) - 1
         compiled = compile_(settings[middle])
-        if compiled.fits:
-            found, high = (settings[middle], compiled), middle
+        if compiled.refused is not None:  # that says nothing of memory
+            del settings[middle]
+        elif compiled.fits:
+            found, settings = (settings[middle], compiled), settings[:middle]
+        elif found is None:
+            break
         else:
-            low = middle + 1
+            settings = settings[middle + 1 :]
     return found
 
 

@@ -81,6 +81,36 @@ def test_where_nothing_fits_one_compilation_says_so():
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("slices", [1, 2])
+def test_devices_that_are_no_power_of_two_are_shared_evenly(slices):
+    topology = parse_topology("v5p:4x4x12", slices)
+    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=4 * topology.devices, sequence_length=2048))
+    settings = list(smaller_settings(config, topology))
+    meshes = [plan_search.resolved_mesh(setting, topology.devices) for setting in settings]
+    assert {mesh.data * mesh.fsdp for mesh in meshes} == {topology.devices}
+    assert all(mesh.data % slices == 0 for mesh in meshes)
+
+    def compile_(setting):
+        return Compiled(needed=None if plan_search.resolved_mesh(setting, topology.devices).fsdp >= 16 else 1)
+
+    setting, _ = nearest_fit(config, topology, compile_, tries=8)
+    assert setting.mesh.fsdp == 16
+
+
+@pytest.mark.parametrize("refused", ["--mesh.fsdp 16", "--mesh.fsdp 4", "--data.batch_size"])
+def test_a_refused_setting_is_passed_over(monkeypatch, refused):
+    monkeypatch.setattr(plan_search, "guessed_memory", lambda config, topology: 0)
+
+    def compile_(setting):
+        if refused in describe(setting, CONFIG):
+            return Compiled(refused="sizes do not go together")
+        return Compiled(needed=None if plan_search.resolved_mesh(setting, 16).fsdp >= 2 else 1)
+
+    setting, compiled = nearest_fit(CONFIG, V5E, compile_, tries=30)
+    assert compiled.fits
+    assert describe(setting, CONFIG) == "--mesh.data 8 --mesh.fsdp 2"
+
+
 def test_a_search_covers_meshes_and_policies_that_divide():
     found = search_settings(CONFIG, V5E)
     meshes = {setting.mesh for setting in found}
