@@ -171,6 +171,8 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            if reason := _no_room_on_chip(str(error)):
+                return Compiled(mesh=sizes, refused=reason)
             return Compiled(mesh=sizes, memory=Memory(parameters, optimizer, 0, 0, 0), needed=_needed(str(error)))
         seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
@@ -241,6 +243,17 @@ def _device_bytes(tree: Any) -> int:
     import jax
 
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _no_room_on_chip(message: str) -> str | None:
+    """Why an operation does not fit the chip's own memory, if that is the compiler's reason: a smaller batch helps
+    nothing there."""
+    space = re.search(r"memory space (vmem|smem|cmem|sflag)\b", message)
+    if space is None:
+        return None
+    operation = re.search(r"while allocating on stack for %?([\w.\-]+)", message)
+    name = operation[1] if operation else "an operation"
+    return f"{name} needs more {space[1]}, the chip's own memory, than there is; mesh.tensor would divide what it holds"
 
 
 def _needed(message: str) -> int:

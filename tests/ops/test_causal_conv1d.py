@@ -192,3 +192,9 @@ def test_an_unknown_activation_is_refused():
     inputs = in_dtype(random_inputs(SHAPES[0], 7), "float32", ACTIVATIONS)
     with pytest.raises(UserError, match="activation 'relu' is unknown"):
         causal_conv1d(inputs["x"], inputs["weight"], activation="relu")
+
+
+@pytest.mark.parametrize(("x", "weight"), [((4, 3), (3, 4)), ((1, 4, 3), (3,))])
+def test_arrays_without_the_axes_are_refused_by_name(x, weight):
+    with pytest.raises(UserError, match=r"causal_conv1d: x must be \[B L C\] and weight \[C K\], not \("):
+        causal_conv1d(jnp.zeros(x), jnp.zeros(weight))

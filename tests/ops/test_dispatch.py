@@ -1,14 +1,17 @@
 """Which implementation None stands for, and what a named one that cannot run says."""
 
 import logging
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch
+from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan
 
 IMPLEMENTATIONS = {name: (lambda name=name: name) for name in ("xla", "pallas_tpu", "pallas_gpu", "triton")}
-PREFERRED = {"cpu": ("xla",), "gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu",)}
+PREFERRED = {"cpu": ("xla",), "gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +46,37 @@ def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
     assert chosen("gpu", 90, unsuited=unsuited) == "triton"
     with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot run: headdim is 32, not 64; give"):
         chosen("gpu", 90, "pallas_gpu", unsuited=unsuited)
+
+
+def scan_of(channels, states, dtype=jnp.bfloat16):
+    wide, narrow = (jax.ShapeDtypeStruct((1, 32, n), dtype) for n in (channels, states))
+    return selective_scan, (wide, wide, jax.ShapeDtypeStruct((channels, states), jnp.float32), narrow, narrow)
+
+
+def convolution_of(width, dtype=jnp.bfloat16):
+    return causal_conv1d, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 32, 256), (256, width)))
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (scan_of(5120, 48), None),
+        (scan_of(2560, 128), "d_state is 128, more than 48"),
+        (scan_of(10240, 48), "a state of 10240 x 48 is of more than 262,144 values, which VMEM may not hold"),
+        (scan_of(256, 16, jnp.float64), "it computes in float32, and x is float64"),
+        (convolution_of(9), None),
+        (convolution_of(10), "it is made for widths up to 9, not 10"),
+        (convolution_of(4, jnp.float64), "it computes in float32, and x is float64"),
+    ],
+)
+def test_on_tpu_arrays_that_do_not_suit_the_kernels_go_to_xla_and_are_refused_by_name(case, reason):
+    op, arguments = case
+    with jax.enable_x64(True), dispatch.target_platform("tpu"):
+        kernels = str(jax.make_jaxpr(lambda *a: op(*a))(*arguments)).count("pallas_call")
+        assert kernels == (reason is None)
+        if reason:
+            with pytest.raises(UserError, match=f"implementation 'pallas_tpu' cannot run: {reason}; give"):
+                jax.eval_shape(partial(op, implementation="pallas_tpu"), *arguments)
 
 
 @pytest.mark.parametrize(

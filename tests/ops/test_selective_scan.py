@@ -259,3 +259,9 @@ def test_an_unknown_implementation_is_refused():
     inputs = in_dtype(random_inputs(SHAPES[0], 9), "float32", ACTIVATIONS)
     with pytest.raises(UserError, match="'cuda' does not exist; choose one of"):
         selective_scan(**{name: inputs[name] for name in ARRAYS}, implementation="cuda")
+
+
+@pytest.mark.parametrize(("x", "A"), [((4, 3), (3, 2)), ((1, 4, 3), (3,))])
+def test_arrays_without_the_axes_are_refused_by_name(x, A):
+    with pytest.raises(UserError, match=r"selective_scan: x must be \[B L E\] and A \[E N\], not \("):
+        selective_scan(jnp.zeros(x), jnp.zeros(x), jnp.zeros(A), jnp.zeros((1, 4, 2)), jnp.zeros((1, 4, 2)))

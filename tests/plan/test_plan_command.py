@@ -125,6 +125,28 @@ def test_the_compilers_refusal_tells_how_much_it_needed(message):
     assert plan_compile._needed(message) == int(20.05 * GIB)
 
 
+@pytest.mark.parametrize(
+    ("message", "operation"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while "
+            "allocating on stack for %selective_scan_backward.1 = (bf16[1,512,2560]{2,1,0}). Scoped allocation with "
+            "size 17.46M and limit 16.00M exceeded scoped vmem limit by 1.46M.",
+            "selective_scan_backward.1",
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.46M of 16.00M vmem.", "an operation"),
+    ],
+)
+def test_an_operation_too_large_for_the_chips_own_memory_is_refused_and_no_shortage_of_hbm(message, operation):
+    reason = plan_compile._no_room_on_chip(message)
+    assert reason.startswith(f"{operation} needs more vmem, the chip's own memory, than there is; mesh.tensor would")
+
+
+def test_a_shortage_of_hbm_is_none_of_the_chips_own_memory():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm."
+    assert plan_compile._no_room_on_chip(message) is None
+
+
 def test_a_refusal_without_figures_is_still_one():
     assert plan_compile._needed("RESOURCE_EXHAUSTED: no figures") == 0
 

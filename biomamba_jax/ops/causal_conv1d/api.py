@@ -18,7 +18,7 @@ _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
 _PREFERRED: Mapping[dispatch.Platform, tuple[str, ...]] = {
     "cpu": ("xla",),
     "gpu": ("pallas_gpu", "triton", "xla"),
-    "tpu": ("pallas_tpu",),
+    "tpu": ("pallas_tpu", "xla"),
 }
 # A few tokens are a few elementwise steps, which XLA fuses with their neighbours; the kernel would pad them to sixteen.
 _PREFERRED_FOR_FEW_TOKENS: Mapping[dispatch.Platform, tuple[str, ...]] = {p: ("xla",) for p in _PREFERRED}
@@ -58,8 +58,10 @@ def causal_conv1d(
       UserError: shapes do not fit together, the activation is unknown, or the implementation does not exist or cannot
         run here.
     """
+    if x.ndim != 3 or weight.ndim != 2:
+        raise UserError(f"causal_conv1d: x must be [B L C] and weight [C K], not {x.shape} and {weight.shape}")
     rows, length, channels = x.shape
-    width = weight.shape[-1]
+    width = weight.shape[1]
     expected = {
         "weight": (weight, (channels, width)),
         "bias": (bias, (channels,)),
@@ -74,6 +76,7 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     preferred = _PREFERRED_FOR_FEW_TOKENS if length < _FEW_TOKENS else _PREFERRED
-    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred, {"triton": triton.why_not(x)})
+    unsuited = {"pallas_tpu": pallas_tpu.why_not(x, weight), "triton": triton.why_not(x)}
+    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, preferred, unsuited)
     y, final_state = conv(Inputs(x, weight, bias, segment_ids, initial_state), activation)
     return (y, final_state) if return_final_state else y

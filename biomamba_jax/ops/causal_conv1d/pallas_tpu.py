@@ -78,14 +78,15 @@ def causal_conv1d(
       interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
 
     Raises:
-      UserError: this is no TPU program, or the kernels do not know such inputs.
+      UserError: this is no TPU program.
     """
     x, weight, bias, segment_ids, initial_state = inputs
     rows, _, channels = x.shape
     width = weight.shape[1]
-    if reason := _why_not(x, width, interpret):
+    if not interpret and dispatch.platform() != "tpu":
         raise UserError(
-            f"causal_conv1d: implementation 'pallas_tpu' cannot be used: {reason}; leave it to None or 'xla'"
+            f"causal_conv1d: implementation 'pallas_tpu' needs a TPU, and this program is for {dispatch.platform()};"
+            " give implementation=None for the best one here"
         )
     past = jnp.zeros((rows, width - 1, channels), x.dtype) if initial_state is None else initial_state
     bias = jnp.zeros(channels, jnp.float32) if bias is None else bias
@@ -94,9 +95,9 @@ def causal_conv1d(
     return _conv(filled, activation == "silu", interpret), last_inputs(x, width - 1, segment_ids, initial_state)
 
 
-def _why_not(x: Array, width: int, interpret: Any) -> str | None:
-    if not interpret and dispatch.platform() != "tpu":
-        return f"it runs on TPU, and this program is for {dispatch.platform()}"
+def why_not(x: Array, weight: Array) -> str | None:
+    """Why the kernels can't compute these arrays, if so."""
+    width = weight.shape[1]
     if x.dtype == jnp.float64:
         return "it computes in float32, and x is float64"
     if width > _EDGE + 1:

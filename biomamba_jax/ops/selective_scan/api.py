@@ -18,7 +18,7 @@ _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
 _PREFERRED: Mapping[dispatch.Platform, tuple[str, ...]] = {
     "cpu": ("xla",),
     "gpu": ("pallas_gpu", "triton", "xla"),
-    "tpu": ("pallas_tpu",),
+    "tpu": ("pallas_tpu", "xla"),
 }
 # One token is one elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
 _PREFERRED_FOR_ONE_TOKEN: Mapping[dispatch.Platform, tuple[str, ...]] = {p: ("xla",) for p in _PREFERRED}
@@ -68,8 +68,10 @@ def selective_scan(
     Raises:
       UserError: shapes do not fit together, or the implementation does not exist or cannot run here.
     """
+    if x.ndim != 3 or A.ndim != 2:
+        raise UserError(f"selective_scan: x must be [B L E] and A [E N], not {x.shape} and {A.shape}")
     rows, length, channels = x.shape
-    states = A.shape[-1]
+    states = A.shape[1]
     expected = {
         "dt": (dt, (rows, length, channels)),
         "A": (A, (channels, states)),
@@ -89,7 +91,11 @@ def selective_scan(
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
     preferred = _PREFERRED_FOR_ONE_TOKEN if length == 1 else _PREFERRED
-    unsuited = {"pallas_gpu": pallas_gpu.why_not(x, A), "triton": triton.why_not(x)}
+    unsuited = {
+        "pallas_gpu": pallas_gpu.why_not(x, A),
+        "pallas_tpu": pallas_tpu.why_not(x, A),
+        "triton": triton.why_not(x),
+    }
     scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred, unsuited)
     y, final_state = scan(Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state))
     return (y, final_state) if return_final_state else y

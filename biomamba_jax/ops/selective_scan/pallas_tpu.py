@@ -30,6 +30,10 @@ from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
 from biomamba_jax.ops.selective_scan.pallas_tpu_forward import forward
 
 _CHUNK = 64
+# VMEM holds a row's state, and a chunk's states of one tile. Up to here gradients compile for v4, v5e, v5p and v6e, in
+# float32 too; with a d_state of 64 no longer for v4, and of 80 for none.
+_MOST_STATES = 48
+_LARGEST_STATE = 16384 * 16  # values of a row's state
 _STATE_REGISTERS = 8  # for the states of one tile; the backward kernel holds three times as many values
 
 
@@ -44,16 +48,26 @@ def selective_scan(
       interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
 
     Raises:
-      UserError: this is no TPU program, or the inputs are float64.
+      UserError: this is no TPU program.
     """
     if not interpret and dispatch.platform() != "tpu":
         raise UserError(
             f"selective_scan: implementation 'pallas_tpu' needs a TPU, and this program is for {dispatch.platform()};"
             " give implementation=None for the best one here"
         )
-    if inputs.x.dtype == jnp.float64:
-        raise UserError("selective_scan: the TPU kernels compute in float32; give implementation='xla' for float64")
     return _scan(vary_alike(inputs.with_zeros()), interpret)
+
+
+def why_not(x: Array, A: Array) -> str | None:
+    """Why the kernels can't compute these arrays, if so."""
+    channels, d_state = A.shape
+    if x.dtype == jnp.float64:
+        return "it computes in float32, and x is float64"
+    if d_state > _MOST_STATES:
+        return f"d_state is {d_state}, more than {_MOST_STATES}"
+    if channels * d_state > _LARGEST_STATE:
+        return f"a state of {channels} x {d_state} is of more than {_LARGEST_STATE:,} values, which VMEM may not hold"
+    return None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
