@@ -86,6 +86,7 @@ class Plan:
         compiled, times, seconds = self.compiled, self.times, None
         if times is not None:
             seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
+            del seconds["unprofiled"]
         return {
             "estimate": "by the compiler and from datasheets, not measured",
             "model": {key: getattr(self.config.model, key) for key in ("kind", "d_model", "n_layers")},
@@ -105,6 +106,7 @@ class Plan:
             "flops": compiled.costs.flops,
             "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
             "seconds": seconds,
+            "unprofiled_kernels": None if times is None else list(times.unprofiled),
             "tokens_per_second": self.tokens_per_second,
             "share_of_peak": self.share_of_peak,
             "run_tokens": self.run_tokens,

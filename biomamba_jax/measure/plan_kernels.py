@@ -1,6 +1,7 @@
 """How fast the TPU kernels are by the compiler's static profile of their schedule."""
 
 import functools
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ from biomamba_jax.measure import kernels
 from biomamba_jax.measure.aot import Request, estimates
 from biomamba_jax.measure.plan_costs import program_costs
 from biomamba_jax.ops import dispatch
+
+logger = logging.getLogger(__name__)
 
 _OPS = {"mamba1": ("selective_scan",), "mamba2": ("ssd",)}
 _LENGTHS = (256, 512)  # multiples of every kernel's chunk
@@ -42,7 +45,8 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
             requests.append(Request(topology, "biomamba_jax.measure.kernels:build", arguments))
         try:
             short, long = estimates(requests, profile=True, timeout=timeout)
-        except UserError:  # the profile can abort the compiler; kernels' own statements are left
+        except UserError as error:  # the profile can abort the compiler; kernels' own statements are left
+            logger.warning("%s on %s: no profile, so the time of its kernels is a floor: %s", op, target, error)
             continue
         sizes = [_kernel_bytes(request.arguments) for request in requests]
         for name in sizes[0]:

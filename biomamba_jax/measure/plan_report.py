@@ -89,6 +89,8 @@ def _show_plan(plan: Plan) -> None:
     if plan.topology.slices == 1:
         del rows[3]
     summary_table("Time of a step", ("", "ms", ""), [(n, f"{seconds * 1e3:,.2f}", note) for n, seconds, note in rows])
+    if times.unprofiled:
+        print(f"a floor, for want of the compiler's profile: the time of {', '.join(times.unprofiled)}")
     print(summary(plan))
 
 

@@ -25,6 +25,7 @@ class Times:
       network: floor of what is sent between slices or nodes.
       kernels: estimate for all kernels.
       step: estimate for everything.
+      unprofiled: kernels of which there is no static profile: what is estimated for them is a floor.
     """
 
     compute: float
@@ -33,6 +34,7 @@ class Times:
     network: float
     kernels: float
     step: float
+    unprofiled: tuple[str, ...] = ()
 
     @property
     def floor(self) -> float:
@@ -81,5 +83,6 @@ def step_times(
         network=exchange_seconds(True),
         kernels=kernels,
         step=0.0,
+        unprofiled=tuple(sorted({kernel.name for kernel in compiled.costs.kernels} - set(rates or {}))),
     )
     return dataclasses.replace(times, step=max(max(work + kernels, hidden) + exposed, times.floor))

@@ -1,5 +1,6 @@
 """`python -m biomamba_jax.plan`, with answers of the compiler that are written by hand and with the real compiler."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.measure import plan, plan_compile
 from biomamba_jax.measure.plan_compile import Compiled, Memory
-from biomamba_jax.measure.plan_costs import Costs
+from biomamba_jax.measure.plan_costs import Costs, KernelCall
 from biomamba_jax.measure.plan_hlo import Collective, Work
 from biomamba_jax.parallel.hardware import GIB
 from tests.compilers import needs_libtpu
@@ -64,6 +65,15 @@ def test_json_has_the_figures_exactly(compiler, capsys):
     assert found["tokens_per_second"] == pytest.approx(tokens_per_second)
     assert found["chip_hours"] == pytest.approx(4 * 1e9 / tokens_per_second / 3600)
     assert "not measured" in found["estimate"]
+
+
+def test_a_plan_says_whose_time_is_only_a_floor(compiler, capsys):
+    kernels = [KernelCall("ssd_forward", 24, 0.0, 0.0, 1e6), KernelCall("conv", 24, 0.0, 0.0, 1e6)]
+    compiler[:] = [dataclasses.replace(FOUND, costs=Costs(flops=197e12 / 10, kernels=kernels))]
+    command.main(SMALL)
+    assert "a floor, for want of the compiler's profile: the time of conv, ssd_forward" in capsys.readouterr().out
+    command.main([*SMALL, "--json"])
+    assert json.loads(capsys.readouterr().out)["unprofiled_kernels"] == ["conv", "ssd_forward"]
 
 
 def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, capsys):

@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 
+from biomamba_jax.errors import UserError
+from biomamba_jax.measure import plan_kernels
 from biomamba_jax.measure.plan_compile import Compiled
 from biomamba_jax.measure.plan_costs import Costs, KernelCall
 from biomamba_jax.measure.plan_hlo import Collective, Work
@@ -32,6 +34,24 @@ def test_each_operation_takes_the_longer_of_its_arithmetic_and_its_traffic():
 def test_a_static_profile_counts_where_it_is_slower_than_what_kernels_state():
     assert step_times(COMPILED, TOPOLOGY, rates={"scan": 8 / BANDWIDTH}).kernels == pytest.approx(2 * 2)
     assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).kernels == pytest.approx(2)
+
+
+def test_kernels_without_a_profile_are_named():
+    assert step_times(COMPILED, TOPOLOGY).unprofiled == ("scan",)
+    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).unprofiled == ()
+
+
+def test_a_profile_that_the_compiler_does_not_give_is_told_with_the_reason(monkeypatch, caplog):
+    def aborted(*arguments, **options):
+        raise UserError("the compiler's process ended: Aborted")
+
+    monkeypatch.setattr(plan_kernels, "estimates", aborted)
+    plan_kernels.kernel_rates.cache_clear()
+    assert plan_kernels.kernel_rates("mamba2", "v5e", 1.0) == {}
+    assert caplog.messages == [
+        "ssd on v5e: no profile, so the time of its kernels is a floor: the compiler's process ended: Aborted"
+    ]
+    plan_kernels.kernel_rates.cache_clear()
 
 
 def exchange(seconds, between, overlaps):
