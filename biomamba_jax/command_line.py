@@ -6,7 +6,9 @@ refuses unknown and ill-typed keys by name, and builds `--help` from the docstri
 
 import dataclasses
 import difflib
+import os
 import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -57,6 +59,9 @@ def parse(schema: type[Schema], argv: Sequence[str] | None, *, prog: str, descri
         keys = [action.dest for action in parser._actions]
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
         raise UserError(_nearest(" ".join(lines), keys)) from error
+    except UnicodeDecodeError as error:
+        given = re.findall(r"--config[= ](\S+)", " ".join(sys.argv[1:] if argv is None else argv))
+        raise UserError(f"--config {' '.join(given)}: the file is not UTF-8 ({error}); convert it") from None
 
 
 def to_yaml(config: Any) -> str:
@@ -65,12 +70,37 @@ def to_yaml(config: Any) -> str:
 
 
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
-    """Runs a command's main: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C exit status 130."""
+    """Runs a command's main: a `UserError` becomes one line on stderr and exit status 1, Ctrl-C exit status 130.
+
+    Where the reader of standard output has gone, as `head` does, it ends without a word and with exit status 141, what
+    a shell shows of a program that ends so by itself.
+    """
     try:
         command(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        raise SystemExit(141) from None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is standard output that broke; what is still to be written there is then thrown away."""
+    try:
+        out = sys.stdout.fileno()
+    except OSError:  # no file, but a stand-in
+        return False
+    poll = select.poll()
+    poll.register(out, 0)  # errors are told without being asked for
+    if not poll.poll(0):
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, out)  # or Python complains when it closes standard output
+    os.close(nowhere)
+    return True

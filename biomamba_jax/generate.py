@@ -7,11 +7,14 @@ and writes lines {"prompt", "text", "tokens", "finish_reason"}, a batch at a tim
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
+
+import yaml
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.errors import UserError
@@ -82,8 +85,8 @@ def _stream(generator, config: GenerateConfig, out: TextIO) -> None:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text("utf-8").splitlines()
+    try:  # other line ends of Unicode, which splitlines knows, are characters of a prompt
+        lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); check --file") from None
     if not (prompts := [line for line in lines if line.strip()]):
@@ -92,16 +95,32 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_jsonl(source: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(source, 1):
+    for number, line in enumerate(_decoded(source), 1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"standard input, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'standard input, line {number}: give an object with a text: {{"prompt": "..."}}')
-        yield record["prompt"]
+        yield _checked(f"standard input, line {number}", record["prompt"])
+
+
+def _decoded(source: Iterable[str]) -> Iterator[str]:
+    try:
+        yield from source
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input: is not UTF-8 ({error}); convert it") from None
+
+
+def _checked(where: str, text: str) -> str:
+    """`text`, unless it holds half a character, as Python makes of an argument that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {text!r} is no valid Unicode; give text in UTF-8") from None
+    return text
 
 
 def _as_settings(argv: Sequence[str]) -> list[str]:
@@ -114,10 +133,15 @@ def _as_settings(argv: Sequence[str]) -> list[str]:
         if name in lists:
             if not equals and not words:
                 raise UserError(f"{name}: give a text")
-            lists[name].append(value if equals else words.pop(0))
+            lists[name].append(_checked(name, value if equals else words.pop(0)))
         else:
             settings.append(f"{name}=true" if name == "--jsonl" and not equals else name + equals + value)
-    return settings + [f"{name}={json.dumps(texts)}" for name, texts in lists.items() if texts]
+    return settings + [f"{name}={_as_yaml(texts)}" for name, texts in lists.items() if texts]
+
+
+def _as_yaml(texts: list[str]) -> str:
+    """One line that YAML reads as these texts; it would read JSON's pairs of surrogates as two halves."""
+    return yaml.safe_dump(texts, default_style='"', default_flow_style=True, width=math.inf).strip()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -100,6 +100,12 @@ def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path
         read("--config", str(tmp_path / "config.yaml"))
 
 
+def test_a_file_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("run_dir: caf\xe9".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin\.yaml: the file is not UTF-8"):
+        parse(PretrainConfig, ["--config", str(tmp_path / "latin.yaml")], prog="pretrain", description="")
+
+
 def test_yaml_cannot_build_objects(tmp_path):
     (tmp_path / "config.yaml").write_text("run_dir: !!python/object/apply:os.system ['touch owned']\n")
     with pytest.raises(UserError):

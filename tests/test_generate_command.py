@@ -2,14 +2,17 @@
 
 import io
 import json
+import subprocess
 import sys
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 from tiny_models import train_tokenizer, write_tiny_model
 
 import biomamba_jax
 from biomamba_jax import generate as command
-from biomamba_jax.command_line import run_command
+from biomamba_jax.command_line import parse, run_command
 
 SHORT = ["--max-new-tokens", "16"]
 
@@ -44,6 +47,23 @@ def test_a_file_holds_one_prompt_a_line(folder, expected, capsys, tmp_path):
     call("--model", folder, "--file", str(tmp_path / "prompts.txt"), *SHORT)
     first, second = expected("insulin", "mice")
     assert capsys.readouterr().out == f"insulin{first}\n---\nmice{second}\n"
+
+
+def test_a_file_s_lines_end_at_line_ends_only_and_its_mark_is_no_text(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa\u2028b\r\nc\x85d\n".encode())
+    assert command._read_lines(tmp_path / "prompts.txt") == ["a\u2028b", "c\x85d"]
+
+
+@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.given(st.lists(st.text(), min_size=1, max_size=3), st.lists(st.text(min_size=1), max_size=2))
+@hypothesis.example(
+    ["\U0001f9ec", "a\x85b\u2028c\x7f", "\"'\n\r\t\\", "\ufeff", " x ", "null", "- a: #b"], ["\U0001f9ec"]
+)
+def test_every_text_arrives_as_it_was_given(prompts, stops):
+    words = ["--model", "m"]
+    words += [word for text in prompts for word in ("--prompt", text)] + [f"--stop={text}" for text in stops]
+    config = parse(command.GenerateConfig, command._as_settings(words), prog="generate", description="")
+    assert (config.prompt, config.stop) == (prompts, stops)
 
 
 def test_json_lines_in_and_out(folder, expected, capsys, monkeypatch):
@@ -88,6 +108,14 @@ def test_a_single_prompt_grows_on_a_terminal(folder, expected):
         (["--model", "DIR", "--prompt", "a", "--top_p", "2"], "top_p = 2.0"),
         (["--model", "DIR", "--prompt", "a", "--tempersture", "1"], "did you mean 'temperature'"),
         (["--model", "DIR", "--prompt"], "--prompt: give a text"),
+        (["--model", "DIR", "--prompt", "a\udcff"], r"--prompt: 'a\udcff' is no valid Unicode"),
+        (["--model", "DIR", "--prompt", "a", "--stop", "\ud83e"], r"--stop: '\ud83e' is no valid Unicode"),
+        (["--model", "DIR", "--prompt", "a", "--seed", str(2**32)], "seed = 4294967296"),
+        (["--model", "DIR", "--prompt", "a", "--seed=-1"], "seed = -1"),
+        (["--model", "DIR", "--prompt", "a", "--top_k", str(2**31)], "top_k = 2147483648"),
+        (["--model", "DIR", "--prompt", "a", "--temperature", ".inf"], "temperature = inf"),
+        (["--model", "DIR", "--prompt", "a", "--temperature", "1e-39"], "temperature = 1e-39"),
+        (["--model", "DIR", "--prompt", "a", "--repetition_penalty", ".inf"], "repetition_penalty = inf"),
     ],
 )
 def test_a_mistake_ends_in_one_line(folder, capsys, words, message):
@@ -99,8 +127,39 @@ def test_a_mistake_ends_in_one_line(folder, capsys, words, message):
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("line", ["insulin", '{"text": "insulin"}', "[1]"])
+@pytest.mark.parametrize(
+    "line",
+    ["insulin", '{"text": "insulin"}', "[1]", "[" * 100_000, '{"prompt": "\\ud800"}'],
+    ids=lambda line: line[:20],
+)
 def test_a_line_that_is_no_prompt_is_named(folder, capsys, monkeypatch, line):
     with pytest.raises(SystemExit):
         call("--model", folder, "--jsonl", stdin=f'\n{line}\n{{"prompt": "a"}}', monkeypatch=monkeypatch)
     assert "standard input, line 2" in capsys.readouterr().err
+
+
+def test_standard_input_that_is_not_utf_8_ends_in_one_line(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "\xff"}'), "utf-8"))
+    with pytest.raises(SystemExit):
+        call("--model", folder, "--jsonl")
+    assert "standard input: is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_reader_that_goes_ends_a_command_without_a_word():
+    code = (
+        "import sys; from biomamba_jax.command_line import run_command\n"
+        "run_command(lambda argv: [print('line', flush=True) for _ in range(100_000)])"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert writer.stdout.readline() == b"line\n"
+    writer.stdout.close()
+    assert (writer.stderr.read(), writer.wait()) == (b"", 141)
+    writer.stderr.close()
+
+
+def test_a_broken_pipe_elsewhere_is_not_hidden():
+    def command(argv):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_command(command)

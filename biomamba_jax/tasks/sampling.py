@@ -6,6 +6,7 @@ the model's own step at the 130m shape on CPU, and more at larger batches.
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,9 @@ from flax import struct
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops.array_typing import Array, Float, Int
+
+_SMALLEST = 1e-30
+"""Logits divided by less are no float32."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,18 @@ class Sampling:
     def __post_init__(self) -> None:
         checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "temperature": (self.temperature >= 0, "must be 0 or more"),
-            "top_k": (self.top_k >= 0, "must be 0 or more"),
+            "temperature": (
+                self.temperature == 0 or _SMALLEST <= self.temperature < math.inf,
+                f"must be 0, or finite and at least {_SMALLEST:g}",
+            ),
+            "top_k": (0 <= self.top_k < 2**31, "must be 0 or more, and less than 2^31"),
             "top_p": (0 < self.top_p <= 1, "must be in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "must be in [0, 1]"),
-            "repetition_penalty": (self.repetition_penalty > 0, "must be above 0"),
+            "repetition_penalty": (
+                _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST,
+                f"must be in [{_SMALLEST:g}, {1 / _SMALLEST:g}]",
+            ),
+            "seed": (0 <= self.seed < 2**32, "must be in 0..2^32 - 1"),
             "stop": (
                 not isinstance(self.stop, str) and all(self.stop),
                 "must be a list of strings, none of them empty",
