@@ -84,7 +84,7 @@ class Model:
         classifier: Classifier | None = None,
     ):
         self._model, self._tokenizer, self._path, self._classifier = model, tokenizer, path, classifier
-        self.generator = Generator(model, tokenizer)
+        self.generator = Generator(model, tokenizer, path)
 
     @property
     def config(self) -> ModelConfig:
@@ -159,7 +159,7 @@ class Model:
         """The class of each text, by the classifier that was fine-tuned with the model.
 
         Raises:
-          UserError: the model has no classifier.
+          UserError: the model has no classifier, or its weights give no probabilities.
         """
         if self._classifier is None:
             raise UserError(f"{self._path}: has no classifier.safetensors; fine-tune with --head classifier to get one")
@@ -173,6 +173,8 @@ class Model:
                 row[: len(tokens)] = tokens
             last = np.array([len(tokens) - 1 for tokens in rows])
             for row in np.asarray(_class_probabilities(self._model, weight, _padded(inputs), last), np.float64):
+                if not np.isfinite(row).all():
+                    raise UserError(f"{self._path}: its class probabilities are NaN: damaged weights, or an overflow")
                 named = dict(zip(self._classifier.labels, row.tolist(), strict=True))
                 classes.append(TextClass(max(named, key=named.__getitem__), named))
         return classes

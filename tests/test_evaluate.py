@@ -7,7 +7,7 @@ import random
 import lxml.html
 import pytest
 from random_weights import random_weights
-from tiny_models import CONFIGS, WORDS, train_tokenizer
+from tiny_models import CONFIGS, WORDS, train_tokenizer, write_tiny_model
 
 from biomamba_jax.command_line import parse
 from biomamba_jax.config import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
@@ -196,3 +196,17 @@ def test_nothing_is_measured_before_all_inputs_are_read(folder, tmp_path):
     with pytest.raises(UserError, match=r"missing\.json: cannot be read"):
         evaluate(config(folder, tmp_path / "out", bioasq=broken))
     assert not (tmp_path / "out" / "documents").exists()
+
+
+@pytest.mark.parametrize("protocol", ["standard", "paper"])
+@pytest.mark.parametrize("task", ["domains", "pubmedqa", "generation"])
+def test_a_model_of_nan_gets_no_figures_but_an_error_that_names_it(folder, tmp_path, protocol, task):
+    broken = write_tiny_model(tmp_path / "m", "mamba2", train_tokenizer(tmp_path), spread=float("nan"))
+    given = {"models": {"broken": str(broken)}, "domains": {}, "pubmedqa": PubMedQAConfig(), "bioasq": BioASQConfig()}
+    asked = {
+        "domains": {"domains": {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}},
+        "pubmedqa": {"pubmedqa": PubMedQAConfig(path=str(folder / "pqal.json"))},
+        "generation": {"bioasq": BioASQConfig(path=[str(folder / "B1.json")], method="generation", max_new_tokens=8)},
+    }[task]
+    with pytest.raises(UserError, match=f"{broken}.* NaN "):
+        evaluate(config(folder, tmp_path / "out", protocol=protocol, **given | asked))

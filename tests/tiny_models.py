@@ -28,10 +28,10 @@ def train_tokenizer(folder: Path) -> Tokenizer:
     return train_sentencepiece(texts, 310, folder / "tokenizer.model")
 
 
-def write_tiny_model(folder: Path, kind: str, tokenizer: Tokenizer, dialect: str = "native") -> Path:
-    """A model whose logits are spread widely enough for text to vary."""
+def write_tiny_model(folder: Path, kind: str, tokenizer: Tokenizer, dialect: str = "native", spread: float = 8) -> Path:
+    """A model whose logits are spread widely enough for text to vary; with a spread of NaN, a broken one."""
     config = dataclasses.replace(CONFIGS[kind], vocab_size=tokenizer.vocab_size)
     weights = random_weights(config)
-    weights.params["norm_f"]["weight"] *= 8
+    weights.params["norm_f"]["weight"] *= spread
     write_model(dataclasses.replace(weights, tokenizer_file=tokenizer.path), folder, dialect)
     return folder

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from biomamba_jax.tasks import measures
-from biomamba_jax.tasks.scorers import Request, Scorer
+from biomamba_jax.tasks.scorers import Request, Scorer, check_finite
 
 UNANSWERED = "none"
 """The label of a generated text that holds none of the answers."""
@@ -45,10 +45,14 @@ def likelihood_scores(
 
     Args:
       normalize: bytes divides by the answer's length in UTF-8, so that long answers are not at a disadvantage.
+
+    Raises:
+      UserError: the model gives something else than log probabilities.
     """
     requests = [Request(prompt, tuple(answers)) for prompt in prompts]
     totals = [[answer.total for answer in row] for row in scorer.continuations(requests)]
     scores = np.array(totals, np.float64).reshape(len(prompts), len(answers))
+    check_finite(scorer, scores)
     return scores / [len(answer.encode()) for answer in answers] if normalize == "bytes" else scores
 
 

@@ -211,7 +211,8 @@ def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """JSON lines, written whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        page.replace(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+        page.replace(path, "".join(lines))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another output") from None
 

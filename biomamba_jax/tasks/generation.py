@@ -67,13 +67,14 @@ class Generator:
     Args:
       model: the model.
       tokenizer: its tokenizer; only `decode` does without.
+      name: what errors call the model.
 
     Raises:
       UserError: the tokenizer has ids that the model does not know.
     """
 
-    def __init__(self, model: InferenceModel, tokenizer: Tokenizer | None = None):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: InferenceModel, tokenizer: Tokenizer | None = None, name: str = "the model"):
+        self.model, self.tokenizer, self._name = model, tokenizer, name
         self.vocab_size = model.config.known_vocab
         """Ids from here on are never generated."""
         if tokenizer is not None:
@@ -160,7 +161,7 @@ class Generator:
           The new ids of each prompt, without `eos_id`.
 
         Raises:
-          UserError: an empty prompt, or an id that the model does not know.
+          UserError: an empty prompt, an id that the model does not know, or a model whose logits are NaN.
         """
         if not prompts:
             return []
@@ -187,6 +188,11 @@ class Generator:
         while True:
             tokens, ended = np.asarray(rows.tokens)[: len(prompts), :done], np.asarray(rows.ended)[: len(prompts)]
             new = [_before(eos_id, row) for row in tokens.tolist()]
+            if any(token < 0 for row in new for token in row):
+                raise UserError(
+                    f"{self._name}: its logits are NaN in {self.model.dtype}: the weights are damaged or overflow; "
+                    "try dtype float32, or another checkpoint"
+                )
             if done >= limit or ended.all():
                 return new
             if look is not None:
@@ -235,7 +241,7 @@ def _choose(rows: _Rows, logits: Array, values: Values, steps: Steps) -> _Rows:
         rows,
         count=rows.count + 1,
         tokens=jax.lax.dynamic_update_slice(rows.tokens, token[:, None], (0, rows.count)),
-        ended=rows.ended | (token == rows.eos_id),
+        ended=rows.ended | (token == rows.eos_id) | (token < 0),
         seen=None if rows.seen is None else rows.seen.at[jnp.arange(token.size), token].set(True),
     )
 
@@ -324,7 +330,7 @@ class Spelling:
                 for count in range(self._looked_at, len(tokens) + 1)
                 if any(stop in self._spell(tokens[:count]) for stop in self._stop)
             )
-            text = text[: min(text.index(stop) for stop in self._stop if stop in text)]
+            text = before_stop(text, self._stop)
         elif not ended:
             text = text.rstrip("\ufffd")
             text = text[: len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)]
@@ -334,6 +340,18 @@ class Spelling:
 
     def _spell(self, tokens: list[int]) -> str:
         return self._decode([*self._context, *tokens])[self._start :]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """`text` before the stop string that is complete first, of several the longest; all of it where there is none.
+
+    Not the one that begins first: a text that is looked at as it grows has ended before that one is complete.
+    """
+    found = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
+    if not found:
+        return text
+    end, minus_length = min(found)
+    return text[: end + minus_length]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -13,9 +13,10 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from biomamba_jax.command_line import run_command
 from biomamba_jax.config import DomainConfig, EvaluateConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.scorers import Request, Scorer, load_scorer
+from biomamba_jax.tasks.scorers import Request, Scorer, check_finite, load_scorer
 
 NAME = "biomamba_jax"
 _MAX_GEN_TOKS = 256
@@ -38,6 +39,7 @@ class HarnessMethods:
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for of_context, scored in zip(places.values(), self.scorer.continuations(asked), strict=True):
             for place, found in zip(of_context, scored, strict=True):
+                check_finite(self.scorer, found.total)
                 results[place] = found.total, found.greedy
         return results
 
@@ -45,6 +47,7 @@ class HarnessMethods:
         """Log probability of each whole text, from the start symbol; its end is not predicted."""
         results = [0.0] * len(requests)
         for place, nats in self.scorer.documents([request.args[0] for request in requests]):
+            check_finite(self.scorer, nats)
             results[place] = -float((nats[:-1] if self.scorer.ends_documents else nats).sum())
         return results
 
@@ -111,11 +114,11 @@ def harness_model(path: str, batch_size: int = 8, dtype: str | None = None) -> A
     return harness_class()(path=path, batch_size=batch_size, dtype=dtype)
 
 
-def main() -> None:
-    """lm-eval's own command with our model type."""
+def main(_: Sequence[str] | None = None) -> None:
+    """lm-eval's own command, which reads this process's arguments, with our model type."""
     harness_class()
     importlib.import_module("lm_eval.__main__").cli_evaluate()
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

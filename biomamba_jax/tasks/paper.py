@@ -25,8 +25,9 @@ from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.tasks import measures, pubmedqa
 from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.documents import Document
+from biomamba_jax.tasks.perplexity import exp
 from biomamba_jax.tasks.question_answering import Batches, TaskResult, classification_measures
-from biomamba_jax.tasks.scorers import Request, Scorer
+from biomamba_jax.tasks.scorers import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling
 
 ROW_TOKENS = 1024
@@ -56,10 +57,10 @@ def domain_perplexity(
     nats, tokens = np.zeros(len(rows)), np.zeros(len(rows))
     for index, values in scorer.rows(rows):
         nats[index], tokens[index] = values.sum(), len(values)
+    check_finite(scorer, nats)
     cross_entropy = mean_of_batch_means(nats, tokens)
-    perplexity = math.exp(cross_entropy) if cross_entropy < 700 else math.inf
     seconds = time.perf_counter() - start
-    return {"cross_entropy": cross_entropy, "perplexity": perplexity, "rows": len(rows), "seconds": seconds}
+    return {"cross_entropy": cross_entropy, "perplexity": exp(cross_entropy), "rows": len(rows), "seconds": seconds}
 
 
 def mean_of_batch_means(nats: np.ndarray, tokens: np.ndarray, batch: int = BATCH_ROWS) -> float:
@@ -83,7 +84,9 @@ def answer_pubmedqa(
         context = _cut("\n\n".join(sections))
         prompt = config.prompt.format(question=question.question, context=context)
         requests.append(Request(prompt, tuple(spellings)))
-    first = [[c.logprobs[0] if c.logprobs else -math.inf for c in row] for row in scorer.continuations(requests)]
+    found = scorer.continuations(requests)
+    check_finite(scorer, [value for row in found for c in row for value in c.logprobs])
+    first = [[c.logprobs[0] if c.logprobs else -math.inf for c in row] for row in found]
     scores = np.array(first).reshape(len(subset), len(labels), -1).max(-1)
     restricted = np.exp(scores - scores.max(-1, keepdims=True))
     restricted /= restricted.sum(-1, keepdims=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from biomamba_jax.tasks.documents import Document
-from biomamba_jax.tasks.scorers import Scorer
+from biomamba_jax.tasks.scorers import Scorer, check_finite
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, difference_of_ratios, ratio_of_sums
 
 
@@ -36,7 +36,11 @@ class DomainScores:
 
 
 def score_domain(scorer: Scorer, documents: Sequence[Document]) -> DomainScores:
-    """Scores every document once; memory does not grow with their length."""
+    """Scores every document once; memory does not grow with their length.
+
+    Raises:
+      UserError: the model gives something else than log probabilities.
+    """
     start = time.perf_counter()
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
     places = np.zeros((2, 64))
@@ -44,6 +48,7 @@ def score_domain(scorer: Scorer, documents: Sequence[Document]) -> DomainScores:
         nats[index], tokens[index] = values.sum(), len(values)
         bins = np.frexp(np.arange(len(values)))[1]  # 0 -> 0, 1 -> 1, 2-3 -> 2, 4-7 -> 3
         places += np.bincount(bins, values, 64), np.bincount(bins, minlength=64)
+    check_finite(scorer, nats)
     used = int(np.flatnonzero(places[1])[-1]) + 1 if places[1].any() else 0
     return DomainScores(
         nats=nats,
@@ -57,8 +62,8 @@ def score_domain(scorer: Scorer, documents: Sequence[Document]) -> DomainScores:
 
 
 def exp(value: float) -> float:
-    """exp, infinite where that overflows."""
-    return math.exp(value) if value < 700 else math.inf
+    """exp, infinite where that overflows, and NaN of NaN."""
+    return math.inf if value >= 700 else math.exp(value)
 
 
 @dataclass(frozen=True)

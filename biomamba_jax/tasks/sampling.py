@@ -39,7 +39,7 @@ class Sampling:
     seed: int = 0
     """Seed of the draws. A prompt's text does not depend on the prompts beside it; the same prompt again differs."""
     stop: list[str] = dataclasses.field(default_factory=list)
-    """Strings that end the text; the text is cut before the first one."""
+    """Strings that end the text; it is cut before the one that is complete first."""
 
     def __post_init__(self) -> None:
         checks = {
@@ -105,7 +105,7 @@ class Values:
 def next_tokens(
     logits: Float[Array, "B V"], seen: Array | None, keys: Array, values: Values, steps: Steps
 ) -> Int[Array, " B"]:
-    """One token for each row.
+    """One token for each row; -1 where the logits hold a NaN, of which there is no likeliest.
 
     Args:
       logits: minus infinity where a token must not be chosen.
@@ -114,11 +114,11 @@ def next_tokens(
     """
     if seen is not None:
         logits = penalized(logits, seen, values.repetition_penalty)
-    if not steps.draw:
-        return _argmax(logits)
-    logits = filtered(logits / values.temperature, values, steps)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    return _argmax(logits + noise)
+    broken = jnp.isnan(jnp.max(logits, axis=1))  # asked before the filters, which rule a NaN out
+    if steps.draw:
+        logits = filtered(logits / values.temperature, values, steps)
+        logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    return jnp.where(broken, -1, _argmax(logits))
 
 
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:

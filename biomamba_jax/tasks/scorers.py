@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.errors import UserError
 from biomamba_jax.interop import dialect_of
 from biomamba_jax.interop.native import read_json
 
@@ -99,6 +101,20 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
     from biomamba_jax.tasks import transformers_scorer
 
     return transformers_scorer.load(name, folder, config)
+
+
+def check_finite(scorer: Scorer, values: ArrayLike) -> None:
+    """Refuses what a model cannot mean: with NaN, the first answer is the best of all and no figure says why.
+
+    Raises:
+      UserError: one of the values is NaN or infinite; names the model.
+    """
+    if not np.isfinite(values).all():
+        facts = scorer.facts
+        raise UserError(
+            f"models.{facts.name}: {facts.path} gives NaN or infinite log probabilities in {facts.dtype}: its weights "
+            "are damaged or overflow; try dtype float32, or another checkpoint"
+        )
 
 
 def split_continuation(whole: Sequence[int], context: Sequence[int], alone: Sequence[int]) -> list[int]:

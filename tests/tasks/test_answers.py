@@ -1,8 +1,12 @@
 """Answers: the likeliest whole answer, thresholds from development questions, and answers read from text."""
 
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import answers, measures
 from biomamba_jax.tasks.scorers import Continuation
 
@@ -82,3 +86,10 @@ def test_a_label_is_read_from_generated_text_as_a_whole_word(text, label):
 
 def test_names_are_read_from_the_first_line_only():
     assert answers.read_names(" BRCA1; TP53 ;BRCA1;; p53.\nQuestion: x; y") == ["BRCA1", "TP53", "p53"]
+
+
+def test_scores_that_are_no_numbers_are_refused_by_the_model_s_name():
+    scorer = Fixed({" yes": (math.nan,), " no": (-1.0,)})
+    scorer.facts = SimpleNamespace(name="mine", path="some/folder", dtype="bfloat16")
+    with pytest.raises(UserError, match=r"models\.mine: some/folder gives NaN .* in bfloat16"):
+        answers.likelihood_scores(scorer, ["p"], [" yes", " no"], "none")

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 from random_weights import random_weights
 from tiny_models import CONFIGS, train_tokenizer
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
@@ -178,8 +180,6 @@ def test_part_of_a_character_and_of_a_stop_string_is_held_back(tokenizer):
 
 def test_prompts_begin_as_documents_did_in_training(tokenizer, shared_data):
     assert encode_prompts(tokenizer, ["insulin"]) == [[tokenizer.eos_id, *tokenizer.encode_batch(["insulin"])[0]]]
-    from biomamba_jax.data.tokenizer import load_tokenizer
-
     neox = load_tokenizer(shared_data / "tokenizers" / "gpt_neox_20b_tokenizer.json")
     assert encode_prompts(neox, ["insulin", "", "a<|endoftext|>"]) == [neox.encode_batch(["insulin"])[0], [0], [66, 0]]
 
@@ -200,3 +200,48 @@ def test_a_tokenizer_of_another_model_is_refused(models, tokenizer):
 def test_a_prompt_of_unknown_ids_is_refused(generator, prompt):
     with pytest.raises(UserError, match=r"ids in 0\.\.309"):
         generator.decode([[1], prompt], Sampling())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_nan_are_an_error_and_no_end_of_the_text(models, tokenizer, temperature):
+    broken = dataclasses.replace(models[1], embedding=models[1].embedding.at[RAGGED[1][0]].set(jnp.nan))
+    generator = Generator(broken, tokenizer, "some/folder")
+    sampling = Sampling(max_new_tokens=24, temperature=temperature, top_k=5, top_p=0.9, stop=["never"])
+    assert generator.decode([[5, 9]], Sampling(max_new_tokens=1))  # a token that is not the broken one
+    with pytest.raises(UserError, match="some/folder: its logits are NaN in float32"):
+        generator.decode(RAGGED, sampling, eos_id=tokenizer.eos_id)
+    with pytest.raises(UserError, match="some/folder: its logits are NaN"):
+        generator.decode(RAGGED, sampling, look=lambda rows, ended: [False] * len(rows))
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(["b", "abcX"], "xa"), (["abcX", "b"], "xa"), (["abc", "bc"], "x"), (["yz", "Xyz"], "xabc"), (["q"], "xabcXyz")],
+)
+def test_which_stop_string_ends_a_text_does_not_depend_on_when_it_is_looked_at(tokenizer, stops, text):
+    (ids,) = tokenizer.encode_batch(["xabcXyz"])
+    together, growing = Spelling(tokenizer, [0], stops), Spelling(tokenizer, [0], stops)
+    together.extend(ids, True)
+    pieces = [growing.extend(ids[:count], count == len(ids)) for count in range(1, len(ids) + 1)]
+    assert together.text == growing.text == "".join(pieces) == text
+    assert together.stopped_at == growing.stopped_at
+
+
+def test_new_tokens_are_spelled_behind_the_prompt(tmp_path):
+    """As Llama's tokenizers are made: a space before a text is added, and dropped again from what is spelled."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["insulin and glucose in serum of mice"] * 50),
+        model_prefix=str(tmp_path / "spaced"),
+        vocab_size=300,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        eos_id=0,
+        unk_id=1,
+        bos_id=-1,
+        pad_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "spaced.model")
+    prompt, whole = tokenizer.encode_batch(["insulin and", "insulin and glucose"])
+    assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == "glucose"
+    assert Spelling(tokenizer, prompt, []).extend(whole[len(prompt) :], ended=True) == " glucose"

@@ -2,6 +2,7 @@
 
 import abc
 import importlib.util
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -97,3 +98,21 @@ def test_a_missing_lm_eval_is_named_with_its_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     with pytest.raises(UserError, match=r"biomamba-jax\[eval\]"):
         harness_class()
+
+
+@pytest.mark.parametrize("method", ["loglikelihood", "loglikelihood_rolling"])
+def test_a_model_of_nan_is_refused(model, method):
+    model.scorer.facts = SimpleNamespace(name="m", path="some/folder", dtype="float32")
+    model.scorer.continuations = lambda requests: [[Continuation((np.nan,), False)]]
+    model.scorer.documents = lambda texts: [(0, np.array([1.0, np.nan]))]
+    with pytest.raises(UserError, match="some/folder gives NaN"):
+        getattr(model, method)(requests(("a", "b")))
+
+
+def test_the_command_ends_in_one_line_without_lm_eval():
+    code = "import sys, runpy; sys.modules['lm_eval'] = None; runpy.run_module(sys.argv[1], run_name='__main__')"
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "biomamba_jax.tasks.lm_eval_adapter"], capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and "pip install 'biomamba-jax[eval]'" in ended.stderr
+    assert ended.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ import biomamba_jax
 from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.tasks.documents import Document
 from biomamba_jax.tasks.native_scorer import NativeScorer
-from biomamba_jax.tasks.perplexity import DomainScores, compare, measure, score_domain
+from biomamba_jax.tasks.perplexity import DomainScores, compare, exp, measure, score_domain
 from biomamba_jax.tasks.statistics import Resampling
 
 QUICK = Resampling(resamples=50)
@@ -158,3 +158,7 @@ def test_perplexities_of_different_tokenizers_are_not_compared():
     found = compare("a", made_up([10.0, 20.0], [5, 9]), made_up([9.0, 21.0], [5, 10], [20, 36]), QUICK)
     assert found.perplexity_ratio is None
     assert found.bits_per_byte.value == pytest.approx(0)
+
+
+def test_exp_hands_on_what_is_no_number():
+    assert math.isnan(exp(math.nan)) and exp(800) == math.inf and exp(-math.inf) == 0
