@@ -18,7 +18,16 @@ import numpy as np
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop.native import read_json
-from biomamba_jax.tasks.scorers import Continuation, ModelFacts, Request, Scorer, move_spaces, split_continuation
+from biomamba_jax.tasks.generation import before_stop
+from biomamba_jax.tasks.scorers import (
+    Continuation,
+    ModelFacts,
+    Request,
+    Scorer,
+    check_finite,
+    move_spaces,
+    split_continuation,
+)
 
 _MOST = 4096
 """Positions that a model without a limit is given at one time."""
@@ -61,9 +70,14 @@ class _Model:
         self._torch, self._model, self._tokenizer, self._batch_size = torch, model, tokenizer, batch_size
         limit = getattr(model.config, "max_position_embeddings", None)
         self._limit = min(int(limit), _MOST) if limit else _MOST
-        if model.config.model_type == "roberta":  # its positions begin behind the padding's
-            self._limit -= model.config.pad_token_id + 1
+        self._limit -= _reserved_positions(model)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1  # rows of the head behind it stand for no token
+        self._rows = model.get_input_embeddings().weight.shape[0]
+        if self._vocabulary > self._rows:
+            raise UserError(
+                f"models.{name}: the tokenizer of {folder} has {self._vocabulary} ids, but the model's embedding only "
+                f"{self._rows} rows; the two do not belong together"
+            )
         self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._name, self._folder = name, folder
 
@@ -114,6 +128,7 @@ class _Causal(_Model):
             raise UserError(f"models.{self._name}: the tokenizer of {self._folder} has no bos and no eos to begin with")
         self._end: Row = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.ends_documents = bool(self._end)
+        self._generate_greedily()
         limited = f"up to {self._limit:,} tokens, at least half of them"
         self.facts = self._facts("causal", limited)
 
@@ -174,6 +189,21 @@ class _Causal(_Model):
             results[place].append(scored[index])
         return results
 
+    def _generate_greedily(self) -> None:
+        """Puts settings of greedy text in the place of the folder's (beams, penalties), with which transformers fills
+        whatever a call leaves out; what ends a text stays."""
+        own = self._model.generation_config
+        ends = self._tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+        self._model.generation_config = type(own)(
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=ends,
+            pad_token_id=self._pad,
+            suppress_tokens=list(range(self._vocabulary, self._rows)) or None,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
     def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """See `scorers.Scorer`. One prompt at a time, so that no model needs to know padding on the left."""
         texts = []
@@ -181,15 +211,12 @@ class _Causal(_Model):
             ids = ([*self._own, *ids] or self._start)[-max(1, self._limit - max_new_tokens) :]
             tensor = self._torch.tensor([ids], device=self._model.device)
             with self._torch.inference_mode():
-                new = self._model.generate(
-                    input_ids=tensor,
-                    attention_mask=self._torch.ones_like(tensor),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=self._pad,
-                )[0, len(ids) :]
-            text = self._tokenizer.decode(new, skip_special_tokens=True)
-            texts.append(text[: min((text.index(end) for end in stop if end in text), default=len(text))])
+                found = self._model.generate(
+                    input_ids=tensor, attention_mask=self._torch.ones_like(tensor), max_new_tokens=max_new_tokens
+                )
+            check_finite(self, [float(logits[0, : self._vocabulary].max()) for logits in found.logits])
+            text = self._tokenizer.decode(found.sequences[0, len(ids) :], skip_special_tokens=True)
+            texts.append(before_stop(text, stop))
         return texts
 
 
@@ -258,6 +285,16 @@ class _Masked(_Model):
             f"models.{self._name}: a masked language model cannot generate text; set method likelihood, and "
             "bioasq.types [yesno]"
         )
+
+
+def _reserved_positions(model: Any) -> int:
+    """Rows of the position embedding that no text reaches: RoBERTa and its kin begin to count behind the padding's."""
+    found = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return max(found, default=0)
 
 
 def _windows(length: int, limit: int) -> Iterator[tuple[int, int, int]]:
