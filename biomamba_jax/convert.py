@@ -27,7 +27,7 @@ class ConvertConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the tensors written; native is always float32."""
     tokenizer: str | None = None
-    """Tokenizer to put beside the weights where the input has none: a file, or the name gpt-neox."""
+    """Tokenizer to put beside the weights, in place of the input's if it has one: a file, or the name gpt-neox."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -44,21 +44,30 @@ def convert(config: ConvertConfig) -> list[Path]:
       UserError: input that is damaged or does not fit its config, or output that exists; nothing is written then.
     """
     from biomamba_jax.data.sample import gpt_neox_tokenizer
+    from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import dialect_of, read_model, write_model
+    from biomamba_jax.interop.tensors import BIN
+    from biomamba_jax.interop.weights import refuse_existing
     from biomamba_jax.train.progress import summary_table
 
     for key in ("input", "output"):
         if not getattr(config, key):
             raise UserError(f"--{key} is missing; name the folder")
-    if Path(config.output).exists():
-        raise UserError(f"{config.output}: exists already; give --output a new folder")
+    refuse_existing(Path(config.output))
     weights = read_model(config.input)
     if config.tokenizer:
         file = gpt_neox_tokenizer() if config.tokenizer == "gpt-neox" else Path(config.tokenizer)
-        weights = dataclasses.replace(weights, tokenizer_file=file)
+        if (ids := load_tokenizer(file).vocab_size) > weights.config.known_vocab:
+            raise UserError(
+                f"--tokenizer {config.tokenizer}: has {ids} ids, the model {weights.config.known_vocab}; "
+                "give the tokenizer that the model was trained with"
+            )
+        weights = dataclasses.replace(weights, tokenizer_file=file, token_ids={})
     written = write_model(weights, config.output, config.to, config.dtype)
     rows = [(path.name, f"{_bytes(path) / 1e6:,.2f} MB") for path in written]
     summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
+    if config.to == "mamba_ssm" and not (Path(config.output) / BIN).exists():
+        print(f"torch is not installed: no {BIN}, the file that mamba_ssm itself loads, was written")
     if weights.tokenizer_file is None:
         print("no tokenizer in the input: give --tokenizer FILE (gpt-neox for the released models) to add one")
     return written

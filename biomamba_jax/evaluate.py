@@ -5,7 +5,9 @@ interval. Writes into the output folder report.html and report.json, what each m
 (documents/DOMAIN/MODEL.jsonl) and every answer (predictions/TASK/MODEL.jsonl).
 """
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from biomamba_jax.command_line import parse, run_command, to_yaml
@@ -26,14 +28,22 @@ def evaluate(config: EvaluateConfig) -> Path:
     from biomamba_jax.tasks import evaluation, evaluation_report
 
     output = Path(config.output)
-    try:
+    with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()  # better refused now than when everything is measured
+    results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
+    with _writing(output):  # the config as well, and only now: a run that fails leaves an earlier report with its own
         page.replace(output / "config.yaml", to_yaml(config))
+        page.replace(output / "report.json", evaluation.to_json(results))
+        return evaluation_report.write(results, output)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
-    results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
-    page.replace(output / "report.json", evaluation.to_json(results))
-    return evaluation_report.write(results, output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

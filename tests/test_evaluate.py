@@ -210,3 +210,13 @@ def test_a_model_of_nan_gets_no_figures_but_an_error_that_names_it(folder, tmp_p
     }[task]
     with pytest.raises(UserError, match=f"{broken}.* NaN "):
         evaluate(config(folder, tmp_path / "out", protocol=protocol, **given | asked))
+
+
+def test_a_run_that_fails_leaves_an_earlier_report_and_its_config(folder, tmp_path):
+    only = {"domains": {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}, "pubmedqa": PubMedQAConfig()}
+    first = config(folder, tmp_path, models={"two": str(folder / "two")}, bioasq=BioASQConfig(), **only)
+    evaluate(first)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="no such folder"):
+        evaluate(dataclasses.replace(first, models={"three": str(folder / "three")}))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

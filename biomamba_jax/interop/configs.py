@@ -11,6 +11,7 @@ from typing import Any
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULT_CHUNK = 256  # of both libraries; read as "not chosen", since results do not depend on it
 _HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2"}
 _ARCHITECTURES = {"mamba1": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
@@ -120,8 +121,24 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind} | _stated(raw, outer) | _stated(ssm, names)
 
 
-def write_hf(config: ModelConfig, dtype: str, eos_id: int) -> dict[str, Any]:
-    """The Hugging Face config.json, with every field written out: the library's defaults belong to other models.
+def token_ids(path: Path, raw: Any) -> dict[str, Any]:
+    """Which of TOKEN_IDS a mapping states; there may be several tokens that end a text.
+
+    Raises:
+      UserError: something else than an id, or a list of them.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: token_ids = {raw!r}: is no mapping")
+    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
+    for key, value in found.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {key} = {value!r}: is no token id")
+    return found
+
+
+def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """The Hugging Face config.json, with every field written out: the library's defaults belong to other models. So
+    do its token ids: those that are not known are null.
 
     `unpadded_vocab_size` and `pad_vocab_size_multiple` are ours: the tokens in use, which the library does not know.
     """
@@ -168,9 +185,7 @@ def write_hf(config: ModelConfig, dtype: str, eos_id: int) -> dict[str, Any]:
         "time_step_max": 0.1,
         "time_step_floor": 1e-4,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "pad_token_id": eos_id,
+        **{key: token_ids.get(key) for key in TOKEN_IDS},
         "use_cache": True,
         "dtype": dtype,
         "torch_dtype": dtype,

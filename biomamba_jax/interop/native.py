@@ -1,6 +1,7 @@
 """Native models on disk: model.json and params/ of orbax, and the run directories of `pretrain`.
 
-model.json      {"format_version": 1, "model": fields of ModelConfig, "about": what it was trained on}
+model.json      {"format_version": 1, "model": fields of ModelConfig, "about": what it was trained on,
+                "token_ids": those of a Hugging Face config.json that it came from, if any}
 params/         the parameters as float32, a nested dict, by orbax
 tokenizer.model or tokenizer.json
 """
@@ -60,7 +61,9 @@ def portable(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, **fields)
 
 
-def write(folder: Path, config: ModelConfig, params: dict[str, Any], about: dict[str, Any]) -> None:
+def write(
+    folder: Path, config: ModelConfig, params: dict[str, Any], about: dict[str, Any], token_ids: dict[str, Any]
+) -> None:
     """Writes model.json and params/ into `folder`."""
     fields = dataclasses.asdict(portable(config))
     fields = {name: value for name, value in fields.items() if name not in _NOT_STORED}
@@ -75,7 +78,8 @@ def write(folder: Path, config: ModelConfig, params: dict[str, Any], about: dict
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
-    write_json(folder / MODEL_JSON, {"format_version": FORMAT_VERSION, "model": fields, "about": about})
+    raw = {"format_version": FORMAT_VERSION, "model": fields, "about": about}
+    write_json(folder / MODEL_JSON, raw | ({"token_ids": token_ids} if token_ids else {}))
 
 
 def read(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -12,7 +12,7 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 
-SENTENCEPIECE, TOKENIZER_JSON = "tokenizer.model", "tokenizer.json"
+SENTENCEPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _SPACE = "▁"  # SentencePiece's sign for a space
 _PROBE = (
     "Serum TNF-α rose 2.5-fold (p<0.001).\nMETHODS: 1,024 patients",
@@ -42,8 +42,11 @@ def copy(file: Path, folder: Path) -> Path:
     return load_tokenizer(file).save_to(folder)
 
 
-def write_for_transformers(file: Path, folder: Path) -> None:
+def write_for_transformers(file: Path, folder: Path, stated: dict[str, Any], token_ids: dict[str, Any]) -> None:
     """Writes tokenizer.json and tokenizer_config.json, which make a fast tokenizer; a tokenizer.json is left as it is.
+
+    Special tokens are those of `stated`, an earlier tokenizer_config.json, else those of `token_ids`, else the token
+    that ends a text.
 
     Raises:
       UserError: a SentencePiece model of another make than ours.
@@ -51,18 +54,24 @@ def write_for_transformers(file: Path, folder: Path) -> None:
     tokenizer = load_tokenizer(file)
     if file.suffix == ".model":
         from_sentencepiece(file).save(str(folder / TOKENIZER_JSON))
-    eos = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON)).id_to_token(tokenizer.eos_id)
+    library = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+    eos = library.id_to_token(tokenizer.eos_id)
+
+    def special(name: str) -> Any:
+        known = token_ids.get(f"{name}_id")
+        return stated.get(name) or (library.id_to_token(known) if isinstance(known, int) else None) or eos
+
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eos,
+        "bos_token": special("bos_token"),
         "eos_token": eos,
-        "pad_token": eos,
-        "unk_token": eos,
+        "pad_token": special("pad_token"),
+        "unk_token": special("unk_token"),
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def from_sentencepiece(file: Path) -> hf.Tokenizer:
@@ -98,8 +107,7 @@ def from_sentencepiece(file: Path) -> hf.Tokenizer:
     return tokenizer
 
 
-def generation_config(config: ModelConfig, eos: int) -> dict[str, Any]:
+def generation_config(config: ModelConfig, token_ids: dict[str, Any]) -> dict[str, Any]:
     """transformers' generation_config.json: where text ends, and never an id that is mere padding."""
-    settings: dict[str, Any] = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
     padding = list(range(config.known_vocab, config.padded_vocab))
-    return settings | ({"suppress_tokens": padding} if padding else {})
+    return token_ids | ({"suppress_tokens": padding} if padding else {})

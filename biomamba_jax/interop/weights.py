@@ -36,6 +36,7 @@ class Weights:
       tokenizer_file: a `tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face), if there is one.
       about: what is known of the training, as JSON can hold it; see `native.describe_run`.
       classifier: a layer beside the model that names the class of a text, if there is one.
+      token_ids: bos_token_id, eos_token_id and pad_token_id, as far as the model's own config.json states them.
     """
 
     config: ModelConfig
@@ -43,6 +44,7 @@ class Weights:
     tokenizer_file: Path | None = None
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     classifier: Classifier | None = None
+    token_ids: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def dialect_of(path: str | os.PathLike[str]) -> Dialect:
@@ -88,7 +90,9 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
     if dialect == "native":
         model, params = native.read(folder)
         beside = classifier.find(folder, model.d_model)
-        return Weights(model, params, tokenizers.find(folder), native.read_about(folder), beside)
+        path, raw = folder / native.MODEL_JSON, native.read_json(folder / native.MODEL_JSON)
+        ids = configs.token_ids(path, raw.get("token_ids", {}))
+        return Weights(model, params, tokenizers.find(folder), native.read_about(folder), beside, ids)
     source = tensors.open_tensors(folder)
     config_json = folder / "config.json"
     raw = native.read_json(config_json)
@@ -98,7 +102,17 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
     config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
     about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
     params = _read_params(config, source, dialect, folder)
-    return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model))
+    ids = _token_ids(folder) if dialect == "hf" else {}
+    return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model), ids)
+
+
+def _token_ids(folder: Path) -> dict[str, Any]:
+    """Those of config.json, or of generation_config.json where that one knows better."""
+    found: dict[str, Any] = {}
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        if path.exists():
+            found |= configs.token_ids(path, native.read_json(path))
+    return found
 
 
 def _read_run(folder: Path) -> Weights:
@@ -152,7 +166,7 @@ def write_model(
     with _whole_folder(Path(folder)) as new:
         tokenizer_file = weights.tokenizer_file and tokenizers.copy(weights.tokenizer_file, new)
         if dialect == "native":
-            native.write(new, weights.config, weights.params, weights.about)
+            native.write(new, weights.config, weights.params, weights.about, weights.token_ids)
         else:
             _write_foreign(weights, new, dialect, dtype)
         if weights.classifier is not None:
@@ -164,12 +178,15 @@ def write_model(
 
 def _write_foreign(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
     config, source = weights.config, weights.tokenizer_file
-    eos_id = tokenizers.eos_id(source) if source else 0
     if dialect == "hf":
-        raw = configs.write_hf(config, dtype, eos_id)
-        native.write_json(folder / "generation_config.json", tokenizers.generation_config(config, eos_id))
-        if source:
-            tokenizers.write_for_transformers(source, folder)
+        ids = weights.token_ids
+        if source:  # which token ends a text is the tokenizer's to say, and that one stands in where no other is stated
+            eos = tokenizers.eos_id(source)
+            ids = dict.fromkeys(configs.TOKEN_IDS, eos) | ids | {"eos_token_id": eos}
+            beside = source.parent / tokenizers.TOKENIZER_CONFIG
+            tokenizers.write_for_transformers(source, folder, native.read_json(beside) if beside.exists() else {}, ids)
+        raw = configs.write_hf(config, dtype, ids)
+        native.write_json(folder / "generation_config.json", tokenizers.generation_config(config, ids))
     else:
         raw = configs.write_mamba_ssm(config)
     native.write_json(folder / "config.json", raw)
@@ -182,19 +199,30 @@ def _write_foreign(weights: Weights, folder: Path, dialect: str, dtype: str) -> 
         tensors.write_bin(folder)
 
 
+def refuse_existing(folder: Path) -> None:
+    """Raises a UserError where `folder` exists, or can never exist."""
+    try:
+        exists = folder.exists()
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give --output another folder") from None
+    if exists:
+        raise UserError(f"{folder}: exists already; give --output a new folder")
+
+
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
     """A folder beside `folder` that takes its name when the block ends, and goes when it fails."""
-    if folder.exists():
-        raise UserError(f"{folder}: exists already; name a new folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    refuse_existing(folder)
+    new = None
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
         yield new
         new.chmod(0o755)
         os.rename(new, folder)
     except BaseException as error:
-        shutil.rmtree(new, ignore_errors=True)
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(f"{folder}: cannot be written ({error})") from None
         raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -154,3 +155,24 @@ def test_bfloat16_keeps_the_nearest_values(weights, tmp_path):
     write_model(weights, tmp_path / "hf", "hf", "bfloat16")
     expected = weights.params["embedding"].astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(read_model(tmp_path / "hf").params["embedding"], expected)
+
+
+def test_without_torch_the_command_says_which_file_is_missing(weights, tmp_path, capsys, monkeypatch):
+    write_model(weights, tmp_path / "native", "native")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    convert.main(["--input", str(tmp_path / "native"), "--output", str(tmp_path / "out"), "--to", "mamba_ssm"])
+    assert "torch is not installed: no pytorch_model.bin" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["file/out", "n" * 300])
+def test_an_output_that_cannot_be_is_refused_in_one_line(weights, name, tmp_path):
+    write_model(weights, tmp_path / "native", "native")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert.main(["--input", str(tmp_path / "native"), f"--output={tmp_path}/{name}", "--to", "hf"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "native"]
+
+
+def test_an_output_may_have_the_longest_name_that_there_is(weights, tmp_path):
+    write_model(weights, tmp_path / ("n" * 255), "hf")
+    assert_equal(weights, read_model(tmp_path / ("n" * 255)))
