@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from biomamba_jax.config.checks import check, check_at_least
+from biomamba_jax.config.checks import check, check_at_least, check_types
 from biomamba_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
@@ -55,6 +55,7 @@ class ModelConfig:
     """Layers per step of the scan over layers; n_layers unrolls it fully: slower to compile, faster on CPU."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model")
         sizes = ("d_model", "n_layers", "vocab_size", "pad_vocab_multiple", "d_state", "expand", "dt_rank", "headdim")
         check_at_least(1, "model", self, *sizes, "n_groups", "chunk_size", "unroll")
         check_at_least(2, "model", self, "d_conv")

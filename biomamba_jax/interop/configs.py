@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.checks import check_type
 from biomamba_jax.errors import UserError
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -55,14 +56,22 @@ def _refuse(path: Path, unsupported: dict[str, Any]) -> None:
 
 def _no_clamp(limit: Any) -> bool:
     """Whether a dt limit is (0, inf), in any spelling of JSON: Infinity, "Infinity" or {"__float__": "Infinity"}."""
-    plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
-    return [float(bound) for bound in plain] == [0.0, math.inf]
+    try:
+        plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
+        return [float(bound) for bound in plain] == [0.0, math.inf]
+    except (TypeError, ValueError, StopIteration):
+        return False
 
 
-def _stated(raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    fields = {field: raw[key] for key, field in names.items() if raw.get(key) is not None}
-    if fields.get("dt_rank") == "auto":
-        del fields["dt_rank"]
+def _stated(path: Path, raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Fields of ModelConfig by the keys that a file has for them; null says nothing."""
+    fields = {}
+    for key, field in names.items():
+        value = raw.get(key)
+        if value is None or (field, value) == ("dt_rank", "auto"):
+            continue
+        check_type(ModelConfig, field, f"{path}: {key}", value)
+        fields[field] = value
     if fields.get("chunk_size") == _DEFAULT_CHUNK:
         del fields["chunk_size"]
     return fields
@@ -74,20 +83,21 @@ def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: another model type, or settings that these models do not have.
     """
-    kind = _HF_TYPES.get(raw["model_type"])
+    kind = _HF_TYPES.get(raw["model_type"]) if isinstance(raw["model_type"], str) else None
     if kind is None:
         raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(_HF_TYPES)} can be read")
     unsupported = {key: raw[key] for key in ("hidden_act",) if raw.get(key, "silu") not in ("silu", "swish")}
     if kind == "mamba2" and not _no_clamp(raw.get("time_step_limit", (0.0, math.inf))):
         unsupported["time_step_limit"] = raw["time_step_limit"]
-    inner = [raw.get(a, 0) * raw.get(b, 0) for a, b in (("num_heads", "head_dim"), ("expand", "hidden_size"))]
-    if kind == "mamba2" and all(inner) and inner[0] != inner[1]:
-        unsupported["num_heads * head_dim"] = inner[0]
     _refuse(path, unsupported)
-    fields = _stated(raw, _HF_FIELDS | _HF_KIND_FIELDS[kind])
-    multiple = raw.get("pad_vocab_size_multiple")
-    rows = {"vocab_size": raw.get("unpadded_vocab_size", raw.get("vocab_size")), "pad_vocab_multiple": multiple}
-    return {"kind": kind} | fields | {key: value for key, value in rows.items() if value is not None}
+    fields = _stated(path, raw, _HF_FIELDS | _HF_KIND_FIELDS[kind])
+    fields |= _stated(path, raw, {"vocab_size": "vocab_size"})
+    fields |= _stated(path, raw, {"unpadded_vocab_size": "vocab_size", "pad_vocab_size_multiple": "pad_vocab_multiple"})
+    heads = _stated(path, raw, {"num_heads": "n_groups"}).get("n_groups", 0)  # any whole number
+    inner = heads * fields.get("headdim", 0), fields.get("expand", 0) * fields.get("d_model", 0)
+    if kind == "mamba2" and all(inner) and inner[0] != inner[1]:
+        _refuse(path, {"num_heads * head_dim": inner[0]})
+    return {"kind": kind} | fields
 
 
 def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
@@ -97,8 +107,11 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
       UserError: settings that these models do not have.
     """
     ssm = raw.get("ssm_cfg") or {}
-    kind = _SSM_LAYERS.get(ssm.get("layer", "Mamba1"))  # files of Mamba-1 from before there was a choice name none
-    unsupported = {} if kind else {"ssm_cfg.layer": ssm["layer"]}
+    if not isinstance(ssm, dict):
+        raise UserError(f"{path}: ssm_cfg = {ssm!r}: is no mapping")
+    layer = ssm.get("layer", "Mamba1")  # files of Mamba-1 from before there was a choice name none
+    kind = _SSM_LAYERS.get(layer) if isinstance(layer, str) else None
+    unsupported = {} if kind else {"ssm_cfg.layer": layer}
     kind = kind or "mamba1"
     unsupported |= {key: raw[key] for key in ("d_intermediate", "attn_layer_idx", "attn_cfg") if raw.get(key)}
     unsupported |= {"rms_norm": False} if raw.get("rms_norm") is False else {}
@@ -118,7 +131,7 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         "pad_vocab_size_multiple": "pad_vocab_multiple",
         "tie_embeddings": "tie_embeddings",
     }
-    return {"kind": kind} | _stated(raw, outer) | _stated(ssm, names)
+    return {"kind": kind} | _stated(path, raw, outer) | _stated(path, ssm, names)
 
 
 def token_ids(path: Path, raw: Any) -> dict[str, Any]:

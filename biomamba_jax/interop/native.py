@@ -8,6 +8,7 @@ tokenizer.model or tokenizer.json
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _CHUNK_BYTES = 36 << 20
 # How to compute is for whoever computes; the rest of ModelConfig describes the weights.
 _NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
 _RECIPE = ("optimizer", "schedule", "loss", "train")
+_SECTIONS = ("data", "checkpoint", "lora")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,14 +92,18 @@ def read(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}")
     try:
         config = portable(ModelConfig(**raw["model"]))
-    except (KeyError, TypeError) as error:
+        shapes = native_shapes(config)
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(f"{path}: is not a model's ({error})") from None
-    return config, _restore(folder / PARAMS, "", native_shapes(config))
+    return config, _restore(folder / PARAMS, "", shapes)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What model.json tells of the training."""
-    return read_json(folder / MODEL_JSON).get("about", {})
+    about = read_json(folder / MODEL_JSON).get("about", {})
+    if not isinstance(about, dict):
+        raise UserError(f"{folder / MODEL_JSON}: about = {about!r}: is no mapping")
+    return about
 
 
 def _restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[str, Any]:
@@ -117,8 +123,13 @@ def _restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[
                 raise UserError(f"{checkpoint}: does not fit its config (key: expected, found): {rows}")
             restored = {path: _restore_one(handler, checkpoint, tree, prefix + path) for path in expected}
         except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{checkpoint}: cannot be read ({str(error).splitlines()[0]})") from None
+            raise _unreadable(checkpoint, error) from None
     return unflatten(restored)
+
+
+def _unreadable(checkpoint: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{checkpoint}: cannot be read ({reason}); it is damaged, take another copy or checkpoint")
 
 
 def _restore_one(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path, tree: Any, wanted: str) -> np.ndarray:
@@ -154,37 +165,56 @@ class Run:
 def read_run(folder: Path) -> Run:
     """A checkpoint of a run directory, the best one where the run keeps it and else the newest: its averaged weights
     where the run keeps them."""
-    path = folder / "config.yaml"
-    try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
-        config = ModelConfig(**settings["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is not the config of a run ({error})") from None
-    steps = [int(entry.name) for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
+    settings, config = _settings(folder / "config.yaml")
+    entries = [entry for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
+    steps = [
+        int(entry.name) for entry in entries if (entry / "state").is_dir()
+    ]  # else left half-deleted or half-copied
     if not steps:
         raise UserError(
             f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
     step, loop = max(steps), _loop(folder / "checkpoints" / str(max(steps)))
-    best = loop.get("best", {}).get("step")
-    if settings.get("checkpoint", {}).get("keep_best") and best in steps:
+    best = (loop.get("best") or {}).get("step")
+    if settings["checkpoint"].get("keep_best") and best in steps:
         step = best
     checkpoint = folder / "checkpoints" / str(step) / "state"
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
-        shapes = {path: tuple(leaf.shape) for path, leaf in flatten(_metadata(handler, checkpoint)).items()}
+        try:
+            shapes = {path: tuple(leaf.shape) for path, leaf in flatten(_metadata(handler, checkpoint)).items()}
+        except (ValueError, OSError, KeyError) as error:
+            raise _unreadable(checkpoint, error) from None
     average = next((path for path in shapes if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
     config = portable(config)
     labels = tuple(settings.get("labels", ())) if settings.get("head") == "classifier" else ()
     expected = native_shapes(config) | ({"classifier": (len(labels), config.d_model)} if labels else {})
-    base, lora = None, settings.get("lora", {})
+    base, lora = None, settings["lora"]
     if lora.get("rank"):
-        base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
+        try:
+            base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: its config or {step}/loop does not tell the adapters' base ({error!r})"
+            ) from None
         expected = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
-    data = Path(settings.get("data", {}).get("path", ""))
+    data = Path(settings["data"].get("path") or "")
     tokenizer_file = tokenizers.find(folder) or _tokenizer_of_shards(data)
     about = describe_run(folder, settings, step, data)
     return Run(config, _restore(checkpoint, prefix, expected), tokenizer_file, about, base, labels)
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The config.yaml of a run, its sections as mappings, and the model's as a ModelConfig."""
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+        settings |= {name: dict(settings.get(name) or {}) for name in _SECTIONS}
+        rows = settings["data"]
+        if not all(type(rows.get(key)) is int for key in ("batch_size", "sequence_length")):
+            raise TypeError("data.batch_size or data.sequence_length is no whole number")
+        return settings, ModelConfig(**settings["model"])
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"{path}: is not the config of a run ({error})") from None
 
 
 def _loop(checkpoint: Path) -> dict[str, Any]:
@@ -192,7 +222,13 @@ def _loop(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / "loop").exists():
         return {}
     with closing(ocp.JsonCheckpointHandler()) as handler:
-        return handler.restore(epath.Path((checkpoint / "loop").absolute()))
+        try:
+            loop = handler.restore(epath.Path((checkpoint / "loop").absolute()))
+        except (ValueError, OSError) as error:
+            raise _unreadable(checkpoint / "loop", error) from None
+    if not isinstance(loop, dict) or not isinstance(loop.get("best") or {}, dict):
+        raise UserError(f"{checkpoint / 'loop'}: is not what the training loop wrote")
+    return loop
 
 
 def _tokenizer_of_shards(data: Path) -> Path | None:
@@ -211,7 +247,7 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
       the run directory and the shards still tell it.
     """
     rows = settings["data"]
-    sections = (*_RECIPE, "lora") if settings.get("lora", {}).get("rank") else _RECIPE
+    sections = (*_RECIPE, "lora") if settings["lora"].get("rank") else _RECIPE
     about: dict[str, Any] = {
         "steps": step,
         "tokens": step * rows["batch_size"] * rows["sequence_length"],
@@ -219,8 +255,7 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
     }
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
-        lines = [json.loads(line) for line in metrics.read_text("utf-8").splitlines(keepends=True) if line[-1:] == "\n"]
-        held_out = [line for line in lines if line.get("split") == "validation" and line["step"] <= step]
+        held_out = [line for line in _metrics(metrics) if line.get("split") == "validation" and line["step"] <= step]
         about |= {"evaluation": held_out[-1]} if held_out else {}
     if (data / MANIFEST_NAME).exists():
         manifest = Manifest.load(data)
@@ -230,3 +265,15 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
             "tokenizer": manifest.tokenizer.name,
         }
     return about
+
+
+def _metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one without its end is still being written."""
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values = json.loads(line)
+            if type(values["step"]) is not int:
+                raise TypeError("step is no whole number")
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is damaged ({error!r}); take it out") from None
+        yield values

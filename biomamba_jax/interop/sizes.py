@@ -80,6 +80,8 @@ def _vocabulary(path: Path, rows: int, stated: dict[str, Any], tokenizer_vocab: 
             "the two do not belong together"
         )
     in_use = stated.get("vocab_size", rows)
+    if in_use < 1:
+        raise UserError(f"{path}: vocab_size is {in_use}: must be at least 1")
     if in_use > rows:
         raise UserError(f"{path}: vocab_size is {in_use}, but the embedding has only {rows} rows")
     in_use = min(in_use, tokenizer_vocab or rows)

@@ -107,7 +107,9 @@ def open_tensors(folder: Path) -> TensorSource:
     if (index := folder / INDEX).exists():
         try:
             files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            if not all(isinstance(name, str) for name in files):
+                raise TypeError(f"weight_map names {files}")
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"{index}: no index of safetensors ({error!r}); download it again") from None
         return _Safetensors([folder / name for name in files])
     if (folder / BIN).exists():

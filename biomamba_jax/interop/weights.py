@@ -100,7 +100,10 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
     tokenizer_file = tokenizers.find(folder)
     vocabulary = tokenizers.vocab_size(tokenizer_file) if tokenizer_file else None
     config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
-    about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
+    try:
+        about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
+    except ValueError as error:
+        raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is no JSON ({error})") from None
     params = _read_params(config, source, dialect, folder)
     ids = _token_ids(folder) if dialect == "hf" else {}
     return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model), ids)

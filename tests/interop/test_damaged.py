@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from biomamba_jax import convert
 from biomamba_jax.command_line import run_command
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.interop import write_model
+from biomamba_jax.interop import read_model, write_model
 
 MODELS = {
     "mamba1": ModelConfig(kind="mamba1", d_model=32, n_layers=3, vocab_size=61, pad_vocab_multiple=1),
@@ -147,3 +147,74 @@ def test_native_parameters_of_another_shape_are_listed(tmp_path, capsys):
     raw["model"]["d_state"] = 8
     path.write_text(json.dumps(raw))
     assert "layers/mixer/A_log: (3, 64, 8), (3, 64, 16)" in refusal(tmp_path / "native", capsys)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_type": ["mamba2"]}, "model_type ['mamba2']"),
+        ({"hidden_size": "32"}, "hidden_size = '32': must be a whole number"),
+        ({"expand": 2.0}, "expand = 2.0: must be a whole number"),
+        ({"use_bias": "false"}, "use_bias = 'false': must be true or false"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon = '1e-5': must be a number"),
+        ({"layer_norm_epsilon": -1}, "norm_eps = -1: must be 0 or more"),
+        ({"unpadded_vocab_size": 0}, "vocab_size is 0"),
+        ({"pad_vocab_size_multiple": "8"}, "pad_vocab_size_multiple = '8'"),
+        ({"model_type": "mamba2", "num_heads": "2"}, "num_heads = '2'"),
+        ({"model_type": "mamba2", "time_step_limit": None}, "time_step_limit = None"),
+        ({"model_type": "mamba2", "time_step_limit": 5}, "time_step_limit = 5"),
+        ({"model_type": "mamba2", "time_step_limit": [{}, "a"]}, "time_step_limit = [{}, 'a']"),
+    ],
+    ids=str,
+)
+def test_a_setting_of_another_type_is_named_with_its_file(folder, values, message, capsys):
+    set_config(folder / "config.json", **values)
+    said = refusal(folder, capsys)
+    assert f"{folder / 'config.json'}: " in said and message in said
+
+
+def test_a_size_that_is_null_comes_from_the_tensors(folder, capsys):
+    set_config(folder / "config.json", hidden_size=None, expand=None)
+    assert read_model(folder).config.d_model in (32, 64)
+
+
+@pytest.mark.parametrize(
+    "index", [{"weight_map": {"a": 5}}, {"weight_map": {"a": 5, "b": "c"}}, {"weight_map": []}, []]
+)
+def test_an_index_that_names_no_files_is_named(folder, index, capsys):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json: no index of safetensors" in refusal(folder, capsys)
+
+
+def test_metadata_of_tensors_that_is_no_json_is_refused(folder, capsys):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"biomamba_jax": "{"})
+    assert "biomamba_jax of its tensors is no JSON" in refusal(folder, capsys)
+
+
+@pytest.mark.parametrize("ssm", ["x", {"layer": ["Mamba2"]}, {"dt_limit": None}, {"d_state": "16"}], ids=str)
+def test_a_damaged_config_of_mamba_ssm_is_named(tmp_path, ssm, capsys):
+    write_model(random_weights(MODELS["mamba2"]), tmp_path / "ssm", "mamba_ssm")
+    set_config(tmp_path / "ssm" / "config.json", ssm_cfg=ssm)
+    assert f"{tmp_path / 'ssm' / 'config.json'}: " in refusal(tmp_path / "ssm", capsys)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"d_state": "16"}, {"n_layers": 2.5}, {"d_model": None}, {"kind": "mamba3"}, {"vocab_size": None}],
+    ids=str,
+)
+def test_a_native_model_s_setting_of_another_type_is_named_with_its_file(tmp_path, values, capsys):
+    write_model(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
+    path = tmp_path / "native" / "model.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps(raw | {"model": raw["model"] | values}))
+    said = refusal(tmp_path / "native", capsys)
+    assert f"{path}: is not a model's" in said and f"model.{next(iter(values))}" in said
+
+
+def test_native_parameters_that_are_damaged_are_named(tmp_path, capsys):
+    write_model(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
+    (tmp_path / "native" / "params" / "_METADATA").write_text("{")
+    assert f"{tmp_path / 'native' / 'params'}: cannot be read" in refusal(tmp_path / "native", capsys)

@@ -86,3 +86,38 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(PretrainConfig()))
     with pytest.raises(UserError, match="no checkpoint"):
         read_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.yaml", b"# \xff", "config.yaml: is not the config of a run"),
+        ("config.yaml", b"- a", "config.yaml: is not the config of a run"),
+        ("config.yaml", b"model: {d_model: 32}", r"config.yaml: .*data\.batch_size"),
+        ("config.yaml", b"model: {d_model: '32'}\ndata: {batch_size: 1, sequence_length: 1}", "config.yaml: .*d_model"),
+        ("metrics.jsonl", b'{"step": 0}\n{"a":\n', "metrics.jsonl: line 2 is damaged"),
+        ("metrics.jsonl", b"[1]\n", "metrics.jsonl: line 1 is damaged"),
+        ("checkpoints/10/state/_METADATA", b"{", "checkpoints/10/state: cannot be read"),
+        ("checkpoints/10/loop/metadata", b"{", "checkpoints/10/loop: cannot be read"),
+        ("checkpoints/10/loop/metadata", b"[]", "checkpoints/10/loop: is not what"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content, message):
+    write_run(tmp_path / "run", 0.0)
+    assert (tmp_path / "run" / file).is_file()
+    (tmp_path / "run" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_model(tmp_path / "run")
+
+
+def test_a_line_of_metrics_that_is_still_being_written_is_left_out(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 10, "spl')
+    assert read_model(tmp_path / "run").about["evaluation"]["perplexity"] == 90.0
+
+
+def test_an_empty_newer_checkpoint_does_not_hide_the_last_complete_one(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    (tmp_path / "run" / "checkpoints" / "99999").mkdir()
+    assert read_model(tmp_path / "run").about["steps"] == 10
