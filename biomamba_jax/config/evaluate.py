@@ -15,11 +15,14 @@ Thresholds = Literal["none", "accuracy", "macro_f1"]
 def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
     """Refuses a template that names other fields than these, or that leaves out {question}."""
     try:
-        named = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         check(False, key, template, f"is no template ({error}); write {{{{ and }}}} for braces")
+    named = [name for _, name, _, _ in parts]
     known = ", ".join(f"{{{name}}}" for name in fields)
     check(not set(named) - set(fields), key, template, f"may name {known}; write {{{{ and }}}} for other braces")
+    plain = not any(specification or conversion for _, _, specification, conversion in parts)
+    check(plain, key, template, f"may name {known} as they are, with no format behind : or !")
     check("question" in named, key, template, "must contain {question}")
 
 

@@ -62,9 +62,8 @@ def _question(path: str | Path, number: int, entry: Any) -> Question:
         key, kind, body = str(entry.get("id") or number), entry["type"], entry["body"]
         if kind not in _KINDS or not isinstance(body, str):
             raise ValueError
-        snippets = tuple(s if isinstance(s, str) else str(s["text"]) for s in entry.get("snippets") or [])
-        ideal = entry.get("ideal_answer") or []
-        ideal = (ideal,) if isinstance(ideal, str) else tuple(map(str, ideal))
+        snippets = _texts([s if isinstance(s, str) else s["text"] for s in _listed(entry.get("snippets") or [])])
+        ideal = _texts(entry.get("ideal_answer") or [])
         golden = _golden(kind, entry.get("exact_answer"))
     except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(
@@ -74,18 +73,31 @@ def _question(path: str | Path, number: int, entry: Any) -> Question:
     return Question(key, kind, body, snippets, ideal, golden)
 
 
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError("no list")
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """A text, or a list of them, as a tuple; numbers as they are written."""
+    texts = [value] if isinstance(value, str) else _listed(value)
+    if not all(isinstance(text, str) or type(text) in (int, float) for text in texts):
+        raise TypeError("no text")
+    return tuple(map(str, texts))
+
+
 def _golden(kind: Kind, answer: Any) -> tuple[tuple[str, ...], ...]:
     """An exact answer of any year as a tuple of tuples of synonyms."""
     if answer is None or answer == [] or answer == "" or kind == "summary":
         return ()
     if kind == "yesno":
         while isinstance(answer, list):
-            answer = answer[0]
+            answer = answer[0] if answer else ""
         read = measures.read_yesno(answer)
         return () if read == "none" else ((read,),)
     if isinstance(answer, str):
         return ((answer,),)
-    if all(isinstance(item, str) for item in answer):  # the years before lists of lists
+    if all(isinstance(item, str) for item in _listed(answer)):  # the years before lists of lists
         return (tuple(answer),) if kind == "factoid" else tuple((item,) for item in answer)
-    items = tuple((item,) if isinstance(item, str) else tuple(map(str, item)) for item in answer)
-    return tuple(item for item in items if item)
+    return tuple(item for item in map(_texts, answer) if item)

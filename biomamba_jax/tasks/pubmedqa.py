@@ -66,8 +66,10 @@ def read_questions(path: str | Path) -> list[Question]:
     for key, entry in _read_mapping(path).items():
         try:
             texts, labels = entry["CONTEXTS"], entry.get("LABELS") or []
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise TypeError
             labels = [*labels, *[""] * (len(texts) - len(labels))]
-            contexts = tuple((str(label), str(text)) for label, text in zip(labels, texts, strict=True))
+            contexts = tuple((str(label), text) for label, text in zip(labels, texts, strict=True))
             answer = entry["final_decision"]
             if answer not in YES_NO_MAYBE or not isinstance(entry["QUESTION"], str):
                 raise ValueError
@@ -88,7 +90,7 @@ def official_split(questions: Sequence[Question], test_ids: str | Path | None = 
       test_ids: their test_ground_truth.json, if the test set is to be checked against it.
 
     Raises:
-      UserError: the test set is not that of `test_ids`.
+      UserError: the test set is not that of `test_ids`, or there are too few questions.
     """
     draw = random.Random(_SEED)
     development, test = _stratified(questions, 2, draw)
@@ -125,6 +127,8 @@ def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) 
     last = divided[-1]
     if len(last) != len(divided[0]):  # rounding up left the last one short: it gets one of each other part
         for part in divided[:-1]:
+            if not part:
+                raise UserError(f"PubMedQA: {len(questions)} questions are too few to be divided into {parts} parts")
             moved = draw.choice(part)
             part.remove(moved)
             last.append(moved)

@@ -76,3 +76,31 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"golden\.json: .*give a golden file of BioASQ"):
         read_questions(path)
+
+
+def write_one(path, **values):
+    path.write_text(json.dumps({"questions": [{"id": "1", "type": "list", "body": "b"} | values]}))
+    return path
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"exact_answer": [[None]]},
+        {"exact_answer": [[["a"]]]},
+        {"exact_answer": {"a": 1}},
+        {"snippets": [{"text": None}]},
+        {"snippets": {"text": "x"}},
+        {"ideal_answer": [None]},
+    ],
+    ids=str,
+)
+def test_what_is_no_text_is_refused_and_does_not_become_one(tmp_path, values):
+    with pytest.raises(UserError, match="question 1 has no type"):
+        read_questions(write_one(tmp_path / "g.json", **values))
+
+
+@pytest.mark.parametrize("kind", ["yesno", "factoid", "list"])
+def test_an_answer_that_is_an_empty_list_is_none(tmp_path, kind):
+    (question,) = read_questions(write_one(tmp_path / "g.json", type=kind, exact_answer=[[]]))
+    assert question.golden == ()

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.pubmedqa import official_split, random_test, read_questions
+from biomamba_jax.tasks.pubmedqa import Question, official_split, random_test, read_questions
 
 
 def entry(answer="yes", **changes):
@@ -72,3 +72,22 @@ def test_the_published_subset_is_a_fifth_drawn_by_numpy(questions):
 def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, broken):
     with pytest.raises(UserError, match=r"q\.json: .*(7|no JSON object)"):
         read_questions(write(tmp_path / "q.json", broken))
+
+
+def test_too_few_questions_are_said_to_be_too_few():
+    for count in range(2, 60):
+        draw = random.Random(count)
+        labels = draw.choices(("yes", "no", "maybe"), (55, 34, 11), k=count)
+        try:
+            split = official_split([Question(str(i), "?", (), label, "") for i, label in enumerate(labels)])
+            assert sum(map(len, split.folds)) + len(split.test) == count
+        except UserError as error:
+            assert "too few" in str(error)
+
+
+@pytest.mark.parametrize("contexts", ["abc", [None], None, {"a": "b"}])
+def test_contexts_that_are_no_list_of_texts_are_refused(tmp_path, contexts):
+    entry = {"QUESTION": "q", "CONTEXTS": contexts, "final_decision": "yes"}
+    (tmp_path / "q.json").write_text(json.dumps({"17": entry}))
+    with pytest.raises(UserError, match="17 has no QUESTION, CONTEXTS"):
+        read_questions(tmp_path / "q.json")
