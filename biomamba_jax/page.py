@@ -49,11 +49,17 @@ def environment_table(about: Mapping[str, Any]) -> str:
     return f'<table class="environment"><tbody>{lines}</tbody></table>' if lines else ""
 
 
+def label(name: str) -> str:
+    """A name as Matplotlib shows it as it is: it takes text between dollars for a formula, and leaves names that begin
+    with an underscore out of a legend."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def svg(title: str, draw: Callable[[Any], None]) -> str:
     """One plot as SVG whose text and axes take the colour of the page around it.
 
     Args:
-      draw: gets Matplotlib's axes.
+      draw: gets Matplotlib's axes; names that users gave go through `label`.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -72,7 +78,7 @@ def svg(title: str, draw: Callable[[Any], None]) -> str:
     with matplotlib.rc_context(style):
         picture = Figure(figsize=(6, 3.4), layout="constrained")
         axes = picture.add_subplot()
-        axes.set_title(title, loc="left", fontweight="bold", fontsize=11)
+        axes.set_title(label(title), loc="left", fontweight="bold", fontsize=11)
         axes.grid(True)
         draw(axes)
         buffer = io.StringIO()

@@ -178,6 +178,8 @@ def test_generated_answers_are_read_as_answers(folder):
         ("--models.m nowhere --domains.d.path x.txt --reference n", "reference = 'n': must be one of m"),
         ("--models.m x --pubmedqa.path x --pubmedqa.prompt {context}", "must contain {question}"),
         ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question}{answer}", "may name {question}, {context}"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question:d}", "with no format behind"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question!r}", "with no format behind"),
         (
             "--models.m x --bioasq.path [x] --bioasq.thresholds accuracy",
             "needs method likelihood and",
@@ -220,3 +222,11 @@ def test_a_run_that_fails_leaves_an_earlier_report_and_its_config(folder, tmp_pa
     with pytest.raises(UserError, match="no such folder"):
         evaluate(dataclasses.replace(first, models={"three": str(folder / "three")}))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_level_of_the_intervals_is_not_rounded(folder, tmp_path):
+    only = {"models": {"_a$b$": str(folder / "two")}, "pubmedqa": PubMedQAConfig(), "bioasq": BioASQConfig()}
+    domains = {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}
+    evaluate(config(folder, tmp_path, confidence=0.995, domains=domains, **only))
+    page = (tmp_path / "report.html").read_text()
+    assert "99.5% intervals" in page and page.count("_a$b$</text>") == 2

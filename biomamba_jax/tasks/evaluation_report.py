@@ -48,9 +48,8 @@ def write(results: Evaluation, output: Path) -> Path:
     """Writes `output`/report.html, whole or not at all, and returns its path."""
     config = results.config
     title = output.resolve().name
-    interval = (
-        f"{config.confidence:.0%} intervals in brackets; bootstrap over documents or questions, Wilson for accuracy"
-    )
+    level = f"{100 * config.confidence:g}%"
+    interval = f"{level} intervals in brackets; bootstrap over documents or questions, Wilson for accuracy"
     subtitle = f"{len(results.models)} models · {interval}"
     notes = [_PAPER] if config.protocol == "paper" else []
     body = [
@@ -254,8 +253,10 @@ def _dots(title: str, groups: Sequence[str], values: Mapping[str, Sequence[Estim
             highs = np.array([each.value if each.high is None else each.high for each in estimates])
             spread = np.maximum(0, np.nan_to_num([centers - lows, highs - centers]))
             colour = page.COLOURS[index % len(page.COLOURS)]
-            axes.errorbar(places, centers, spread, fmt="o", color=colour, capsize=3, markersize=4, label=name)
-        axes.set_xticks(range(len(groups)), groups)
+            axes.errorbar(
+                places, centers, spread, fmt="o", color=colour, capsize=3, markersize=4, label=page.label(name)
+            )
+        axes.set_xticks(range(len(groups)), list(map(page.label, groups)))
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.legend(frameon=False)
 
@@ -268,7 +269,7 @@ def _positions(title: str, domain: Domain) -> str:
             places = [1 + (each["from"] + each["to"]) / 2 for each in found.positions]
             nats = [each["cross_entropy"] for each in found.positions]
             colour = page.COLOURS[index % len(page.COLOURS)]
-            axes.plot(places, nats, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
+            axes.plot(places, nats, color=colour, linewidth=1.6, marker="o", markersize=3, label=page.label(name))
         axes.set_xscale("log", base=2)
         axes.set_xlabel("token of the document")
         axes.set_ylabel("nats per token")

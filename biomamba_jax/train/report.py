@@ -193,10 +193,12 @@ def _svg(title: str, curves: Mapping[str, Series], scale: str) -> str:
             colour = page.COLOURS[index % len(page.COLOURS)]
             if name in noisy and len(xs) > 50:
                 axes.plot(*thin(xs, ys), color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(*thin(xs, _smooth(ys)), color=colour, linewidth=1.6, label=f"{name}, smoothed")
+                axes.plot(*thin(xs, _smooth(ys)), color=colour, linewidth=1.6, label=f"{page.label(name)}, smoothed")
             else:
                 marker = "o" if len(xs) <= 50 else None
-                axes.plot(*thin(xs, ys), color=colour, linewidth=1.6, marker=marker, markersize=3, label=name)
+                axes.plot(
+                    *thin(xs, ys), color=colour, linewidth=1.6, marker=marker, markersize=3, label=page.label(name)
+                )
         if len(curves) > 1:
             axes.legend(frameon=False)
 
