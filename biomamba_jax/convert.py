@@ -1,7 +1,8 @@
 """python -m biomamba_jax.convert --input DIR --output DIR --to native|hf|mamba_ssm [--dtype float32|bfloat16|float16]
 
 Converts a model between Hugging Face transformers, mamba_ssm and native. The input's format is recognised from its
-folder; a run directory of `pretrain` is taken as well: its newest checkpoint, averaged weights where it keeps them.
+folder. A run directory is taken as well: its best checkpoint where it keeps that and else the newest, and averaged
+weights where it has them.
 """
 
 import dataclasses

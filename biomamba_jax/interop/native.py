@@ -167,9 +167,8 @@ def read_run(folder: Path) -> Run:
     where the run keeps them."""
     settings, config = _settings(folder / "config.yaml")
     entries = [entry for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
-    steps = [
-        int(entry.name) for entry in entries if (entry / "state").is_dir()
-    ]  # else left half-deleted or half-copied
+    # One without a state was left half-deleted or half-copied.
+    steps = [int(entry.name) for entry in entries if (entry / "state").is_dir()]
     if not steps:
         raise UserError(
             f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
