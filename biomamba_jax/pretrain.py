@@ -85,8 +85,10 @@ def write_baselines(config: PretrainConfig) -> None:
 
     path = Path(config.run_dir) / "baselines.json"
     manifest, train = open_split(config.data.path, "train")
+    if path.exists() or manifest.splits["train"].tokens > _LARGEST_BASELINE:
+        return
     _, held_out = open_split(config.data.path, "validation")
-    if path.exists() or not len(held_out) or manifest.splits["train"].tokens > _LARGEST_BASELINE:
+    if not len(held_out):
         return
     tokenizer = manifest.tokenizer
     baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)

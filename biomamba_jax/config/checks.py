@@ -17,11 +17,11 @@ def check(condition: bool, key: str, value: object, remedy: str) -> None:
 
 
 def check_at_least(least: int, section: str, settings: object, *keys: str) -> None:
-    """`check` of each of these settings that is not None."""
+    """`check` of each of these settings of `section` ("": of none) that is not None."""
     remedy = f"must be at least {least}" if least else "must be 0 or more"
     for key in keys:
         value = getattr(settings, key)
-        check(value is None or value >= least, f"{section}.{key}", value, remedy)
+        check(value is None or value >= least, f"{section}.{key}".lstrip("."), value, remedy)
 
 
 def check_folder(key: str, path: str) -> None:

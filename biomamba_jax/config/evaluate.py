@@ -4,7 +4,7 @@ import string
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
@@ -41,8 +41,7 @@ class DomainConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.path), "domains.*.path", self.path, "name a folder of shards or files")
-        positive = self.max_documents is None or self.max_documents >= 1
-        check(positive, "domains.*.max_documents", self.max_documents, "must be at least 1")
+        check_at_least(1, "domains.*", self, "max_documents")
 
     @property
     def paths(self) -> list[str]:
@@ -77,9 +76,7 @@ class PubMedQAConfig:
         check_template("pubmedqa.prompt", self.prompt, ("question", "context"))
         labels = tuple(self.answers)
         check(labels == YES_NO_MAYBE and all(self.answers.values()), "pubmedqa.answers", self.answers, _ANSWERS)
-        check(self.max_new_tokens >= 1, "pubmedqa.max_new_tokens", self.max_new_tokens, "must be at least 1")
-        positive = self.max_questions is None or self.max_questions >= 1
-        check(positive, "pubmedqa.max_questions", self.max_questions, "must be at least 1")
+        check_at_least(1, "pubmedqa", self, "max_new_tokens", "max_questions")
         fits = self.thresholds == "none" or self.method == "likelihood"
         check(fits, "pubmedqa.thresholds", self.thresholds, "needs pubmedqa.method likelihood")
 
@@ -120,8 +117,8 @@ class BioASQConfig:
         given = tuple(self.answers) == ("yes", "no") and all(self.answers.values())
         check(given, "bioasq.answers", self.answers, "must give a text for yes and one for no, in this order")
         check(bool(self.types), "bioasq.types", self.types, "name yesno, factoid or list")
-        check(self.max_snippets >= 0, "bioasq.max_snippets", self.max_snippets, "must be 0 or more")
-        check(self.max_new_tokens >= 1, "bioasq.max_new_tokens", self.max_new_tokens, "must be at least 1")
+        check_at_least(0, "bioasq", self, "max_snippets")
+        check_at_least(1, "bioasq", self, "max_new_tokens")
         fits = self.thresholds == "none" or (self.method == "likelihood" and self.development)
         check(bool(fits), "bioasq.thresholds", self.thresholds, "needs method likelihood and bioasq.development files")
 
@@ -160,8 +157,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.models), "models", self.models, "name a model: --models.NAME FOLDER")
-        for key in ("window", "batch_size", "resamples"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "must be at least 1")
+        check_at_least(1, "", self, "window", "batch_size", "resamples")
         check(0 < self.confidence < 1, "confidence", self.confidence, "must be in (0, 1)")
         for name in [*self.models, *self.domains]:
             check(name not in ("", ".", "..") and "/" not in name, "models and domains", name, "is no file name")

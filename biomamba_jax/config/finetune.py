@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least
 from biomamba_jax.config.data import RowsConfig
 from biomamba_jax.config.evaluate import BioASQConfig, PubMedQAConfig
 from biomamba_jax.config.train import CheckpointConfig, RunConfig, TrainConfig
@@ -49,7 +49,7 @@ class LoraConfig:
     in_proj and out_proj, Mamba-1 also has x_proj and dt_proj; embedding and lm_head can be adapted too."""
 
     def __post_init__(self) -> None:
-        check(self.rank >= 0, "lora.rank", self.rank, "must be 0 or more")
+        check_at_least(0, "lora", self, "rank")
         check(self.alpha > 0, "lora.alpha", self.alpha, "must be above 0")
         check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)")
         check(bool(self.targets), "lora.targets", self.targets, "name at least one")

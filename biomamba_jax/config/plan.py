@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least
 from biomamba_jax.config.train import PretrainConfig
 
 
@@ -27,7 +27,5 @@ class PlanConfig(PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.slices >= 1, "slices", self.slices, "must be at least 1")
-        check(self.tries >= 1, "tries", self.tries, "must be at least 1")
-        check(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "must be at least 1")
+        check_at_least(1, "", self, "slices", "tries", "tokens")
         check(self.limit_seconds > 0, "limit_seconds", self.limit_seconds, "must be above 0")

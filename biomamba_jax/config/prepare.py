@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import check, check_at_least
 from biomamba_jax.config.data import MixtureConfig
 
 
@@ -27,8 +27,7 @@ class DownloadConfig:
     """Seconds without a byte after which a connection is given up."""
 
     def __post_init__(self) -> None:
-        for key in ("connections", "tries"):
-            check(getattr(self, key) >= 1, f"download.{key}", getattr(self, key), "must be at least 1")
+        check_at_least(1, "download", self, "connections", "tries")
         check(self.timeout > 0, "download.timeout", self.timeout, "must be above 0")
 
 
@@ -58,8 +57,7 @@ class InspectConfig:
     """An HTML file to write the same into, with plots."""
 
     def __post_init__(self) -> None:
-        for key in ("checked", "sequence_length", "preview_tokens"):
-            check(getattr(self, key) >= 1, f"inspect.{key}", getattr(self, key), "must be at least 1")
+        check_at_least(1, "inspect", self, "checked", "sequence_length", "preview_tokens")
 
 
 @dataclass(frozen=True)
@@ -76,4 +74,4 @@ class TokenizersConfig:
     """Text that is read, the same amount of each input."""
 
     def __post_init__(self) -> None:
-        check(self.max_bytes >= 1, "tokenizers.max_bytes", self.max_bytes, "must be at least 1")
+        check_at_least(1, "tokenizers", self, "max_bytes")

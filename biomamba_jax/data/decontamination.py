@@ -133,19 +133,18 @@ def _items(path: Path) -> list[Item]:
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{path}: neither PubMedQA's nor BioASQ's JSON ({error}); see --decontaminate") from None
     else:
-        found = [Item(f"{path.name}: line {number}", text, ()) for number, text in enumerate(_lines(path), 1) if text]
+        lines = _json_lines(path) if kind == ".jsonl" else map(str.strip, read_lines(path))
+        found = [Item(f"{path.name}: line {number}", text, ()) for number, text in enumerate(lines, 1) if text]
     if not found:
         raise UserError(f"{path}: holds no evaluation text; give another --decontaminate")
     return found
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _json_lines(path: Path) -> Iterator[str]:
+    """The strings of each line as one text; "" of an empty line."""
     for number, line in enumerate(read_lines(path), 1):
-        if ".jsonl" not in uncompressed_name(path).lower() or not line.strip():
-            yield line.strip()
-            continue
         try:
-            yield " \n ".join(_strings(json.loads(line)))
+            yield " \n ".join(_strings(json.loads(line))) if line.strip() else ""
         except (ValueError, RecursionError):
             raise UserError(f"{path}: line {number} is not JSON; repair it or give another --decontaminate") from None
 

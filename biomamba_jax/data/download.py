@@ -2,7 +2,8 @@
 
 A file is downloaded as NAME.partial. What a broken connection or a kill leaves of it is the beginning of the next try
 (HTTP ranges); once it is as long as the server says its MD5 must be that of the sidecar NAME.md5, and it gets its name.
-Otherwise it is thrown away and fetched again from its first byte. A file that is there whole is not fetched again.
+Otherwise it is thrown away and fetched again from its first byte. A file that is there whole is not fetched again. The
+file `lock` in the folder keeps a second download out.
 """
 
 import hashlib
@@ -78,6 +79,7 @@ class Downloader:
             folder cannot be made, or another download is at work in it.
         """
         with locked(self.folder):
+            self._stopped.clear()  # of an earlier call
             self._fetch_all(files, connections, progress)
 
     def _fetch_all(self, files: Sequence[Remote], connections: int, progress: Callable[[Remote, str], None]) -> None:

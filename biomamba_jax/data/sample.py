@@ -136,7 +136,8 @@ def _download(wheel: Wheel, folder: Path) -> Path:
     found = list(folder.glob("*.whl"))
     if done.returncode or len(found) != 1:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-        reason = (errors or done.stderr.splitlines() or ["no wheel arrived"])[-1].strip()
+        # pip's first error says which versions there are, its last one only that this one is not among them.
+        reason = (errors or done.stderr.splitlines()[-1:] or ["no wheel arrived"])[0].strip()
         raise UserError(f"pip cannot download {wheel.requirement} ({reason}); {wheel.instead}")
     if not _is_whole(found[0], wheel.sha256):
         raise UserError(f"{found[0].name}, as pip downloaded it, has a wrong sha256; {wheel.instead}")

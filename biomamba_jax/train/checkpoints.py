@@ -18,6 +18,8 @@ from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.optimizer import path_names
 
+_FOLDER = "checkpoints"
+
 
 class _Best(policies.PreservationPolicy):
     """Keeps one step."""
@@ -30,18 +32,14 @@ class _Best(policies.PreservationPolicy):
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Whether a run has a whole checkpoint to go on from; one that a killed process left half-written is none."""
-    return any(path.name.isdigit() for path in _folder(run_dir).glob("*"))
-
-
-def _folder(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
+    return bool(ocp.utils.checkpoint_steps(run_dir / _FOLDER))
 
 
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits for writes in progress when it closes."""
 
     def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.folder = _folder(run_dir)
+        self.folder = run_dir / _FOLDER
         self._best = _Best()
         kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last), self._best]
         if config.keep_every:

@@ -23,7 +23,8 @@ def files():
     try:
         return nlm_sample()
     except UserError as error:
-        if not str(error).startswith("pip cannot download"):
+        # Without pip or an index there is no sample; an index that has other versions of it says that the pin is wrong.
+        if not any(sign in str(error) for sign in ("from versions: none", "No module named pip")):
             raise
         pytest.skip(str(error))
 
