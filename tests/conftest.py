@@ -1,6 +1,7 @@
 """Settings shared by all tests: repeatable examples, and where sample data may lie."""
 
 import gc
+import importlib.metadata
 import os
 import shutil
 import signal
@@ -13,9 +14,13 @@ import pytest
 # Compilers for other chips may be installed too (`make test-long`): they are no devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Compiling takes most of the time of most tests; machine code that is not optimized, and made of loops by the older of
-# XLA's two ways, is ready in a quarter of it and gives the same values. XLA_FLAGS= (empty) tests what users run.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# Compiling takes most of the time of most tests; unoptimized machine code, without the fusion emitters where jaxlib
+# still has the choice, compiles in a quarter of it and gives the same values. XLA_FLAGS= (empty) tests what users run.
+# jaxlib ends the process at a flag that it does not know.
+_FLAGS = ["--xla_backend_optimization_level=0"]
+if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # JAX makes many small objects that live long, which are looked through again and again.
 gc.set_threshold(200_000, 20, 100)
