@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from biomamba_jax.loading import load as load
+    from biomamba_jax.tasks.model import load as load
 
 __version__ = "0.1.0"
 
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # Only when it is asked for: workers that read data import this package, and need none of jax.
     if name == "load":
-        from biomamba_jax.loading import load
+        from biomamba_jax.tasks.model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,8 +13,8 @@ from typing import Any, Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.data.examples import fill_template, read_records
-from biomamba_jax.data.files import read_lines
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_lines
 
 _AT_ONCE = 64
 """Lines read, classified and written together."""
@@ -48,7 +48,7 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
     Raises:
       UserError: a model without a classifier, or a line that the template does not fit.
     """
-    from biomamba_jax.loading import load
+    from biomamba_jax.tasks.model import load
 
     model = load(config.model, config.dtype)
     records = _prompts(config, source)

@@ -24,7 +24,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
       UserError: something cannot be read or written; names it.
     """
-    from biomamba_jax import page
+    from biomamba_jax import files
     from biomamba_jax.tasks import evaluation, evaluation_report
 
     output = Path(config.output)
@@ -33,8 +33,8 @@ def evaluate(config: EvaluateConfig) -> Path:
         tempfile.TemporaryFile(dir=output).close()  # better refused now than when everything is measured
     results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
     with _writing(output):  # the config as well, and only now: a run that fails leaves an earlier report with its own
-        page.replace(output / "config.yaml", to_yaml(config))
-        page.replace(output / "report.json", evaluation.to_json(results))
+        files.write_text(output / "config.yaml", to_yaml(config))
+        files.write_text(output / "report.json", evaluation.to_json(results))
         return evaluation_report.write(results, output)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from biomamba_jax import page
+from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import DistributedConfig, FinetuneConfig
 from biomamba_jax.data.examples import Example, encode_examples
@@ -23,13 +23,13 @@ from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.interop.hub import local_folder
-from biomamba_jax.loading import load
-from biomamba_jax.parallel.distributed import exit_if_stopped, processes, same_everywhere
+from biomamba_jax.parallel.distributed import exit_if_stopped, processes, require_same_config
 from biomamba_jax.tasks.answers import Prediction
+from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
 from biomamba_jax.train.progress import summary_table
-from biomamba_jax.train.setup import computed_as
+from biomamba_jax.train.setup import with_execution_settings
 from biomamba_jax.train.supervised import finetune
 
 RESULTS, PREDICTIONS = "results.json", "predictions"
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = (__doc__ or "").partition("\n\n")[2]
     config = parse(FinetuneConfig, argv, prog="python -m biomamba_jax.finetune", description=description)
     with processes(config.distributed) as first:
-        same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+        require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         weights = read_model(local_folder(config.init_from or ""))
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:
@@ -77,7 +77,7 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
     labels = config.labels or sorted({example.label for example in [*train, *development]})
     config = dataclasses.replace(
         config,
-        model=computed_as(weights.config, config.model),
+        model=with_execution_settings(weights.config, config.model),
         labels=labels if config.head == "classifier" else [],
     )
 
@@ -159,7 +159,7 @@ def _read_predictions(path: Path) -> list[Prediction]:
 
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.replace(path, content)
+    files.write_text(path, content)
 
 
 if __name__ == "__main__":

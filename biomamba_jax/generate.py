@@ -59,7 +59,7 @@ def generate(config: GenerateConfig, source: TextIO, out: TextIO) -> None:
       UserError: no model, no tokenizer, or a line that holds no prompt.
     """
     prompts = _read_jsonl(source) if config.jsonl else config.prompt or _read_lines(Path(config.file or ""))
-    from biomamba_jax.loading import load
+    from biomamba_jax.tasks.model import load
 
     model = load(config.model, config.dtype)
     model.tokenizer  # noqa: B018 - says what is missing

@@ -18,8 +18,8 @@ _SWITCHES = ("--json", "--search")
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` without the program's name, None for this process's arguments."""
     from biomamba_jax.config.plan import PlanConfig
-    from biomamba_jax.measure.plan import make_plan
-    from biomamba_jax.measure.plan_report import show
+    from biomamba_jax.planning.plan import make_plan
+    from biomamba_jax.planning.report import show
 
     words = [word + "=true" if word in _SWITCHES else word for word in (sys.argv[1:] if argv is None else argv)]
     description = (__doc__ or "").partition("\n\n")[2]

@@ -183,7 +183,7 @@ def download(argv: Sequence[str], prog: str) -> None:
 
 def inspect(argv: Sequence[str], prog: str) -> None:
     """What a folder of shards holds."""
-    from biomamba_jax.measure import shards
+    from biomamba_jax.data import inspection
 
     description = "Counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
     words = [f"--path={word}" if i == 0 and not word.startswith("-") else word for i, word in enumerate(argv)]
@@ -191,16 +191,16 @@ def inspect(argv: Sequence[str], prog: str) -> None:
     if not config.path:
         raise UserError(f"name the folder to look into: {prog} data/pubmed")
     inputs = [str(path) for name in config.input for path in input_files(name)]
-    found = shards.inspect(dataclasses.replace(config, input=inputs))
-    shards.show(found, tables(found.manifest))
+    found = inspection.inspect(dataclasses.replace(config, input=inputs))
+    inspection.show(found, tables(found.manifest))
     if config.report is not None:
-        shards.write_html(found, Path(config.report))
+        inspection.write_html(found, Path(config.report))
         print(f"report: {config.report}")
 
 
 def tokenizers(argv: Sequence[str], prog: str) -> None:
     """Tokenizers on the same text."""
-    from biomamba_jax.measure.tokenizers import compare_tokenizers, show
+    from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
     description = "Bytes per token, tokens per word and the share of biomedical terms that are one token."
     config = parse(TokenizersConfig, _as_settings(argv, TokenizersConfig), prog=prog, description=description)

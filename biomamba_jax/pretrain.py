@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from biomamba_jax import page
+from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import DistributedConfig, ModelConfig, PretrainConfig
 
@@ -26,7 +26,13 @@ _LARGEST_BASELINE = 100_000_000
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; `argv` without the program's name, None for this process's arguments."""
-    from biomamba_jax.parallel.distributed import A_DAY, exit_if_stopped, processes, same_everywhere, wait_for_all
+    from biomamba_jax.parallel.distributed import (
+        DATA_TIMEOUT,
+        exit_if_stopped,
+        processes,
+        require_same_config,
+        wait_for_all,
+    )
     from biomamba_jax.train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)
@@ -34,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     description = (__doc__ or "").partition("\n\n")[2]
     config = parse(PretrainConfig, argv, prog="python -m biomamba_jax.pretrain", description=description)
     with processes(config.distributed) as first:
-        same_everywhere(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+        require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         if first:
             prepare_if_missing(config)
             write_baselines(config)
-        wait_for_all("data", within=A_DAY)
+        wait_for_all("data", within=DATA_TIMEOUT)
         complete = train(*with_initial_weights(config))
         if first:
             show_results(Path(config.run_dir))
@@ -65,7 +71,7 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     from biomamba_jax.interop import read_model
     from biomamba_jax.interop.hub import local_folder
     from biomamba_jax.train.checkpoints import has_checkpoint
-    from biomamba_jax.train.setup import computed_as
+    from biomamba_jax.train.setup import with_execution_settings
 
     run = Path(config.run_dir)
     if (run / "config.yaml").exists() and has_checkpoint(run):
@@ -74,7 +80,7 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     else:
         weights = read_model(local_folder(config.init_from))
         model, params = weights.config, weights.params
-    return dataclasses.replace(config, model=computed_as(model, config.model)), params
+    return dataclasses.replace(config, model=with_execution_settings(model, config.model)), params
 
 
 def write_baselines(config: PretrainConfig) -> None:
@@ -93,7 +99,7 @@ def write_baselines(config: PretrainConfig) -> None:
     tokenizer = manifest.tokenizer
     baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page.replace(path, json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
+    files.write_text(path, json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
 
 
 def show_results(run_dir: Path) -> None:

@@ -30,14 +30,15 @@ from typing import Any
 import numpy as np
 
 from biomamba_jax.data.encode import write_splits
-from biomamba_jax.data.files import in_order, naming_errors
 from biomamba_jax.data.filters import KEPT
+from biomamba_jax.data.input_files import in_order
 from biomamba_jax.data.shards import Manifest, TokenizerInfo
 from biomamba_jax.data.sources import Progress, Selection, Source, count_reasons, read_sources, require_documents
 from biomamba_jax.data.tokenizer import Tokenizer, TokenizerTraining, load_tokenizer, train_sentencepiece
 from biomamba_jax.data.work import Work, work_folder
 from biomamba_jax.data.workers import start_workers
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import naming_errors
 
 SPLITS = ("train", "validation", "test")
 RECENT = "recent"

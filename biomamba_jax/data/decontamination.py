@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biomamba_jax.data.files import read_lines, uncompressed_name
 from biomamba_jax.data.shingles import shingles
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_lines, uncompressed_name
 
 WORDS = 8
 LEAST_SHARED = 4

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from biomamba_jax.data.files import stated_md5
+from biomamba_jax.data.input_files import stated_md5
 from biomamba_jax.data.work import locked
 from biomamba_jax.errors import UserError
 

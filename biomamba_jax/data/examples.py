@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from biomamba_jax.data.files import read_lines
 from biomamba_jax.data.text import split_position
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_lines
 
 NOT_COUNTED = -1
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from lxml import etree
 
-from biomamba_jax.data.files import read_chunks
 from biomamba_jax.data.text import clean_line, clean_markup, clean_title, html_entities
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_chunks
 
 RETRACTED = "Retracted Publication"
 _SET = "PubmedArticleSet"

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.data import nlm
-from biomamba_jax.data.files import naming_errors, read_lines, uncompressed_name
 from biomamba_jax.data.filters import CODE, DELETION, KEPT, Filters
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.data.wikipedia import read_pages
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import naming_errors, read_lines, uncompressed_name
 
 KINDS = ".xml, .jsonl, .json, .txt (each also .gz, .bz2 or .zst), .parquet or Wikipedia's pages-articles"
 _DUMP = re.compile(r"-pages-articles(-multistream)?\d*\.xml(-p\d+p\d+)?$")

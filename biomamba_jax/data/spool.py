@@ -19,11 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from biomamba_jax.data.decontamination import Evaluation, Overlap, load_evaluation
-from biomamba_jax.data.files import Checksums, check_md5, checksums, naming_errors
 from biomamba_jax.data.filters import CODE, KEPT, Filters
+from biomamba_jax.data.input_files import Checksums, check_md5, checksums
 from biomamba_jax.data.near_duplicates import Bands, band_values
 from biomamba_jax.data.readers import Candidate, read_candidates
 from biomamba_jax.data.text import normalized_digest, split_position
+from biomamba_jax.files import naming_errors
 
 _SPOOL_VERSION = 2  # raised whenever a spool of the same file would have other bytes
 _BLOCK_ROWS = 4096

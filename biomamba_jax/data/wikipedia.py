@@ -12,9 +12,9 @@ from typing import Any
 
 from lxml import etree
 
-from biomamba_jax.data.files import read_chunks
 from biomamba_jax.data.text import clean_line
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_chunks
 
 _CHUNK_BYTES = 1 << 16
 _NO_PROSE = {"table", "gallery", "ref", "math", "chem", "score", "timeline"}

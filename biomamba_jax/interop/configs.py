@@ -171,7 +171,6 @@ def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict
             "n_groups": config.n_groups,
             "chunk_size": config.chunk_size or _DEFAULT_CHUNK,
             "time_step_rank": -(-config.d_model // 16),
-            "time_step_limit": [0.0, math.inf],
             "rms_norm": True,
             "norm_before_gate": False,
         }

@@ -23,6 +23,7 @@ from orbax.checkpoint import type_handlers
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import tokenizers
 from biomamba_jax.interop.adapters import Base
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name, unflatten
@@ -36,22 +37,6 @@ _CHUNK_BYTES = 36 << 20
 _NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
 _RECIPE = ("optimizer", "schedule", "loss", "train")
 _SECTIONS = ("data", "checkpoint", "lora")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds a mapping; UserError for any other."""
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: is not a mapping")
-    return raw
-
-
-def write_json(path: Path, raw: dict[str, Any]) -> None:
-    """Writes a mapping as indented JSON."""
-    path.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def portable(config: ModelConfig) -> ModelConfig:

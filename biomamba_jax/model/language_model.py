@@ -17,7 +17,7 @@ from biomamba_jax.model.mamba2 import Mamba2Mixer
 from biomamba_jax.model.state import MixerState, ModelState, empty_state, enter_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.parallel.axes import ALONE, Axes, without_gathered
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, without_gathered
 
 _MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
 _REMAT = {
@@ -46,9 +46,9 @@ class Block(nnx.Module):
         h: Float[Array, "B L D"],
         state: MixerState | None,
         segment_ids: Int[Array, "B L"] | None,
-        axes: Axes = ALONE,
+        collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
-        y, state = self.mixer(self.norm(h), state, segment_ids, axes)
+        y, state = self.mixer(self.norm(h), state, segment_ids, collectives)
         return h + y.astype(h.dtype), state
 
 
@@ -103,29 +103,29 @@ class LanguageModel(nnx.Module):
         tokens: Int[Array, "B L"],
         state: ModelState | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
-        axes: Axes = ALONE,
+        collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], ModelState]:
         """As `__call__`, but the hidden vectors that the head turns into logits.
 
         Args:
-          axes: how the model and its tokens are spread over devices, where they are.
+          collectives: how the model and its tokens are spread over devices, where they are.
         """
-        axes = axes.at(segment_ids, tokens.shape[0])
+        collectives = collectives.at(segment_ids, tokens.shape[0])
         if state is not None and segment_ids is not None:
             state = enter_segments(state, segment_ids[:, 0])
         graph, layers = nnx.split(self.layers)
 
         def layer(h: Array, inputs: tuple) -> tuple[Array, MixerState]:
             parameters, layer_state = inputs
-            parameters = axes.gather_layer("layers", parameters, self.dtype)
-            return nnx.merge(graph, parameters)(h, layer_state, segment_ids, axes)
+            parameters = collectives.gather_layer("layers", parameters, self.dtype)
+            return nnx.merge(graph, parameters)(h, layer_state, segment_ids, collectives)
 
-        if self.config.remat != "none" or axes.gathered:
+        if self.config.remat != "none" or collectives.gathered:
             policy = without_gathered(_REMAT[self.config.remat])
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        table = axes.gather("embedding", self.embedding[...], wide)
-        h = axes.lookup(table, tokens).astype(wide)
+        table = collectives.gather("embedding", self.embedding[...], wide)
+        h = collectives.lookup(table, tokens).astype(wide)
         h, states = jax.lax.scan(layer, h, (layers, None if state is None else state.layers), unroll=self.config.unroll)
         if segment_ids is not None:
             last = segment_ids[:, -1]

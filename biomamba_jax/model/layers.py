@@ -9,7 +9,7 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import project
-from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 
 
 def dense(
@@ -34,11 +34,11 @@ def _product(x: Array, kernel: Array, dimensions: object, **options: object) -> 
     return project(x, kernel)
 
 
-def added_up(linear: nnx.Linear, x: Float[Array, "*batch C"], axes: Axes) -> Float[Array, "*batch F"]:
+def row_parallel(linear: nnx.Linear, x: Float[Array, "*batch C"], collectives: Collectives) -> Float[Array, "*batch F"]:
     """linear(x) where x's channels, and the kernel's rows, are spread over devices; the bias is added once."""
-    if axes.tensor == 1:
+    if collectives.tensor == 1:
         return linear(x)
-    y = axes.leave(project(x, linear.kernel[...].astype(x.dtype)))
+    y = collectives.leave(project(x, linear.kernel[...].astype(x.dtype)))
     return y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
 
 
@@ -50,14 +50,14 @@ class RMSNorm(nnx.Module):
         self.eps, self.groups, self.dtype = eps, groups, dtype
 
     def __call__(
-        self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None, axes: Axes = ALONE
+        self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None, collectives: Collectives = UNSHARDED
     ) -> Float[Array, "B L C"]:
         """The norm of x, or of x * silu(gate).
 
         Args:
-          axes: where the channels are spread over devices.
+          collectives: where the channels are spread over devices.
         """
-        return axes.rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
+        return collectives.rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
 
 
 class CausalConv1d(nnx.Module):
@@ -75,9 +75,9 @@ class CausalConv1d(nnx.Module):
         x: Float[Array, "B L C"],
         state: Float[Array, "B K-1 C"] | None,
         segment_ids: Int[Array, "B L"] | None,
-        axes: Axes = ALONE,
+        collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-        return axes.causal_conv1d(
+        return collectives.causal_conv1d(
             x,
             self.weight[...].astype(self.dtype),
             None if self.bias is None else self.bias[...].astype(self.dtype),

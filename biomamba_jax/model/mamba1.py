@@ -10,10 +10,10 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
-from biomamba_jax.model.layers import CausalConv1d, added_up, dense, negative_exp
+from biomamba_jax.model.layers import CausalConv1d, dense, negative_exp, row_parallel
 from biomamba_jax.model.state import MixerState
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 
 
 class Mamba1Mixer(nnx.Module):
@@ -38,14 +38,14 @@ class Mamba1Mixer(nnx.Module):
         u: Float[Array, "B L D"],
         state: MixerState | None,
         segment_ids: Int[Array, "B L"] | None,
-        axes: Axes = ALONE,
+        collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_conv, past_ssm = (None, None) if state is None else (state.conv_x, state.ssm)
-        u = axes.enter(u)
-        x, conv = self.conv(self.in_x(u), past_conv, segment_ids, axes)
+        u = collectives.enter(u)
+        x, conv = self.conv(self.in_x(u), past_conv, segment_ids, collectives)
         # Each device's channels give a part of dt, B and C, and each needs all of them.
-        dt, B, C = jnp.split(axes.enter(added_up(self.x_proj, x, axes)), self.split, axis=-1)
-        y, ssm = axes.selective_scan(
+        dt, B, C = jnp.split(collectives.enter(row_parallel(self.x_proj, x, collectives)), self.split, axis=-1)
+        y, ssm = collectives.selective_scan(
             x,
             self.dt_proj(dt),
             negative_exp(self.A_log),
@@ -58,4 +58,4 @@ class Mamba1Mixer(nnx.Module):
             initial_state=past_ssm,
             implementation=self.implementation,
         )
-        return added_up(self.out, y, axes), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)
+        return row_parallel(self.out, y, collectives), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)

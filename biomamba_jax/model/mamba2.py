@@ -11,10 +11,10 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
-from biomamba_jax.model.layers import CausalConv1d, RMSNorm, added_up, dense, negative_exp
+from biomamba_jax.model.layers import CausalConv1d, RMSNorm, dense, negative_exp, row_parallel
 from biomamba_jax.model.state import MixerState
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 
 
 class Mamba2Mixer(nnx.Module):
@@ -43,16 +43,16 @@ class Mamba2Mixer(nnx.Module):
         u: Float[Array, "B L D"],
         state: MixerState | None,
         segment_ids: Int[Array, "B L"] | None,
-        axes: Axes = ALONE,
+        collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         # Every device computes B and C of all groups; heads are spread.
-        bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, axes)
-        bc, u = axes.enter(bc), axes.enter(u)
+        bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, collectives)
+        bc, u = collectives.enter(bc), collectives.enter(u)
         groups = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
-        B, C = map(axes.own_groups, groups)
-        x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids, axes)
-        y, ssm = axes.ssd(
+        B, C = map(collectives.own_groups, groups)
+        x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids, collectives)
+        y, ssm = collectives.ssd(
             x.reshape(*x.shape[:2], -1, self.headdim),
             self.in_dt(u),
             negative_exp(self.A_log),
@@ -65,5 +65,5 @@ class Mamba2Mixer(nnx.Module):
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
-        y = self.norm(y.reshape(x.shape), self.in_z(u), axes)
-        return added_up(self.out, y, axes), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
+        y = self.norm(y.reshape(x.shape), self.in_z(u), collectives)
+        return row_parallel(self.out, y, collectives), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)

@@ -29,7 +29,7 @@ STOPPED = 128 + signal.SIGTERM
 """Exit status of each of several processes that were stopped before their end, whichever got the SIGTERM."""
 _FAILURE = "biomamba_jax/failure"
 _VERSIONS = "biomamba_jax/versions"
-A_DAY = 24 * 3600
+DATA_TIMEOUT = 24 * 3600
 """Seconds in which one process may do what all others wait for, such as preparing data."""
 _TIMEOUT = 300  # seconds for what every process does at once
 _LOOK_SECONDS = 2  # between two looks for a failure of another process
@@ -48,7 +48,7 @@ def processes(config: DistributedConfig) -> Iterator[bool]:
     Raises:
       UserError: the others did not come within `config.start_timeout`, or nobody says where they are.
     """
-    if not _start(as_xpk_says(config, os.environ)):
+    if not _start(from_xpk_environment(config, os.environ)):
         yield True
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
@@ -56,7 +56,7 @@ def processes(config: DistributedConfig) -> Iterator[bool]:
     threading.Thread(target=_follow_failures, args=(me, ended), name="follow-failures", daemon=True).start()
     try:
         yield jax.process_index() == 0
-        wait_for_all("the end", within=A_DAY)
+        wait_for_all("the end", within=DATA_TIMEOUT)
     except (Exception, KeyboardInterrupt) as error:
         # No clean end of JAX's runtime: it would wait for the others, and they for this one's part of a sum.
         ended.set()
@@ -89,7 +89,7 @@ def _start(config: DistributedConfig) -> bool:
     return jax.process_count() > 1
 
 
-def as_xpk_says(config: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig:
+def from_xpk_environment(config: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig:
     """The config with what xpk tells the pods of GPU nodes about each other, of which JAX reads a part only."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
     address, port, count, rank = (environment.get(name, "") for name in names)
@@ -133,7 +133,7 @@ def _no_address(size: str, rank: str, environment: Mapping[str, str]) -> UserErr
     )
 
 
-def same_everywhere(settings: Any) -> None:
+def require_same_config(settings: Any) -> None:
     """Compares code and settings of all processes, so that a stale worker is found before it does harm.
 
     Args:

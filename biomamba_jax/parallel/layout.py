@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from biomamba_jax.parallel.axes import Axes
+from biomamba_jax.parallel.collectives import Collectives
 from biomamba_jax.parallel.mesh import BATCH, TOKENS
 from biomamba_jax.parallel.sharding import Rules, Specs, axes_of, parameter_specs, tree_specs
 
@@ -27,9 +27,9 @@ class Layout:
         return cls(mesh, parameter_specs(params, rules, mesh))
 
     @property
-    def axes(self) -> Axes:
+    def collectives(self) -> Collectives:
         """What the devices exchange while they compute."""
-        return Axes.of(self.mesh, self.specs)
+        return Collectives.of(self.mesh, self.specs)
 
     def shardings(self, tree: Any) -> Any:
         """A `NamedSharding` for each array of a tree of parameters and what follows them; see `sharding.tree_specs`."""
@@ -40,7 +40,7 @@ class Layout:
         """`function(params, batch, *fixed) -> (sums, gradients)` of each device's tokens, summed over all tokens.
 
         Every device runs the same program on its own part of the batch and of the parameters: kernels, which the
-        compiler cannot partition, stay whole, and whatever devices exchange is written down in `Axes`.
+        compiler cannot partition, stay whole, and whatever devices exchange is written down in `Collectives`.
 
         Args:
           function: works on a device's part; its gradients are of its part of the parameters (or None), already summed

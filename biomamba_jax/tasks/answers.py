@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from biomamba_jax.tasks import measures
-from biomamba_jax.tasks.scorers import Request, Scorer, check_finite
+from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 
 UNANSWERED = "none"
 """The label of a generated text that holds none of the answers."""

@@ -8,15 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax import page
+from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import paper, pubmedqa
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
+from biomamba_jax.tasks.load_scorer import load_scorer
 from biomamba_jax.tasks.perplexity import Comparison, DomainMeasures, DomainScores, compare, measure, score_domain
-from biomamba_jax.tasks.scorers import ModelFacts, Scorer, load_scorer
+from biomamba_jax.tasks.scoring import ModelFacts, Scorer
 from biomamba_jax.tasks.statistics import Resampling, mcnemar
 
 Say = Callable[[str], None]
@@ -212,7 +213,7 @@ def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        page.replace(path, "".join(lines))
+        files.write_text(path, "".join(lines))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another output") from None
 

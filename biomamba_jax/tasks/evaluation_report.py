@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from biomamba_jax import page
+from biomamba_jax import html
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task
 from biomamba_jax.tasks.statistics import Estimate
@@ -53,16 +53,16 @@ def write(results: Evaluation, output: Path) -> Path:
     subtitle = f"{len(results.models)} models · {interval}"
     notes = [_PAPER] if config.protocol == "paper" else []
     body = [
-        f"<header><h1>{page.text(title)}</h1><p>{page.text(subtitle)}</p></header>",
-        *[f"<p>{page.text(note)}</p>" for note in notes],
-        page.section("Models", _models(results)),
-        page.section("Text domains", _domains(results)),
-        *[page.section(task.title, _task(results, task)) for task in results.tasks.values()],
-        page.section("Environment", page.environment_table(results.environment)),
-        page.section("Configuration", f"<pre>{page.text(to_yaml(config))}</pre>"),
+        f"<header><h1>{html.text(title)}</h1><p>{html.text(subtitle)}</p></header>",
+        *[f"<p>{html.text(note)}</p>" for note in notes],
+        html.section("Models", _models(results)),
+        html.section("Text domains", _domains(results)),
+        *[html.section(task.title, _task(results, task)) for task in results.tasks.values()],
+        html.section("Environment", html.environment_table(results.environment)),
+        html.section("Configuration", f"<pre>{html.text(to_yaml(config))}</pre>"),
     ]
     path = output / "report.html"
-    page.write(path, title, body)
+    html.write(path, title, body)
     return path
 
 
@@ -71,13 +71,13 @@ def write(results: Evaluation, output: Path) -> Path:
 
 def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
     """A table whose first column names the rows; an empty row is a heading."""
-    top = "".join(f"<th>{page.text(name)}</th>" for name in head)
+    top = "".join(f"<th>{html.text(name)}</th>" for name in head)
     lines = []
     for name, cells in rows:
         if cells:
-            lines.append(f"<tr><td>{page.text(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+            lines.append(f"<tr><td>{html.text(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
         else:
-            lines.append(f'<tr class="heading"><th colspan="{len(head)}">{page.text(name)}</th></tr>')
+            lines.append(f'<tr class="heading"><th colspan="{len(head)}">{html.text(name)}</th></tr>')
     return f'<table class="columns"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
@@ -109,7 +109,7 @@ def _models(results: Evaluation) -> str:
     rows: list[Row] = []
     for key in shown:
         values = [getattr(facts, key) for facts in results.models.values()]
-        cells = [f"{value:,}" if isinstance(value, int) else page.text(value) for value in values]
+        cells = [f"{value:,}" if isinstance(value, int) else html.text(value) for value in values]
         rows.append((key.replace("_", " "), cells))
     return _table(["", *_columns(results)], rows)
 
@@ -125,8 +125,8 @@ def _domains(results: Evaluation) -> str:
     notes = [_WHY_BYTES] if any(domain.models for domain in results.domains.values()) else []
     if any(facts.kind == "masked" for facts in results.models.values()):
         notes.append(_WHY_NOT_MASKED)
-    text = "".join(f"<p>{page.text(note)}</p>" for note in notes)
-    return text + _table(["", *_columns(results)], rows) + page.figures(plots)
+    text = "".join(f"<p>{html.text(note)}</p>" for note in notes)
+    return text + _table(["", *_columns(results)], rows) + html.figures(plots)
 
 
 def _measured(results: Evaluation, domain: Domain) -> list[Row]:
@@ -141,7 +141,7 @@ def _measured(results: Evaluation, domain: Domain) -> list[Row]:
     ]
     if domain.comparisons:
         pairs = [domain.comparisons.get(name) for name in results.models]
-        reference = page.text(results.reference)
+        reference = html.text(results.reference)
         less = [_estimate(pair.bits_per_byte if pair else None, _number) for pair in pairs]
         ratio = [_estimate(pair.perplexity_ratio if pair else None, _number) for pair in pairs]
         rows.append((f"bits per byte minus {reference}'s, documents paired", less))
@@ -179,7 +179,7 @@ def _task(results: Evaluation, task: Task) -> str:
     rows.append(("questions", [f"{result.questions:,}" for result in every]))
     speed = [f"{result.answered / result.seconds:,.1f}" if result.seconds else "–" for result in found]
     rows.append(("questions per second", [*missing, *speed]))
-    return _table(head, rows) + _batches(results, task) + page.figures(_task_plots(results, task))
+    return _table(head, rows) + _batches(results, task) + html.figures(_task_plots(results, task))
 
 
 def _thresholds(task: Task, results: Evaluation, missing: Sequence[str]) -> list[Row]:
@@ -187,7 +187,7 @@ def _thresholds(task: Task, results: Evaluation, missing: Sequence[str]) -> list
     if not any(found):
         return []
     chosen = [f"by {each['chosen_by']}" if each else "–" for each in found]
-    rows: list[Row] = [("thresholds", [*missing, *map(page.text, chosen)])]
+    rows: list[Row] = [("thresholds", [*missing, *map(html.text, chosen)])]
     if any(each and "cross_validated_accuracy" in each for each in found):
         tried = [_percent(each["cross_validated_accuracy"]) if each else "–" for each in found]
         rows.append(("accuracy on development questions, cross-validated", [*missing, *tried]))
@@ -252,15 +252,15 @@ def _dots(title: str, groups: Sequence[str], values: Mapping[str, Sequence[Estim
             lows = np.array([each.value if each.low is None else each.low for each in estimates])
             highs = np.array([each.value if each.high is None else each.high for each in estimates])
             spread = np.maximum(0, np.nan_to_num([centers - lows, highs - centers]))
-            colour = page.COLOURS[index % len(page.COLOURS)]
+            colour = html.COLOURS[index % len(html.COLOURS)]
             axes.errorbar(
-                places, centers, spread, fmt="o", color=colour, capsize=3, markersize=4, label=page.label(name)
+                places, centers, spread, fmt="o", color=colour, capsize=3, markersize=4, label=html.label(name)
             )
-        axes.set_xticks(range(len(groups)), list(map(page.label, groups)))
+        axes.set_xticks(range(len(groups)), list(map(html.label, groups)))
         axes.set_xlim(-0.5, len(groups) - 0.5)
         axes.legend(frameon=False)
 
-    return page.svg(title, draw)
+    return html.svg(title, draw)
 
 
 def _positions(title: str, domain: Domain) -> str:
@@ -268,11 +268,11 @@ def _positions(title: str, domain: Domain) -> str:
         for index, (name, found) in enumerate(domain.models.items()):
             places = [1 + (each["from"] + each["to"]) / 2 for each in found.positions]
             nats = [each["cross_entropy"] for each in found.positions]
-            colour = page.COLOURS[index % len(page.COLOURS)]
-            axes.plot(places, nats, color=colour, linewidth=1.6, marker="o", markersize=3, label=page.label(name))
+            colour = html.COLOURS[index % len(html.COLOURS)]
+            axes.plot(places, nats, color=colour, linewidth=1.6, marker="o", markersize=3, label=html.label(name))
         axes.set_xscale("log", base=2)
         axes.set_xlabel("token of the document")
         axes.set_ylabel("nats per token")
         axes.legend(frameon=False)
 
-    return page.svg(title, draw)
+    return html.svg(title, draw)

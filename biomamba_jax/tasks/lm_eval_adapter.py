@@ -16,7 +16,8 @@ from typing import Any
 from biomamba_jax.command_line import run_command
 from biomamba_jax.config import DomainConfig, EvaluateConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.scorers import Request, Scorer, check_finite, load_scorer
+from biomamba_jax.tasks.load_scorer import load_scorer
+from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 
 NAME = "biomamba_jax"
 _MAX_GEN_TOKS = 256

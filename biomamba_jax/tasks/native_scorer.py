@@ -18,15 +18,15 @@ from jax.sharding import AxisType, PartitionSpec
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.data.packing import Piece, best_fit_decreasing
 from biomamba_jax.errors import UserError
-from biomamba_jax.loading import Model
-from biomamba_jax.loading import load as load_model
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.generation import encode_prompts, left_padded, prefill, round_up, round_up_rows
+from biomamba_jax.tasks.model import Model
+from biomamba_jax.tasks.model import load as load_model
 from biomamba_jax.tasks.sampling import Sampling
-from biomamba_jax.tasks.scorers import Continuation, ModelFacts, Request, move_spaces, split_continuation
+from biomamba_jax.tasks.scoring import Continuation, ModelFacts, Request, move_spaces, split_continuation
 
 _BLOCK = 2048
 """Documents that are tokenized, packed and scored together; what is in memory of a domain at one time."""

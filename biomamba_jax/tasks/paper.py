@@ -27,7 +27,7 @@ from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.documents import Document
 from biomamba_jax.tasks.perplexity import exp
 from biomamba_jax.tasks.question_answering import Batches, TaskResult, classification_measures
-from biomamba_jax.tasks.scorers import Request, Scorer, check_finite
+from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling
 
 ROW_TOKENS = 1024

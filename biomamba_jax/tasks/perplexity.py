@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from biomamba_jax.tasks.documents import Document
-from biomamba_jax.tasks.scorers import Scorer, check_finite
+from biomamba_jax.tasks.scoring import Scorer, check_finite
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, difference_of_ratios, ratio_of_sums
 
 

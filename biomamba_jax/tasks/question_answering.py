@@ -20,7 +20,7 @@ from biomamba_jax.tasks.answers import (
     read_label,
     read_names,
 )
-from biomamba_jax.tasks.scorers import Scorer
+from biomamba_jax.tasks.scoring import Scorer
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, mean, wilson
 
 Measures = dict[str, Estimate]

@@ -10,10 +10,10 @@ from typing import Any
 
 from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
-from biomamba_jax.loading import Model
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, likelihood_scores
 from biomamba_jax.tasks.measures import classification
+from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
 
 _MAX_NEW_TOKENS = 64

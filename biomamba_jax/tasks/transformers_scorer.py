@@ -17,9 +17,9 @@ import numpy as np
 
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop.native import read_json
+from biomamba_jax.files import read_json
 from biomamba_jax.tasks.generation import before_stop
-from biomamba_jax.tasks.scorers import (
+from biomamba_jax.tasks.scoring import (
     Continuation,
     ModelFacts,
     Request,

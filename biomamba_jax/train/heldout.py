@@ -56,7 +56,7 @@ class HeldOut:
         self.batches = batches
         self.bytes_per_token = info.bytes / info.tokens
         # What is reported is the plain cross-entropy, whatever the training loss adds to it.
-        self.sums = SummedLoss(language_model_loss(graph, LossConfig(), layout.axes), layout)
+        self.sums = SummedLoss(language_model_loss(graph, LossConfig(), layout.collectives), layout)
 
     def __call__(self, params: Any) -> dict[str, float]:
         """Loss in nats per token, perplexity and bits per byte."""

@@ -16,14 +16,14 @@ from biomamba_jax.config import PretrainConfig, RunConfig
 from biomamba_jax.data.pipeline import TrainIterator, train_iterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
-from biomamba_jax.parallel.hardware import peak_memory_bytes
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import make_mesh, reader, replicated, rows_per_host, shard_rows
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.heldout import HeldOut
-from biomamba_jax.train.interval import Best, Interval, Stopwatch, Totals
+from biomamba_jax.train.meters import Best, Interval, Stopwatch, Totals
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.optimizer import Params, decay_mask, evaluated_weights, make_optimizer
 from biomamba_jax.train.progress import Progress
@@ -95,7 +95,7 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
         config=config,
         steps=total_steps(config, manifest),
         epoch_steps=epoch_tokens(config.data, manifest) / tokens_a_step,
-        loss=language_model_loss(graph, config.loss, layout.axes),
+        loss=language_model_loss(graph, config.loss, layout.collectives),
         held_out=HeldOut(graph, config.data, layout, batches=config.train.eval_batches),
         batches=train_iterator(
             config.data.path,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from biomamba_jax import page
+from biomamba_jax import files, html
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.metrics import Record, read_metrics, read_timing
@@ -47,7 +47,7 @@ def record_start(run_dir: str | os.PathLike[str], step: int, headline: Sequence[
     now = environment()
     earlier = _read_json(path, {}).get("starts", []) if step else []
     start = {"step": step} | {key: now[key] for key in ("time", "host", "devices", "command")}
-    page.replace(path, json.dumps(now | {"headline": list(headline), "starts": [*earlier, start]}, indent=2) + "\n")
+    files.write_text(path, json.dumps(now | {"headline": list(headline), "starts": [*earlier, start]}, indent=2) + "\n")
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -68,16 +68,16 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     config = folder / "config.yaml"
     title = folder.resolve().name
     body = [
-        f"<header><h1>{page.text(title)}</h1>{_subtitle(about)}</header>",
+        f"<header><h1>{html.text(title)}</h1>{_subtitle(about)}</header>",
         _key_figures(metrics, timing),
-        page.section("Held-out text", _results(metrics, _read_json(folder / "baselines.json", []))),
-        page.section("Curves", _curves(metrics, timing)),
-        page.section("Events", _events(metrics, about)),
-        page.section("Environment", page.environment_table(about)),
-        page.section("Configuration", f"<pre>{page.text(config.read_text())}</pre>" if config.exists() else ""),
+        html.section("Held-out text", _results(metrics, _read_json(folder / "baselines.json", []))),
+        html.section("Curves", _curves(metrics, timing)),
+        html.section("Events", _events(metrics, about)),
+        html.section("Environment", html.environment_table(about)),
+        html.section("Configuration", f"<pre>{html.text(config.read_text())}</pre>" if config.exists() else ""),
     ]
     path = folder / "report.html"
-    page.write(path, title, body)
+    html.write(path, title, body)
     return path
 
 
@@ -99,7 +99,7 @@ def thin(xs: Sequence[float], ys: Sequence[float], limit: int = MAX_POINTS) -> S
 
 def _subtitle(about: Mapping[str, Any]) -> str:
     facts = [*about.get("headline", []), *(about[key] for key in ("devices", "time") if key in about)]
-    return f"<p>{page.text(' · '.join(facts))}</p>" if facts else ""
+    return f"<p>{html.text(' · '.join(facts))}</p>" if facts else ""
 
 
 def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
@@ -111,7 +111,7 @@ def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
         figures.append(("tokens", _count(train[-1]["tokens"])))
     for evaluated in _evaluations(metrics)[:1]:
         last = evaluated[-1]
-        figures += [(label, page.figure(last[key])) for key, label in _MEASURES.items() if key in last]
+        figures += [(label, html.figure(last[key])) for key, label in _MEASURES.items() if key in last]
     speed = _values(timing, "tokens_per_second")[1]
     if speed:
         figures.append(("tokens/s (median)", f"{statistics.median(speed):,.0f}"))
@@ -120,7 +120,7 @@ def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
         figures.append(("of peak (median)", f"{100 * statistics.median(share):.1f} %"))
     if len(timing) > 1:
         figures.append(("wall clock", duration(timing[-1]["time"] - timing[0]["time"])))
-    cards = "".join(f"<div><strong>{value}</strong><span>{page.text(label)}</span></div>" for label, value in figures)
+    cards = "".join(f"<div><strong>{value}</strong><span>{html.text(label)}</span></div>" for label, value in figures)
     return f'<div class="figures">{cards}</div>' if cards else ""
 
 
@@ -142,10 +142,10 @@ def _results(metrics: Sequence[Record], baselines: Iterable[Mapping[str, Any]]) 
     if not rows:
         return ""
     shown = {key: name for key, name in _MEASURES.items() if any(key in values for _, _, values, _ in rows)}
-    head = "".join(f"<th>{page.text(name)}</th>" for name in ("text", "model", *shown.values()))
+    head = "".join(f"<th>{html.text(name)}</th>" for name in ("text", "model", *shown.values()))
     lines = "".join(
-        f'<tr class="{css}"><td>{page.text(text)}</td><td>{page.text(name)}</td>'
-        + "".join(f"<td>{page.figure(values.get(key))}</td>" for key in shown)
+        f'<tr class="{css}"><td>{html.text(text)}</td><td>{html.text(name)}</td>'
+        + "".join(f"<td>{html.figure(values.get(key))}</td>" for key in shown)
         + "</tr>"
         for text, name, values, css in rows
     )
@@ -159,9 +159,9 @@ def _events(metrics: Sequence[Record], about: Mapping[str, Any]) -> str:
     if train and "skipped_updates" in train[-1]:
         lines.append(f"updates skipped for a non-finite gradient: {train[-1]['skipped_updates']:,}")
     if starts:
-        lines.append(f"started on {page.text(starts[0]['host'])}, {page.text(starts[0]['time'])}")
+        lines.append(f"started on {html.text(starts[0]['host'])}, {html.text(starts[0]['time'])}")
     for start in starts[1:]:
-        where = page.text(f"{start['host']} ({start['devices']}), {start['time']}")
+        where = html.text(f"{start['host']} ({start['devices']}), {start['time']}")
         lines.append(f"resumed at step {start['step']:,} on {where}")
     return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
 
@@ -176,33 +176,33 @@ def _curves(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
         ("Tokens per second", {"tokens/s": _values(timing, "tokens_per_second")}, "linear"),
     ]
     shown = [plot for plot in plots if any(len(xs) > 1 for xs, _ in plot[1].values())]
-    return page.figures([_svg(*plot) for plot in shown])
+    return html.figures([_svg(*plot) for plot in shown])
 
 
 # --- Curves ---
 
 
 def _svg(title: str, curves: Mapping[str, Series], scale: str) -> str:
-    """One plot of a run, see `page.svg`."""
+    """One plot of a run, see `html.svg`."""
     noisy = ("training", "gradient norm", "tokens/s")  # drawn pale, with their running mean on top
 
     def draw(axes: Any) -> None:
         axes.set_yscale(scale)
         axes.set_xlabel("step")
         for index, (name, (xs, ys)) in enumerate(curves.items()):
-            colour = page.COLOURS[index % len(page.COLOURS)]
+            colour = html.COLOURS[index % len(html.COLOURS)]
             if name in noisy and len(xs) > 50:
                 axes.plot(*thin(xs, ys), color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(*thin(xs, _smooth(ys)), color=colour, linewidth=1.6, label=f"{page.label(name)}, smoothed")
+                axes.plot(*thin(xs, _smooth(ys)), color=colour, linewidth=1.6, label=f"{html.label(name)}, smoothed")
             else:
                 marker = "o" if len(xs) <= 50 else None
                 axes.plot(
-                    *thin(xs, ys), color=colour, linewidth=1.6, marker=marker, markersize=3, label=page.label(name)
+                    *thin(xs, ys), color=colour, linewidth=1.6, marker=marker, markersize=3, label=html.label(name)
                 )
         if len(curves) > 1:
             axes.legend(frameon=False)
 
-    return page.svg(title, draw)
+    return html.svg(title, draw)
 
 
 def _smooth(ys: Sequence[float]) -> list[float]:

@@ -14,14 +14,14 @@ import yaml
 from flax import nnx
 from jax.sharding import Mesh
 
-from biomamba_jax import page
+from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.sharding import sharding_rules
-from biomamba_jax.parallel.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.train.report import record_start
 from biomamba_jax.train.step import TrainState
@@ -43,7 +43,7 @@ def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
 
 
-def computed_as(model: ModelConfig, how: ModelConfig) -> ModelConfig:
+def with_execution_settings(model: ModelConfig, how: ModelConfig) -> ModelConfig:
     """The sizes of `model`, which weights have, computed as `how` says."""
     settings = ("chunk_size", "compute_dtype", "kernels", "remat", "unroll")
     return dataclasses.replace(model, **{name: getattr(how, name) for name in settings})
@@ -100,7 +100,7 @@ def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
     earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
-    page.replace(path, to_yaml(config))
+    files.write_text(path, to_yaml(config))
     if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, run_dir / tokenizer.name)
     record_start(run_dir, start or 0)

@@ -15,7 +15,7 @@ from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
-from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.layout import Layout
 
 Batch = dict[str, Int[Array, "B L"]]
@@ -54,20 +54,24 @@ class StepMetrics:
     skipped_in_a_row: Int[Array, ""]
 
 
-def language_model_loss(graph: nnx.GraphDef, config: LossConfig, axes: Axes = ALONE) -> LossFunction:
+def language_model_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Collectives = UNSHARDED) -> LossFunction:
     """The summed next-token loss of a batch as a function of the parameters.
 
     Args:
       graph: the model's graph definition, from `nnx.split`.
-      axes: how parameters and tokens are spread over devices; the loss is then of one device's part of both.
+      collectives: how parameters and tokens are spread over devices; the loss is then of one device's part of both.
     """
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
         model: LanguageModel = nnx.merge(graph, params)
-        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], axes=axes)
+        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], collectives=collectives)
         name = "embedding" if model.lm_head is None else "lm_head"
-        head = axes.gather(name, model.head[...], jnp.float32)  # float32: so is the sum of its gradient over tokens
-        sums = target_sums(axes.enter(hidden), head, model.config.known_vocab, batch, config, axes.tensor_axis)
+        head = collectives.gather(
+            name, model.head[...], jnp.float32
+        )  # float32: so is the sum of its gradient over tokens
+        sums = target_sums(
+            collectives.enter(hidden), head, model.config.known_vocab, batch, config, collectives.tensor_axis
+        )
         return sums.loss, sums
 
     return loss
@@ -115,7 +119,7 @@ def make_train_step(
 
     Args:
       layout: devices that batch and parameters are spread over; None is one device. The loss is then of one device's
-        part of both, with `layout.axes`: see `language_model_loss`.
+        part of both, with `layout.collectives`: see `language_model_loss`.
     """
     gradients = jax.value_and_grad(loss, has_aux=True)
 

@@ -27,7 +27,7 @@ from biomamba_jax.model import LanguageModel, initializers
 from biomamba_jax.model.lora import drop_inputs, init_adapters, merge
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.cross_entropy import LossSums
-from biomamba_jax.parallel.axes import ALONE, Axes
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import make_mesh, reader, replicated, rows_per_host
 from biomamba_jax.parallel.sharding import path_names
@@ -62,8 +62,8 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         layout = _without_rules(layout)
     fixed = jax.device_put(fixed, replicated(layout.mesh))
     loss_of = classification_loss if config.labels else language_model_loss
-    loss = loss_of(graph, config.loss, layout.axes)
-    plain = loss_of(graph, LossConfig(), layout.axes)
+    loss = loss_of(graph, config.loss, layout.collectives)
+    plain = loss_of(graph, LossConfig(), layout.collectives)
     if fixed:
         loss = adapted(loss, config.lora)
         plain = adapted(plain, dataclasses.replace(config.lora, dropout=0.0))
@@ -144,13 +144,13 @@ def _notes(train: EncodedExamples, development: EncodedExamples, params: Params,
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def classification_loss(graph: nnx.GraphDef, config: LossConfig, axes: Axes = ALONE) -> LossFunction:
+def classification_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Collectives = UNSHARDED) -> LossFunction:
     """As `language_model_loss`, of classes: targets are rows of params["classifier"] instead of tokens."""
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
         head = params["classifier"]
         model: LanguageModel = nnx.merge(graph, {name: value for name, value in params.items() if name != "classifier"})
-        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], axes=axes)
+        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], collectives=collectives)
         sums = target_sums(hidden.astype(head.dtype), head, head.shape[0], batch, config)
         return sums.loss, sums
 

@@ -14,7 +14,7 @@ from nlm_xml import article, write_set
 
 from biomamba_jax import prepare
 from biomamba_jax.data.download import Downloader, Remote, choose, list_files
-from biomamba_jax.data.files import checksums
+from biomamba_jax.data.input_files import checksums
 from biomamba_jax.data.nlm import read_articles
 from biomamba_jax.data.work import locked
 from biomamba_jax.errors import UserError

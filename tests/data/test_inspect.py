@@ -12,10 +12,10 @@ from nlm_xml import article, write_set
 from biomamba_jax import prepare
 from biomamba_jax.config.prepare import InspectConfig, TokenizersConfig
 from biomamba_jax.data.build import build_shards
+from biomamba_jax.data.inspection import inspect
 from biomamba_jax.data.shards import ShardReader
+from biomamba_jax.data.tokenizer_comparison import compare_tokenizers
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.shards import inspect
-from biomamba_jax.measure.tokenizers import compare_tokenizers
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from nlm_xml import article, deletions, write_set
 
-from biomamba_jax.data.files import checksums
+from biomamba_jax.data.input_files import checksums
 from biomamba_jax.data.nlm import Article, read_articles
 from biomamba_jax.errors import UserError
 

@@ -15,8 +15,8 @@ from nlm_xml import LONG, article, deletions, write_set
 from biomamba_jax import prepare
 from biomamba_jax.command_line import run_command
 from biomamba_jax.data.build import Settings, build_shards
-from biomamba_jax.data.files import in_order
 from biomamba_jax.data.filters import CODE, DELETION, KEPT, Filters
+from biomamba_jax.data.input_files import in_order
 from biomamba_jax.data.resolve import resolve
 from biomamba_jax.data.shards import Manifest, ShardReader
 from biomamba_jax.data.sources import Selection

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jaxlib.mlir import ir
 
-from biomamba_jax.measure.kernels import build
 from biomamba_jax.ops import dispatch
+from biomamba_jax.planning.kernels import build
 
 SHAPE = {"rows": 2, "length": 128, "channels": 256, "segments": True}
 KERNELS = {

@@ -1,4 +1,4 @@
-"""Programs that test_ssd_pallas_tpu.py has compiled for TPU, in the process of `biomamba_jax.measure.aot`."""
+"""Programs that test_ssd_pallas_tpu.py compiles for TPU, in the process of `biomamba_jax.planning.ahead_of_time`."""
 
 from typing import Any
 

@@ -5,8 +5,8 @@ The TPUs are not there: libtpu compiles for them on any machine.
 
 import pytest
 
-from biomamba_jax.measure import kernels
-from biomamba_jax.measure.aot import Request, estimates
+from benchmarks import kernels
+from biomamba_jax.planning.ahead_of_time import Request, estimates
 from tests.compilers import needs_libtpu
 
 pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]

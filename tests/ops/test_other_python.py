@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from biomamba_jax.measure.aot import compiler_environment
+from biomamba_jax.planning.ahead_of_time import compiler_environment
 from tests.ops.gpu_lowering import KERNELS
 
 OTHER = "3.12" if sys.version_info < (3, 12) else "3.11"

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.measure.aot import Estimate, Request, estimates
 from biomamba_jax.ops import dispatch, ssd
 from biomamba_jax.ops.ssd import pallas_tpu, reference
 from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from tests.compilers import needs_libtpu
 from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
 from tests.tolerances import TOLERANCES
@@ -170,7 +170,7 @@ def request(topology: str, heads: int, **changes: Any) -> Request:
     """The gradients of `ssd` in a batch of 8 x 1,024, or with `changes`."""
     arguments = {"op": "ssd", "implementation": "pallas_tpu", "rows": 8, "length": 1024, "channels": 64 * heads}
     arguments |= {"segments": True, "gradient": True} | changes
-    return Request(topology, "biomamba_jax.measure.kernels:build", arguments)
+    return Request(topology, "benchmarks.kernels:build", arguments)
 
 
 def compiled(*requests: Request, profile: bool = False) -> list[Estimate]:

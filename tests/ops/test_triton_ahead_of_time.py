@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from biomamba_jax.measure.triton_static import Usage, usages
+from benchmarks.triton_static import Usage, usages
 from tests.compilers import needs_jax_triton, needs_triton
 from tests.ops.gpu_lowering import KERNELS
 

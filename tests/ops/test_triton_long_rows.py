@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from biomamba_jax.measure.triton_static import calls, intermediate
+from benchmarks.triton_static import calls, intermediate
 from biomamba_jax.ops.triton_calls import Call
 from tests.compilers import needs_triton
 

@@ -29,7 +29,7 @@ def collectives(config: ModelConfig, **sizes: int) -> dict[str, Counter]:
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, layout.shardings(state))
     rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
-    step = make_train_step(language_model_loss(graph, LossConfig(), layout.axes), optimizer, 1, layout)
+    step = make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, 1, layout)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
     text = re.sub(r"/\*.*?\*/", "", jax.jit(step).lower(state, batch).compile().as_text())
     found: dict[str, Counter] = {}

@@ -7,7 +7,13 @@ import pytest
 
 from biomamba_jax.config import DistributedConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.parallel.distributed import STOPPED, as_xpk_says, exit_if_stopped, launched_with_others, processes
+from biomamba_jax.parallel.distributed import (
+    STOPPED,
+    exit_if_stopped,
+    from_xpk_environment,
+    launched_with_others,
+    processes,
+)
 
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
 XPK = {"JAX_COORDINATOR_ADDRESS": "run-0-0.run", "JAX_COORDINATOR_PORT": "6002", "NNODES": "4", "NODE_RANK": "3"}
@@ -73,9 +79,9 @@ def test_gpu_nodes_of_xpk_join_as_it_tells_them(monkeypatch):
 
 def test_what_xpk_says_does_not_count_where_there_is_one_node_or_another_address():
     alone, given = DistributedConfig(), DistributedConfig("host:1", 2, 1)
-    assert as_xpk_says(alone, XPK | {"NNODES": "1", "NODE_RANK": "0"}) == alone
-    assert as_xpk_says(alone, {"NNODES": "4", "NODE_RANK": "3"}) == alone
-    assert as_xpk_says(given, XPK) == given
+    assert from_xpk_environment(alone, XPK | {"NNODES": "1", "NODE_RANK": "0"}) == alone
+    assert from_xpk_environment(alone, {"NNODES": "4", "NODE_RANK": "3"}) == alone
+    assert from_xpk_environment(given, XPK) == given
 
 
 def test_one_of_several_processes_that_were_stopped_leaves_with_a_status_of_its_own(monkeypatch):

@@ -49,7 +49,7 @@ def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1):
     optimizer = optax.chain(keep_gradients(), adam)
     like = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     state = jax.jit(lambda: initial_state(config, optimizer, 0), out_shardings=layout.shardings(like))()
-    loss = language_model_loss(graph, LossConfig(label_smoothing=0.1, z_loss=1e-4), layout.axes)
+    loss = language_model_loss(graph, LossConfig(label_smoothing=0.1, z_loss=1e-4), layout.collectives)
     step = jax.jit(make_train_step(loss, optimizer, accumulation, layout), donate_argnums=0)
     batch, losses, gradients = shard_rows(packed_batch(), mesh), [], None
     for _ in range(STEPS):

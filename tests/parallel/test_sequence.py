@@ -152,7 +152,9 @@ def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_spread_over_mo
         tokens = np.random.default_rng(0).integers(1, 16, (1, 2**18), np.int32)
         tokens = jax.device_put(tokens, NamedSharding(mesh, BATCH))
         batch = {"inputs": tokens, "targets": tokens, "segment_ids": jnp.ones_like(tokens)}
-        step = jax.jit(make_train_step(language_model_loss(graph, LossConfig(), layout.axes), optimizer, 1, layout))
+        step = jax.jit(
+            make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, 1, layout)
+        )
         compiled = step.lower(state, batch).compile()
         memory[devices] = compiled.memory_analysis().temp_size_in_bytes
         print(f"{kind}, {devices} devices: {memory[devices] / 2**20:.1f} MiB each")

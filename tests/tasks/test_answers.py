@@ -8,7 +8,7 @@ import pytest
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import answers, measures
-from biomamba_jax.tasks.scorers import Continuation
+from biomamba_jax.tasks.scoring import Continuation
 
 
 class Fixed:

@@ -13,7 +13,7 @@ from tiny_models import train_tokenizer, write_tiny_model
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import lm_eval_adapter
 from biomamba_jax.tasks.lm_eval_adapter import HarnessMethods, harness_class, harness_model
-from biomamba_jax.tasks.scorers import Continuation, Request
+from biomamba_jax.tasks.scoring import Continuation, Request
 
 
 def requests(*arguments):

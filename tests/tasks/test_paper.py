@@ -9,7 +9,7 @@ from biomamba_jax.config import PubMedQAConfig
 from biomamba_jax.tasks import paper
 from biomamba_jax.tasks.documents import Document
 from biomamba_jax.tasks.pubmedqa import Question
-from biomamba_jax.tasks.scorers import Continuation
+from biomamba_jax.tasks.scoring import Continuation
 from biomamba_jax.tasks.statistics import Resampling
 
 

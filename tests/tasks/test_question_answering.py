@@ -6,7 +6,7 @@ from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.tasks import bioasq
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.pubmedqa import Question, Split
-from biomamba_jax.tasks.scorers import Continuation
+from biomamba_jax.tasks.scoring import Continuation
 from biomamba_jax.tasks.statistics import Resampling
 
 QUICK = Resampling(resamples=100)

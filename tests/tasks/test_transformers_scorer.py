@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from test_scorers import config, word_level_tokenizer
+from test_scoring import config, word_level_tokenizer
 from tiny_models import WORDS
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.scorers import Request, load_scorer
+from biomamba_jax.tasks.load_scorer import load_scorer
+from biomamba_jax.tasks.scoring import Request
 
 transformers = pytest.importorskip("transformers", reason="runs other people's models")
 torch = pytest.importorskip("torch")

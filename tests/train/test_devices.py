@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic import write_shards
 
-from biomamba_jax.measure.aot import compiler_environment
+from biomamba_jax.planning.ahead_of_time import compiler_environment
 from biomamba_jax.train.metrics import read_metrics
 from tests.compilers import needs_libtpu
 
@@ -36,7 +36,7 @@ state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, lay
 rows = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
 batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
 with dispatch.target_platform("tpu"):
-    step = make_train_step(language_model_loss(graph, LossConfig(), layout.axes), optimizer, layout=layout)
+    step = make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, layout=layout)
     print(jax.jit(step).lower(state, batch).compile().as_text().count("tpu_custom_call"))
 """
 

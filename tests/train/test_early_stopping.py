@@ -2,7 +2,7 @@
 
 import math
 
-from biomamba_jax.train.interval import Best
+from biomamba_jax.train.meters import Best
 
 
 def test_the_best_evaluation_is_that_of_the_lowest_loss_and_of_equal_ones_the_first():

@@ -25,7 +25,7 @@ def step(devices, kind: str):
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, layout.shardings(state))
     rows = jax.ShapeDtypeStruct((64, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
-    return make_train_step(language_model_loss(graph, LossConfig(), layout.axes), optimizer, layout=layout), (
+    return make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, layout=layout), (
         state,
         batch,
     )

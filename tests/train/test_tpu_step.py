@@ -4,7 +4,7 @@ import pytest
 
 from biomamba_jax.config import DataConfig, MeshConfig, ModelConfig
 from biomamba_jax.config.plan import PlanConfig
-from biomamba_jax.measure.plan_compile import Compiled, compile_step
+from biomamba_jax.planning.compile import Compiled, compile_step
 from tests.compilers import needs_libtpu
 
 pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]

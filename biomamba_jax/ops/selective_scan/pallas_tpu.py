@@ -1,7 +1,7 @@
 """The selective scan on TPU: two Pallas kernels, their padding and layouts, and the rule that joins them.
 
 In batch 8 x 1,024 of 1,536 channels the compiler's static profile gives them a ninth of the time of kernels that reduce
-over d_state at every step; `python -m biomamba_jax.benchmark kernels` prints the figures.
+over d_state at every step; `python -m benchmarks kernels` prints the figures.
 """
 
 from functools import partial

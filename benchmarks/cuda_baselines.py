@@ -1,0 +1,122 @@
+"""The authors' own CUDA and Triton kernels, where `mamba_ssm` and `causal_conv1d` are installed, on the same values.
+
+Torch is imported only where one of them runs. Signatures as of mamba_ssm 2.3 and causal_conv1d 1.6.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Run = Callable[[], Any]
+
+_DEVICE = "cuda"
+
+
+class Runs(NamedTuple):
+    """One op on one set of values."""
+
+    forward: Run
+    both: Run
+    """Forward and backward: gradients by the names of the arrays, in their order."""
+    wait: Callable[[Any], None]
+
+
+class Peer(NamedTuple):
+    """`build` takes what `kernels.build`'s functions do."""
+
+    name: str
+    packages: tuple[str, ...]
+    build: Callable[..., Runs]
+
+    def why_not(self) -> str | None:
+        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed"
+        if not importlib.import_module("torch").cuda.is_available():
+            return "torch sees no GPU"
+        return None
+
+
+def _tensor(v: jax.Array) -> Any:
+    """On the GPU, with gradients where it is of a floating type."""
+    torch: Any = importlib.import_module("torch")
+    values = torch.from_numpy(np.array(v.astype("float32") if v.dtype == "bfloat16" else v)).to(_DEVICE)
+    if v.dtype == "bfloat16":
+        values = values.to(torch.bfloat16)
+    return values.requires_grad_(values.is_floating_point())
+
+
+def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> Runs:
+    torch: Any = importlib.import_module("torch")
+
+    def forward() -> Any:
+        with torch.no_grad():
+            return compute()
+
+    def both() -> Any:
+        return dict(zip(inputs, torch.autograd.grad(compute(), list(inputs.values()), dy), strict=True))
+
+    return Runs(forward, both, lambda _: torch.cuda.synchronize())
+
+
+def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
+    """Theirs knows no resets inside a row and has time last; the transposes are not in the timing."""
+    function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+    wide = ("x", "dt", "B", "C", "z")
+    inputs = {k: _tensor(v.swapaxes(1, 2) if k in wide else v) for k, v in arrays.items()}
+
+    def compute() -> Any:
+        i = inputs
+        return function(
+            i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["z"], delta_bias=i["dt_bias"], delta_softplus=True
+        )
+
+    return _runs(compute, inputs, _tensor(dy.swapaxes(1, 2)).detach())
+
+
+def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
+    function = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    inputs = {k: _tensor(v) for k, v in arrays.items()}
+    seq_idx = None if ids is None else _tensor(ids)
+
+    def compute() -> Any:
+        i = inputs
+        return function(
+            i["x"],
+            i["dt"],
+            i["A"],
+            i["B"],
+            i["C"],
+            chunk_size=256,
+            D=i["D"],
+            dt_bias=i["dt_bias"],
+            seq_idx=seq_idx,
+            dt_softplus=True,
+        )
+
+    return _runs(compute, inputs, _tensor(dy).detach())
+
+
+def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
+    """Time last in meaning, channels last in memory, as theirs needs for resets."""
+    function = importlib.import_module("causal_conv1d").causal_conv1d_fn
+    inputs = {k: _tensor(v) for k, v in arrays.items()}
+    seq_idx = None if ids is None else _tensor(ids)
+
+    def compute() -> Any:
+        i = inputs
+        y = function(i["x"].transpose(1, 2), i["weight"], i["bias"], seq_idx=seq_idx, activation="silu")
+        return y.transpose(1, 2)
+
+    return _runs(compute, inputs, _tensor(dy).detach())
+
+
+CUDA_BASELINES: Mapping[str, Peer] = {
+    "selective_scan": Peer("mamba_ssm", ("torch", "mamba_ssm"), _selective_scan),
+    "ssd": Peer("mamba_ssm", ("torch", "mamba_ssm"), _ssd),
+    "causal_conv1d": Peer("causal_conv1d", ("torch", "causal_conv1d"), _causal_conv1d),
+}

@@ -1,0 +1,113 @@
+"""Greedy decoding of random prompts with random weights, timed on the device at hand."""
+
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from benchmarks import baselines
+from benchmarks.contenders import compare, tokens_per_second
+from benchmarks.paired_timing import Candidate, Spread
+from benchmarks.step import PUBLISHED_VOCABULARY
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import peak_memory_bytes
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.model.decode import InferenceModel
+from biomamba_jax.model.language_model import compute_dtype
+from biomamba_jax.tasks.generation import Generator
+from biomamba_jax.tasks.sampling import Sampling
+from biomamba_jax.train.progress import summary_table
+
+
+@dataclass(frozen=True)
+class DecodeBenchmark:
+    """What is decoded, and how it is measured."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
+    """The model; the 130m shape when left out."""
+    batch_size: int = 1
+    """Prompts at a time."""
+    prompt_length: int = 128
+    """Tokens of each prompt."""
+    new_tokens: int = 64
+    """Tokens generated for each prompt."""
+    rounds: int = 5
+    """Timed runs, after one that is not; each is one pass over the prompts and the whole loop."""
+    compare: bool = False
+    """On CPU: alternate with transformers' generate."""
+    allocator: Literal["default", "huge-pages"] = "huge-pages"
+    """compare: setting of the C library's allocator on both sides."""
+    limit_seconds: float = 600
+    """compare: a side that takes longer than this to be ready is an error."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "prompt_length", "new_tokens", "rounds"):
+            if getattr(self, key) < 1:
+                raise UserError(f"{key} = {getattr(self, key)!r}: must be at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of one run."""
+        return self.batch_size * self.new_tokens
+
+    def prompts(self) -> np.ndarray:
+        """[B L] random ids."""
+        shape = self.batch_size, self.prompt_length
+        return np.random.default_rng(0).integers(1, self.model.known_vocab, shape)
+
+
+class Decoding:
+    """Our model with its compiled programs: each call continues the prompts once."""
+
+    def __init__(self, config: DecodeBenchmark) -> None:
+        fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
+        self._generator = Generator(InferenceModel.from_params(config.model, fresh()))
+        self._prompts = config.prompts().tolist()
+        self._sampling = Sampling(max_new_tokens=config.new_tokens)
+
+    def __call__(self) -> None:
+        self._generator.decode(self._prompts, self._sampling)
+
+
+def measure_decode(config: DecodeBenchmark) -> None:
+    """Times decoding as `config` says and prints a table.
+
+    Raises:
+      UserError: compare, and the device is not a CPU or transformers is not installed.
+    """
+    if config.compare:
+        if jax.default_backend() != "cpu":
+            raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
+        baselines.check_installed(config.model)
+        ours = Candidate("biomamba_jax", config.allocator, functools.partial(Decoding, config))
+        generate = functools.partial(baselines.TransformersDecoding, config.model, config.prompts(), config.new_tokens)
+        theirs = Candidate("transformers", config.allocator, generate)
+        compare(_title(config), config.tokens, ours, theirs, config.rounds, config.limit_seconds)
+        return
+    decode = Decoding(config)
+    decode()
+    spread = Spread.of(_seconds(decode) for _ in range(config.rounds))
+    memory = f"{peak_memory_bytes() / 1e9:.2f} GB"
+    columns = ("decoding", "tokens/s", "slowest–fastest", "peak memory")
+    summary_table(
+        f"1 x {jax.devices()[0].device_kind}, {config.rounds} runs",
+        columns,
+        [(_title(config), *tokens_per_second(config.tokens, spread), memory)],
+    )
+
+
+def _seconds(decode: Decoding) -> float:
+    start = time.perf_counter()
+    decode()
+    return time.perf_counter() - start
+
+
+def _title(config: DecodeBenchmark) -> str:
+    model = config.model
+    sizes = f"{model.kind}, {model.n_layers} x {model.d_model}, {compute_dtype(model).name}"
+    return f"{sizes}, {config.batch_size} prompts of {config.prompt_length} + {config.new_tokens} tokens"

@@ -1,0 +1,140 @@
+"""The real training step of a config, timed on the device at hand."""
+
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+import jax
+import numpy as np
+
+from benchmarks import baselines
+from benchmarks.contenders import compare, print_tried, tokens_per_second
+from benchmarks.paired_timing import Candidate, Spread, fastest, try_out
+from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import peak_memory_bytes
+from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.model.language_model import compute_dtype
+from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_rows
+from biomamba_jax.train.optimizer import make_optimizer
+from biomamba_jax.train.progress import summary_table
+from biomamba_jax.train.schedule import learning_rate
+from biomamba_jax.train.setup import abstract_model, initial_state, total_peak_flops
+from biomamba_jax.train.step import jit_step, language_model_loss, make_train_step
+
+PUBLISHED_VOCABULARY = 50277
+"""Ids of the GPT-NeoX tokenizer, which the released models use."""
+
+
+@dataclass(frozen=True)
+class StepBenchmark(PretrainConfig):
+    """A pretraining config, of which the sizes count, and how to measure it."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
+    """The model; the 130m shape when left out."""
+    data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=1, sequence_length=512))
+    """Shape of a batch; its tokens are random."""
+    steps: int = 5
+    """Timed steps, after one that is not."""
+    compare: bool = False
+    """On CPU: alternate with the training step of transformers' own model, each side at its best settings."""
+    allocators: list[Literal["default", "huge-pages"]] = field(default_factory=lambda: ["default", "huge-pages"])
+    """compare: settings of the C library's allocator that each side is tried under."""
+    torch_compile: bool = True
+    """compare: try torch.compile as well."""
+    limit_seconds: float = 600
+    """compare: a side that takes longer than this to be ready is left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps < 1 or not self.allocators:
+            raise UserError("steps must be at least 1 and allocators must name a setting")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.data.batch_size * self.data.sequence_length
+
+
+class TrainingStep:
+    """The compiled step with its state and one random batch: each call trains once and returns when that is done."""
+
+    def __init__(self, config: StepBenchmark) -> None:
+        model = config.model
+        graph, layout = abstract_model(model, make_mesh(config.mesh))
+        schedule = learning_rate(config.schedule, config.optimizer.learning_rate, config.train.steps or 1000)
+        optimizer = make_optimizer(config.optimizer, model, schedule)
+        begin = functools.partial(initial_state, model, optimizer, config.train.seed)
+        like = jax.eval_shape(begin)
+        shardings = layout.shardings(like)
+        shape = rows_per_host(config.data.batch_size, layout.mesh), config.data.sequence_length
+        ids = np.random.default_rng(0).integers(1, model.known_vocab, (2, *shape), dtype=np.int32)
+        rows = {"inputs": ids[0], "targets": ids[1], "segment_ids": np.ones(shape, np.int32)}
+        self._batch = shard_rows(rows, layout.mesh)
+        loss = language_model_loss(graph, config.loss, layout.collectives)
+        step = make_train_step(loss, optimizer, config.train.accumulation, layout)
+        like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
+        self._step = jit_step(step, config.train.compiler_options, layout.mesh).lower(like, self._batch).compile()
+        self._state = jax.jit(begin, out_shardings=shardings)()
+
+    def __call__(self) -> None:
+        self._state, report = self._step(self._state, self._batch)
+        jax.block_until_ready((self._state, report))
+
+
+def measure_step(config: StepBenchmark) -> None:
+    """Times the step as `config` says and prints a table."""
+    if config.compare:
+        compare_step(config)
+        return
+    step = TrainingStep(config)
+    step()
+    spread = Spread.of(_seconds(step) for _ in range(config.steps))
+    peak = total_peak_flops(compute_dtype(config.model))
+    flops = training_flops_per_token(config.model) * config.tokens
+    share = None if peak is None else f"{flops / spread.median / peak:.1%}"
+    memory = f"{peak_memory_bytes() / 1e9:.2f} GB"
+    rows = [(_name(config), f"{spread.median:.3f}", *tokens_per_second(config.tokens, spread), memory, share)]
+    columns = ("training step", "seconds", "tokens/s", "slowest–fastest", "peak memory", "share of peak")
+    title = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.steps} steps on random tokens"
+    summary_table(title, columns, rows)
+
+
+def compare_step(config: StepBenchmark) -> None:
+    """Finds the fastest setting of each side, then alternates the two; prints what was tried and the ratio.
+
+    Raises:
+      UserError: the device is not a CPU, or transformers is not installed.
+    """
+
+    if jax.default_backend() != "cpu":
+        raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
+    baselines.check_installed(config.model)
+    ours = [Candidate("biomamba_jax", a, functools.partial(TrainingStep, config)) for a in config.allocators]
+    sizes = config.model, config.data.batch_size, config.data.sequence_length
+    step = functools.partial(baselines.TransformersStep, *sizes, config.optimizer)
+    theirs = [Candidate("transformers", a, step) for a in config.allocators]
+    pair = ours[0], theirs[0]
+    if len(config.allocators) > 1 or config.torch_compile:
+        tried = {c: try_out(c, config.limit_seconds) for c in (*ours, *theirs)}
+        if config.torch_compile:
+            best = fastest(tried, theirs)
+            compiled = Candidate("transformers, torch.compile", best.allocator, functools.partial(step, compiled=True))
+            theirs.append(compiled)
+            tried[compiled] = try_out(compiled, config.limit_seconds)
+        pair = fastest(tried, ours), fastest(tried, theirs)
+        print_tried(config.tokens, tried, pair)
+    compare(_name(config), config.tokens, *pair, config.steps, config.limit_seconds)
+
+
+def _seconds(step: TrainingStep) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _name(config: StepBenchmark) -> str:
+    model, data = config.model, config.data
+    shape = f"{data.batch_size} x {data.sequence_length:,}"
+    return f"{model.kind}, {model.n_layers} x {model.d_model}, batch {shape}, {compute_dtype(model).name}"

@@ -1,0 +1,134 @@
+"""What Triton kernels are compiled to for a GPU that is not there: registers, shared memory and spills.
+
+Triton brings the assembler and the tool that reads its results, so no driver and no CUDA is needed.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+
+from biomamba_jax.ops import dispatch, triton_calls
+from biomamba_jax.planning.kernels import build
+
+_TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Usage:
+    """Of one kernel on one architecture.
+
+    Attributes:
+      kernel: name of the function.
+      programs: how many the shape asks for.
+      warps: of a program.
+      registers: of a thread; 255 at most.
+      shared_bytes: shared memory of a program.
+      spilled_bytes: of a thread's values that found no register.
+      ptx_version: for instance "8.8".
+    """
+
+    kernel: str
+    programs: int
+    warps: int
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    ptx_version: str
+
+
+def calls(op: str, capability: int, *, gradient: bool = True, **shape: Any) -> list[triton_calls.Call]:
+    """The kernels of `op`, in order; `shape` as for `kernels.build`: rows, length, channels, segments."""
+    with dispatch.target_platform("gpu", capability), triton_calls.recording() as recorded:
+        function, arguments = build(op, "triton", gradient=gradient, devices=None, **shape)
+        jax.eval_shape(lambda *a: function(*a), *arguments)  # a new function: traces are kept by function
+    return recorded
+
+
+def compile_call(call: triton_calls.Call, capability: int) -> Any:
+    """Triton's result for one kernel: `asm` by stage ("ptx", "cubin", ...) and `metadata`."""
+    import triton
+
+    source, target, options = _source(call, capability)
+    return triton.compile(source, target=target, options=options)
+
+
+def intermediate(call: triton_calls.Call, capability: int) -> str:
+    """One kernel in Triton's own intermediate language, functions inlined; needs no assembler."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    source, target, given = _source(call, capability)
+    backend = make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    tools = backend.get_codegen_implementation(options), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    return str(stages["ttir"](source.make_ir(target, options, *tools, context), {}))
+
+
+def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[str, Any]]:
+    """What Triton compiles, for what, and how."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = call.kernel.arg_names
+    signature: dict[str, str] = dict.fromkeys(call.constants, "constexpr")
+    attributes = {}
+    for i, value in enumerate((*call.arguments, *call.outputs)):
+        signature[names[i]] = "i32" if isinstance(value, int) else f"*{_TYPES[str(value.dtype)]}"
+        if not isinstance(value, int):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {(names.index(name),): value for name, value in call.constants.items()}
+    source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {
+        "num_warps": call.launch.warps,
+        "num_stages": call.launch.stages,
+        "ptx_version": triton_calls.PTX_VERSION,
+        "enable_fp_fusion": True,
+    }
+    return source, GPUTarget("cuda", capability, 32), options
+
+
+def usage(call: triton_calls.Call, capability: int) -> Usage:
+    """Compiles one kernel and reads its resources."""
+    compiled = compile_call(call, capability)
+    programs = 1
+    for size in call.grid:
+        programs *= size
+    version = re.search(r"\.version (\d+\.\d+)", compiled.asm["ptx"])
+    assert version is not None  # every PTX file has one
+    return Usage(
+        call.kernel.__name__,
+        programs,
+        call.launch.warps,
+        _resource(compiled.asm["cubin"], "REG"),
+        compiled.metadata.shared,
+        _resource(compiled.asm["cubin"], "STACK") + _resource(compiled.asm["cubin"], "LOCAL"),
+        version[1],
+    )
+
+
+def _resource(cubin: bytes, name: Literal["REG", "STACK", "LOCAL"]) -> int:
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        words = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        printed = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    found = re.search(rf"\b{name}:(\d+)", printed)
+    assert found is not None, printed
+    return int(found[1])
+
+
+def usages(ops: Sequence[str], capability: int, **shape: Any) -> list[tuple[str, Usage]]:
+    """(op, usage) of every kernel of the ops."""
+    return [(op, usage(call, capability)) for op in ops for call in calls(op, capability, **shape)]

@@ -1,0 +1,155 @@
+"""Reads plain and compressed text and JSON with errors that name the file; writes a file whole or not at all."""
+
+import bz2
+import io
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from isal import igzip
+from isal.isal_zlib import IsalError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+from biomamba_jax.errors import UserError
+
+_DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
+    ".gz": lambda raw: igzip.IGzipFile(fileobj=raw),  # takes a third of the time of gzip's
+    ".bz2": bz2.BZ2File,
+    ".zst": zstd.ZstdFile,
+}
+# The library's own annotation calls its exception class an exception.
+_DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
+
+
+@contextmanager
+def naming_errors(path: str | Path) -> Iterator[None]:
+    """Turns the errors of reading a file into a UserError that names it."""
+    try:
+        yield
+    except _DAMAGED as error:
+        kind = {".bz2": "bzip2", ".zst": "zstd"}.get(Path(path).suffix, "gzip")
+        raise UserError(f"{path}: truncated or damaged {kind} ({error}); download it again") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} near byte {error.start}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
+
+
+def uncompressed_name(path: str | Path) -> str:
+    """Returns the file's name without .gz, .bz2 or .zst."""
+    path = Path(path)
+    return path.stem if path.suffix in _DECOMPRESSORS else path.name
+
+
+def _uncompressed(path: str | Path, raw: BinaryIO) -> BinaryIO:
+    decompressor = _DECOMPRESSORS.get(Path(path).suffix)
+    if decompressor is None:
+        return raw
+    if os.fstat(raw.fileno()).st_size == 0:  # gzip's reader takes it for the end of a file
+        raise EOFError("it is empty")
+    return decompressor(raw)
+
+
+def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:
+    """Yields the file's bytes, uncompressed, to the end: the format's own checksum is always verified."""
+    with naming_errors(path), open(path, "rb") as raw:
+        file = _uncompressed(path, raw)
+        while chunk := file.read(size):
+            yield chunk
+
+
+def read_lines(path: str | Path) -> Iterator[str]:
+    """Yields the lines of a UTF-8 text file, uncompressed, without their line ends."""
+    with (
+        naming_errors(path),
+        open(path, "rb") as raw,
+        io.TextIOWrapper(_uncompressed(path, raw), encoding="utf-8-sig", newline="\n") as file,
+    ):
+        for line in file:
+            yield line.rstrip("\r\n")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON file that holds a mapping.
+
+    Raises:
+      UserError: the file cannot be read, is not JSON, or holds something else.
+    """
+    raw = read_any_json(path)
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: is not a mapping")
+    return raw
+
+
+def read_any_json(path: str | Path) -> Any:
+    """Reads a JSON file, plain or compressed, whatever it holds.
+
+    Raises:
+      UserError: the file cannot be read or is not JSON.
+    """
+    content = b"".join(read_chunks(path, 1 << 20))
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line number, mapping) for each line of a JSON lines file, plain or compressed; skips blank lines.
+
+    Raises:
+      UserError: the file cannot be read, or a line is not a JSON mapping; names file and line.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise UserError(f"{path}, line {number}: cannot be read as JSON ({reason})") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: is not a mapping")
+        yield number, record
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path next to `path`, moved to `path` when the block ends and removed when it raises.
+
+    The file is flushed to disk before it is moved: a kill or a power cut leaves the old file or the new one.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Writes a UTF-8 text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes a value as strict, indented JSON, whole or not at all.
+
+    Raises:
+      ValueError: the value holds NaN or an infinity, which JSON does not have.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

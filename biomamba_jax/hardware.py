@@ -1,0 +1,149 @@
+"""What one device can do at best: peak FLOP/s, memory and bandwidth, by the name that JAX gives to the device.
+
+A figure is for one `jax.Device`, which is not always one chip. A device that the table does not know has no peak:
+callers then leave the share of peak out rather than invent one.
+"""
+
+import dataclasses
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of `jax.Device`.
+
+    Attributes:
+      name: what people call it.
+      device_kind: regular expression that the whole of `jax.Device.device_kind` matches.
+      flops: FLOP/s of dense matrix products (no structured sparsity) by the operands' dtype, sums in fp32, at
+        JAX's default precision: there a float32 product takes one bfloat16 pass on TPU and TF32 on GPUs that have it.
+      memory_bytes: TPU: what the compiler lets one program use. GPU: the datasheet's size, of which the driver and
+        ECC keep 1 to 7 %.
+      bandwidth: bytes/s between that memory and the chip.
+      cores: TensorCores that act as this one device and share its figures evenly.
+      clock: Hz of a TensorCore, derived from its peak FLOP/s; None where no static profile needs it.
+    """
+
+    name: str
+    device_kind: str
+    flops: Mapping[str, float]
+    memory_bytes: int
+    bandwidth: float
+    cores: int = 1
+    clock: float | None = None
+
+
+def _tpu(
+    name: str,
+    device_kind: str,
+    teraflops: float,
+    gib: float,
+    gigabytes_per_second: float,
+    cores: int = 1,
+    clock: float | None = None,
+) -> Chip:
+    flops = {"bfloat16": teraflops * 1e12, "float32": teraflops * 1e12}
+    return Chip(name, device_kind, flops, int(gib * GIB), gigabytes_per_second * 1e9, cores, clock)
+
+
+def _gpu(name: str, device_kind: str, half: float, single: float, gib: float, gigabytes_per_second: float) -> Chip:
+    flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
+    return Chip(name, device_kind, flops, int(gib * GIB), gigabytes_per_second * 1e9)
+
+
+def _volta(name: str, device_kind: str, half: float, single: float, gib: float) -> Chip:
+    # Volta's tensor cores know float16 only: bfloat16 has no peak to be measured against.
+    return Chip(name, device_kind, {"float16": half * 1e12, "float32": single * 1e12}, int(gib * GIB), 900e9)
+
+
+# TPU: FLOP/s and bandwidth from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; memory is the "available
+# HBM" that libtpu 0.0.52 reports when it refuses a program; names as the same libtpu gives them. On Cloud TPU a v4 or
+# v5p chip is one JAX device (megacore: two cores act as one). TPU7x has no megacore: each of the chip's two cores is a
+# device of its own, with half of the chip's 2,307 TFLOP/s, 192 GiB and 7,380 GB/s.
+# GPU: NVIDIA's datasheets, halved where they quote sparsity: V100 (1165301), A100 (1758950), H100 (2022 for PCIe, 2024
+# for SXM and NVL), H200, L4, Blackwell architecture brief (HGX B200 per GPU, GB200 NVL72 per GPU); RTX 3090: GA102
+# whitepaper, RTX 4090: Ada whitepaper, both with fp32 sums; A10G: baseten.co/blog/nvidia-a10-vs-a10g-for-ml-model-
+# inference (its tensor cores run at 70, not at the A10's 125).
+CHIPS = (
+    _tpu("TPU v4", r"TPU v4", 275, 30.75, 1228, cores=2),
+    _tpu("TPU v5e", r"TPU v5 lite|TPU v5e", 197, 15.75, 819, clock=1.5e9),
+    _tpu("TPU v5p", r"TPU v5p?", 459, 95.73, 2765, cores=2, clock=1.75e9),
+    _tpu("TPU v6e", r"TPU v6 lite|TPU v6e", 918, 31.24, 1638, clock=1.75e9),
+    _tpu("TPU7x (one core)", r"TPU7x", 2307 / 2, 94.74, 7380 / 2),
+    _volta("V100 SXM2 16 GB", r"Tesla V100-SXM2-16GB", 125, 15.7, 16),
+    _volta("V100 SXM2 32 GB", r"Tesla V100-SXM[23]-32GB", 125, 15.7, 32),
+    _volta("V100 PCIe 16 GB", r"Tesla V100-PCIE-16GB", 112, 14, 16),
+    _volta("V100 PCIe 32 GB", r"Tesla V100-PCIE-32GB", 112, 14, 32),
+    _gpu("A100 40 GB", r"(NVIDIA )?A100-(SXM4|PCIE)-40GB", 312, 156, 40, 1555),
+    _gpu("A100 SXM 80 GB", r"(NVIDIA )?A100-SXM4-80GB", 312, 156, 80, 2039),
+    _gpu("A100 PCIe 80 GB", r"(NVIDIA )?A100 80GB PCIe", 312, 156, 80, 1935),
+    _gpu("H100 SXM", r"NVIDIA H100 80GB HBM3", 989.4, 494.7, 80, 3352),
+    _gpu("H100 PCIe", r"NVIDIA H100 PCIe", 756.5, 378, 80, 2039),
+    _gpu("H100 NVL", r"NVIDIA H100 NVL", 835.5, 417.5, 94, 3938),
+    _gpu("H200", r"NVIDIA H200", 989.4, 494.7, 141, 4800),
+    _gpu("B200", r"NVIDIA B200", 2250, 1100, 180, 8000),
+    _gpu("GB200", r"NVIDIA GB200", 2500, 1250, 186, 8000),
+    _gpu("L4", r"NVIDIA L4", 121, 60, 24, 300),
+    _gpu("A10G", r"NVIDIA A10G", 70, 35, 24, 600),
+    _gpu("RTX 3090", r"(NVIDIA )?GeForce RTX 3090", 71, 35.6, 24, 936),
+    _gpu("RTX 4090", r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 24, 1008),
+)
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The table's row for `jax.Device.device_kind`, or None for a device that it does not know."""
+    return next((chip for chip in CHIPS if re.fullmatch(chip.device_kind, device_kind)), None)
+
+
+def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
+    """Peak FLOP/s of one device for matrix products of `dtype`.
+
+    Args:
+      device_kind: `jax.Device.device_kind`, for instance "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
+      dtype: type of the operands.
+
+    Returns:
+      FLOP/s, or None where the device is unknown (a CPU, say: see `measure_matmul_flops`) or has no unit for `dtype`.
+    """
+    chip = find_chip(device_kind)
+    return chip.flops.get(jnp.dtype(dtype).name) if chip else None
+
+
+def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
+    """FLOP/s of a square float32 product on JAX's default device, the fastest of what fits into `seconds`.
+
+    Stands in for a peak where no datasheet does: on a CPU the share of peak then says how much of the time is as good
+    as plain matrix products. Virtual CPU devices share one machine: the figure is for all of them together.
+    """
+    # Random values, since some CPUs multiply zeros and ones at higher clocks.
+    operand = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
+    product = jax.jit(lambda x: x @ x)
+    product(operand).block_until_ready()
+    fastest = float("inf")
+    end = time.perf_counter() + seconds
+    while True:
+        start = time.perf_counter()
+        product(operand).block_until_ready()
+        stop = time.perf_counter()
+        fastest = min(fastest, stop - start)
+        if stop >= end:
+            return 2 * size**3 / fastest
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory in use so far: of this host's first device, or of the process where the device is the CPU."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident if sys.platform == "darwin" else resident * 1024  # macOS counts bytes, Linux KiB

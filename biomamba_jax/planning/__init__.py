@@ -1,0 +1,1 @@
+"""What `plan` computes: compiles a config for absent hardware, reads the program, costs it and searches settings."""

@@ -1,0 +1,216 @@
+"""What a training run would take on a machine, from the real compiler and the datasheets. All of it is estimates."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.plan import PlanConfig
+from biomamba_jax.data.shards import Manifest
+from biomamba_jax.errors import UserError
+from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.planning.compile import Compiled, check_compiler, compile_step
+from biomamba_jax.planning.kernels import kernel_rates
+from biomamba_jax.planning.search import describe, nearest_fit, resolved_mesh, search_settings
+from biomamba_jax.planning.times import Times, step_times
+from biomamba_jax.planning.topology import Topology, parse_topology
+from biomamba_jax.train.setup import total_steps, with_vocabulary
+
+PUBLISHED_VOCABULARY = 50277
+"""Ids of the GPT-NeoX tokenizer, which the released models use."""
+_SECONDS_A_DAY = 86400
+# d_model and layers of the released models, by the end of their names on the hub.
+_RELEASED: Mapping[str, tuple[Literal["mamba1", "mamba2"], int, int]] = {
+    "mamba-130m": ("mamba1", 768, 24),
+    "mamba-370m": ("mamba1", 1024, 48),
+    "mamba-790m": ("mamba1", 1536, 48),
+    "mamba-1.4b": ("mamba1", 2048, 48),
+    "mamba-2.8b": ("mamba1", 2560, 64),
+    "mamba2-130m": ("mamba2", 768, 24),
+    "mamba2-370m": ("mamba2", 1024, 48),
+    "mamba2-780m": ("mamba2", 1536, 48),
+    "mamba2-1.3b": ("mamba2", 2048, 48),
+    "mamba2-2.7b": ("mamba2", 2560, 64),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One config on one machine.
+
+    Attributes:
+      config: with every size known.
+      topology: the machine.
+      compiled: what the compiler says.
+      times: None where it does not fit.
+      run_tokens: training tokens of the whole run; None where neither config nor shards tell.
+    """
+
+    config: PlanConfig
+    topology: Topology
+    compiled: Compiled
+    times: Times | None
+    run_tokens: float | None
+
+    @property
+    def step_tokens(self) -> int:
+        return self.config.data.batch_size * self.config.data.sequence_length
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return None if self.times is None else self.step_tokens / self.times.step
+
+    @property
+    def share_of_peak(self) -> float | None:
+        """Arithmetic that the model needs, recomputation not counted, over what the chips could do meanwhile."""
+        if self.times is None:
+            return None
+        flops = training_flops_per_token(self.config.model) * self.step_tokens
+        peak = self.topology.chip.flops[product_dtype(self.config.model)] * self.topology.devices
+        return flops / (peak * self.times.step)
+
+    @property
+    def days(self) -> float | None:
+        """Of the whole run."""
+        if self.run_tokens is None or self.tokens_per_second is None:
+            return None
+        return self.run_tokens / self.tokens_per_second / _SECONDS_A_DAY
+
+    @property
+    def chip_hours(self) -> float | None:
+        return None if self.days is None else self.days * 24 * self.topology.chips
+
+    def as_json(self) -> dict[str, Any]:
+        """All figures: bytes, seconds, FLOPs of one device and step unless named otherwise."""
+        compiled, times, seconds = self.compiled, self.times, None
+        if times is not None:
+            seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
+            del seconds["unprofiled"]
+        return {
+            "estimate": "by the compiler and from datasheets, not measured",
+            "model": {key: getattr(self.config.model, key) for key in ("kind", "d_model", "n_layers")},
+            "topology": str(self.topology),
+            "chips": self.topology.chips,
+            "devices": self.topology.devices,
+            "mesh": compiled.mesh,
+            "remat": self.config.model.remat,
+            "batch_size": self.config.data.batch_size,
+            "sequence_length": self.config.data.sequence_length,
+            "accumulation": self.config.train.accumulation,
+            "fits": compiled.fits,
+            "refused": compiled.refused,
+            "needed_bytes": compiled.needed,
+            "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total},
+            "available_bytes": self.topology.chip.memory_bytes,
+            "flops": compiled.costs.flops,
+            "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
+            "seconds": seconds,
+            "unprofiled_kernels": None if times is None else list(times.unprofiled),
+            "tokens_per_second": self.tokens_per_second,
+            "share_of_peak": self.share_of_peak,
+            "run_tokens": self.run_tokens,
+            "days": self.days,
+            "chip_hours": self.chip_hours,
+            "compile_seconds": compiled.seconds,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What was asked for, and what to change if that does not fit.
+
+    Attributes:
+      plan: of the config as it is.
+      nearest: the nearest setting that fits, where the config does not.
+      ranking: of a search, the fastest first, those that do not fit last.
+    """
+
+    plan: Plan
+    nearest: Plan | None = None
+    ranking: tuple[Plan, ...] = ()
+
+
+def make_plan(config: PlanConfig) -> Answer:
+    """Compiles what `config` asks for.
+
+    Raises:
+      UserError: the topology is unknown, its compiler not installed, or config and machine do not go together.
+    """
+    topology = parse_topology(config.topology, config.slices)
+    check_compiler(topology)
+    config, run_tokens = resolve(config)
+
+    def plan(config: PlanConfig, compiled: Compiled | None = None) -> Plan:
+        compiled = compiled or compile_step(config)
+        return Plan(config, topology, compiled, _times(config, topology, compiled), run_tokens)
+
+    asked = plan(config)
+    if config.search:
+        settings = search_settings(config, topology)[: config.tries]
+        same = resolved_mesh(config, topology.devices), config.model.remat
+        others = [plan(s) for s in settings if (s.mesh, s.model.remat) != same]
+        ranking = sorted([asked, *others], key=lambda p: (not p.compiled.fits, p.times.step if p.times else 0.0))
+        return Answer(asked, ranking=tuple(ranking))
+    if asked.compiled.refused:
+        raise UserError(f"{topology}: {asked.compiled.refused}")
+    if asked.compiled.fits:
+        return Answer(asked)
+    nearest = nearest_fit(config, topology, compile_step, config.tries)
+    return Answer(asked, None if nearest is None else plan(*nearest))
+
+
+def _times(config: PlanConfig, topology: Topology, compiled: Compiled) -> Times | None:
+    if not compiled.fits:
+        return None
+    rates = kernel_rates(config.model.kind, topology.generation, config.limit_seconds)
+    return step_times(compiled, topology, product_dtype(config.model), rates)
+
+
+def product_dtype(model: ModelConfig) -> str:
+    """Type of matrix products on the machine that is planned for, which is no CPU."""
+    return "bfloat16" if model.compute_dtype == "auto" else model.compute_dtype
+
+
+def resolve(config: PlanConfig) -> tuple[PlanConfig, float | None]:
+    """The config with the sizes of the weights that it starts from and a vocabulary, and the run's training tokens."""
+    model = released_sizes(config.model, config.init_from) if config.init_from else config.model
+    path, steps = Path(config.data.path), config.train.steps
+    if (path / "manifest.json").exists():
+        manifest = Manifest.load(config.data.path)
+        model = with_vocabulary(model, manifest)
+        steps = total_steps(config, manifest)
+    if model.vocab_size is None:
+        model = dataclasses.replace(model, vocab_size=PUBLISHED_VOCABULARY)
+    tokens = None if steps is None else float(steps * config.data.batch_size * config.data.sequence_length)
+    return dataclasses.replace(config, model=model, init_from=None), config.tokens or tokens
+
+
+def released_sizes(model: ModelConfig, init_from: str) -> ModelConfig:
+    """`model` with the sizes of released weights, by their name.
+
+    Raises:
+      UserError: they are no released weights.
+    """
+    name = init_from.rstrip("/").rsplit("/", 1)[-1].removesuffix("-hf")
+    if name not in _RELEASED:
+        known = ", ".join(_RELEASED)
+        raise UserError(
+            f"init_from = {init_from!r}: sizes are known for {known}; for other weights give the sizes as model.* and "
+            "--init_from null"
+        )
+    kind, d_model, n_layers = _RELEASED[name]
+    multiple = 8 if kind == "mamba1" else 16
+    return dataclasses.replace(
+        model,
+        kind=kind,
+        d_model=d_model,
+        n_layers=n_layers,
+        vocab_size=PUBLISHED_VOCABULARY,
+        pad_vocab_multiple=multiple,
+    )
+
+
+def flags(plan: Plan, base: Plan) -> str:
+    """What to add to the command for `plan` instead of `base`."""
+    return describe(plan.config, base.config)

@@ -1,0 +1,343 @@
+"""What a compiled program does, read from its text: which operations run how often, their bytes, and what is sent.
+
+The text is that of `jax.stages.Compiled.as_text()`: one device's program, loops with their trip counts. Operations
+inside a fusion cost no memory traffic; what a loop slices out of a stacked array counts as the slice, not as the array;
+buffers that the compiler keeps in the chip's own memory count nothing.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from biomamba_jax.planning.hlo import (
+    Computations,
+    Instruction,
+    UnknownTripCountError,
+    called_computations,
+    parse,
+    trip_count,
+)
+
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota opt-barrier domain "
+    "copy-done slice-done dynamic-slice-done async-done async-update all-gather-done all-reduce-done "
+    "collective-permute-done recv-done send-done".split()
+)
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Operations that write into an array which they are given first; the position of what they write."""
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
+_SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Exchanges of one kind and shape.
+
+    Attributes:
+      kind: all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all.
+      calls: how often a step does it.
+      bytes: of the whole array that is gathered, reduced or moved, on one device, one call.
+      group: devices that take part together.
+      between_slices: whether a group spans slices.
+      overlaps: started and awaited apart, so that other work can go on.
+    """
+
+    kind: str
+    calls: int
+    bytes: int
+    group: int
+    between_slices: bool
+    overlaps: bool
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each device must send in one call, however it is done."""
+        whole = self.bytes * (self.group - 1) / max(self.group, 1)
+        return {"all-reduce": 2 * whole, "collective-permute": float(self.bytes)}.get(self.kind, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One operation of the program: how often it runs, its products' FLOPs and the bytes that it moves, each time."""
+
+    name: str
+    calls: int
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass
+class Program:
+    """What one device does in one step. Kernels are listed by name only: they state their costs elsewhere."""
+
+    work: list[Work]
+    collectives: list[Collective]
+    kernels: Mapping[str, int]
+
+
+def read_program(text: str, devices: int = 1, slices: int = 1) -> Program:
+    """Reads a compiled module.
+
+    Args:
+      text: of the optimised module.
+      devices: that run it.
+      slices: that they lie in, in order.
+    """
+    computations, entry = parse(text)
+    return _Reader(computations, devices, slices).read(entry)
+
+
+def shape_bytes(text: str, everywhere: bool = False) -> int:
+    """Bytes of all arrays in a type, tuples included; those in the chip's own memory only if `everywhere`."""
+    return sum(
+        _array_bits(dtype, sizes) // 8
+        for dtype, sizes, layout in _SHAPE.findall(text)
+        if everywhere or not re.search(r"S\([1-9]", layout)
+    )
+
+
+def _array_bits(dtype: str, sizes: str) -> int:
+    bits = _BITS.get(dtype)
+    if bits is None:
+        bits = int(match[0]) if (match := re.search(r"\d+", dtype)) else 32
+    return math.prod(map(int, filter(None, sizes.split(",")))) * bits
+
+
+def _dimensions(text: str) -> list[int]:
+    match = _SHAPE.search(text)
+    return [int(size) for size in match[2].split(",") if size] if match else []
+
+
+class _Reader:
+    def __init__(self, computations: Computations, devices: int, slices: int) -> None:
+        self._computations, self._devices, self._slices = computations, devices, slices
+        self._named = {name: {i.name: i for i in body} for name, body in computations.items()}
+        self._work: list[Work] = []
+        self._collectives: dict[tuple[str, int, int, bool, bool], int] = {}
+        self._kernels: dict[str, int] = {}
+
+    def read(self, entry: str) -> Program:
+        self._walk(entry, 1)
+        collectives = [Collective(k[0], calls, *k[1:]) for k, calls in self._collectives.items()]
+        return Program(self._work, collectives, self._kernels)
+
+    def _walk(self, computation: str, times: int, overlaps: bool = False) -> None:
+        """overlaps: the computation was started beside others, as those of SparseCores are."""
+        for i in self._computations.get(computation, ()):
+            called = called_computations(i)
+            if i.opcode == "while":
+                self._walk(called["body"][0], times * self._trips(i, computation), overlaps)
+            elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
+                self._kernels[i.name] = self._kernels.get(i.name, 0) + times
+            elif i.opcode in ("call", "async-start") or "called_computations" in called:
+                for inner in next(iter(called.values()), ()):
+                    self._walk(inner, times, overlaps or i.opcode == "async-start")
+            elif i.opcode == "conditional":
+                for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
+                    self._walk(inner, times, overlaps)
+            elif kind := _collective_kind(i.opcode):
+                self._exchange(i, kind, computation, times, overlaps)
+            elif i.opcode == "send":
+                self._send(i, computation, times)
+            elif i.opcode == "fusion":
+                self._fusion(i, computation, called["calls"][0], times)
+            elif i.opcode not in _FREE:
+                self._add(i, times, self._flops(i, computation), self._moved(i, computation))
+
+    def _add(self, i: Instruction, times: int, flops: float, moved: float) -> None:
+        if flops or moved:
+            self._work.append(Work(i.name, times, flops, moved))
+
+    def _trips(self, i: Instruction, computation: str) -> int:
+        """Where the text does not tell, the bound in the loop's condition: a plan is an estimate."""
+        try:
+            return trip_count(i, self._computations[computation], self._computations)
+        except UnknownTripCountError:
+            condition = self._computations[called_computations(i)["condition"][0]]
+            bounds = [int(j.arguments) for j in condition if j.opcode == "constant" and j.arguments.isdigit()]
+            return max(bounds, default=1)
+
+    # --- Exchanges ---------------------------------------------------------------------------------------------------
+
+    def _exchange(self, i: Instruction, kind: str, computation: str, times: int, overlaps: bool = False) -> None:
+        operands = sum(shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
+        results = shape_bytes(i.results, everywhere=True)
+        starts = i.opcode.endswith("-start")
+        size = operands
+        if kind == "all-gather":  # a start's result names its operand as well
+            size = results - operands if starts else results
+        groups = replica_groups(i.attributes) or [list(range(self._devices))]
+        group = max(map(len, groups)) if kind != "collective-permute" else 2
+        per_slice = self._devices // self._slices
+        between = any(len({k // per_slice for k in g}) > 1 for g in groups)
+        self._count(kind, size, group, between, starts or overlaps, times)
+
+    def _send(self, i: Instruction, computation: str, times: int) -> None:
+        """TPU slices exchange through their hosts: each device sends its part, and awaits the sum later."""
+        original = re.search(r'host_transfer_rendezvous="([a-z\-]+)', i.attributes)
+        if original and self._slices > 1 and (kind := _collective_kind(original[1].rstrip("-"))):
+            size = shape_bytes(self._type(i.operands[0], computation), everywhere=True)
+            self._count(kind, size, self._slices, True, True, times)
+
+    def _count(self, kind: str, size: int, group: int, between: bool, overlaps: bool, times: int) -> None:
+        if group > 1 and size:
+            key = (kind, size, group, between, overlaps)
+            self._collectives[key] = self._collectives.get(key, 0) + times
+
+    # --- Work --------------------------------------------------------------------------------------------------------
+
+    def _fusion(self, i: Instruction, computation: str, fused: str, times: int) -> None:
+        inside = self._computations[fused]
+        root = next(j for j in inside if j.is_root)
+        # TPU: an exchange that overlaps with products stands in the fusion that starts it, in each that it runs beside,
+        # and in the one that awaits it.
+        starts, awaits = (i.name.startswith(f"async-collective-{end}") for end in ("start", "done"))
+        if not awaits and not fused.startswith("async_collective_fusion"):
+            for j in inside:
+                if kind := _collective_kind(j.opcode):
+                    # TPU: a sum of which the fusion keeps this device's part is scattered as it is reduced.
+                    scatters = kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == j.name
+                    self._exchange(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
+        if starts or awaits:
+            return
+        flops = self._all_flops(fused)
+        parameters = sorted((j for j in inside if j.opcode == "parameter"), key=lambda j: int(j.arguments))
+        pairs = zip(parameters, i.operands, strict=True)
+        moved = sum(self._read(j, fused, self._type(o, computation)) for j, o in pairs)
+        moved += self._written(root, fused, i.results)
+        self._add(i, times, flops, moved)
+
+    def _all_flops(self, fused: str) -> float:
+        inside = self._computations[fused]
+        nested = sum(self._all_flops(called_computations(j)["calls"][0]) for j in inside if j.opcode == "fusion")
+        return nested + sum(self._flops(j, fused) for j in inside)
+
+    def _read(self, parameter: Instruction, fused: str, outer: str) -> int:
+        """Bytes that a fusion reads of one operand: of a stacked array the slices that it takes."""
+        whole = shape_bytes(outer)
+        return min(self._taken(parameter, fused, whole), whole) if whole else 0
+
+    def _taken(self, parameter: Instruction, fused: str, whole: int) -> int:
+        total = 0
+        for user, position in self._users(parameter.name, fused):
+            if user.opcode in ("dynamic-slice", "gather", "slice") and position == 0:
+                total += shape_bytes(user.results, everywhere=True)
+            elif user.opcode == "fusion":
+                nested = called_computations(user)["calls"][0]
+                inner = next(
+                    j for j in self._computations[nested] if j.opcode == "parameter" and j.arguments == str(position)
+                )
+                total += self._taken(inner, nested, whole)
+            elif not (user.opcode in _UPDATES and position == 0):
+                total += whole
+        return total
+
+    def _users(self, name: str, computation: str) -> Iterator[tuple[Instruction, int]]:
+        for user in self._computations[computation]:
+            if name in user.operands:
+                if user.opcode == "bitcast":
+                    yield from self._users(user.name, computation)
+                else:
+                    yield user, user.operands.index(name)
+
+    def _written(self, root: Instruction, fused: str, results: str) -> int:
+        """Bytes that a fusion writes: into an array that it updates, the update."""
+        if not shape_bytes(results):
+            return 0
+        named = self._named[fused]
+        while root.opcode == "bitcast" and root.operands:
+            root = named[root.operands[0]]
+        if root.opcode == "tuple":
+            return sum(self._written(named[o], fused, named[o].results) for o in root.operands)
+        if root.opcode in _UPDATES:
+            return shape_bytes(named[root.operands[_UPDATES[root.opcode]]].results, everywhere=True)
+        return shape_bytes(root.results)
+
+    def _moved(self, i: Instruction, computation: str) -> int:
+        results = shape_bytes(i.results)
+        if i.opcode in ("dynamic-slice", "slice", "gather"):
+            return results + shape_bytes(i.results, everywhere=True)
+        if i.opcode in _UPDATES:
+            return 2 * shape_bytes(self._type(i.operands[_UPDATES[i.opcode]], computation), everywhere=True)
+        if i.opcode == "copy-start":  # its result names both ends
+            return results
+        if i.opcode.endswith("slice-start"):  # its result names the array and the slice
+            return [shape_bytes(f"{d}[{n}]") for d, n, _ in _SHAPE.findall(i.results)][1]
+        if i.opcode in ("send", "recv", "infeed", "outfeed") or (i.opcode == "custom-call" and not _is_product(i)):
+            return 0
+        return results + sum(shape_bytes(self._type(name, computation)) for name in i.operands)
+
+    def _flops(self, i: Instruction, computation: str) -> float:
+        """Of a matrix product, which compilers write as a convolution for TPU, as a call of a library for GPU."""
+        if i.opcode not in ("dot", "convolution") and not _is_product(i):
+            return 0.0
+        left, right = (_dimensions(self._type(name, computation)) for name in i.operands[:2])
+        out = math.prod(_dimensions(i.results))
+        if i.opcode != "convolution":
+            dimensions = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
+            contracted = re.search(dimensions, i.attributes)
+            return 2.0 * out * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted[1])) if contracted else 0.0
+        labels = re.search(r"dim_labels=\w+_(\w+)->", i.attributes)
+        if labels is None:
+            return 0.0
+        # Each output element sums over the kernel's input features and its window.
+        return 2.0 * out * math.prod(n for n, label in zip(right, labels[1], strict=True) if label != "o")
+
+    def _type(self, name: str, computation: str) -> str:
+        found = self._named[computation].get(name)
+        return found.results if found else ""
+
+
+def _is_product(i: Instruction) -> bool:
+    return i.opcode == "custom-call" and re.search(r'custom_call_target="[^"]*(gemm|matmul)', i.attributes) is not None
+
+
+def _collective_kind(opcode: str) -> str | None:
+    name = opcode.removesuffix("-start")
+    return name.removeprefix("ragged-") if name in _COLLECTIVES else None
+
+
+def replica_groups(attributes: str) -> list[list[int]]:
+    """Groups of devices of a collective, in any of three notations; pairs for a permute. Empty: all devices."""
+    if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", attributes):
+        return [[int(k) for k in group.split(",") if k.strip()] for group in re.findall(r"\{([\d,\s]*)\}", listed[1])]
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        return _groups_along(axes[1], axes[2])
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota is None:
+        return []
+    shape = [int(n) for n in iota[1].split(",")]
+    sizes = [int(n) for n in iota[2].split(",")]
+    order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(sizes)))
+    return _cut(_transposed(sizes, order), shape[-1])
+
+
+def _groups_along(mesh: str, along: str) -> list[list[int]]:
+    """Groups along axes of a mesh: "'a'=4,'b'=2" and "'b'", or a part of an axis, "'a':(2)2": 2 of it behind 2."""
+    parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", along)}
+    whole = set(re.findall(r"'(\w+)'(?!:)", along))
+    sizes: list[int] = []
+    chosen: list[int] = []
+    for name, text in re.findall(r"'(\w+)'=(\d+)", mesh):
+        size = int(text)
+        before, inside = parts.get(name, (1, size))
+        if name in parts or name in whole:
+            chosen.append(len(sizes) + 1)
+        sizes += [before, inside, size // (before * inside)]
+    others = [axis for axis in range(len(sizes)) if axis not in chosen]
+    return _cut(_transposed(sizes, [*others, *chosen]), math.prod(sizes[axis] for axis in chosen))
+
+
+def _cut(flat: Sequence[int], length: int) -> list[list[int]]:
+    return [list(flat[start : start + length]) for start in range(0, len(flat), length)]
+
+
+def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
+    """The numbers of an array of `sizes`, counted along its axes, read after its axes are put into `order`."""
+    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
+    flat = [0]
+    for axis in order:
+        flat = [base + strides[axis] * k for base in flat for k in range(sizes[axis])]
+    return flat

@@ -1,0 +1,181 @@
+"""Other settings of a config: the nearest that fits a machine, and meshes and remat policies worth comparing."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from biomamba_jax.config import MeshConfig, ModelConfig
+from biomamba_jax.config.plan import PlanConfig
+from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.planning.compile import Compiled
+from biomamba_jax.planning.topology import Topology
+
+_POLICIES = ("none", "dots", "full")
+_MOST_SHARED = 8  # devices along tensor or sequence that a search tries: beyond, links inside a slice bind
+Compiler = Callable[[PlanConfig], Compiled]
+
+
+def describe(config: PlanConfig, base: PlanConfig) -> str:
+    """The flags that turn `base` into `config`."""
+    pairs = [
+        ("model.remat", config.model.remat, base.model.remat),
+        ("train.accumulation", config.train.accumulation, base.train.accumulation),
+        ("data.batch_size", config.data.batch_size, base.data.batch_size),
+        *(
+            (f"mesh.{k}", getattr(config.mesh, k), getattr(base.mesh, k))
+            for k in ("data", "fsdp", "tensor", "sequence")
+        ),
+    ]
+    return " ".join(f"--{key} {now}" for key, now, before in pairs if now != before)
+
+
+def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
+    """The mesh with its -1 replaced, as far as the sizes divide."""
+    known = math.prod(size for size in config.mesh.sizes if size != -1)
+    sizes = [devices // known if size == -1 else size for size in config.mesh.sizes]
+    return MeshConfig(*sizes)
+
+
+def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
+    return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
+
+
+# --- The nearest setting that fits -----------------------------------------------------------------------------------
+
+
+def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
+    """Settings that take less memory, the nearest to `config` first: the same batch in more parts and with more
+    recomputation, then weights shared by more devices, then a smaller batch."""
+    mesh = resolved_mesh(config, topology.devices)
+    policies = _POLICIES[_POLICIES.index(config.model.remat) :]
+    across = mesh.data * mesh.fsdp
+    most = max(config.data.batch_size // across, 1)
+    seen: set[Any] = {(config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size)}
+    for fsdp in _doublings(mesh.fsdp, across // topology.slices):
+        if across % fsdp or (across // fsdp) % topology.slices:
+            continue
+        shared = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
+        for parts in _doublings(config.train.accumulation, most):
+            if config.data.batch_size % (parts * across):
+                continue
+            for policy in policies:
+                train = dataclasses.replace(config.train, accumulation=parts)
+                yield from _new(seen, dataclasses.replace(with_mesh(config, shared, remat=policy), train=train))
+    rows = config.data.batch_size
+    while rows > across and rows % 2 == 0:
+        rows //= 2
+        data = dataclasses.replace(config.data, batch_size=rows)
+        train = dataclasses.replace(config.train, accumulation=max(rows // across, 1))
+        least = dataclasses.replace(mesh, fsdp=across // topology.slices, data=topology.slices)
+        if rows % (train.accumulation * across) == 0 and across % topology.slices == 0:
+            smaller = dataclasses.replace(with_mesh(config, least, remat="full"), data=data, train=train)
+            yield from _new(seen, smaller)
+
+
+def _new(seen: set[Any], config: PlanConfig) -> Iterator[PlanConfig]:
+    key = config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size
+    if key not in seen:
+        seen.add(key)
+        yield config
+
+
+def _doublings(first: int, last: int) -> list[int]:
+    return [first * 2**n for n in range(max(last // first, 1).bit_length())]
+
+
+def nearest_fit(
+    config: PlanConfig, topology: Topology, compile_: Compiler, tries: int
+) -> tuple[PlanConfig, Compiled] | None:
+    """The nearest of `smaller_settings` that fits, by halving the list; None if not even the last one does.
+
+    Args:
+      tries: programs compiled at most; with few the answer may not be the nearest.
+    """
+    limit = topology.chip.memory_bytes
+    settings = [s for s in smaller_settings(config, topology) if guessed_memory(s, topology) < limit]
+    if not settings:
+        return None
+    found: tuple[PlanConfig, Compiled] | None = None
+    for _ in range(tries):
+        if not settings:
+            break
+        middle = (len(settings) - 1) // 2 if found else len(settings) - 1
+        compiled = compile_(settings[middle])
+        if compiled.refused is not None:  # that says nothing of memory
+            del settings[middle]
+        elif compiled.fits:
+            found, settings = (settings[middle], compiled), settings[:middle]
+        elif found is None:
+            break
+        else:
+            settings = settings[middle + 1 :]
+    return found
+
+
+# --- Meshes and remat policies worth comparing -----------------------------------------------------------------------
+
+
+def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
+    """All meshes and remat policies that the batch and the machine allow, the most promising first.
+
+    The order is a guess from a handful of formulas; it only decides what is compiled.
+    """
+    found = []
+    sizes = [n for n in _doublings(1, topology.devices) if topology.devices % n == 0]
+    for tensor in (n for n in sizes if n <= _MOST_SHARED):
+        for sequence in (n for n in sizes if n * tensor <= topology.devices // topology.slices and n <= _MOST_SHARED):
+            across = topology.devices // (tensor * sequence)
+            if config.data.batch_size % (across * config.train.accumulation):
+                continue
+            if config.data.sequence_length % sequence or config.model.d_inner % tensor:
+                continue
+            for fsdp in (n for n in sizes if across % n == 0 and (across // n) % topology.slices == 0):
+                mesh = MeshConfig(across // fsdp, fsdp, tensor, sequence)
+                found += [with_mesh(config, mesh, remat=policy) for policy in _POLICIES]
+    limit = topology.chip.memory_bytes
+    hopeful = [setting for setting in found if guessed_memory(setting, topology) < limit]
+    return sorted(hopeful, key=lambda setting: guessed_seconds(setting, topology))
+
+
+def parameter_count(model: ModelConfig) -> float:
+    """Of matrices alone, which is nearly all."""
+    e, d = model.d_inner, model.d_model
+    if model.kind == "mamba1":
+        layer = 3 * d * e + e * (2 * model.rank + 2 * model.state_size)
+    else:
+        layer = 3 * d * e + d * (2 * model.n_groups * model.state_size + model.n_heads)
+    return model.n_layers * layer + model.padded_vocab * d
+
+
+def guessed_memory(config: PlanConfig, topology: Topology) -> float:
+    """Bytes of one device, to leave out what has no hope: weights, moments, gradients, kept activations."""
+    mesh, model = resolved_mesh(config, topology.devices), config.model
+    copies = 4 + (config.optimizer.ema > 0)
+    state = 4 * copies * parameter_count(model) / (mesh.fsdp * mesh.tensor)
+    rows = config.data.batch_size / (config.train.accumulation * mesh.data * mesh.fsdp)
+    tokens = rows * config.data.sequence_length / mesh.sequence
+    kept = {"none": 16 * model.d_inner, "dots": 6 * model.d_inner, "full": 0}[model.remat] / mesh.tensor
+    return state + tokens * model.n_layers * (kept + 4 * model.d_model)
+
+
+def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
+    """Of one step, to say what is worth compiling."""
+    mesh, model = resolved_mesh(config, topology.devices), config.model
+    tokens = config.data.batch_size * config.data.sequence_length / topology.devices
+    again = {"none": 1.0, "dots": 1.1, "full": 4 / 3}[model.remat]
+    compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
+    weights = parameter_count(model) / mesh.tensor
+    sent = 0.0
+    if mesh.data * mesh.sequence > 1:  # gradients, summed over both
+        sent += 8 * weights / mesh.fsdp
+    if mesh.fsdp > 1:
+        sent += (2 + 2 + 4) * weights * config.train.accumulation
+    if mesh.tensor > 1:  # the residual stream, summed twice in each direction, on every device of the group
+        sent += 4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model
+    if mesh.sequence > 1:  # each row's state, in both directions, in log2 steps
+        rows = config.data.batch_size / (mesh.data * mesh.fsdp)
+        state = 4 * model.d_inner * model.state_size / mesh.tensor
+        sent += 2 * math.log2(mesh.sequence) * rows * model.n_layers * state
+    network = 8 * weights / mesh.fsdp / topology.kind.network if topology.slices > 1 else 0.0
+    return compute + sent / topology.kind.link + network

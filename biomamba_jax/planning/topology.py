@@ -1,0 +1,201 @@
+"""Slices and nodes by the names that people order them by: v5e-256, v5p-128, h100-8.
+
+Cloud TPU counts chips for v5e and v6e, and TensorCores, two a chip, for v4, v5p and TPU7x. A name with a shape, as
+libtpu spells it ("v5p:4x4x12"), is taken as it is.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import Chip, find_chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """One kind of machine.
+
+    Attributes:
+      device_kind: of its `jax.Device`s.
+      axes: dimensions of the network inside a slice.
+      counted: what the number in a name counts for each chip: 1 chips, 2 cores.
+      devices: `jax.Device`s of one chip.
+      link: bytes/s that a device can send into the network of its slice or node, over all links together.
+      network: bytes/s that a device can send between slices or nodes: its share of the host's network.
+      vector: operations/s of a device's vector units, float32; None where it is not known.
+    """
+
+    device_kind: str
+    axes: int
+    counted: int
+    devices: int
+    link: float
+    network: float
+    vector: float | None
+
+
+# Links: half of the bidirectional "inter-chip interconnect bandwidth per chip" of
+# https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; for v4 six links of 50 GB/s (arXiv 2304.01433); for
+# TPU7x, as for its FLOP/s, half a chip's. Networks: the same pages; for v4 and TPU7x, whose pages do not say, v5e's and
+# v5p's share. Vector: 8 x 128 lanes x 4 slots x clock x cores, clocks from peak FLOP/s. H100: NVLink 4 (900 GB/s both
+# ways), one 400 Gbit/s adapter a GPU, 128 fp32 units x 132 x 1.98 GHz (DGX H100, H100 datasheets).
+GENERATIONS: Mapping[str, Generation] = {
+    "v4": Generation("TPU v4", 3, 2, 1, 300e9, 3.125e9, 2 * 4096 * 1.05e9),
+    "v5e": Generation("TPU v5 lite", 2, 1, 1, 200e9, 3.125e9, 4096 * 1.5e9),
+    "v5p": Generation("TPU v5p", 3, 2, 1, 600e9, 6.25e9, 2 * 4096 * 1.75e9),
+    "v6e": Generation("TPU v6 lite", 2, 1, 1, 400e9, 12.5e9, 4096 * 1.75e9),
+    "tpu7x": Generation("TPU7x", 3, 2, 2, 300e9, 6.25e9, None),
+    "h100": Generation("NVIDIA H100 80GB HBM3", 1, 1, 1, 450e9, 50e9, 2 * 128 * 132 * 1.98e9),
+}
+_ALIASES = {
+    "v5litepod": "v5e",
+    "v5lite": "v5e",
+    "v6lite": "v6e",
+    "v7x": "tpu7x",
+    "ironwood": "tpu7x",
+    "trillium": "v6e",
+}
+_NODE = 8  # GPUs that NVLink joins
+
+# What the CUDA compiler needs to know of a GPU that is not there, by generation: NVIDIA's figures for the H100 SXM.
+GPU_TARGETS: Mapping[str, str] = {
+    "h100": """
+gpu_device_info {
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84929347584
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """One slice of a TPU, or nodes of GPUs, and how many of them.
+
+    Attributes:
+      name: as it was asked for.
+      generation: key of `GENERATIONS`.
+      shape: chips along each dimension of a slice; GPUs of one node.
+      slices: slices, or nodes, joined by the data centre's network.
+    """
+
+    name: str
+    generation: str
+    shape: tuple[int, ...]
+    slices: int
+
+    @property
+    def kind(self) -> Generation:
+        return GENERATIONS[self.generation]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.kind.device_kind.startswith("TPU")
+
+    @property
+    def chips(self) -> int:
+        """Of all slices."""
+        return math.prod(self.shape) * self.slices
+
+    @property
+    def devices(self) -> int:
+        """`jax.Device`s of all slices."""
+        return self.chips * self.kind.devices
+
+    @property
+    def chip(self) -> Chip:
+        """What one device can do."""
+        chip = find_chip(self.kind.device_kind)
+        assert chip is not None  # every generation is in the table of chips
+        return chip
+
+    @property
+    def compiler_name(self) -> str:
+        """As the compiler spells it: of one slice of a TPU, of all GPUs."""
+        if self.is_tpu:
+            return f"{self.generation}:{'x'.join(map(str, self.shape))}"
+        return f"{self.slices}x1x{self.shape[0]}"
+
+    def __str__(self) -> str:
+        slices = f"{self.slices} x " if self.slices > 1 else ""
+        return f"{slices}{self.name}"
+
+
+def parse_topology(name: str, slices: int = 1) -> Topology:
+    """The topology of that name.
+
+    Args:
+      name: "v5e-256", "v5litepod-256", "v5p-128", "v6e-256", "v7x-128", "h100-8", or with a shape, "v5e:4x8".
+
+    Raises:
+      UserError: there is no such generation, or no slice of that size.
+    """
+    match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|[:-](\d+(?:x\d+)+))", name.strip().lower())
+    generation = _ALIASES.get(match[1], match[1]) if match else ""
+    if match is None or generation not in GENERATIONS:
+        raise UserError(
+            f"topology = {name!r}: unknown; give a generation ({', '.join(GENERATIONS)}) and a size, for instance "
+            "v5e-256, v5p-128 (v4, v5p and tpu7x count cores), v5e:4x8 or h100-8"
+        )
+    if slices < 1:
+        raise UserError(f"slices = {slices}: must be at least 1")
+    kind = GENERATIONS[generation]
+    if match[3]:
+        return Topology(name, generation, _explicit_shape(name, match[3], kind), slices)
+    counted = int(match[2])
+    if generation == "h100":
+        if counted > _NODE and counted % _NODE:
+            raise UserError(f"topology = {name!r}: beyond one node, GPUs come in nodes of {_NODE}")
+        nodes = max(counted // _NODE, 1)
+        return Topology(name, generation, (min(counted, _NODE),), slices * nodes)
+    chips, rest = divmod(counted, kind.counted)
+    shape = None if rest else slice_shape(chips, kind.axes)
+    if shape is None:
+        raise UserError(f"topology = {name!r}: there is no slice of this size; name its shape, as in {_example(kind)}")
+    return Topology(name, generation, shape, slices)
+
+
+def _explicit_shape(name: str, text: str, kind: Generation) -> tuple[int, ...]:
+    shape = tuple(map(int, text.split("x")))
+    if len(shape) != kind.axes or 0 in shape:
+        raise UserError(f"topology = {name!r}: its shape must have {kind.axes} dimensions, as in {_example(kind)}")
+    return shape
+
+
+def _example(kind: Generation) -> str:
+    generation = next(name for name, other in GENERATIONS.items() if other is kind)
+    return f"{generation}:{'4x4x12' if kind.axes == 3 else '4x8'}"
+
+
+def slice_shape(chips: int, axes: int) -> tuple[int, ...] | None:
+    """The shape that Cloud TPU gives to a slice of a power of two of chips; None where a shape must be named.
+
+    Two dimensions: as square as can be, 16 x 16 at most. Three: as cubic as can be; below a cube of four, the longest
+    dimension is the last one.
+    """
+    if chips < 1 or chips & (chips - 1):
+        return None
+    doublings = chips.bit_length() - 1
+    if axes == 2:
+        return None if chips == 2 or chips > 256 else (2 ** (doublings // 2), 2 ** ((doublings + 1) // 2))
+    if chips < 4:
+        return (1, 1, 1) if chips == 1 else None
+    if chips == 4:
+        return 2, 2, 1
+    shape = [2, 2, 2] if chips < 64 else [4, 4, 4]
+    last = 2
+    while math.prod(shape) < chips:  # 2x2x4, 2x4x4, 4x4x4, 4x4x8, ...
+        shape[last] *= 2
+        last = (last - 1) % 3
+    return tuple(shape)

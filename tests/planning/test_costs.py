@@ -1,0 +1,123 @@
+"""Arithmetic, kernels and kept activations are read from a program's trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import Mesh, PartitionSpec
+
+from biomamba_jax.ops import dispatch, selective_scan, ssd
+from biomamba_jax.planning.costs import program_costs
+
+LAYERS, ROWS, WIDTH = 5, 8, 16
+
+
+def stack(x, weights, policy=jax.checkpoint_policies.everything_saveable):
+    def layer(x, w):
+        return jnp.sin(x @ w), None
+
+    return jnp.sum(jax.lax.scan(jax.checkpoint(layer, policy=policy), x, weights)[0])
+
+
+X, WEIGHTS = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
+PRODUCT = 2 * ROWS * WIDTH * WIDTH
+
+
+def test_products_in_a_loop_count_as_often_as_it_runs():
+    assert program_costs(jax.make_jaxpr(stack)(X, WEIGHTS)).flops == LAYERS * PRODUCT
+
+
+@pytest.mark.parametrize(("policy", "products"), [("everything_saveable", 3), ("nothing_saveable", 4)])
+def test_a_gradient_costs_three_products_and_recomputation_one_more(policy, products):
+    gradient = jax.grad(lambda x, w: stack(x, w, getattr(jax.checkpoint_policies, policy)), argnums=(0, 1))
+    assert program_costs(jax.make_jaxpr(gradient)(X, WEIGHTS)).flops == products * LAYERS * PRODUCT
+
+
+def test_kept_activations_are_what_the_loop_over_layers_stacks():
+    gradient = jax.grad(lambda x, w: stack(x, w, jax.checkpoint_policies.nothing_saveable), argnums=(0, 1))
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    whole = jax.shard_map(gradient, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    costs = program_costs(jax.make_jaxpr(whole)(X, WEIGHTS), layers=LAYERS)
+    assert costs.kept_bytes == 4 * LAYERS * X.size  # each layer's input
+
+
+def double(x_ref, y_ref):
+    y_ref[...] = x_ref[...] + x_ref[...]
+
+
+def square(x_ref, y_ref):
+    y_ref[...] = x_ref[...] @ x_ref[...]
+
+
+def call(kernel, x, **options):
+    block = pl.BlockSpec((16, 16), lambda i: (i, 0))
+    return pl.pallas_call(
+        kernel,
+        out_shape=x,
+        grid=(x.shape[0] // 16,),
+        in_specs=[block],
+        out_specs=block,
+        name=kernel.__name__,
+        **options,
+    )(x)
+
+
+def test_kernels_state_their_costs_or_are_looked_into():
+    x = jnp.ones((64, 16))
+    estimate = pl.CostEstimate(flops=77, transcendentals=0, bytes_accessed=0)
+
+    def program(x):
+        return call(square, call(double, call(double, x, cost_estimate=estimate), cost_estimate=estimate))
+
+    costs = program_costs(jax.make_jaxpr(program)(x))
+    by_name = {kernel.name: kernel for kernel in costs.kernels}
+    assert (by_name["double"].calls, by_name["double"].vector_operations, by_name["double"].flops) == (2, 77, 0)
+    assert by_name["double"].bytes == 2 * 4 * x.size
+    assert (by_name["square"].calls, by_name["square"].flops) == (1, 4 * 2 * 16**3)
+    assert costs.flops == by_name["square"].flops
+
+
+def gradient_costs(op, arguments, *platform):
+    """Of values and all gradients."""
+    shapes = tuple(jax.ShapeDtypeStruct(*a) for a in arguments)
+    with dispatch.target_platform(*platform):
+        return program_costs(jax.make_jaxpr(lambda a: jax.vjp(lambda a: op(*a), a)[1](a[0]))(shapes))
+
+
+def test_ssd_on_hopper_costs_its_products_and_its_traffic():
+    rows, length, heads, headdim, states, chunk = 2, 256, 8, 64, 128, 64
+    wide, narrow = (rows, length, heads, headdim), (rows, length, 1, states)
+    half, single = jnp.bfloat16, jnp.float32
+    arguments = ((wide, half), (wide[:3], half), ((heads,), single), (narrow, half), (narrow, half))
+    costs = gradient_costs(ssd, arguments, "gpu", 90)
+    # In units of two FLOPs a token and head; both sides of the gradient multiply scores once for all heads.
+    square, by_state, through = chunk * headdim, chunk * states, states * headdim
+    wanted = {
+        "ssd_forward": by_state + square + 2 * through,
+        "ssd_backward_states": through,
+        "ssd_backward": 2 * (2 * square + 2 * through) + 4 * by_state / heads,
+    }
+    tokens = rows * length * heads
+    assert {kernel.name: kernel.flops / (2 * tokens) for kernel in costs.kernels} == wanted
+    assert costs.flops == sum(kernel.flops for kernel in costs.kernels)
+    values = rows * length * (heads * headdim + 2 * states)
+    assert all(kernel.calls == 1 and kernel.bytes > 2 * values for kernel in costs.kernels)
+
+
+def test_the_scan_on_hopper_moves_about_what_it_moves_on_tpu():
+    rows, length, channels, states = 2, 256, 128, 16
+    wide, narrow = (rows, length, channels), (rows, length, states)
+    half = jnp.bfloat16
+    arguments = ((wide, half), (wide, half), ((channels, states), jnp.float32), (narrow, half), (narrow, half))
+    gpu, tpu = (gradient_costs(selective_scan, arguments, *p).kernels for p in (("gpu", 90), ("tpu", None)))
+    assert [kernel.name for kernel in gpu] == ["selective_scan_forward", "selective_scan_backward"]
+    assert [kernel.bytes for kernel in gpu] == pytest.approx([kernel.bytes for kernel in tpu], rel=0.2)
+
+
+def test_work_outside_of_shard_map_is_spread_over_the_devices_and_inside_is_one_devices():
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    spec = PartitionSpec("data")
+    inside = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    jaxpr = jax.make_jaxpr(lambda x, w: (inside(x, w), x @ w))(X, WEIGHTS[0])
+    assert program_costs(jaxpr, devices=4).flops == PRODUCT + PRODUCT / 4

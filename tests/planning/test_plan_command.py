@@ -1,0 +1,226 @@
+"""`python -m biomamba_jax.plan`, with answers of the compiler that are written by hand and with the real compiler."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from biomamba_jax import plan as command
+from biomamba_jax.command_line import parse
+from biomamba_jax.config.plan import PlanConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import GIB
+from biomamba_jax.planning import compile as compiling
+from biomamba_jax.planning import plan
+from biomamba_jax.planning.compile import Compiled, Memory
+from biomamba_jax.planning.costs import Costs, KernelCall
+from biomamba_jax.planning.program import Collective, Work
+from tests.compilers import needs_libtpu
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+SMALL = "--model.d_model 256 --model.n_layers 2 --model.vocab_size 512 --data.sequence_length 512".split()
+SMALL += "--data.batch_size 8 --topology v5e-4 --train.steps 1000".split()
+FOUND = Compiled(
+    mesh={"data": 4, "fsdp": 1, "tensor": 1, "sequence": 1},
+    memory=Memory(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB, 0),
+    costs=Costs(flops=197e12 / 10),
+    work=[Work("product", 1, 197e12 / 10, 0.0)],
+    collectives=[Collective("all-reduce", 1, 10**9, 4, False, False)],
+    seconds=12.0,
+)
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    """Answers of the compiler, one a program; the last one stays."""
+    answers = [FOUND]
+    monkeypatch.setattr(plan, "check_compiler", lambda topology: None)
+    monkeypatch.setattr(plan, "compile_step", lambda config: answers.pop(0) if len(answers) > 1 else answers[0])
+    monkeypatch.setattr(plan, "kernel_rates", lambda *arguments: {})
+    return answers
+
+
+def test_a_plan_shows_memory_exchanges_time_and_price(compiler, capsys):
+    command.main(SMALL)
+    printed = capsys.readouterr().out
+    assert "nothing of this is measured" in printed
+    lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.count("│") > 2}
+    assert "10.000" in lines["together"]
+    assert "63.5%" in lines["together"]
+    assert "1,500.0" in lines["all-reduce"]  # 1 GB among four: each sends 3/4 of it twice
+    assert "107.50" in lines["step"]  # 100 ms of products, 7.5 ms of links
+    assert "about 38,102 tokens/s" in printed
+    assert "0.00 B tokens: 0.00 days" in printed
+
+
+def test_json_has_the_figures_exactly(compiler, capsys):
+    command.main([*SMALL, "--json", "--tokens", "1e9"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["model"] == {"kind": "mamba2", "d_model": 256, "n_layers": 2}
+    assert found["fits"] is True
+    assert found["memory"]["total"] == 10 * GIB
+    assert found["seconds"]["step"] == pytest.approx(0.1075)
+    tokens_per_second = 8 * 512 / 0.1075
+    assert found["tokens_per_second"] == pytest.approx(tokens_per_second)
+    assert found["chip_hours"] == pytest.approx(4 * 1e9 / tokens_per_second / 3600)
+    assert "not measured" in found["estimate"]
+
+
+def test_a_plan_says_whose_time_is_only_a_floor(compiler, capsys):
+    kernels = [KernelCall("ssd_forward", 24, 0.0, 0.0, 1e6), KernelCall("conv", 24, 0.0, 0.0, 1e6)]
+    compiler[:] = [dataclasses.replace(FOUND, costs=Costs(flops=197e12 / 10, kernels=kernels))]
+    command.main(SMALL)
+    assert "a floor, for want of the compiler's profile: the time of conv, ssd_forward" in capsys.readouterr().out
+    command.main([*SMALL, "--json"])
+    assert json.loads(capsys.readouterr().out)["unprofiled_kernels"] == ["conv", "ssd_forward"]
+
+
+def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, capsys):
+    compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB), FOUND]
+    command.main([*SMALL, "--model.remat", "dots"])
+    printed = capsys.readouterr().out
+    assert "DOES NOT FIT: a device would need 20.00 GiB, and has 15.75 GiB" in printed
+    assert "the nearest setting tried that does: --model.remat full" in printed
+    assert "tokens/s" in printed
+
+
+def test_where_nothing_fits_it_says_so(compiler, capsys):
+    compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB)]
+    command.main(SMALL)
+    assert "take more chips" in capsys.readouterr().out
+
+
+def test_a_search_ranks_what_it_compiled(compiler, capsys):
+    slow = Compiled(**vars(FOUND) | {"costs": Costs(flops=197e12)})
+    compiler[:] = [slow, FOUND, Compiled(mesh=FOUND.mesh, needed=1)]
+    command.main([*SMALL, "--search", "--tries", "3", "--json"])
+    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    assert [entry["fits"] for entry in ranking] == [True, True, *[False] * (len(ranking) - 2)]
+    assert ranking[0]["seconds"]["step"] < ranking[1]["seconds"]["step"]
+    command.main([*SMALL, "--search", "--tries", "3"])
+    assert "fastest first" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_divide_is_refused(compiler):
+    compiler[:] = [Compiled(refused="data.batch_size = 8: must be a multiple")]
+    with pytest.raises(UserError, match=r"v5e-4: data\.batch_size = 8: must be a multiple"):
+        command.main(SMALL)
+
+
+def test_without_libtpu_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"planning for TPU needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
+        command.main(SMALL)
+    with pytest.raises(UserError, match=r"planning for GPU needs the CUDA plugin"):
+        command.main([*SMALL, "--topology", "h100-8"])
+
+
+def test_released_weights_have_their_sizes(compiler, monkeypatch, capsys):
+    command.main([*SMALL, "--init_from", "state-spaces/mamba2-2.7b", "--model.vocab_size", "null"])
+    assert "mamba2, 64 x 2560 (2,700 M parameters)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="sizes are known for mamba-130m"):
+        command.main([*SMALL, "--init_from", "someone/else"])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm. Exceeded by 4.3G.",
+        "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (20.05G) "
+        "exceeds available HBM (15.75G). HLO module: jit_train_step.",
+    ],
+)
+def test_the_compilers_refusal_tells_how_much_it_needed(message):
+    assert compiling._needed(message) == int(20.05 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("message", "operation"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while "
+            "allocating on stack for %selective_scan_backward.1 = (bf16[1,512,2560]{2,1,0}). Scoped allocation with "
+            "size 17.46M and limit 16.00M exceeded scoped vmem limit by 1.46M.",
+            "selective_scan_backward.1",
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.46M of 16.00M vmem.", "an operation"),
+    ],
+)
+def test_an_operation_too_large_for_the_chips_own_memory_is_refused_and_no_shortage_of_hbm(message, operation):
+    reason = compiling._no_room_on_chip(message)
+    assert reason.startswith(f"{operation} needs more vmem, the chip's own memory, than there is; mesh.tensor would")
+
+
+def test_a_shortage_of_hbm_is_none_of_the_chips_own_memory():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm."
+    assert compiling._no_room_on_chip(message) is None
+
+
+def test_a_refusal_without_figures_is_still_one():
+    assert compiling._needed("RESOURCE_EXHAUSTED: no figures") == 0
+
+
+def test_findings_survive_the_way_out_of_the_compilers_process():
+    assert compiling._from_json(compiling._to_json(FOUND)) == FOUND
+
+
+# --- The real compiler ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ahead_of_time
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("config", "topology", "mesh", "must", "may"),
+    [
+        ("mamba2_130m", "v5e-4", "--mesh.data 1 --mesh.fsdp 4", {"all-gather"}, {"reduce-scatter", "all-reduce"}),
+        ("mamba1_370m", "v5p-8", "", {"all-reduce"}, set()),
+        ("mamba2_1.3b", "v6e-4", "--mesh.tensor 2", {"all-reduce"}, set()),
+    ],
+)
+def test_published_sizes_of_few_layers_are_planned_by_the_real_compiler(config, topology, mesh, must, may, capsys):
+    words = ["--config", str(CONFIGS / f"{config}.yaml"), "--topology", topology, *mesh.split(), "--json"]
+    command.main([*words, *"--model.n_layers 2 --data.sequence_length 512 --data.batch_size 8".split()])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is True
+    kinds = {c["kind"] for c in found["collectives"]}
+    assert must <= kinds <= must | may
+    assert 0 < found["memory"]["parameters"] < found["memory"]["optimizer"] < found["memory"]["total"] < 16 * GIB
+    seconds = found["seconds"]
+    assert 0 < seconds["floor"] <= seconds["step"]
+    assert 0 < seconds["kernels"] < seconds["step"]
+    assert 0 < found["share_of_peak"] < 1
+
+
+@pytest.mark.ahead_of_time
+@needs_libtpu
+def test_the_real_compiler_refuses_what_is_too_large(capsys):
+    words = "--model.d_model 2560 --model.n_layers 64 --topology v5e-1 --data.batch_size 1 --model.remat full".split()
+    command.main([*SMALL, *words, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["fits"] is False
+    assert found["needed_bytes"] > found["available_bytes"]
+    assert found["nearest"] is None
+
+
+@pytest.mark.ahead_of_time
+@needs_libtpu
+def test_the_trace_and_the_compiled_program_agree_on_the_arithmetic():
+    config = parse(PlanConfig, [*SMALL, "--model.kind", "mamba1"], prog="plan", description="")
+    compiled = compiling.compile_step(config)
+    in_program = sum(work.calls * work.flops for work in compiled.work)
+    assert in_program == pytest.approx(compiled.costs.flops, rel=0.05)  # Mamba-1's kernels have no products
+
+
+@pytest.mark.ahead_of_time
+@needs_libtpu
+def test_sparse_cores_exchange_weights_and_gradients_beside_the_products_where_the_options_say_so():
+    name = "xla_tpu_enable_sparse_core_collective_offload_{}"
+    options = {name.format(kind): True for kind in ("all_gather", "reduce_scatter")}
+    words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.compiler_options".split()
+    config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)], prog="plan", description="")
+    kernel = 1024 * 2048  # elements of the smallest of a layer's large matrices
+    exchanged = [c for c in compiling.compile_step(config).collectives if c.bytes >= 2 * kernel]
+    assert {c.kind for c in exchanged} >= {"all-gather", "reduce-scatter"}
+    assert all(c.overlaps for c in exchanged if c.kind in ("all-gather", "reduce-scatter"))

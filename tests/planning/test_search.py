@@ -1,0 +1,134 @@
+"""Which other settings are tried, in which order; the compiler is played by a formula."""
+
+import dataclasses
+
+import pytest
+
+from biomamba_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
+from biomamba_jax.config.plan import PlanConfig
+from biomamba_jax.planning import search
+from biomamba_jax.planning.compile import Compiled
+from biomamba_jax.planning.search import describe, nearest_fit, search_settings, smaller_settings
+from biomamba_jax.planning.topology import parse_topology
+
+V5E = parse_topology("v5e-16")
+CONFIG = PlanConfig(
+    model=ModelConfig(d_model=2560, n_layers=64, vocab_size=50277, remat="dots"),
+    data=DataConfig(batch_size=64, sequence_length=2048),
+    topology="v5e-16",
+)
+
+
+def flags(settings):
+    return [describe(setting, CONFIG) for setting in settings]
+
+
+def test_the_nearest_settings_keep_batch_and_mesh():
+    assert flags(smaller_settings(CONFIG, V5E))[:4] == [
+        "--model.remat full",
+        "--train.accumulation 2",
+        "--model.remat full --train.accumulation 2",
+        "--train.accumulation 4",
+    ]
+
+
+def test_then_weights_are_shared_and_only_then_the_batch_shrinks():
+    tried = flags(smaller_settings(CONFIG, V5E))
+    first_shared = next(i for i, text in enumerate(tried) if "mesh.fsdp 2" in text)
+    first_smaller = next(i for i, text in enumerate(tried) if "data.batch_size" in text)
+    assert first_shared < tried.index("--model.remat full --train.accumulation 4 --mesh.data 1 --mesh.fsdp 16")
+    assert tried.index("--model.remat full --train.accumulation 4 --mesh.data 1 --mesh.fsdp 16") < first_smaller
+    assert "--data.batch_size 16" in tried[-1]
+    assert len(tried) == len(set(tried))
+
+
+def test_every_setting_divides_over_the_mesh():
+    for setting in smaller_settings(CONFIG, V5E):
+        mesh = search.resolved_mesh(setting, V5E.devices)
+        assert mesh.data * mesh.fsdp == 16
+        assert setting.data.batch_size % (setting.train.accumulation * 16) == 0
+
+
+def test_weights_are_never_shared_between_slices():
+    two = parse_topology("v5e-16", slices=2)
+    assert max(search.resolved_mesh(s, 32).fsdp for s in smaller_settings(CONFIG, two)) == 16
+
+
+@pytest.mark.parametrize("wanted", ["--mesh.data 4 --mesh.fsdp 4", "--model.remat full --mesh.data 2 --mesh.fsdp 8"])
+def test_the_nearest_fit_is_found_in_a_few_compilations(monkeypatch, wanted):
+    monkeypatch.setattr(search, "guessed_memory", lambda config, topology: 0)
+    order = flags(smaller_settings(CONFIG, V5E))
+    compiled = []
+
+    def compile_(setting):
+        compiled.append(setting)
+        fits = order.index(describe(setting, CONFIG)) >= order.index(wanted)
+        return Compiled(mesh={"data": 1}, needed=None if fits else 1)
+
+    setting, _ = nearest_fit(CONFIG, V5E, compile_, tries=8)
+    assert describe(setting, CONFIG) == wanted
+    assert len(compiled) <= 8
+
+
+def test_where_nothing_fits_one_compilation_says_so():
+    compiled = []
+
+    def compile_(setting):
+        compiled.append(setting)
+        return Compiled(needed=1)
+
+    assert nearest_fit(CONFIG, V5E, compile_, tries=8) is None
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_devices_that_are_no_power_of_two_are_shared_evenly(slices):
+    topology = parse_topology("v5p:4x4x12", slices)
+    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=4 * topology.devices, sequence_length=2048))
+    settings = list(smaller_settings(config, topology))
+    meshes = [search.resolved_mesh(setting, topology.devices) for setting in settings]
+    assert {mesh.data * mesh.fsdp for mesh in meshes} == {topology.devices}
+    assert all(mesh.data % slices == 0 for mesh in meshes)
+
+    def compile_(setting):
+        return Compiled(needed=None if search.resolved_mesh(setting, topology.devices).fsdp >= 16 else 1)
+
+    setting, _ = nearest_fit(config, topology, compile_, tries=8)
+    assert setting.mesh.fsdp == 16
+
+
+@pytest.mark.parametrize("refused", ["--mesh.fsdp 16", "--mesh.fsdp 4", "--data.batch_size"])
+def test_a_refused_setting_is_passed_over(monkeypatch, refused):
+    monkeypatch.setattr(search, "guessed_memory", lambda config, topology: 0)
+
+    def compile_(setting):
+        if refused in describe(setting, CONFIG):
+            return Compiled(refused="sizes do not go together")
+        return Compiled(needed=None if search.resolved_mesh(setting, 16).fsdp >= 2 else 1)
+
+    setting, compiled = nearest_fit(CONFIG, V5E, compile_, tries=30)
+    assert compiled.fits
+    assert describe(setting, CONFIG) == "--mesh.data 8 --mesh.fsdp 2"
+
+
+def test_a_search_covers_meshes_and_policies_that_divide():
+    found = search_settings(CONFIG, V5E)
+    meshes = {setting.mesh for setting in found}
+    assert all(mesh.data * mesh.fsdp * mesh.tensor * mesh.sequence == 16 for mesh in meshes)
+    assert MeshConfig(1, 16, 1, 1) in meshes
+    assert any(mesh.tensor > 1 for mesh in meshes)
+    assert any(mesh.sequence > 1 for mesh in meshes)
+    assert MeshConfig(16, 1, 1, 1) not in meshes  # 2.7 billion weights and their moments on a chip of 16 GB
+    larger = search_settings(CONFIG, parse_topology("v5p:2x2x4"))
+    assert {setting.model.remat for setting in larger} == {"none", "dots", "full"}
+
+
+def test_a_small_batch_needs_devices_that_share_rows():
+    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=4, sequence_length=2048), train=TrainConfig())
+    assert all(s.mesh.data * s.mesh.fsdp <= 4 for s in search_settings(config, V5E))
+
+
+@pytest.mark.parametrize(("kind", "count"), [("mamba1", 2768e6), ("mamba2", 2703e6)])
+def test_parameters_are_counted_to_a_percent(kind, count):
+    model = dataclasses.replace(CONFIG.model, kind=kind)
+    assert search.parameter_count(model) == pytest.approx(count, rel=0.01)

@@ -1,0 +1,72 @@
+"""From bytes, operations and exchanges to seconds, worked by hand for chips of round figures."""
+
+import dataclasses
+
+import pytest
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.planning import kernels
+from biomamba_jax.planning.compile import Compiled
+from biomamba_jax.planning.costs import Costs, KernelCall
+from biomamba_jax.planning.program import Collective, Work
+from biomamba_jax.planning.times import step_times
+from biomamba_jax.planning.topology import parse_topology
+
+TOPOLOGY = parse_topology("v5e-4", slices=2)
+PEAK, BANDWIDTH = 197e12, 819e9
+LINK, NETWORK = TOPOLOGY.kind.link, TOPOLOGY.kind.network
+COMPILED = Compiled(
+    mesh={"data": 8},
+    costs=Costs(flops=3 * PEAK, kernels=[KernelCall("scan", 2, 0.0, TOPOLOGY.kind.vector, BANDWIDTH / 4)]),
+    work=[Work("product", 3, PEAK, BANDWIDTH / 2), Work("sum", 1, 0.0, 2 * BANDWIDTH)],
+)
+
+
+def test_each_operation_takes_the_longer_of_its_arithmetic_and_its_traffic():
+    times = step_times(COMPILED, TOPOLOGY)
+    assert times.compute == pytest.approx(3)
+    assert times.memory == pytest.approx(3 / 2 + 2 + 2 / 4)
+    assert times.kernels == pytest.approx(2)  # bound by the vector units, as they state
+    assert times.step == pytest.approx(3 + 2 + 2)
+    assert (times.bound, times.floor) == ("memory", pytest.approx(4))
+
+
+def test_a_static_profile_counts_where_it_is_slower_than_what_kernels_state():
+    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 8 / BANDWIDTH}).kernels == pytest.approx(2 * 2)
+    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).kernels == pytest.approx(2)
+
+
+def test_kernels_without_a_profile_are_named():
+    assert step_times(COMPILED, TOPOLOGY).unprofiled == ("scan",)
+    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).unprofiled == ()
+
+
+def test_a_profile_that_the_compiler_does_not_give_is_told_with_the_reason(monkeypatch, caplog):
+    def aborted(*arguments, **options):
+        raise UserError("the compiler's process ended: Aborted")
+
+    monkeypatch.setattr(kernels, "estimates", aborted)
+    kernels.kernel_rates.cache_clear()
+    assert kernels.kernel_rates("mamba2", "v5e", 1.0) == {}
+    assert caplog.messages == [
+        "ssd on v5e: no profile, so the time of its kernels is a floor: the compiler's process ended: Aborted"
+    ]
+    kernels.kernel_rates.cache_clear()
+
+
+def exchange(seconds, between, overlaps):
+    speed = NETWORK if between else LINK
+    return Collective("collective-permute", 1, int(seconds * speed), 2, between, overlaps)
+
+
+def test_exchanges_that_are_waited_for_add_up_and_the_others_hide():
+    collectives = [exchange(1, False, False), exchange(2, False, True), exchange(3, True, True)]
+    times = step_times(dataclasses.replace(COMPILED, collectives=collectives), TOPOLOGY)
+    assert (times.links, times.network) == (pytest.approx(3), pytest.approx(3))
+    assert times.step == pytest.approx(7 + 1)
+
+
+def test_exchanges_longer_than_all_work_decide():
+    times = step_times(dataclasses.replace(COMPILED, collectives=[exchange(30, True, True)]), TOPOLOGY)
+    assert times.step == pytest.approx(30)
+    assert times.bound == "network"
