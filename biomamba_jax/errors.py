@@ -1,5 +1,8 @@
-"""The one exception that users are meant to read: what is wrong, where, and the remedy, in one line."""
+"""The one exception that users read."""
 
 
-class UserError(Exception):
-    """Bad input, an impossible setting or a missing extra. The commands print its message and exit with status 1."""
+class UserError(ValueError):
+    """Bad input, an impossible setting or a missing extra.
+
+    The message is one line: what is wrong, where, and the remedy. The commands print it and exit with status 1.
+    """
