@@ -22,11 +22,12 @@ reproduce: $(RUN)/installed
 	$(RUN)/bin/python -m biomamba_jax.evaluate --config configs/reproduce/evaluate.yaml \
 	  $(if $(PUBMEDQA),--pubmedqa.path '$(PUBMEDQA)')
 
-# Style, types and all tests but those of the next target, slow ones included.
+# Style, types, imports and all tests but those of the next target, slow ones included.
 test: $(TEST)/installed
 	$(TEST)/bin/ruff check .
 	$(TEST)/bin/ruff format --check .
 	$(TEST)/bin/mypy
+	$(TEST)/bin/lint-imports --no-logo
 	$(PYTEST) -m 'not ahead_of_time and not long'
 
 # Training on every mesh, in several processes and with interpreted kernels; then programs compiled for TPUs and GPUs
@@ -50,4 +51,4 @@ $(TEST)/compilers: $(TEST)/installed
 	touch $@
 
 clean:
-	rm -rf $(RUN) $(TEST) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(RUN) $(TEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
