@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.paired_timing import Candidate, alternate
-from biomamba_jax.data.filters import Filters
+from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data.build import FileTask, spool_file
 from biomamba_jax.data.nlm import Deletion, read_articles
 from biomamba_jax.data.sample import nlm_sample
-from biomamba_jax.data.spool import SpoolTask, spool
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_chunks
 
@@ -51,7 +51,7 @@ def _spool(paths: list[str]) -> Callable[[], None]:
     def first_pass() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for path in paths:
-                spool(SpoolTask(path, folder, Filters()))
+                spool_file(FileTask(Path(path), Path(folder), PrepareConfig()))
 
     return first_pass
 

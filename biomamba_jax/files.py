@@ -109,6 +109,18 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
       UserError: the file cannot be read, or a line is not a JSON mapping; names file and line.
     """
+    for number, record in read_any_json_lines(path):
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: is not a mapping")
+        yield number, record
+
+
+def read_any_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, value) for each line of a JSON lines file, plain or compressed; skips blank lines.
+
+    Raises:
+      UserError: the file cannot be read, or a line is not JSON; names file and line.
+    """
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -117,8 +129,6 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
             raise UserError(f"{path}, line {number}: cannot be read as JSON ({reason})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: is not a mapping")
         yield number, record
 
 

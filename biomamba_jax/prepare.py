@@ -26,13 +26,11 @@ from rich.table import Table
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
-from biomamba_jax.data.build import Settings, build_shards
-from biomamba_jax.data.filters import REASONS, Filters
+from biomamba_jax.data.build import build_shards
 from biomamba_jax.data.readers import files_in
+from biomamba_jax.data.records import REASONS
 from biomamba_jax.data.sample import gpt_neox_tokenizer, nlm_sample, wiki_sample
 from biomamba_jax.data.shards import Manifest
-from biomamba_jax.data.sources import Selection
-from biomamba_jax.data.tokenizer import TokenizerTraining
 from biomamba_jax.errors import UserError
 
 GPT_NEOX = "gpt-neox"
@@ -58,16 +56,7 @@ def prepare(config: PrepareConfig) -> Manifest:
                 tasks[step] = bars.add_task(step)
             bars.update(tasks[step], completed=done, total=total)
 
-        settings = settings_of(config)
-        return build_shards(
-            inputs,
-            config.output,
-            tokenizer,
-            settings,
-            workers=config.workers,
-            spools=config.spools,
-            progress=show,
-        )
+        return build_shards(dataclasses.replace(config, input=inputs, tokenizer=tokenizer), show)
 
 
 def input_files(name: str) -> list[Path]:
@@ -78,42 +67,6 @@ def input_files(name: str) -> list[Path]:
 def tokenizer_file(name: str) -> str:
     """The file that --tokenizer means."""
     return str(gpt_neox_tokenizer()) if name == GPT_NEOX else name
-
-
-def settings_of(config: PrepareConfig) -> Settings:
-    """The part of `config` that decides what the shards hold, files and tokenizer aside."""
-    selection = Selection(
-        Filters(
-            config.min_abstract_characters,
-            config.keep_retracted,
-            tuple(config.languages),
-            tuple(config.article_types),
-            tuple(config.exclude_article_types),
-            config.first_year,
-            config.last_year,
-            config.require_pmcid,
-        ),
-        near_duplicates=config.near_duplicates,
-        evaluation=tuple(config.decontaminate),
-        evaluation_overlap=config.decontaminate_overlap,
-    )
-    training = None
-    if config.train_tokenizer is not None:
-        training = TokenizerTraining(
-            config.train_tokenizer,
-            config.tokenizer_kind,
-            config.tokenizer_sample_bytes,
-            config.tokenizer_byte_fallback,
-            config.tokenizer_split_digits,
-        )
-    return Settings(
-        selection,
-        validation_fraction=config.validation_fraction,
-        test_fraction=config.test_fraction,
-        recent_from=None if config.recent_from is None else int(config.recent_from.replace("-", "")),
-        train_tokenizer=training,
-        seed=config.seed,
-    )
 
 
 def tables(manifest: Manifest) -> list[Table]:

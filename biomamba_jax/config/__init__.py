@@ -3,11 +3,12 @@
 A setting's docstring is its `--help`.
 """
 
-from biomamba_jax.config.data import DataConfig, PrepareConfig, RowsConfig
+from biomamba_jax.config.data import DataConfig, RowsConfig
 from biomamba_jax.config.evaluate import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
 from biomamba_jax.config.finetune import ExamplesConfig, FinetuneConfig, LoraConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
+from biomamba_jax.config.prepare import PrepareConfig
 from biomamba_jax.config.train import (
     CheckpointConfig,
     LossConfig,

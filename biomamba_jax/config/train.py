@@ -4,9 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from biomamba_jax.config.checks import check, check_at_least, check_folder
-from biomamba_jax.config.data import DataConfig, PrepareConfig, RowsConfig
+from biomamba_jax.config.data import DataConfig, RowsConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
+from biomamba_jax.config.prepare import PrepareConfig
 
 
 @dataclass(frozen=True)

@@ -1,171 +1,278 @@
-"""Text to shards: files -> spools -> the status of every record -> tokenizer -> token ids -> shards.
+"""Text to shards: read -> filter -> decontaminate -> spool -> resolve -> train a tokenizer -> encode.
 
 The shards are the same bytes whatever the number of processes, the order in which NLM's files are named, and however
-often the run was killed on its way: files are spooled and shards are written one by one under names that say what is
-in them (see `work`), and everything in between is a function of their content.
+often the run was killed: files are spooled and shards are written one by one under names derived from their content
+(see `work`), and everything in between is a function of their content.
 
 Memory stays below 4 GB for all of PubMed on 12 cores (1,334 baseline files and a year of updates: 46 million records,
 27 million abstracts, 10 billion tokens), since no step holds a text for longer than it takes to write it:
 
-    a worker     one record's XML, a block of 4,096 records while it is judged, 1 MB of text while it is tokenized, the
-                 tokenizer: 0.1-0.25 GB each
-    this process while records are resolved: 2.5 GB, the most (see `resolve`); while near duplicates are sought 1.3 GB
-                 (see `near_duplicates`); besides 1 byte a record for its status (46 MB), 4 a document for its shard
-                 (110 MB), 40 for the choice of the tokenizer's sample (1.1 GB), and 20 bytes a byte of that sample
-                 while a tokenizer is trained (0.2 GB)
+    a worker      one record's XML, blocks of 4,096 records while they are judged, 1 MB of text while it is tokenized,
+                  the tokenizer: 0.1-0.25 GB each
+    this process  2.5 GB at most, while records are resolved (see `resolve`); 1.3 GB while near duplicates are found
+                  (see `near_duplicates`); also 1 byte a record for its status (46 MB), 4 a document for its shard
+                  (110 MB), 40 to choose the tokenizer's sample (1.1 GB), and 20 bytes per byte of that sample while a
+                  tokenizer is trained (0.2 GB)
 
-Workers rest, at 0.1 GB each, while records are resolved. So 12 of them take 2.5 + 12 * 0.1 = 3.7 GB then and at most
-12 * 0.25 + 0.3 = 3.3 GB before and after; with more cores and little memory give fewer --workers. On disk the spools
+Idle workers take 0.1 GB each while records are resolved. So 12 of them take 2.5 + 12 * 0.1 = 3.7 GB then and at most
+12 * 0.25 + 0.3 = 3.3 GB before and after; with more cores and little memory use fewer --workers. On disk the spools
 take 1.6 kB a document, 43 GB for all of PubMed, until the shards are written.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from biomamba_jax.data.encode import write_splits
-from biomamba_jax.data.filters import KEPT
-from biomamba_jax.data.input_files import in_order
-from biomamba_jax.data.shards import Manifest, TokenizerInfo
-from biomamba_jax.data.sources import Progress, Selection, Source, count_reasons, read_sources, require_documents
-from biomamba_jax.data.tokenizer import Tokenizer, TokenizerTraining, load_tokenizer, train_sentencepiece
+from biomamba_jax.config.prepare import FilterConfig, PrepareConfig
+from biomamba_jax.data.decontamination import decontaminate, load_evaluation, read_evaluation
+from biomamba_jax.data.encode import join_shards, plan_shards, write_shard
+from biomamba_jax.data.filters import judge
+from biomamba_jax.data.input_files import checksums, in_order
+from biomamba_jax.data.near_duplicates import Bands, choose_bands
+from biomamba_jax.data.readers import read_records
+from biomamba_jax.data.records import CODE, REASONS
+from biomamba_jax.data.resolve import drop_near_duplicates, resolve
+from biomamba_jax.data.shards import Manifest, SplitInfo, TokenizerInfo
+from biomamba_jax.data.source import Source, Spool
+from biomamba_jax.data.spool import SPOOL_VERSION, finished_spool, write_spool
+from biomamba_jax.data.tokenizer import CHARACTER_COVERAGE, Tokenizer, load_tokenizer, train_sentencepiece
 from biomamba_jax.data.work import Work, work_folder
-from biomamba_jax.data.workers import start_workers
+from biomamba_jax.data.workers import Workers, start_workers
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import naming_errors
+from biomamba_jax.files import naming_errors, write_text
 
 SPLITS = ("train", "validation", "test")
 RECENT = "recent"
-"""The split of records from a date on; only where one is asked for."""
+"""The split of records that became public on `recent_from` or later; only with that setting."""
 REMOVED_NAME = "removed.jsonl"
+Progress = Callable[[str, int, int], None]
+"""Called with the name of a step, and how many parts of it are done, of how many."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How text becomes shards, files aside.
+@dataclasses.dataclass(frozen=True)
+class FileTask:
+    """An input file to spool."""
 
-    Shares of documents are cut by a hash of the PMID (of the normalised text where there is none): a document is on
-    the same side in every run, whatever else is in the input. recent_from is a date, YYYYMMDD: records that were public
-    on that day or later, and not before, are the `recent` split; those without a date never are.
-    """
+    path: Path
+    folder: Path
+    """Folder of the spools."""
+    config: PrepareConfig
+    evaluation: str = ""
+    """Digest of the evaluation text, which is in `folder`; "": none."""
 
-    selection: Selection = field(default_factory=Selection)
-    validation_fraction: float = 0.01
-    test_fraction: float = 0.01
-    recent_from: int | None = None
-    train_tokenizer: TokenizerTraining | None = None
-    seed: int = 0
+    @property
+    def evaluation_path(self) -> Path:
+        """File of the evaluation text."""
+        return self.folder / f"evaluation-{self.evaluation}.npz"
+
+    @property
+    def stem(self) -> str:
+        """Stem of the spool, derived from the file's identity and all settings that its content depends on."""
+        with naming_errors(self.path):
+            found = os.stat(self.path)
+        file = (os.path.abspath(self.path), found.st_size, found.st_mtime_ns)
+        config, bands = self.config, _bands(self.config)
+        overlap = config.decontaminate_overlap if self.evaluation else None
+        what = (SPOOL_VERSION, *file, _filters(config), self.evaluation, overlap, bands)
+        return str(self.folder / hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest())
 
 
-def build_shards(
-    inputs: Sequence[str],
-    output: str | os.PathLike[str],
-    tokenizer: str | os.PathLike[str] | None = None,
-    settings: Settings | None = None,
-    *,
-    workers: int = 0,
-    spools: str | os.PathLike[str] | None = None,
-    progress: Progress = lambda step, done, total: None,
-) -> Manifest:
-    """Writes the folder `output` of shards of all documents in `inputs` and returns its manifest.
-
-    Args:
-      inputs: files of the kinds that `readers` knows. NLM's are put into their order: a later one wins.
-      output: a folder that does not exist yet or is empty.
-      tokenizer: a tokenizer file; None trains one as `settings.train_tokenizer` says on the training split.
-      settings: selection, splits and the seed of the tokenizer's sample.
-      workers: processes; 0 is one per core.
-      spools: a folder that keeps what was read of each file; a later run with more files reads those alone.
-      progress: told how far it is.
+def spool_file(task: FileTask) -> Spool:
+    """Read, filter, decontaminate and spool a file, unless its spool is complete already.
 
     Raises:
-      UserError: a broken input, tokenizer or setting. What was finished stays beside `output`, see `work`.
+      UserError: the file is not whole or not well-formed.
     """
-    settings = settings or Settings()
-    paths = in_order(inputs)
+    stem = task.stem
+    if (finished := finished_spool(task.path, stem)) is not None:
+        return finished
+    sums = checksums(task.path)
+    candidates = judge(read_records(task.path), task.config)
+    if task.evaluation:
+        evaluation = load_evaluation(str(task.evaluation_path))
+        candidates = decontaminate(candidates, evaluation, task.config.decontaminate_overlap)
+    return write_spool(task.path, stem, sums, candidates, _bands(task.config))
+
+
+def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, total: None) -> Manifest:
+    """Write the folder `config.output` of shards of all documents in `config.input`.
+
+    Args:
+      config: its `input` and `tokenizer` are files; NLM's files are sorted, since a later one wins.
+      progress: told of each step's progress.
+
+    Returns:
+      The manifest of the new folder.
+
+    Raises:
+      UserError: a broken input, tokenizer or setting. Finished spools and shards are kept, see `work`.
+    """
+    paths = in_order(config.input)
     if not paths:
         raise UserError("--input names no file; give NLM XML, JSON lines or text files, or nlm-sample")
-    for path in paths:  # a missing one ends here, not hours later
+    for path in paths:  # a missing one is found now, not hours later
         with naming_errors(path):
             path.stat()
-    if (tokenizer is None) == (settings.train_tokenizer is None):
+    if (config.tokenizer is None) == (config.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
-    given = None if tokenizer is None else load_tokenizer(tokenizer)  # a wrong one ends here, not after the first pass
-    kept = None if spools is None else Path(spools)
-    with work_folder(Path(output), kept) as work, start_workers(workers) as pool:
-        sources, removed = read_sources(paths, work.spools, settings.selection, pool, progress)
-        work.keeps = False  # these spools lead nowhere
-        require_documents(sources)
-        work.keeps = True
-        used = given or _train_tokenizer(sources, work, settings)
-        names = SPLITS if settings.recent_from is None else (*SPLITS, RECENT)
-        splits = write_splits(
-            sources,
-            [_splits(source.rows[source.kept], settings) for source in sources],
-            names,
-            used,
-            shards=work.shards,
-            output=work.output,
-            pool=pool,
-            progress=progress,
-        )
-        file = used.save_to(work.output).name
-        if settings.selection.evaluation or settings.selection.near_duplicates is not None:
-            _write_lines(work.output / REMOVED_NAME, removed)
+    given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # so is a wrong tokenizer
+    kept = None if config.spools is None else Path(config.spools)
+    with work_folder(Path(config.output), kept) as work, start_workers(config.workers) as pool:
+        spools = _run(pool, spool_file, _file_tasks(paths, work.spools, config), "read", len(paths), progress)
+        statuses = resolve([spool.load_index for spool in spools])
+        sources = [Source(*each) for each in zip(spools, statuses, strict=True)]
+        removed = list(_evaluation_removals(sources))
+        if config.near_duplicates is not None:
+            removed += drop_near_duplicates(sources, config.near_duplicates)
+        documents = sum(len(source.kept) for source in sources)
+        if not documents:
+            work.keeps = False  # these spools are of no use
+            raise UserError("no document is left after the filters; give more --input or relax the filters")
+        tokenizer = given or _train_tokenizer(sources, work, config)
+
+        tasks = plan_shards(sources, _splits(sources, config), tokenizer, work.shards)
+        flat = [task for split in tasks.values() for task in split]
+        infos = iter(_run(pool, write_shard, flat, "tokenize", documents, progress, lambda info: info.documents))
+        splits: dict[str, SplitInfo] = {}
+        for name, split in tasks.items():
+            splits[name] = join_shards(split, [next(infos) for _ in split], work.output / name)
+        if config.decontaminate or config.near_duplicates is not None:
+            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in removed)
+            write_text(work.output / REMOVED_NAME, "".join(lines))
+        file = tokenizer.save_to(work.output).name
         manifest = Manifest(
-            tokenizer=TokenizerInfo(used.name, used.sha256, file, used.vocab_size, used.eos_id),
+            tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, file, tokenizer.vocab_size, tokenizer.eos_id),
             splits=splits,
-            filters=count_reasons(sources),
+            filters=_count_reasons(sources),
             sources=[source.describe() for source in sources],
-            settings=asdict(settings),
+            settings=_settings(config),
         )
         manifest.save(work.output)
     return manifest
 
 
-def _splits(rows: np.ndarray, settings: Settings) -> np.ndarray:
-    """Index into the splits of each row: the lowest positions are the test split, the next the validation split."""
-    cuts = np.cumsum([settings.test_fraction, settings.validation_fraction]) * 2.0**32
-    splits = 2 - np.searchsorted(cuts, rows["split"], side="right")
-    if settings.recent_from is not None:
-        splits[rows["date"] >= settings.recent_from] = len(SPLITS)
+def _run(
+    pool: Workers,
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    step: str,
+    total: int,
+    progress: Progress,
+    size: Callable[[Result], int] = lambda result: 1,
+) -> list[Result]:
+    """Run a function on all tasks, and report `size` of each result as progress of the step."""
+    results: list[Result] = []
+    done = 0
+    progress(step, done, total)
+    for result in pool.map(function, tasks):
+        results.append(result)
+        done += size(result)
+        progress(step, done, total)
+    return results
+
+
+def _file_tasks(paths: Iterable[Path], folder: Path, config: PrepareConfig) -> list[FileTask]:
+    digest = ""
+    if config.decontaminate:
+        evaluation = read_evaluation(config.decontaminate)
+        digest = evaluation.digest
+    tasks = [FileTask(path, folder, config, digest) for path in paths]
+    if config.decontaminate:
+        evaluation.save(tasks[0].evaluation_path)
+    return tasks
+
+
+def _bands(config: PrepareConfig) -> Bands | None:
+    return None if config.near_duplicates is None else choose_bands(config.near_duplicates)
+
+
+def _filters(config: PrepareConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(FilterConfig)}
+
+
+def _evaluation_removals(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of removed.jsonl for evaluation text, file by file."""
+    reasons = {CODE[name]: name for name in ("evaluation_article", "evaluation_text")}
+    for source in sources:
+        for row in np.flatnonzero(np.isin(source.status, list(reasons))).tolist():
+            item, share = source.spool.overlaps.get(row, (None, None))
+            yield source.removal(row, reasons[int(source.status[row])], item, share)
+
+
+def _count_reasons(sources: Sequence[Source]) -> dict[str, int]:
+    """Return the number of records that were left out, by reason."""
+    counts = sum((np.bincount(source.status, minlength=256) for source in sources), np.zeros(256, np.int64))
+    return {reason: int(counts[CODE[reason]]) for reason in REASONS}
+
+
+def _splits(sources: Sequence[Source], config: PrepareConfig) -> dict[str, list[np.ndarray]]:
+    """Return the rows of each split in each source, uint32 [documents].
+
+    Splits are decided by a hash of the PMID (of the normalised text without one), so a document is in the same split
+    in every run, whatever else is in the input. The lowest hashes are the test split, the next the validation split.
+    Records without a date are never in `recent`.
+    """
+    names = SPLITS if config.recent_from is None else (*SPLITS, RECENT)
+    borders = np.cumsum([config.test_fraction, config.validation_fraction]) * 2.0**32
+    splits: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for source in sources:
+        kept = source.kept
+        rows = source.rows[kept]
+        split = 2 - np.searchsorted(borders, rows["split"], side="right")
+        if config.recent_from is not None:
+            split[rows["date"] >= int(config.recent_from.replace("-", ""))] = len(SPLITS)
+        for number, name in enumerate(names):
+            splits[name].append(kept[split == number].astype(np.uint32))
     return splits
 
 
-def _train_tokenizer(sources: Sequence[Source], work: Work, settings: Settings) -> Tokenizer:
-    """Trains on documents of the training split: those of the smallest seeded hash, up to the sample's size."""
-    training = settings.train_tokenizer
-    assert training is not None
-    seed = np.uint64(int.from_bytes(hashlib.blake2b(str(settings.seed).encode(), digest_size=8).digest(), "little"))
-    train, keys, sizes = [], [], []
-    for source in sources:
-        rows = source.rows
-        of_split = np.flatnonzero(source.status == KEPT)
-        of_split = of_split[_splits(rows[of_split], settings) == 0]
-        train.append(of_split.astype(np.uint32))
-        keys.append(rows["digest"][of_split, 0] ^ seed)
-        sizes.append(rows["size"][of_split])
+def _train_tokenizer(sources: Sequence[Source], work: Work, config: PrepareConfig) -> Tokenizer:
+    """Train on the documents of the training split with the smallest seeded hashes, up to the sample's size."""
+    seed = np.uint64(int.from_bytes(hashlib.blake2b(str(config.seed).encode(), digest_size=8).digest(), "little"))
+    train = _splits(sources, config)["train"]
+    keys = [source.rows["digest"][rows, 0] ^ seed for source, rows in zip(sources, train, strict=True)]
+    sizes = [source.rows["size"][rows] for source, rows in zip(sources, train, strict=True)]
     order = np.argsort(np.concatenate(keys), kind="stable")
     total = np.cumsum(np.concatenate(sizes)[order], dtype=np.int64)
-    number = int(np.searchsorted(total, training.sample_bytes)) + 1
     chosen = np.zeros(len(order), bool)
-    chosen[order[:number]] = True
+    chosen[order[: int(np.searchsorted(total, config.tokenizer_sample_bytes)) + 1]] = True
     if not chosen.any():
         raise UserError("the training split is empty, so no tokenizer can be trained; give more --input")
-
-    def texts() -> Iterator[str]:
-        parts = np.split(chosen, np.cumsum([len(rows) for rows in train])[:-1])
-        for source, rows, part in zip(sources, train, parts, strict=True):
-            yield from source.texts(rows[part])
-
-    return train_sentencepiece(texts(), training, work.root / f"sentencepiece-{training.vocab_size}.model")
+    parts = np.split(chosen, np.cumsum([len(rows) for rows in train])[:-1])
+    texts = (
+        text for source, rows, part in zip(sources, train, parts, strict=True) for text in source.texts(rows[part])
+    )
+    return train_sentencepiece(texts, config, work.root / f"sentencepiece-{config.train_tokenizer}.model")
 
 
-def _write_lines(path: Path, entries: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """Return the settings that decide what the shards hold, under their names in the manifest."""
+    training = {
+        "vocab_size": config.train_tokenizer,
+        "kind": config.tokenizer_kind,
+        "sample_bytes": config.tokenizer_sample_bytes,
+        "byte_fallback": config.tokenizer_byte_fallback,
+        "split_digits": config.tokenizer_split_digits,
+        "coverage": CHARACTER_COVERAGE,
+    }
+    return {
+        "selection": {
+            "filters": _filters(config),
+            "near_duplicates": config.near_duplicates,
+            "evaluation": config.decontaminate,
+            "evaluation_overlap": config.decontaminate_overlap,
+        },
+        "validation_fraction": config.validation_fraction,
+        "test_fraction": config.test_fraction,
+        "recent_from": config.recent_from and int(config.recent_from.replace("-", "")),
+        "train_tokenizer": None if config.train_tokenizer is None else training,
+        "seed": config.seed,
+    }

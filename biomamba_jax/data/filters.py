@@ -1,77 +1,51 @@
-"""Which records become documents: the reasons to leave one out, and the filters that are judged record by record."""
+"""Filters on single records: which become candidates for documents, and why the others do not."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
-from biomamba_jax.data.nlm import RETRACTED, Article
+from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.data.records import CODE, DELETION, KEPT, Article, Candidate, Deletion, NotAnArticle, Record
 
-KEPT, DELETION = 0, 255
-REASONS = {
-    "book_article": "book or book chapter, not an article",
-    "unknown_element": "element that PubmedArticleSet does not have",
-    "no_pmid": "record or deletion without a valid PMID",
-    "no_abstract": "no abstract or text",
-    "too_short": "abstract or text under the minimum length",
-    "retracted": "retracted publication",
-    "language": "in none of the languages asked for",
-    "article_type": "of a publication type that was not asked for",
-    "year": "outside the years asked for, or without a year",
-    "no_pmcid": "without a PMCID",
-    "evaluation_article": "source article of an evaluation set, by its PMID",
-    "evaluation_text": "shares text with an evaluation set",
-    "deleted": "taken back by DeleteCitation",
-    "superseded": "another version or a later file replaces it",
-    "duplicate_text": "same text as an earlier document",
-    "near_duplicate": "nearly the same text as an earlier document",
-}
-"""Why a record may be left out, with what that means; a record has one reason at most, the first that applies."""
-CODE = {reason: code for code, reason in enumerate(REASONS, 1)}
+RETRACTED = "Retracted Publication"
 
 
-@dataclass(frozen=True)
-class Filters:
-    """Which records can become documents, judged one by one. All but the length are about NLM's records only.
-
-    An empty tuple or None asks for nothing. Languages are NLM's codes (eng), article types its publication types
-    ("Randomized Controlled Trial"); years are those of the journal's issue.
-    """
-
-    min_abstract_characters: int = 50
-    keep_retracted: bool = False
-    languages: tuple[str, ...] = ()
-    article_types: tuple[str, ...] = ()
-    exclude_article_types: tuple[str, ...] = ()
-    first_year: int | None = None
-    last_year: int | None = None
-    require_pmcid: bool = False
-
-    def of_text(self, text: str) -> int:
-        """KEPT, or the CODE of the reason why a document of this text is left out."""
-        if not text:
-            return CODE["no_abstract"]
-        return CODE["too_short"] if len(text) < self.min_abstract_characters else KEPT
-
-    def of_article(self, article: Article) -> int:
-        """The same of a record of NLM's."""
-        types = {name.casefold() for name in article.publication_types}
-        if status := self.of_text(article.abstract):
-            return status
-        if RETRACTED.casefold() in types and not self.keep_retracted:
-            return CODE["retracted"]
-        if self.languages and not set(self.languages) & set(article.languages):
-            return CODE["language"]
-        if types & _folded(self.exclude_article_types) or (
-            self.article_types and not types & _folded(self.article_types)
-        ):
-            return CODE["article_type"]
-        if not self._year_fits(article.year):
-            return CODE["year"]
-        return CODE["no_pmcid"] if self.require_pmcid and article.pmcid is None else KEPT
-
-    def _year_fits(self, year: int | None) -> bool:
-        if self.first_year is None and self.last_year is None:
-            return True
-        return year is not None and (self.first_year or 0) <= year <= (self.last_year or year)
+def judge(records: Iterable[Record], filters: FilterConfig) -> Iterator[Candidate]:
+    """Yield each record with its status: kept, a deletion, or the first reason to leave it out."""
+    for record in records:
+        if isinstance(record, NotAnArticle):
+            yield Candidate(CODE[record.reason])
+        elif isinstance(record, Deletion):
+            yield Candidate(DELETION, pmid=record.pmid)
+        elif isinstance(record, Article):
+            status = _of_article(record, filters)
+            text = record.text if status == KEPT else ""
+            yield Candidate(status, text, record.pmid, record.version, record.date or 0, record.html_entities)
+        else:
+            status = _of_text(record.text, filters)
+            yield Candidate(status, record.text if status == KEPT else "", record.pmid, 1 if record.pmid else 0)
 
 
-def _folded(names: tuple[str, ...]) -> set[str]:
+def _of_text(text: str, filters: FilterConfig) -> int:
+    if not text:
+        return CODE["no_abstract"]
+    return CODE["too_short"] if len(text) < filters.min_abstract_characters else KEPT
+
+
+def _of_article(article: Article, filters: FilterConfig) -> int:
+    types = _folded(article.publication_types)
+    wanted, unwanted = _folded(filters.article_types), _folded(filters.exclude_article_types)
+    if status := _of_text(article.abstract, filters):
+        return status
+    if RETRACTED.casefold() in types and not filters.keep_retracted:
+        return CODE["retracted"]
+    if filters.languages and not set(filters.languages) & set(article.languages):
+        return CODE["language"]
+    if types & unwanted or (wanted and not types & wanted):
+        return CODE["article_type"]
+    first, last = filters.first_year, filters.last_year
+    if (first, last) != (None, None) and not (first or 0) <= (article.year or -1) <= (last or article.year or 0):
+        return CODE["year"]
+    return CODE["no_pmcid"] if filters.require_pmcid and article.pmcid is None else KEPT
+
+
+def _folded(names: Sequence[str]) -> set[str]:
     return {name.casefold() for name in names}

@@ -14,10 +14,10 @@ from rich.table import Table
 from biomamba_jax import html
 from biomamba_jax.config.prepare import InspectConfig
 from biomamba_jax.data.build import REMOVED_NAME
-from biomamba_jax.data.filters import REASONS
 from biomamba_jax.data.mixture import MixedRowPlan, Mixture, Share
 from biomamba_jax.data.nlm import find_records
 from biomamba_jax.data.packing import RowPlan
+from biomamba_jax.data.records import REASONS
 from biomamba_jax.data.shards import Manifest, ShardReader, open_split
 from biomamba_jax.data.text import remaining_markup
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer

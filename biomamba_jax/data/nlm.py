@@ -7,16 +7,15 @@ structured abstracts are printed; memory stays bounded because every record is c
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from lxml import etree
 
+from biomamba_jax.data.records import Article, Deletion, NotAnArticle
 from biomamba_jax.data.text import clean_line, clean_markup, clean_title, html_entities
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_chunks
 
-RETRACTED = "Retracted Publication"
 _SET = "PubmedArticleSet"
 _RECORDS = ("PubmedArticle", "PubmedBookArticle")
 _NO_LABEL = {"", "UNLABELLED", "UNLABELED"}
@@ -28,51 +27,6 @@ _DAYS = {form: number for number in range(1, 32) for form in (f"{number}", f"{nu
 _MAX_PMID, _MAX_VERSION = 2**32 - 1, 2**16 - 1
 _CHUNK_BYTES = 1 << 16
 _AGAIN = "download it again, or leave it out of --input"
-
-
-@dataclass(frozen=True, slots=True)
-class Article:
-    """One PubmedArticle. `abstract` is "" where there is none; its paragraphs are lines.
-
-    year: of the journal's issue. date: YYYYMMDD, the earliest day on which the record says that it was public: in
-    PubMed, on line, or in a journal's issue with a stated month; where it says none, January 1 of `year`.
-    html_entities: entities of HTML, `&nbsp;`, that its text had as escaped text and has no more.
-    """
-
-    pmid: int
-    version: int
-    title: str
-    abstract: str
-    languages: tuple[str, ...]
-    publication_types: tuple[str, ...]
-    year: int | None
-    date: int | None = None
-    pmcid: str | None = None
-    html_entities: int = 0
-
-    @property
-    def retracted(self) -> bool:
-        """Whether NLM marks the article itself as retracted (not as a notice of a retraction)."""
-        return RETRACTED in self.publication_types
-
-    @property
-    def text(self) -> str:
-        """The document: the title, a line end, the abstract; the abstract alone where the title is empty."""
-        return f"{self.title}\n{self.abstract}" if self.title else self.abstract
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """A PMID that DeleteCitation takes back, with all versions read so far."""
-
-    pmid: int
-
-
-@dataclass(frozen=True, slots=True)
-class NotAnArticle:
-    """A record that cannot become a document: reason is book_article, no_pmid or unknown_element."""
-
-    reason: str
 
 
 def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticle]:

@@ -1,109 +1,84 @@
-"""Input files of every kind, as one stream of candidates for documents.
+"""Input files of every kind as one stream of records.
 
-    .xml                NLM's PubmedArticleSet                       text: title, line end, abstract
+    .xml                NLM's PubmedArticleSet                       text: title, newline, abstract
     .jsonl .json        JSON lines, so also C4 as published          text: the "text" of each object
     .txt                plain text                                   text: each paragraph
     .parquet            as Wikipedia and others are on the hub       text: the "text" column
-    *pages-articles*    Wikipedia's own dump (MediaWiki's XML)       text: title, line end, prose
+    *pages-articles*    Wikipedia's own dump (MediaWiki's XML)       text: title, newline, prose
 
 All but Parquet may be compressed: .gz, .bz2 or .zst.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax.data import nlm
-from biomamba_jax.data.filters import CODE, DELETION, KEPT, Filters
+from biomamba_jax.data.nlm import read_articles
+from biomamba_jax.data.records import FreeText, Record
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.data.wikipedia import read_pages
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import naming_errors, read_lines, uncompressed_name
+from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
 KINDS = ".xml, .jsonl, .json, .txt (each also .gz, .bz2 or .zst), .parquet or Wikipedia's pages-articles"
 _DUMP = re.compile(r"-pages-articles(-multistream)?\d*\.xml(-p\d+p\d+)?$")
 _PARQUET_ROWS = 256
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A record that can be a document, or the reason why not. Without a PMID nothing can replace or delete it.
+def read_records(path: str | Path) -> Iterator[Record]:
+    """Yield the records of a file.
 
-    status: KEPT, DELETION or the CODE of a reason. text: "" unless kept. date: YYYYMMDD, 0 where it is not known.
-    html_entities: as in `nlm.Article`.
+    Raises:
+      UserError: the file is broken or of an unknown kind.
     """
-
-    status: int
-    text: str = ""
-    pmid: int = 0
-    version: int = 0
-    date: int = 0
-    html_entities: int = 0
-
-
-def read_candidates(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """Streams the records of a file; UserError where it is broken or of an unknown kind."""
-    reader = _reader(path)
+    reader = _reader(Path(path))
     if reader is None:
         raise UserError(f"{path}: unknown kind of file; --input takes {KINDS}")
-    return reader(path, filters)
-
-
-def _reader(path: Path) -> Callable[[Path, Filters], Iterator[Candidate]] | None:
-    name = uncompressed_name(path).lower()
-    if _DUMP.search(name):
-        return _wikipedia
-    readers = {".xml": _articles, ".jsonl": _json_lines, ".json": _json_lines, ".txt": _paragraphs}
-    return {**readers, ".parquet": _parquet}.get(Path(name).suffix)
+    return reader(Path(path))
 
 
 def files_in(path: str) -> list[Path]:
-    """The file itself, or the files of a folder that can be read, by name; UserError where a folder has none."""
+    """Return the file itself, or the files of known kinds in a folder, sorted by name.
+
+    Raises:
+      UserError: the folder has no such file.
+    """
     if not Path(path).is_dir():
         return [Path(path)]
     known = (each for each in sorted(Path(path).iterdir()) if _reader(each) is not None and each.is_file())
-    found = [each for each in known if not each.name.lower().startswith("readme")]  # NLM's README.txt is no text
+    found = [each for each in known if not each.name.lower().startswith("readme")]  # NLM's README.txt is no input
     if not found:
         raise UserError(f"{path}: holds no file of a known kind; --input takes {KINDS}")
     return found
 
 
-def _articles(path: Path, filters: Filters) -> Iterator[Candidate]:
-    for record in nlm.read_articles(path):
-        if isinstance(record, nlm.NotAnArticle):
-            yield Candidate(CODE[record.reason])
-        elif isinstance(record, nlm.Deletion):
-            yield Candidate(DELETION, pmid=record.pmid)
-        else:
-            status = filters.of_article(record)
-            text = record.text if status == KEPT else ""
-            yield Candidate(status, text, record.pmid, record.version, record.date or 0, record.html_entities)
+def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
+    name = uncompressed_name(path).lower()
+    return _wikipedia if _DUMP.search(name) else _READERS.get(Path(name).suffix)
 
 
-def _wikipedia(path: Path, filters: Filters) -> Iterator[Candidate]:
+def _wikipedia(path: Path) -> Iterator[FreeText]:
     for title, text in read_pages(path):
-        yield _free_text(f"{title}\n{text}" if text else "", filters)
+        yield FreeText(clean_document(f"{title}\n{text}") if text else "")
 
 
-def _json_lines(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """One document a line, {"text": ..., "pmid": optional}; other keys are left aside."""
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
+def _json_lines(path: Path) -> Iterator[FreeText]:
+    """Yield a document for each line, {"text": ..., "pmid": optional}; other keys are ignored."""
+    for number, record in read_json_lines(path):
         try:
-            text, pmid = _fields(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            document = _document(record)
+        except (ValueError, TypeError, KeyError):
             raise UserError(
-                f'{path}: line {number} is not a JSON object with a string "text" and, if any, a whole number "pmid"'
+                f'{path}, line {number}: is not a JSON object with a string "text" and, optionally, a whole number '
+                '"pmid"'
             ) from None
-        yield _free_text(text, filters, pmid)
+        yield document
 
 
-def _parquet(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """One document a row, with the columns that JSON lines have as keys."""
+def _parquet(path: Path) -> Iterator[FreeText]:
+    """Yield a document for each row; columns are named as the keys of JSON lines."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -113,37 +88,35 @@ def _parquet(path: Path, filters: Filters) -> Iterator[Candidate]:
             columns = [name for name in ("text", "pmid") if name in file.schema_arrow.names]
             for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
                 for row in batch.to_pylist():
-                    text, pmid = _fields({**row, "text": row["text"] or ""})
-                    yield _free_text(text, filters, pmid)
+                    yield _document({**row, "text": row["text"] or ""})
+    except UserError:
+        raise
     except (ArrowException, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f'{path}: not Parquet with a "text" column of strings ({reason}); convert it') from None
+        raise UserError(f'{path}: is not Parquet with a "text" column of strings ({reason}); convert it') from None
 
 
-def _fields(record: dict[str, Any]) -> tuple[str, int]:
+def _document(record: dict[str, Any]) -> FreeText:
     text, pmid = record["text"], record.get("pmid") or 0
-    if isinstance(pmid, float) and pmid.is_integer():  # a column with gaps, as tables keep it
+    if isinstance(pmid, float) and pmid.is_integer():  # a column with gaps, as tables store it
         pmid = int(pmid)
     whole = isinstance(pmid, str) or type(pmid) is int
     if not isinstance(text, str) or not whole or not 0 <= int(pmid) < 2**32:
-        raise ValueError("text is no string, or pmid no PMID")
-    return text, int(pmid)
+        raise ValueError("text is not a string, or pmid not a PMID")
+    return FreeText(clean_document(text), int(pmid))
 
 
-def _paragraphs(path: Path, filters: Filters) -> Iterator[Candidate]:
-    """One document a paragraph: lines up to an empty one."""
-    paragraph: list[str] = []
-    for line in read_lines(path):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield _free_text("\n".join(paragraph), filters)
-            paragraph = []
-    if paragraph:
-        yield _free_text("\n".join(paragraph), filters)
+def _paragraphs(path: Path) -> Iterator[FreeText]:
+    """Yield a document for each paragraph: the lines up to an empty one."""
+    for filled, lines in groupby(read_lines(path), lambda line: bool(line.strip())):
+        if filled:
+            yield FreeText(clean_document("\n".join(lines)))
 
 
-def _free_text(text: str, filters: Filters, pmid: int = 0) -> Candidate:
-    text = clean_document(text)
-    status = filters.of_text(text)
-    return Candidate(status, text if status == KEPT else "", pmid, 1 if pmid else 0)
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".xml": read_articles,
+    ".jsonl": _json_lines,
+    ".json": _json_lines,
+    ".txt": _paragraphs,
+    ".parquet": _parquet,
+}

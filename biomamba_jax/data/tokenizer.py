@@ -10,16 +10,17 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import sentencepiece
 import tokenizers
 
+from biomamba_jax.config.prepare import TokenizerTraining
 from biomamba_jax.errors import UserError
 
 EOS = "<|endoftext|>"
+CHARACTER_COVERAGE = 0.9999
+"""Fraction of the characters of the training text that become pieces of a SentencePiece model."""
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
 # Fixed, not the number of cores: the sums of unigram training depend on how the text is divided among threads.
 _TRAINING_THREADS = 4
@@ -130,33 +131,19 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     return kinds[path.suffix](path, content)
 
 
-@dataclass(frozen=True)
-class TokenizerTraining:
-    """How a SentencePiece model is trained.
-
-    sample_bytes: text that it sees. More than 10 MB does not lower the bytes per token by a percent at 4,096 pieces; a
-    large vocabulary wants more: its rare pieces are rare in the sample too. kind: unigram encodes 3.5 times faster than
-    bpe at the same bytes per token. byte_fallback: bytes stand in for rare characters, so that every text decodes to
-    itself. split_digits: each digit is a piece of its own. coverage: share of the characters that become pieces.
-    """
-
-    vocab_size: int
-    kind: Literal["unigram", "bpe"] = "unigram"
-    sample_bytes: int = 10_000_000
-    byte_fallback: bool = True
-    split_digits: bool = True
-    coverage: float = 0.9999
-
-
 def train_sentencepiece(
     texts: Iterable[str], training: TokenizerTraining | int, output: str | os.PathLike[str]
 ) -> Tokenizer:
-    """Trains a SentencePiece model on `texts`, writes it to the file `output` and returns it.
+    """Train a SentencePiece model on `texts`, write it to the file `output` and return it.
 
-    A number stands for the usual training of a vocabulary of that size. The same texts in the same order give the same
-    bytes. Ids: 0 `<|endoftext|>`, 1 unknown (never used with byte fallback), 2 line end, 3 ... 258 bytes, then the
-    learnt pieces. With byte fallback every text with single spaces decodes to itself, unless it holds U+2581,
-    SentencePiece's own sign for a space.
+    The same texts in the same order give the same bytes. Ids: 0 `<|endoftext|>`, 1 unknown (never used with byte
+    fallback), 2 newline, 3 ... 258 bytes, then the learnt pieces. With byte fallback every text with single spaces
+    decodes to itself, unless it holds U+2581, SentencePiece's own sign for a space.
+
+    Args:
+      texts: the training text.
+      training: settings, or the vocabulary size alone.
+      output: path of the .model file.
 
     Raises:
       UserError: the texts cannot fill, or do not fit, a vocabulary of that size.
@@ -167,28 +154,28 @@ def train_sentencepiece(
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in texts for line in text.split("\n")),
             model_writer=model,
-            model_type=training.kind,
-            vocab_size=training.vocab_size,
+            model_type=training.tokenizer_kind,
+            vocab_size=training.train_tokenizer,
             eos_id=0,
             eos_piece=EOS,
             unk_id=1,
             bos_id=-1,
             pad_id=-1,
             user_defined_symbols=["\n"],
-            byte_fallback=training.byte_fallback,
-            split_digits=training.split_digits,
-            character_coverage=training.coverage,
+            byte_fallback=training.tokenizer_byte_fallback,
+            split_digits=training.tokenizer_split_digits,
+            character_coverage=CHARACTER_COVERAGE,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 20,
-            train_extremely_large_corpus=training.sample_bytes > _LARGE_SAMPLE_BYTES,
+            train_extremely_large_corpus=training.tokenizer_sample_bytes > _LARGE_SAMPLE_BYTES,
             num_threads=_TRAINING_THREADS,
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
-        size = training.vocab_size
+        size = training.train_tokenizer
         raise UserError(f"--train-tokenizer {size}: {reason}; give another size or more text") from None
     Path(output).write_bytes(model.getvalue())
     return load_tokenizer(output)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from biomamba_jax.config.prepare import TokenizersConfig
-from biomamba_jax.data.filters import KEPT, Filters
-from biomamba_jax.data.readers import read_candidates
+from biomamba_jax.config.prepare import FilterConfig, TokenizersConfig
+from biomamba_jax.data.filters import judge
+from biomamba_jax.data.readers import read_records
+from biomamba_jax.data.records import KEPT
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
@@ -88,7 +89,7 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
     """Documents of each input from its beginning, up to its part of `max_bytes`."""
     for path in config.input:
         left = config.max_bytes // len(config.input)
-        for record in read_candidates(Path(path), Filters()):
+        for record in judge(read_records(path), FilterConfig()):
             if left <= 0:
                 break
             if record.status == KEPT:

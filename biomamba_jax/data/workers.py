@@ -1,4 +1,4 @@
-"""Worker processes for work on files: results in the order of the tasks, bounded look-ahead, and none left behind."""
+"""A pool of worker processes with ordered results and bounded look-ahead, of which none outlives its parent."""
 
 import multiprocessing
 import os
@@ -15,40 +15,43 @@ from biomamba_jax.errors import UserError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-_AHEAD = 4  # tasks per worker whose results may wait: bounds memory whatever the number of tasks
+_AHEAD = 4  # pending tasks per worker: bounds memory whatever the number of tasks
 
 
 class Workers:
-    """Runs functions on tasks in `count` processes, or in this one if count is 1."""
+    """A pool of `count` processes; with one, functions run in the calling process."""
 
     def __init__(self, count: int, pool: ProcessPoolExecutor | None):
         self.count = count
         self._pool = pool
 
-    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[tuple[Task, Result]]:
-        """Yields (task, function(task)) in the order of the tasks; the first error is raised in its place."""
+    def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
+        """Yield function(task) in the order of the tasks; an exception is raised in the result's place."""
         if self._pool is None:
-            yield from ((task, function(task)) for task in tasks)
+            yield from map(function, tasks)
             return
-        waiting: deque[tuple[Task, Future[Result]]] = deque()
+        waiting: deque[Future[Result]] = deque()
         for task in tasks:
-            waiting.append((task, self._pool.submit(function, task)))
+            waiting.append(self._pool.submit(function, task))
             if len(waiting) >= self.count * _AHEAD:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
 
 
 @contextmanager
 def start_workers(count: int) -> Iterator[Workers]:
-    """Workers for the block; at its end, also by an error or Ctrl-C, they are gone. count 0: one per core."""
+    """Yield a pool; its processes end with the block, also after an error or Ctrl-C.
+
+    Args:
+      count: processes; 0: one per core.
+    """
     count = count or _cores()
     if count == 1:
         yield Workers(1, None)
         return
     others = multiprocessing.active_children()
-    # spawn: forking a process that has threads (JAX, tokenizers) can deadlock.
+    # Forking a process with threads (JAX, tokenizers) can deadlock.
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_begin)
     try:
         yield Workers(count, pool)
@@ -64,15 +67,15 @@ def start_workers(count: int) -> Iterator[Workers]:
 
 
 def _cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    """Return the number of cores available to this process; in a container fewer than the machine may have."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin() -> None:
-    """In a new worker: Ctrl-C is the parent's to handle, one thread is enough, and nobody outlives the parent."""
+    """Initialize a worker: it ignores Ctrl-C, uses one thread, and ends with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    os.environ["RAYON_NUM_THREADS"] = "1"  # what MinHash would take all cores by
+    os.environ["RAYON_NUM_THREADS"] = "1"  # else MinHash uses all cores
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from biomamba_jax.config import DomainConfig
-from biomamba_jax.data.filters import KEPT, Filters
-from biomamba_jax.data.readers import read_candidates
+from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.data.filters import judge
+from biomamba_jax.data.readers import read_records
+from biomamba_jax.data.records import KEPT
 from biomamba_jax.data.shards import MANIFEST_NAME, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
@@ -64,7 +66,7 @@ def _read(path: Path, split: str) -> Iterator[Document]:
         for question in bioasq.read_questions(path):
             yield Document(question.key, question.text)
     else:
-        for number, record in enumerate(read_candidates(path, Filters(min_abstract_characters=0)), 1):
+        for number, record in enumerate(judge(read_records(path), FilterConfig(min_abstract_characters=0)), 1):
             if record.status == KEPT:
                 yield Document(str(record.pmid or f"{path.name}:{number}"), record.text)
 

@@ -1,11 +1,15 @@
 """Small corpora for the tests of preparing text, and what was made of them."""
 
+import dataclasses
+import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
-from biomamba_jax.data.build import Settings
+from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data.build import build_shards
 from biomamba_jax.data.shards import Manifest, ShardReader
-from biomamba_jax.data.tokenizer import TokenizerTraining, load_tokenizer
+from biomamba_jax.data.tokenizer import load_tokenizer
 
 WORDS = [
     "tumour",
@@ -19,7 +23,23 @@ WORDS = [
     "rose",
     "3.5 fold",
 ]
-SMALL = Settings(validation_fraction=0.1, test_fraction=0.2, train_tokenizer=TokenizerTraining(300))
+DEFAULTS = PrepareConfig()
+SMALL = PrepareConfig(validation_fraction=0.1, test_fraction=0.2, train_tokenizer=300)
+
+
+def make_shards(
+    inputs: Sequence[str],
+    output: Path,
+    tokenizer: str | os.PathLike[str] | None = None,
+    settings: PrepareConfig = DEFAULTS,
+    **changes,
+) -> Manifest:
+    """`build_shards` of some files, with a tokenizer file or the one that the settings train."""
+    given = None if tokenizer is None else str(tokenizer)
+    changes = {name: str(value) if isinstance(value, Path) else value for name, value in changes.items()}
+    return build_shards(
+        dataclasses.replace(settings, input=list(inputs), output=str(output), tokenizer=given, **changes)
+    )
 
 
 def abstract(seed: object) -> str:

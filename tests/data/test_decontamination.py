@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import documents
+from corpora import documents, make_shards
 from nlm_xml import article, write_set
 
-from biomamba_jax.data.build import REMOVED_NAME, Settings, build_shards
+from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data.build import REMOVED_NAME
 from biomamba_jax.data.decontamination import read_evaluation
 from biomamba_jax.data.shingles import shingles
-from biomamba_jax.data.sources import Selection
-from biomamba_jax.data.tokenizer import TokenizerTraining
 from biomamba_jax.errors import UserError
 
-LEAST = Selection().evaluation_overlap
+LEAST = PrepareConfig().decontaminate_overlap
 _WORDS = ["of the in and patients with was were to for study results".split(), [f"term{i}" for i in range(3000)]]
 
 
@@ -79,9 +78,8 @@ def test_planted_evaluation_text_is_found_and_clean_text_is_not(tmp_path):
     records = exact + light + clean
     random.Random(0).shuffle(records)
     path = write_set(tmp_path / "pubmed26n0001.xml", *records)
-    selection = Selection(evaluation=(evaluation,))
-    settings = Settings(selection, train_tokenizer=TokenizerTraining(300))
-    manifest = build_shards([str(path)], tmp_path / "o", settings=settings, workers=1)
+    settings = PrepareConfig(decontaminate=[evaluation], train_tokenizer=300)
+    manifest = make_shards([str(path)], tmp_path / "o", settings=settings, workers=1)
     kept = Counter(pmid // 10_000 for pmid in documents(tmp_path / "o"))
     assert manifest.filters["evaluation_article"] == 100
     assert kept[0] == 0

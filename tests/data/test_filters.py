@@ -6,8 +6,10 @@ from nlm_xml import article, write_set
 
 from biomamba_jax import prepare
 from biomamba_jax.config import PrepareConfig
-from biomamba_jax.data.filters import CODE, KEPT, Filters
+from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.data.filters import judge
 from biomamba_jax.data.nlm import read_articles
+from biomamba_jax.data.records import CODE, KEPT
 from biomamba_jax.data.shards import Manifest, ShardReader
 from biomamba_jax.errors import UserError
 
@@ -65,34 +67,38 @@ def test_an_article_on_line_before_its_issue_is_as_old_as_that(read):
     assert read(record)[0].date == 20191224
 
 
+def status(record, filters: FilterConfig) -> int:
+    return next(judge([record], filters)).status
+
+
 @pytest.mark.parametrize(
     ("filters", "reason"),
     [
-        (Filters(languages=("fre",)), "language"),
-        (Filters(languages=("fre", "eng")), None),
-        (Filters(article_types=("review",)), "article_type"),
-        (Filters(article_types=("Review", "journal article")), None),
-        (Filters(exclude_article_types=("Journal Article",)), "article_type"),
-        (Filters(first_year=2000), "year"),
-        (Filters(first_year=1999, last_year=1999), None),
-        (Filters(last_year=1998), "year"),
-        (Filters(require_pmcid=True), "no_pmcid"),
-        (Filters(min_abstract_characters=500), "too_short"),
+        (FilterConfig(languages=["fre"]), "language"),
+        (FilterConfig(languages=["fre", "eng"]), None),
+        (FilterConfig(article_types=["review"]), "article_type"),
+        (FilterConfig(article_types=["Review", "journal article"]), None),
+        (FilterConfig(exclude_article_types=["Journal Article"]), "article_type"),
+        (FilterConfig(first_year=2000), "year"),
+        (FilterConfig(first_year=1999, last_year=1999), None),
+        (FilterConfig(last_year=1998), "year"),
+        (FilterConfig(require_pmcid=True), "no_pmcid"),
+        (FilterConfig(min_abstract_characters=500), "too_short"),
     ],
 )
 def test_each_filter_leaves_out_under_its_reason(read, filters, reason):
-    assert filters.of_article(read(article(1))[0]) == (CODE[reason] if reason else KEPT)
+    assert status(read(article(1))[0], filters) == (CODE[reason] if reason else KEPT)
 
 
 def test_a_record_without_a_year_is_outside_every_range_of_years(read):
     record = read(article(1, date=""))[0]
-    assert Filters(last_year=3000).of_article(record) == CODE["year"]
-    assert Filters().of_article(record) == KEPT
+    assert status(record, FilterConfig(last_year=3000)) == CODE["year"]
+    assert status(record, FilterConfig()) == KEPT
 
 
 def test_of_several_reasons_the_first_counts(read):
     record = read(article(1, "", publication_type="Retracted Publication"))[0]
-    assert Filters(languages=("fre",)).of_article(record) == CODE["no_abstract"]
+    assert status(record, FilterConfig(languages=["fre"])) == CODE["no_abstract"]
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,12 @@ from xml.etree import ElementTree
 
 import hypothesis
 import pytest
-from corpora import SMALL, abstract
+from corpora import SMALL, abstract, make_shards
 from hypothesis import strategies as st
 from nlm_xml import article, deletions, write_set
 
-from biomamba_jax.data.build import Settings, build_shards
+from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, open_split
-from biomamba_jax.data.sources import Selection
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 
@@ -111,7 +110,7 @@ def expected_records(path: Path) -> int | None:
 def tokenizer(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     good = write_set(folder / "a.xml", *(article(pmid, abstract(pmid)) for pmid in range(1, 200)))
-    build_shards([str(good)], folder / "o", settings=SMALL, workers=1)
+    make_shards([str(good)], folder / "o", settings=SMALL, workers=1)
     return str(folder / "o" / "tokenizer.model")
 
 
@@ -122,9 +121,9 @@ def prepared_or_refused(folder: Path, tokenizer: str, seed: int) -> str:
     text = write_set(path, *(mutated(random_) for _ in range(RECORDS))).read_text("utf-8")
     if random_.random() < 0.25:
         path.write_text(broken(text, random_), "utf-8", errors="replace")
-    settings = Settings(Selection(near_duplicates=0.8), recent_from=20200101)
+    settings = PrepareConfig(near_duplicates=0.8, recent_from="2020-01-01")
     try:
-        manifest = build_shards([str(path)], output, tokenizer, settings, workers=1)
+        manifest = make_shards([str(path)], output, tokenizer, settings, workers=1)
     except UserError as error:
         assert str(path) in str(error) or "no document is left" in str(error)
         assert "\n" not in str(error)

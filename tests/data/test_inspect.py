@@ -6,12 +6,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import sentencepiece
-from corpora import SMALL, abstract
+from corpora import SMALL, abstract, make_shards
 from nlm_xml import article, write_set
 
 from biomamba_jax import prepare
 from biomamba_jax.config.prepare import InspectConfig, TokenizersConfig
-from biomamba_jax.data.build import build_shards
 from biomamba_jax.data.inspection import inspect
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.data.tokenizer_comparison import compare_tokenizers
@@ -27,7 +26,7 @@ def nlm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(nlm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("out") / "shards"
-    build_shards([nlm], folder, settings=SMALL, workers=1)
+    make_shards([nlm], folder, settings=SMALL, workers=1)
     return folder
 
 
@@ -50,7 +49,7 @@ def test_samples_are_shown_before_and_after(nlm, shards):
 
 def test_the_preview_of_a_mixture_has_its_shares(shards, tmp_path):
     (tmp_path / "b.txt").write_text("\n\n".join(abstract(("b", n)) for n in range(50)))
-    build_shards([str(tmp_path / "b.txt")], tmp_path / "b", shards / "tokenizer.model", workers=1)
+    make_shards([str(tmp_path / "b.txt")], tmp_path / "b", shards / "tokenizer.model", workers=1)
     sources = {"a": {"path": str(shards), "weight": 3}, "b": {"path": str(tmp_path / "b"), "weight": 1}}
     report = tmp_path / "text.html"
     options = ["--mixture.sources", json.dumps(sources), "--preview-tokens", "50000", "--report", str(report)]

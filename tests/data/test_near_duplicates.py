@@ -7,14 +7,13 @@ import random
 import hypothesis
 import numpy as np
 import pytest
-from corpora import documents
+from corpora import documents, make_shards
 from hypothesis import strategies as st
 from nlm_xml import article, write_set
 
-from biomamba_jax.data.build import REMOVED_NAME, Settings, build_shards
+from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data.build import REMOVED_NAME
 from biomamba_jax.data.near_duplicates import Bands, band_values, choose_bands, near_duplicates, similarity
-from biomamba_jax.data.sources import Selection
-from biomamba_jax.data.tokenizer import TokenizerTraining
 
 VOCABULARY = [f"word{i}" for i in range(500)]
 
@@ -96,9 +95,9 @@ def test_a_later_near_duplicate_is_left_out_counted_and_listed(tmp_path):
     copies = [record(100 + pmid, changed(prose(pmid), 1, pmid)) for pmid in (7, 8)]
     write_set(tmp_path / "pubmed26n0001.xml", *baseline)
     write_set(tmp_path / "pubmed26n0002.xml", record(8, prose("rewritten")), *copies)
-    settings = Settings(Selection(near_duplicates=0.8), train_tokenizer=TokenizerTraining(275))
+    settings = PrepareConfig(near_duplicates=0.8, train_tokenizer=275)
     inputs = [str(tmp_path / f"pubmed26n000{number}.xml") for number in (1, 2)]
-    manifest = build_shards(inputs, tmp_path / "o", settings=settings, workers=2)
+    manifest = make_shards(inputs, tmp_path / "o", settings=settings, workers=2)
     assert manifest.filters["near_duplicate"] == 1
     assert {107, 108} & documents(tmp_path / "o").keys() == {108}
     (line,) = (tmp_path / "o" / REMOVED_NAME).read_text().splitlines()

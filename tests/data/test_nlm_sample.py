@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from biomamba_jax.data.filters import CODE, DELETION, KEPT, Filters
+from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data.build import FileTask, spool_file
 from biomamba_jax.data.nlm import Article, Deletion, read_articles
+from biomamba_jax.data.records import CODE, DELETION, KEPT
 from biomamba_jax.data.resolve import resolve
 from biomamba_jax.data.sample import nlm_sample
-from biomamba_jax.data.spool import SpoolTask, spool
 from biomamba_jax.data.text import remaining_markup
 from biomamba_jax.errors import UserError
 
@@ -78,7 +79,7 @@ def test_every_abstract_is_read_as_it_stands_without_markup_or_entities_left(fil
 
 
 def test_versions_are_resolved_and_every_abstract_is_accounted_for(files, tmp_path):
-    spools = [spool(SpoolTask(str(path), str(tmp_path), Filters())) for path in files]
+    spools = [spool_file(FileTask(path, tmp_path, PrepareConfig())) for path in files]
     indexes = [each.load_index() for each in spools]
     status = resolve([each.load_index for each in spools])
     counts = Counter(code for part in status for code in part.tolist())

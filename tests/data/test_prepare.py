@@ -8,19 +8,18 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-from corpora import SMALL, abstract, contents, documents
+from corpora import SMALL, abstract, contents, documents, make_shards
 from hypothesis import strategies as st
 from nlm_xml import LONG, article, deletions, write_set
 
 from biomamba_jax import prepare
 from biomamba_jax.command_line import run_command
-from biomamba_jax.data.build import Settings, build_shards
-from biomamba_jax.data.filters import CODE, DELETION, KEPT, Filters
+from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data.input_files import in_order
+from biomamba_jax.data.records import CODE, DELETION, KEPT
 from biomamba_jax.data.resolve import resolve
 from biomamba_jax.data.shards import Manifest, ShardReader
-from biomamba_jax.data.sources import Selection
-from biomamba_jax.data.spool import INDEX
+from biomamba_jax.data.source import INDEX
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 
@@ -58,7 +57,7 @@ def files(tmp_path_factory) -> list[str]:
 def output(files, tmp_path_factory) -> Path:
     """The files prepared in one process, with a small trained tokenizer."""
     folder = tmp_path_factory.mktemp("out") / "shards"
-    build_shards(files, folder, settings=SMALL, workers=1)
+    make_shards(files, folder, settings=SMALL, workers=1)
     return folder
 
 
@@ -106,14 +105,14 @@ def test_the_output_holds_shards_tokenizer_and_manifest_and_nothing_else(output)
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_the_shards_are_the_same_bytes_whatever_the_order_and_the_number_of_processes(files, output, tmp_path, workers):
-    build_shards(random.Random(workers).sample(files, 3), tmp_path / "again", settings=SMALL, workers=workers)
+    make_shards(random.Random(workers).sample(files, 3), tmp_path / "again", settings=SMALL, workers=workers)
     assert contents(tmp_path / "again") == contents(output)
 
 
 def test_a_document_s_split_hangs_on_its_pmid_alone(files, output, tmp_path):
     """Other settings, other neighbours, another text: the same side."""
     write_set(tmp_path / "other.xml", *(article(pmid, abstract(-pmid)) for pmid in range(1100, 1400)))
-    build_shards([str(tmp_path / "other.xml")], tmp_path / "other", output / "tokenizer.model", SMALL_GIVEN, workers=1)
+    make_shards([str(tmp_path / "other.xml")], tmp_path / "other", output / "tokenizer.model", SMALL_GIVEN, workers=1)
 
     def side(folder: Path) -> dict[int | None, str]:
         readers = {split: ShardReader(folder / split) for split in ("train", "validation", "test")}
@@ -127,12 +126,12 @@ def test_a_document_s_split_hangs_on_its_pmid_alone(files, output, tmp_path):
     assert shares == pytest.approx([0.2, 0.1], abs=0.07)
 
 
-SMALL_GIVEN = Settings(validation_fraction=0.1, test_fraction=0.2)
+SMALL_GIVEN = PrepareConfig(validation_fraction=0.1, test_fraction=0.2)
 
 
 def test_retracted_records_are_kept_when_asked(files, output, tmp_path):
-    settings = Settings(Selection(Filters(min_abstract_characters=3, keep_retracted=True)))
-    build_shards(files, tmp_path / "all", output / "tokenizer.model", settings, workers=1)
+    settings = PrepareConfig(min_abstract_characters=3, keep_retracted=True)
+    make_shards(files, tmp_path / "all", output / "tokenizer.model", settings, workers=1)
     assert {6, 7} <= documents(tmp_path / "all").keys()
 
 
@@ -142,7 +141,7 @@ def test_json_lines_and_paragraphs_of_text_are_documents(output, tmp_path):
         file.write("\n".join(map(json.dumps, lines)) + "\n\n")
     (tmp_path / "b.txt").write_text(f"{LONG} three\nand  more.\n\n \n{LONG} four.\n")
     inputs = [str(tmp_path / "a.jsonl.gz"), str(tmp_path / "b.txt")]
-    manifest = build_shards(inputs, tmp_path / "o", output / "tokenizer.model", Settings(), workers=1)
+    manifest = make_shards(inputs, tmp_path / "o", output / "tokenizer.model", workers=1)
     assert documents(tmp_path / "o")[77] == f"{LONG} one."
     reader = ShardReader(tmp_path / "o" / "train")
     tokenizer = load_tokenizer(output / "tokenizer.model")
@@ -154,8 +153,8 @@ def test_json_lines_and_paragraphs_of_text_are_documents(output, tmp_path):
 @pytest.mark.parametrize("line", ["{", "[]", '{"txt": "a"}', '{"text": 1}', '{"text": "a", "pmid": "x"}'])
 def test_a_bad_json_line_is_named(tmp_path, output, line):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": LONG}) + "\n" + line)
-    with pytest.raises(UserError, match=r"a\.jsonl: line 2 is not"):
-        build_shards([str(tmp_path / "a.jsonl")], tmp_path / "o", output / "tokenizer.model", workers=1)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: (is not|cannot be read as JSON)"):
+        make_shards([str(tmp_path / "a.jsonl")], tmp_path / "o", output / "tokenizer.model", workers=1)
 
 
 def broken(folder: Path) -> dict[str, Path]:
@@ -203,7 +202,7 @@ def test_broken_input_ends_in_one_line_and_leaves_nothing(tmp_path, output, caps
 def test_one_broken_file_among_workers_ends_the_others_and_leaves_no_output(files, tmp_path):
     bad = broken(tmp_path)["not well-formed"]
     with pytest.raises(UserError, match=r"malformed\.xml"):
-        build_shards([*files, str(bad)], tmp_path / "o", settings=SMALL, workers=2)
+        make_shards([*files, str(bad)], tmp_path / "o", settings=SMALL, workers=2)
     assert not (tmp_path / "o").exists()
     assert not (tmp_path / "o.partial" / "output").exists()
 
@@ -211,19 +210,19 @@ def test_one_broken_file_among_workers_ends_the_others_and_leaves_no_output(file
 def test_an_output_that_exists_is_not_touched(files, output):
     before = contents(output)
     with pytest.raises(UserError, match="already exists"):
-        build_shards(files, output, settings=SMALL, workers=1)
+        make_shards(files, output, settings=SMALL, workers=1)
     assert contents(output) == before
 
 
 def test_a_file_given_twice_is_refused(files, tmp_path):
     with pytest.raises(UserError, match="given twice"):
-        build_shards([*files, files[0]], tmp_path / "o", settings=SMALL, workers=1)
+        make_shards([*files, files[0]], tmp_path / "o", settings=SMALL, workers=1)
 
 
 def test_one_of_a_given_and_a_trained_tokenizer_must_be_chosen(files, output, tmp_path):
-    for tokenizer, settings in ((None, Settings()), (output / "tokenizer.model", SMALL)):
+    for tokenizer, settings in ((None, PrepareConfig()), (output / "tokenizer.model", SMALL)):
         with pytest.raises(UserError, match="either --tokenizer"):
-            build_shards(files, tmp_path / "o", tokenizer, settings, workers=1)
+            make_shards(files, tmp_path / "o", tokenizer, settings, workers=1)
 
 
 def test_the_command_prints_what_became_of_every_record(files, tmp_path, capsys):

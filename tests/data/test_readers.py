@@ -11,8 +11,10 @@ import pytest
 from nlm_xml import LONG, article, write_set
 from pyarrow import parquet
 
-from biomamba_jax.data.filters import CODE, KEPT, Filters
-from biomamba_jax.data.readers import files_in, read_candidates
+from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.data.filters import judge
+from biomamba_jax.data.readers import files_in, read_records
+from biomamba_jax.data.records import CODE, KEPT
 from biomamba_jax.data.wikipedia import prose
 from biomamba_jax.errors import UserError
 
@@ -25,8 +27,12 @@ TEXTS = [f"{LONG} {word}." for word in ("one", "two, with α", "three")]
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
 
 
+def candidates(path: Path):
+    return list(judge(read_records(path), FilterConfig()))
+
+
 def texts_of(path: Path) -> list[str]:
-    return [record.text for record in read_candidates(path, Filters()) if record.status == KEPT]
+    return [record.text for record in candidates(path) if record.status == KEPT]
 
 
 def lines(*records: dict) -> bytes:
@@ -70,14 +76,14 @@ def test_an_empty_file_is_no_packed_one(tmp_path, suffix):
 @pytest.mark.parametrize("pmid", ["Infinity", "3.9", "true", "-1", '"x"'])
 def test_a_pmid_that_is_no_whole_number_is_named(tmp_path, pmid):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{LONG}", "pmid": {pmid}}}')
-    with pytest.raises(UserError, match=r'line 1 is not a JSON object with .* a whole number "pmid"'):
+    with pytest.raises(UserError, match=r'line 1: is not a JSON object with .* a whole number "pmid"'):
         texts_of(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("pmid", ["3", "3.0", '"3"'])
 def test_a_pmid_may_be_written_as_tables_do(tmp_path, pmid):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{LONG}", "pmid": {pmid}}}')
-    assert [record.pmid for record in read_candidates(tmp_path / "a.jsonl", Filters())] == [3]
+    assert [record.pmid for record in candidates(tmp_path / "a.jsonl")] == [3]
 
 
 def test_parquet_as_wikipedia_is_published_gives_its_text_column(tmp_path):
@@ -90,13 +96,13 @@ def test_parquet_as_wikipedia_is_published_gives_its_text_column(tmp_path):
 def test_parquet_may_have_pmids_and_empty_texts(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"text": [TEXTS[0], None], "pmid": [7, None]}), path)
-    assert [(r.status, r.pmid) for r in read_candidates(path, Filters())] == [(KEPT, 7), (CODE["no_abstract"], 0)]
+    assert [(r.status, r.pmid) for r in candidates(path)] == [(KEPT, 7), (CODE["no_abstract"], 0)]
 
 
 def test_parquet_without_text_or_damaged_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": TEXTS}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: not Parquet with a"):
+    with pytest.raises(UserError, match=r"a\.parquet: is not Parquet with a"):
         texts_of(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.parquet"):
@@ -155,7 +161,7 @@ def test_wikipedia_s_dump_gives_the_prose_of_its_articles(tmp_path, name):
     content = dump(MARKUP).encode()
     path = tmp_path / name
     path.write_bytes(bz2.compress(content) if name.endswith(".bz2") else content)
-    records = list(read_candidates(path, Filters()))
+    records = candidates(path)
     assert [record.status for record in records] == [KEPT, CODE["no_abstract"], CODE["no_abstract"]]
     assert records[0].text == (
         "Insulin\n"

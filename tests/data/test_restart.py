@@ -14,11 +14,10 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from corpora import SMALL, abstract, contents, documents
+from corpora import SMALL, abstract, contents, documents, make_shards
 from nlm_xml import article, deletions, write_set
 
-from biomamba_jax.data import build, encode, shards, sources, spool, work
-from biomamba_jax.data.build import build_shards
+from biomamba_jax.data import build, encode, shards, work
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.errors import UserError
 
@@ -84,13 +83,13 @@ def test_what_a_run_killed_after_its_last_step_left_is_removed_by_the_next_start
     shutil.copytree(tmp_path / "o", tmp_path / "o.partial")
     (tmp_path / "o" / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="already exists"):
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
 def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatch):
     output, done = tmp_path / "o", []
-    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+    make_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
 
     def stop_at(function, count):
         def stopping(task):
@@ -101,11 +100,11 @@ def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatc
 
         return stopping
 
-    for module, name, count in ((sources, "spool", 4), (encode, "write_shard", 2)):
+    for name, count in (("spool_file", 4), ("write_shard", 2)):
         done.clear()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module, name, stop_at(getattr(module, name), count))
-            build_shards(many, output, settings=SMALL, workers=1)
+            patch.setattr(build, name, stop_at(getattr(build, name), count))
+            make_shards(many, output, settings=SMALL, workers=1)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "o.partial").rglob("*.text")}
     kept |= {path: path.stat().st_mtime_ns for path in (tmp_path / "o.partial").rglob("*.array_record")}
     assert len(kept) == 6 + 2
@@ -113,7 +112,7 @@ def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatc
         used: list[Path] = []
         link = os.link
         patch.setattr(encode.os, "link", lambda a, b: used.append(Path(a)) or link(a, b))
-        build_shards(many, output, settings=SMALL, workers=1)
+        make_shards(many, output, settings=SMALL, workers=1)
     assert {path for path in kept if path.suffix == ".array_record"} < set(used)
     assert contents(output) == contents(tmp_path / "whole")
 
@@ -121,16 +120,16 @@ def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatc
 def test_finished_shards_are_kept_when_the_last_step_fails(many, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"o: cannot be written \(No space left"):
         patch.setattr(build.Manifest, "save", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(encode, "ShardWriter", Mock(side_effect=AssertionError("a shard was written again")))
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
 
 
 def test_without_links_between_files_shards_are_moved(many, tmp_path, monkeypatch):
-    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+    make_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
     monkeypatch.setattr(encode.os, "link", Mock(side_effect=PermissionError))
-    build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+    make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     assert contents(tmp_path / "o") == contents(tmp_path / "whole")
 
 
@@ -147,7 +146,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_piece_of_a_shard(many, tmp_p
 
     monkeypatch.setattr(shards, "ArrayRecordWriter", Full)
     with pytest.raises(UserError, match=r"No space left on device\); free space or give another --output"):
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     assert not [path for path in tmp_path.rglob("shard-*") if path.is_file()]
 
 
@@ -155,21 +154,21 @@ def test_an_output_that_no_folder_can_replace_is_refused_before_any_work(many, t
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "o").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="o: is a link or a mount point"):
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     assert not (tmp_path / "o.partial").exists()
 
 
 def test_a_missing_input_is_refused_before_the_others_are_read(many, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "spool", Mock(side_effect=AssertionError("a file was read")))
+    monkeypatch.setattr(build, "spool_file", Mock(side_effect=AssertionError("a file was read")))
     with pytest.raises(UserError, match=r"missing\.xml: cannot be read"):
-        build_shards([*many, str(tmp_path / "missing.xml")], tmp_path / "o", settings=SMALL, workers=1)
+        make_shards([*many, str(tmp_path / "missing.xml")], tmp_path / "o", settings=SMALL, workers=1)
 
 
 def test_a_tokenizer_trained_anew_in_the_same_place_is_the_one_that_is_used(many, tmp_path):
     given = dataclasses.replace(SMALL, train_tokenizer=None)
     for files in (many[:3], many[3:]):
-        build_shards(files, tmp_path / "o", settings=SMALL, workers=1)
-        build_shards(files, tmp_path / "by itself", tmp_path / "o" / "tokenizer.model", given, workers=1)
+        make_shards(files, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(files, tmp_path / "by itself", tmp_path / "o" / "tokenizer.model", given, workers=1)
         for split in build.SPLITS:
             both = [ShardReader(tmp_path / name / split) for name in ("o", "by itself")]
             assert all(np.array_equal(a.ids, b.ids) for a, b in zip(*both, strict=True))
@@ -178,10 +177,10 @@ def test_a_tokenizer_trained_anew_in_the_same_place_is_the_one_that_is_used(many
 
 
 def test_a_spool_whose_text_was_cut_short_is_made_again(many, tmp_path):
-    build_shards(many[:2], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    make_shards(many[:2], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
     for text in (tmp_path / "spools").glob("*.text"):
         os.truncate(text, text.stat().st_size // 2)
-    build_shards(many[:2], tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    make_shards(many[:2], tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
     assert contents(tmp_path / "before") == contents(tmp_path / "after")
 
 
@@ -190,25 +189,25 @@ def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
     folder.mkdir()
     inputs = [str(shutil.copy2(path, folder)) for path in many[:2]]
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "require_documents", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(build, "_train_tokenizer", Mock(side_effect=KeyboardInterrupt))
         patch.setattr(work.Work, "worth_keeping", True)
-        build_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
     write_set(Path(inputs[1]), *(article(pmid, abstract(("mended", pmid))) for pmid in range(5000, 5300)))
-    build_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
+    make_shards(inputs, tmp_path / "o", settings=SMALL, workers=1)
     assert {5000, 5299} <= documents(tmp_path / "o").keys()
 
 
 def test_two_runs_into_one_output_are_refused(many, tmp_path):
     with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run is at work"):
-        build_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+        make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
 
 
 def test_spools_of_a_folder_of_their_own_serve_the_next_run_with_more_files(many, tmp_path, monkeypatch):
-    build_shards(many[:4], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
-    build_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
-    opened = Mock(side_effect=spool.checksums)
-    monkeypatch.setattr(spool, "checksums", opened)
-    build_shards(many, tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
-    assert [call.args[0] for call in opened.call_args_list] == many[4:]
+    make_shards(many[:4], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    make_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
+    opened = Mock(side_effect=build.checksums)
+    monkeypatch.setattr(build, "checksums", opened)
+    make_shards(many, tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
+    assert [str(call.args[0]) for call in opened.call_args_list] == many[4:]
     assert contents(tmp_path / "after") == contents(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"before", "whole", "after", "spools"}

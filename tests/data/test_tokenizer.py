@@ -7,8 +7,9 @@ import pytest
 import tokenizers
 from hypothesis import strategies as st
 
+from biomamba_jax.config.prepare import TokenizerTraining
 from biomamba_jax.data.text import clean_document
-from biomamba_jax.data.tokenizer import EOS, TokenizerTraining, load_tokenizer, train_sentencepiece
+from biomamba_jax.data.tokenizer import EOS, load_tokenizer, train_sentencepiece
 from biomamba_jax.errors import UserError
 
 WORDS = [
@@ -116,7 +117,7 @@ def test_an_impossible_vocabulary_is_refused(tmp_path, size):
 
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_either_kind_is_reproducible_and_spells_every_text(tmp_path, kind):
-    training = TokenizerTraining(305, kind=kind)
+    training = TokenizerTraining(305, tokenizer_kind=kind)
     one, other = (train_sentencepiece(iter(TEXTS), training, tmp_path / f"{name}.model") for name in "ab")
     assert one.sha256 == other.sha256
     assert one.vocab_size == 305
@@ -126,13 +127,14 @@ def test_either_kind_is_reproducible_and_spells_every_text(tmp_path, kind):
 
 def test_digits_stand_alone_unless_asked_otherwise(tmp_path):
     texts = [f"dose 2500 mg, {text}" for text in TEXTS]
-    apart = train_sentencepiece(texts, TokenizerTraining(308, kind="bpe"), tmp_path / "a.model")
-    together = train_sentencepiece(texts, TokenizerTraining(308, kind="bpe", split_digits=False), tmp_path / "b.model")
+    apart = train_sentencepiece(texts, TokenizerTraining(308, "bpe"), tmp_path / "a.model")
+    whole = TokenizerTraining(308, "bpe", tokenizer_split_digits=False)
+    together = train_sentencepiece(texts, whole, tmp_path / "b.model")
     lengths = [len(tokenizer.encode_batch([" 2500"])[0]) for tokenizer in (apart, together)]
     assert lengths[0] >= 4 > lengths[1]
 
 
 def test_without_byte_fallback_all_pieces_are_learnt(tmp_path):
-    tokenizer = train_sentencepiece(TEXTS, TokenizerTraining(50, byte_fallback=False), tmp_path / "a.model")
+    tokenizer = train_sentencepiece(TEXTS, TokenizerTraining(50, tokenizer_byte_fallback=False), tmp_path / "a.model")
     assert tokenizer.vocab_size == 50
     assert tokenizer.encode_batch(["漢"])[0][-1] == 1

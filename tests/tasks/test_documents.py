@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny_models import WORDS, train_tokenizer
 
-from biomamba_jax.config import DomainConfig
-from biomamba_jax.data.build import Settings, build_shards
+from biomamba_jax.config import DomainConfig, PrepareConfig
+from biomamba_jax.data.build import build_shards
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.documents import read_domain
 
@@ -34,8 +34,12 @@ def test_bytes_and_words_are_those_of_the_text(jsonl):
 
 
 def test_shards_give_back_the_text_that_they_were_made_of(jsonl, tmp_path):
-    settings = Settings(validation_fraction=0.2, test_fraction=0.3)
-    build_shards([str(jsonl)], tmp_path / "shards", train_tokenizer(tmp_path).path, settings, workers=1)
+    files = {
+        "input": [str(jsonl)],
+        "output": str(tmp_path / "shards"),
+        "tokenizer": str(train_tokenizer(tmp_path).path),
+    }
+    build_shards(PrepareConfig(**files, validation_fraction=0.2, test_fraction=0.3, workers=1))
     found = {}
     for split in ("train", "validation", "test"):
         for document in read_domain("d", DomainConfig(path=str(tmp_path / "shards"), split=split)):
