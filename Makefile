@@ -7,7 +7,7 @@ PYTEST := $(TEST)/bin/python -m pytest -n 2 --dist worksteal --durations=20
 # The authors' ori_pqal.json, if PubMedQA is to be part of `make reproduce`.
 PUBMEDQA ?=
 
-.PHONY: quickstart reproduce test test-long clean
+.PHONY: quickstart reproduce test test-long docs clean
 
 # A small Mamba trained on real PubMed abstracts: minutes on two cores.
 quickstart: $(RUN)/installed
@@ -36,6 +36,11 @@ ONLY ?=
 test-long: $(TEST)/compilers
 	$(PYTEST) -m 'ahead_of_time or long' $(if $(ONLY),-k '$(ONLY)')
 
+# The documentation as a site, in build/site; a warning is an error.
+docs: $(TEST)/docs
+	NO_MKDOCS_2_WARNING=1 $(TEST)/bin/python -m mkdocs build --quiet --strict
+	@echo built build/site/index.html
+
 $(RUN)/installed: pyproject.toml
 	$(PYTHON) -m venv $(RUN)
 	$(RUN)/bin/python -m pip install --quiet --editable .
@@ -50,5 +55,9 @@ $(TEST)/compilers: $(TEST)/installed
 	$(TEST)/bin/python -m pip install --quiet --editable '.[test,chips]'
 	touch $@
 
+$(TEST)/docs: $(TEST)/installed
+	$(TEST)/bin/python -m pip install --quiet --editable '.[test,docs]'
+	touch $@
+
 clean:
-	rm -rf $(RUN) $(TEST) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(RUN) $(TEST) build/site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -29,7 +29,7 @@ class PrepareBenchmark:
     input: list[str] = field(default_factory=lambda: [NLM_SAMPLE])
     """NLM files, or nlm-sample."""
     peer: str | None = None
-    """Folder that holds pubmed_parser and what it imports, to run it in turns; see the README."""
+    """Folder that holds pubmed_parser and what it imports, to run it in turns."""
     rounds: int = 3
     """How often each reads the files, after once that does not count."""
 

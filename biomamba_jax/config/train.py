@@ -107,7 +107,7 @@ class TrainConfig:
     max_skipped_steps: int = 10
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
     compiler_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; README.md has two for TPU v5p and v6e."""
+    """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; docs/plans.md has two for TPUs."""
 
     def __post_init__(self) -> None:
         check(self.epochs > 0, "train.epochs", self.epochs, "must be above 0")
