@@ -24,7 +24,7 @@ def step(argv: Sequence[str], prog: str) -> None:
     from benchmarks.step import StepBenchmark, measure_step
 
     description = "Tokens/s, memory and share of peak of the training step, on random tokens."
-    measure_step(parse(StepBenchmark, _flags(argv), prog=prog, description=description))
+    measure_step(parse(StepBenchmark, argv, f"{prog}\n\n{description}"))
 
 
 def decode(argv: Sequence[str], prog: str) -> None:
@@ -32,7 +32,7 @@ def decode(argv: Sequence[str], prog: str) -> None:
     from benchmarks.decode import DecodeBenchmark, measure_decode
 
     description = "Tokens/s and memory of greedy decoding, on random prompts."
-    measure_decode(parse(DecodeBenchmark, _flags(argv), prog=prog, description=description))
+    measure_decode(parse(DecodeBenchmark, argv, f"{prog}\n\n{description}"))
 
 
 def kernels(argv: Sequence[str], prog: str) -> None:
@@ -40,7 +40,7 @@ def kernels(argv: Sequence[str], prog: str) -> None:
     from benchmarks import kernels, kernels_gpu
 
     description = "Time of the kernels and their alternatives on GPU; on TPU by estimate, and the share of the floor."
-    settings = parse(kernels.KernelsBenchmark, argv, prog=prog, description=description)
+    settings = parse(kernels.KernelsBenchmark, argv, f"{prog}\n\n{description}")
     if settings.target == "gpu":
         kernels_gpu.measure_kernels_gpu(settings)
     elif settings.target.startswith("sm_"):
@@ -54,12 +54,7 @@ def prepare(argv: Sequence[str], prog: str) -> None:
     from benchmarks.parsing import PrepareBenchmark, measure_parsing
 
     description = "Records/s, MB/s and memory of reading NLM's XML, in turns with pubmed_parser where --peer names it."
-    measure_parsing(parse(PrepareBenchmark, argv, prog=prog, description=description))
-
-
-def _flags(argv: Sequence[str]) -> list[str]:
-    """`--compare` alone means true."""
-    return [word + "=true" if word == "--compare" else word for word in argv]
+    measure_parsing(parse(PrepareBenchmark, argv, f"{prog}\n\n{description}"))
 
 
 SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare}

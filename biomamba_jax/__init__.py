@@ -1,4 +1,4 @@
-"""BioMamba in JAX: Mamba-1 and Mamba-2 language models for biomedical text, on CPU, GPU and TPU."""
+"""Mamba-1 and Mamba-2 language models for biomedical text in JAX, on CPU, GPU and TPU."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +9,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    # Only when it is asked for: workers that read data import this package, and need none of jax.
+    # Imported on first use: the worker processes that read data import this package and don't need jax.
     if name == "load":
         from biomamba_jax.tasks.model import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "load"]

@@ -1,16 +1,12 @@
-"""Names the command that took this one's place."""
+"""The command `python -m biomamba_jax.benchmark`, which names its successor."""
 
 from biomamba_jax.command_line import run_command
 from biomamba_jax.errors import UserError
 
 
 def main(argv: object = None) -> None:
-    """Refuses to run.
-
-    Raises:
-      UserError: always; names the new command.
-    """
-    raise UserError("benchmarks moved out of the package: run `python -m benchmarks ...` in a checkout")
+    """Raise UserError with the new command."""
+    raise UserError("the benchmarks are now a command of a checkout: python -m benchmarks ...")
 
 
 if __name__ == "__main__":

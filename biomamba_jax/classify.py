@@ -1,7 +1,9 @@
-"""python -m biomamba_jax.classify --model DIR [--file PROMPTS.jsonl] [--prompt "{prompt}"] > classes.jsonl
+"""Classify texts with a model fine-tuned with `finetune --head classifier`.
 
-Names the class of texts with a model that `finetune --head classifier` made: its run directory, or what `convert` made
-of it. Reads JSON lines from a file or from standard input, and writes each line again with "label" and "probabilities".
+python -m biomamba_jax.classify --model DIR [--file PROMPTS.jsonl] [--prompt "{prompt}"] > classes.jsonl
+
+The model is the run directory, or what `convert` exported from it. Reads JSON lines from a file or from standard input,
+and writes each line again with "label" and "probabilities".
 """
 
 import itertools
@@ -17,21 +19,21 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines
 
 _AT_ONCE = 64
-"""Lines read, classified and written together."""
+"""Lines read, classified and written at a time."""
 
 
 @dataclass(frozen=True)
 class ClassifyConfig:
-    """What to classify, and with which model."""
+    """The texts to classify, and the model."""
 
     model: str = ""
     """Folder of the model."""
     file: str | None = None
-    """JSON lines (.jsonl, .jsonl.gz); left out: standard input."""
+    """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
     prompt: str = "{prompt}"
-    """What the model reads; {name} stands for that key of the line. Give the template of the training."""
+    """Template of the prompt, as in training; {name} stands for that key of the line."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of matrices and activations; left out: bfloat16 on TPU and GPU, float32 on CPU."""
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -39,14 +41,15 @@ class ClassifyConfig:
 
 
 def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None:
-    """Does what `config` says.
+    """Classify the lines of a file or of `source`.
 
     Args:
-      source: lines to read where the config names no file.
-      out: where results go.
+      config: the texts and the model.
+      source: lines to read if the config names no file.
+      out: where results are written.
 
     Raises:
-      UserError: a model without a classifier, or a line that the template does not fit.
+      UserError: the model has no classifier, or a line lacks a key of the template.
     """
     from biomamba_jax.tasks.model import load
 
@@ -66,10 +69,8 @@ def _prompts(config: ClassifyConfig, source: Iterable[str]) -> Iterator[tuple[di
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
-    description = (__doc__ or "").partition("\n\n")[2]
-    config = parse(ClassifyConfig, argv, prog="python -m biomamba_jax.classify", description=description)
-    classify(config, sys.stdin, sys.stdout)
+    """Run the command on `argv`, by default this process's arguments."""
+    classify(parse(ClassifyConfig, argv, __doc__), sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""python -m biomamba_jax.convert --input DIR --output DIR --to native|hf|mamba_ssm [--dtype float32|bfloat16|float16]
+"""Convert a model between Hugging Face transformers, mamba_ssm and the native format.
 
-Converts a model between Hugging Face transformers, mamba_ssm and native. The input's format is recognised from its
-folder. A run directory is taken as well: its best checkpoint where it keeps that and else the newest, and averaged
-weights where it has them.
+python -m biomamba_jax.convert --input DIR --output DIR --to native|hf|mamba_ssm [--dtype float32|bfloat16|float16]
+
+The input's format is recognised from its files. Of a run directory, the best checkpoint is converted if the run keeps
+it, else the newest, with EMA weights if the run has them.
 """
 
 import dataclasses
@@ -17,32 +18,30 @@ from biomamba_jax.errors import UserError
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """What to convert, and into what."""
+    """The model to convert, and the format to write."""
 
     input: str = ""
     """Folder of the model to read: Hugging Face, mamba_ssm, native, or a run directory."""
     output: str = ""
-    """Folder to write; must not exist yet."""
+    """Folder to write; must not exist."""
     to: Literal["native", "hf", "mamba_ssm"] = "hf"
     """Format to write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the tensors written; native is always float32."""
+    """Dtype of the tensors written; native is always float32."""
     tokenizer: str | None = None
-    """Tokenizer to put beside the weights, in place of the input's if it has one: a file, or the name gpt-neox."""
+    """Tokenizer to export with the weights instead of the input's: a file, or the name gpt-neox."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
-    description = (__doc__ or "").partition("\n\n")[2]
-    config = parse(ConvertConfig, argv, prog="python -m biomamba_jax.convert", description=description)
-    convert(config)
+    """Run the command on `argv`, by default this process's arguments."""
+    convert(parse(ConvertConfig, argv, __doc__))
 
 
 def convert(config: ConvertConfig) -> list[Path]:
-    """Does what `config` says, prints a table of what was written, and returns the paths.
+    """Convert a model, print a table of the files written, and return their paths.
 
     Raises:
-      UserError: input that is damaged or does not fit its config, or output that exists; nothing is written then.
+      UserError: the input is damaged or doesn't fit its config, or the output exists; nothing is written.
     """
     from biomamba_jax.data.sample import gpt_neox_tokenizer
     from biomamba_jax.data.tokenizer import load_tokenizer
@@ -68,9 +67,9 @@ def convert(config: ConvertConfig) -> list[Path]:
     rows = [(path.name, f"{_bytes(path) / 1e6:,.2f} MB") for path in written]
     summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
     if config.to == "mamba_ssm" and not (Path(config.output) / BIN).exists():
-        print(f"torch is not installed: no {BIN}, the file that mamba_ssm itself loads, was written")
+        print(f"torch is not installed: {BIN}, the file that mamba_ssm loads, was not written")
     if weights.tokenizer_file is None:
-        print("no tokenizer in the input: give --tokenizer FILE (gpt-neox for the released models) to add one")
+        print("the input has no tokenizer; --tokenizer FILE adds one (gpt-neox for the released models)")
     return written
 
 

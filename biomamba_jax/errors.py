@@ -1,4 +1,4 @@
-"""The one exception that users read."""
+"""The exception for errors that a user can correct."""
 
 
 class UserError(ValueError):

@@ -1,8 +1,9 @@
-"""python -m biomamba_jax.evaluate --config configs/evaluate.yaml [--models.NAME FOLDER ...] [--output FOLDER]
+"""Evaluate models side by side: perplexity and bits per byte of text domains, PubMedQA and BioASQ.
 
-Measures models side by side: perplexity and bits per byte of text domains, PubMedQA and BioASQ, each figure with its
-interval. Writes into the output folder report.html and report.json, what each model made of every document
-(documents/DOMAIN/MODEL.jsonl) and every answer (predictions/TASK/MODEL.jsonl).
+python -m biomamba_jax.evaluate --config configs/evaluate.yaml [--models.NAME FOLDER ...] [--output FOLDER]
+
+Every figure has its confidence interval. Writes report.html and report.json, each model's loss of every document
+(documents/DOMAIN/MODEL.jsonl) and every answer (predictions/TASK/MODEL.jsonl) into the output folder.
 """
 
 import tempfile
@@ -16,13 +17,13 @@ from biomamba_jax.errors import UserError
 
 
 def evaluate(config: EvaluateConfig) -> Path:
-    """Evaluates and writes the output folder.
+    """Evaluate models and write the output folder.
 
     Returns:
       The path of report.html.
 
     Raises:
-      UserError: something cannot be read or written; names it.
+      UserError: a file cannot be read or written; names it.
     """
     from biomamba_jax import files
     from biomamba_jax.tasks import evaluation, evaluation_report
@@ -30,9 +31,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     output = Path(config.output)
     with _writing(output):
         output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()  # better refused now than when everything is measured
+        tempfile.TemporaryFile(dir=output).close()  # refuse now, not after hours of evaluation
     results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
-    with _writing(output):  # the config as well, and only now: a run that fails leaves an earlier report with its own
+    with _writing(output):  # also the config: a run that fails leaves an earlier report with its own config
         files.write_text(output / "config.yaml", to_yaml(config))
         files.write_text(output / "report.json", evaluation.to_json(results))
         return evaluation_report.write(results, output)
@@ -47,14 +48,8 @@ def _writing(output: Path) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
-    config = parse(
-        EvaluateConfig,
-        argv,
-        prog="python -m biomamba_jax.evaluate",
-        description=(__doc__ or "").partition("\n\n")[2],
-    )
-    print(f"report: {evaluate(config)}")
+    """Run the command on `argv`, by default this process's arguments."""
+    print(f"report: {evaluate(parse(EvaluateConfig, argv, __doc__))}")
 
 
 if __name__ == "__main__":

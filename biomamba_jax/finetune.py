@@ -1,9 +1,11 @@
-"""python -m biomamba_jax.finetune --config configs/finetune_pubmedqa.yaml --init_from DIR [--lora.rank 8 ...]
+"""Fine-tune a model to answer questions: PubMedQA, BioASQ task B, or JSON lines of prompts and answers.
 
-Teaches a model to answer: PubMedQA, BioASQ task B, or JSON lines of prompts and answers. Trains the whole model or LoRA
-adapters, on the answers alone, until the development split gets no better; resumes from its run directory's newest
-checkpoint. Ends with what the best weights answer: predictions/ and results.json in the run directory, and a table
-beside always giving the most frequent answer. Any command takes the run directory as a model, adapters merged.
+python -m biomamba_jax.finetune --config configs/finetune_pubmedqa.yaml --init_from DIR [--lora.rank 8 ...]
+
+Trains the whole model or LoRA adapters, with the loss on the answers only, until the development loss stops improving;
+resumes from its run directory's newest checkpoint. Ends with the answers of the best weights: predictions/ and
+results.json in the run directory, and a table next to a baseline that always gives the most frequent answer. Every
+command takes the run directory as a model, adapters merged.
 """
 
 import dataclasses
@@ -44,11 +46,10 @@ _COLUMNS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
+    """Run the command on `argv`, by default this process's arguments."""
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
-    description = (__doc__ or "").partition("\n\n")[2]
-    config = parse(FinetuneConfig, argv, prog="python -m biomamba_jax.finetune", description=description)
+    config = parse(FinetuneConfig, argv, __doc__)
     with processes(config.distributed) as first:
         require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         weights = read_model(local_folder(config.init_from or ""))

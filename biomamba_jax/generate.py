@@ -1,42 +1,43 @@
-"""python -m biomamba_jax.generate --model DIR (--prompt TEXT ... | --file FILE | --jsonl) [--temperature 0.8 ...]
+"""Continue prompts with a model of any format: native, Hugging Face, mamba_ssm, or a run directory.
 
-Continues prompts with a model of any format: native, Hugging Face, mamba_ssm, or a run directory of `pretrain`. Shows
-the text of a single prompt on a terminal as it grows. With --jsonl, reads lines {"prompt": "..."} from standard input
-and writes lines {"prompt", "text", "tokens", "finish_reason"}, a batch at a time.
+python -m biomamba_jax.generate --model DIR (--prompt TEXT ... | --file FILE | --jsonl) [--temperature 0.8 ...]
+
+Streams the text of a single prompt to a terminal. With --jsonl, reads lines {"prompt": "..."} from standard input and
+writes lines {"prompt", "text", "tokens", "finish_reason"}, a batch at a time.
 """
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
-import yaml
-
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import parse, run_command, valid_unicode
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.sampling import Sampling
+
+VERBATIM = ("prompt", "stop")
+"""Lists of text, in which brackets and leading hyphens have no meaning."""
 
 
 @dataclass(frozen=True)
 class GenerateConfig(Sampling):
-    """What to continue, with which model, and how."""
+    """The prompts to continue, the model, and how tokens are chosen."""
 
     model: str = ""
     """Folder of the model."""
     prompt: list[str] = field(default_factory=list)
-    """Text to continue; may be given several times."""
+    """Texts to continue."""
     file: str | None = None
-    """A text file with one prompt a line, instead of --prompt."""
+    """A text file with one prompt per line, instead of --prompt."""
     jsonl: bool = False
     """Prompts and results as JSON lines on standard input and output, instead of --prompt."""
     batch_size: int = 8
-    """Prompts continued at one time."""
+    """Prompts continued at a time."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of matrices and activations; left out: bfloat16 on TPU and GPU, float32 on CPU."""
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,20 +50,21 @@ class GenerateConfig(Sampling):
 
 
 def generate(config: GenerateConfig, source: TextIO, out: TextIO) -> None:
-    """Does what `config` says.
+    """Continue the prompts.
 
     Args:
-      source: where --jsonl reads from.
-      out: where results go; text is shown as it grows if this is a terminal.
+      config: prompts, model and sampling.
+      source: input of --jsonl.
+      out: where results are written; a single prompt's text is streamed if this is a terminal.
 
     Raises:
-      UserError: no model, no tokenizer, or a line that holds no prompt.
+      UserError: no model, no tokenizer, or a line without a prompt.
     """
     prompts = _read_jsonl(source) if config.jsonl else config.prompt or _read_lines(Path(config.file or ""))
     from biomamba_jax.tasks.model import load
 
     model = load(config.model, config.dtype)
-    model.tokenizer  # noqa: B018 - says what is missing
+    model.tokenizer  # noqa: B018 - raises if there is none
     if len(config.prompt) == 1 and out.isatty():
         _stream(model.generator, config, out)
         return
@@ -85,12 +87,12 @@ def _stream(generator, config: GenerateConfig, out: TextIO) -> None:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:  # other line ends of Unicode, which splitlines knows, are characters of a prompt
+    try:  # not splitlines: Unicode's other line ends belong to the prompt
         lines = path.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); check --file") from None
     if not (prompts := [line for line in lines if line.strip()]):
-        raise UserError(f"{path}: holds no prompt; put one on each line")
+        raise UserError(f"{path}: contains no prompt; write one per line")
     return prompts
 
 
@@ -104,7 +106,7 @@ def _read_jsonl(source: Iterable[str]) -> Iterator[str]:
             raise UserError(f"standard input, line {number}: not JSON ({error})") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
             raise UserError(f'standard input, line {number}: give an object with a text: {{"prompt": "..."}}')
-        yield _checked(f"standard input, line {number}", record["prompt"])
+        yield valid_unicode(f"standard input, line {number}", record["prompt"])
 
 
 def _decoded(source: Iterable[str]) -> Iterator[str]:
@@ -114,45 +116,9 @@ def _decoded(source: Iterable[str]) -> Iterator[str]:
         raise UserError(f"standard input: is not UTF-8 ({error}); convert it") from None
 
 
-def _checked(where: str, text: str) -> str:
-    """`text`, unless it holds half a character, as Python makes of an argument that is not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{where}: {text!r} is no valid Unicode; give text in UTF-8") from None
-    return text
-
-
-def _as_settings(argv: Sequence[str]) -> list[str]:
-    """Repeated --prompt and --stop as the lists that the schema has, and a bare --jsonl as true."""
-    lists: dict[str, list[str]] = {"--prompt": [], "--stop": []}
-    settings, words = [], list(argv)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
-        if name in lists:
-            if not equals and not words:
-                raise UserError(f"{name}: give a text")
-            lists[name].append(_checked(name, value if equals else words.pop(0)))
-        else:
-            settings.append(f"{name}=true" if name == "--jsonl" and not equals else name + equals + value)
-    return settings + [f"{name}={_as_yaml(texts)}" for name, texts in lists.items() if texts]
-
-
-def _as_yaml(texts: list[str]) -> str:
-    """One line that YAML reads as these texts; it would read JSON's pairs of surrogates as two halves."""
-    return yaml.safe_dump(texts, default_style='"', default_flow_style=True, width=math.inf).strip()
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
-    config = parse(
-        GenerateConfig,
-        _as_settings(sys.argv[1:] if argv is None else argv),
-        prog="python -m biomamba_jax.generate",
-        description=(__doc__ or "").partition("\n\n")[2],
-    )
-    generate(config, sys.stdin, sys.stdout)
+    """Run the command on `argv`, by default this process's arguments."""
+    generate(parse(GenerateConfig, argv, __doc__, verbatim=VERBATIM), sys.stdin, sys.stdout)
 
 
 if __name__ == "__main__":

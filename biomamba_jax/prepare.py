@@ -11,12 +11,10 @@ table of what was kept and why the rest was not. `download` fetches NLM's files,
 """
 
 import dataclasses
-import json
 import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from itertools import takewhile
 from pathlib import Path
 
 from rich.console import Console
@@ -90,31 +88,12 @@ def tables(manifest: Manifest) -> list[Table]:
     return [fate, content]
 
 
-def _as_settings(argv: Sequence[str], schema: type) -> list[str]:
-    """`--input A B` as the one list that the schema has, `--train-tokenizer` by its name there, a lone flag as true."""
-    kinds = {f"--{field.name}": str(field.type) for field in dataclasses.fields(schema)}
-    settings, rest = [], list(argv)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
-        if kinds.get(name, "").startswith("list"):
-            words = [value] if equals else list(takewhile(lambda word: not word.startswith("--"), rest))
-            rest = rest if equals else rest[len(words) :]
-            is_list = len(words) == 1 and words[0].startswith("[")
-            settings.append(f"{name}={words[0] if is_list else json.dumps(words)}")
-        elif kinds.get(name) == str(bool) and not equals and (not rest or rest[0].startswith("--")):
-            settings.append(f"{name}=true")
-        else:
-            settings.append(name + equals + value)
-    return settings
-
-
 def download(argv: Sequence[str], prog: str) -> None:
     """NLM's files onto this machine."""
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 
     description = "Downloads NLM's baseline and update files: in parallel, resumed, checked by MD5."
-    config = parse(DownloadConfig, _as_settings(argv, DownloadConfig), prog=prog, description=description)
+    config = parse(DownloadConfig, argv, f"{prog}\n\n{description}")
     files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
     chosen = choose(files, config.numbers)
     downloader = Downloader(Path(config.output), config.tries, config.timeout)
@@ -139,8 +118,7 @@ def inspect(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.data import inspection
 
     description = "Counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
-    words = [f"--path={word}" if i == 0 and not word.startswith("-") else word for i, word in enumerate(argv)]
-    config = parse(InspectConfig, _as_settings(words, InspectConfig), prog=prog, description=description)
+    config = parse(InspectConfig, argv, f"{prog}\n\n{description}", positional="path")
     if not config.path:
         raise UserError(f"name the folder to look into: {prog} data/pubmed")
     inputs = [str(path) for name in config.input for path in input_files(name)]
@@ -156,7 +134,7 @@ def tokenizers(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
     description = "Bytes per token, tokens per word and the share of biomedical terms that are one token."
-    config = parse(TokenizersConfig, _as_settings(argv, TokenizersConfig), prog=prog, description=description)
+    config = parse(TokenizersConfig, argv, f"{prog}\n\n{description}")
     inputs = [str(path) for name in config.input for path in input_files(name)]
     files = [tokenizer_file(name) for name in config.tokenizers]
     show(compare_tokenizers(dataclasses.replace(config, input=inputs), files))
@@ -177,8 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(
             f"{words[0]!r} is none of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
         )
-    description = (__doc__ or "").partition("\n\n")[2]
-    config = parse(PrepareConfig, _as_settings(words, PrepareConfig), prog=prog, description=description)
+    config = parse(PrepareConfig, words, __doc__)
     manifest = prepare(config)
     console = Console()
     for table in tables(manifest):

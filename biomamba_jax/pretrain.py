@@ -1,8 +1,10 @@
-"""python -m biomamba_jax.pretrain --config configs/quickstart.yaml [--optimizer.learning_rate 3e-4 ...]
+"""Train a language model on tokenized shards.
 
-Trains a language model on tokenized shards, from scratch or onwards from the newest checkpoint of its run directory.
-Where data.path does not exist yet and the config's prepare section names input, the shards are made first. Ends with
-held-out perplexity and bits per byte, before and after, beside those of n-gram models of the same text.
+python -m biomamba_jax.pretrain --config configs/quickstart.yaml [--optimizer.learning_rate 3e-4 ...]
+
+Starts from random or given weights, or resumes from the newest checkpoint of its run directory. If data.path does not
+exist and the config's prepare section names input, the shards are made first. Ends with held-out perplexity and bits
+per byte before and after training, next to those of n-gram models of the same text.
 """
 
 import dataclasses
@@ -18,14 +20,14 @@ from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import DistributedConfig, ModelConfig, PretrainConfig
 
-# The data workers import this module again, and need none of jax: what needs it is imported where it is used.
+# The data workers import this module again and do not need jax: modules that need it are imported inside functions.
 
 _LARGEST_BASELINE = 100_000_000
-"""Training tokens up to which n-gram models are counted: seconds of work."""
+"""Training tokens up to which n-gram models are counted, which takes seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
+    """Run the command on `argv`, by default this process's arguments."""
     from biomamba_jax.parallel.distributed import (
         DATA_TIMEOUT,
         exit_if_stopped,
@@ -37,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
-    description = (__doc__ or "").partition("\n\n")[2]
-    config = parse(PretrainConfig, argv, prog="python -m biomamba_jax.pretrain", description=description)
+    config = parse(PretrainConfig, argv, __doc__)
     with processes(config.distributed) as first:
         require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         if first:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def prepare_if_missing(config: PretrainConfig) -> None:
-    """Makes the shards as the prepare section says, unless data.path exists or the section names no input."""
+    """Make the shards that the prepare section describes, unless data.path exists or the section names no input."""
     from biomamba_jax.prepare import prepare, tables
     from biomamba_jax.train.progress import print_tables
 
@@ -62,9 +63,9 @@ def prepare_if_missing(config: PretrainConfig) -> None:
 
 
 def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
-    """The config with the sizes of the weights that it starts from, and those weights; None for random ones.
+    """Return the config with the sizes of the weights that it starts from, and those weights; None: random weights.
 
-    A run that has a checkpoint goes on from there and needs the sizes only, which its own config.yaml tells.
+    A run that has a checkpoint resumes from it and needs only the sizes, which are in its config.yaml.
     """
     if config.init_from is None:
         return config, None
@@ -84,8 +85,10 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
 
 
 def write_baselines(config: PretrainConfig) -> None:
-    """Counts n-gram models on the training split, for the results table and the report, unless that was done before or
-    there is no held-out text."""
+    """Count n-gram models on the training split, for the results table and the report.
+
+    Does nothing if they exist, or if there is no held-out text.
+    """
     from biomamba_jax.data.ngrams import ngram_baselines
     from biomamba_jax.data.shards import open_split
 
@@ -103,7 +106,7 @@ def write_baselines(config: PretrainConfig) -> None:
 
 
 def show_results(run_dir: Path) -> None:
-    """Prints held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines."""
+    """Print held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines."""
     from biomamba_jax.train.metrics import read_metrics
     from biomamba_jax.train.progress import summary_table
 
@@ -113,7 +116,7 @@ def show_results(run_dir: Path) -> None:
     named += [(baseline["name"], baseline) for baseline in baselines]
     named += [(f"this model, step {line['step']:,}", line) for line in evaluations[1:][-1:]]
     rows = [(name, f"{line['perplexity']:,.2f}", f"{line['bits_per_byte']:.4f}") for name, line in named]
-    if evaluations:  # unless somebody took metrics.jsonl away
+    if evaluations:  # metrics.jsonl may have been deleted
         title = f"Held-out text ({evaluations[-1]['tokens']:,} tokens)"
         summary_table(title, ("model", "perplexity", "bits/byte"), rows)
     print(f"report: {run_dir / 'report.html'}")

@@ -14,13 +14,13 @@ SCHEMAS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}  # by how a f
 
 
 def read(*argv: str) -> PretrainConfig:
-    return parse(PretrainConfig, argv, prog="pretrain", description="")
+    return parse(PretrainConfig, argv)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_project_is_valid(path):
     schema = SCHEMAS.get(path.stem.partition("_")[0], PretrainConfig)
-    parse(schema, ["--config", str(path)], prog="any", description="")
+    parse(schema, ["--config", str(path)])
 
 
 def parameters(model: ModelConfig) -> int:
@@ -60,6 +60,57 @@ def test_an_override_wins_over_the_file():
     assert config.optimizer.learning_rate == 3e-4
 
 
+def test_an_override_wins_over_a_file_that_is_named_after_it():
+    config = read("--model.d_model", "64", "--config", str(CONFIGS / "quickstart.yaml"))
+    assert config.model.d_model == 64
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("a.txt", "b c.txt"),
+        ("[a.txt, b c.txt]",),
+        ("a.txt", "--prepare.input", "b c.txt"),
+        ("[x, y]", "--prepare.input=[a.txt, b c.txt]"),
+    ],
+)
+def test_a_list_is_written_with_spaces_or_brackets_or_its_key_again(words):
+    config = read("--prepare.input", *words, "--train.steps", "3")
+    assert (config.prepare.input, config.train.steps) == (["a.txt", "b c.txt"], 3)
+
+
+def test_a_switch_alone_means_true_also_as_the_last_word():
+    config = read(
+        "--checkpoint.keep_best", "--prepare.require-pmcid", "--tensorboard", "false", "--prepare.keep_retracted"
+    )
+    assert config.checkpoint.keep_best and config.prepare.require_pmcid and config.prepare.keep_retracted
+    assert not config.tensorboard
+
+
+def test_values_that_look_like_numbers_or_words_of_yaml_stay_text_in_lists():
+    assert read("--prepare.languages", "no", "1", "null").prepare.languages == ["no", "1", "null"]
+
+
+def test_a_text_or_list_of_texts_takes_both_and_names_keep_their_hyphens():
+    def domain(*words: str) -> str | list[str]:
+        argv = ["--models.m", "x", "--domains.made-up.path", *words]
+        return parse(EvaluateConfig, argv).domains["made-up"].path
+
+    assert (domain("a"), domain("a", "b"), domain("[a, b]")) == ("a", ["a", "b"], ["a", "b"])
+
+
+def test_a_mapping_without_a_name_is_told_how_to_name_its_entry():
+    with pytest.raises(UserError, match=r"unknown key '--model'; did you mean '--models\.NAME'"):
+        parse(EvaluateConfig, ["--model", "x"])
+
+
+@pytest.mark.parametrize("line", ["model: [1]", "optimizer: 3", "train: [a, b]", "data: {mixture: 5}"])
+def test_a_group_in_a_file_that_is_not_a_mapping_is_named(tmp_path, line):
+    (tmp_path / "config.yaml").write_text(line + "\n")
+    with pytest.raises(UserError, match=f"{line.split(':')[0]}.*must be a mapping"):
+        read("--config", str(tmp_path / "config.yaml"))
+
+
 def test_a_config_survives_being_written_and_read(tmp_path):
     config = read("--model.d_model", "128", "--train.steps", "7", "--optimizer.learning_rate", "1e-5")
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -69,14 +120,19 @@ def test_a_config_survives_being_written_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--model.d_modle", "5"), "unknown key 'model.d_modle'; did you mean 'model.d_model'?"),
-        (("--optimiser.learning_rate", "1"), "did you mean 'optimizer.learning_rate'?"),
-        (("--model.d_model", "wide"), "model.d_model"),
+        (("--model.d_modle", "5"), "unknown key '--model.d_modle'; did you mean '--model.d_model'?"),
+        (("--optimiser.learning_rate", "1"), "did you mean '--optimizer.learning_rate'?"),
+        (("--model.d_model", "wide"), "model.d_model = wide: must be an integer"),
+        (("--train.steps", "many"), "train.steps = many: must be an integer or null"),
+        (("--tensorboard", "perhaps"), "tensorboard = perhaps: must be true or false"),
+        (("--train.steps",), "--train.steps: give a value"),
+        (("--data.mixture.sources.a.weight", "x"), "data.mixture.sources.NAME.weight = x: must be a number"),
+        (("quickstart.yaml",), "'quickstart.yaml' is not an option; write --KEY VALUE, or --config FILE"),
         (("--model.d_model", "-5"), "model.d_model = -5: must be at least 1"),
         (("--model.headdim", "7"), "model.headdim = 7: must divide"),
         (("--train.epochs", "0"), "train.epochs = 0.0: must be above 0"),
         (("--train.accumulation", "3"), "train.accumulation = 3: must divide"),
-        (("--schedule.kind", "step"), "schedule.kind"),
+        (("--schedule.kind", "step"), "schedule.kind = step: must be 'cosine' or 'linear' or 'wsd' or 'constant'"),
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--optimizer.clip", "-1"), "optimizer.clip = -1.0: must be 0 or more"),
         (("--schedule.final_fraction", "-1"), "schedule.final_fraction = -1.0: must be in [0, 1]"),
@@ -103,7 +159,7 @@ def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("run_dir: caf\xe9".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin\.yaml: the file is not UTF-8"):
-        parse(PretrainConfig, ["--config", str(tmp_path / "latin.yaml")], prog="pretrain", description="")
+        parse(PretrainConfig, ["--config", str(tmp_path / "latin.yaml")])
 
 
 def test_yaml_cannot_build_objects(tmp_path):

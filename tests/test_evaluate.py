@@ -131,7 +131,7 @@ def test_the_page_has_every_model_as_a_column_and_says_why_bits_per_byte(output)
 
 
 def test_the_config_that_was_used_is_kept_and_read_back(output, folder):
-    again = parse(EvaluateConfig, ["--config", str(output / "config.yaml")], prog="evaluate", description="")
+    again = parse(EvaluateConfig, ["--config", str(output / "config.yaml")])
     assert again == config(folder, output)
 
 
@@ -184,7 +184,7 @@ def test_generated_answers_are_read_as_answers(folder):
             "--models.m x --bioasq.path [x] --bioasq.thresholds accuracy",
             "needs method likelihood and",
         ),
-        ("--models.m x --domains.d.path x --widnow 3", "did you mean 'window'"),
+        ("--models.m x --domains.d.path x --widnow 3", "did you mean '--window'"),
     ],
 )
 def test_wrong_settings_end_in_one_line_that_names_the_key(tmp_path, arguments, message):

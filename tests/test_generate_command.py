@@ -62,7 +62,7 @@ def test_a_file_s_lines_end_at_line_ends_only_and_its_mark_is_no_text(tmp_path):
 def test_every_text_arrives_as_it_was_given(prompts, stops):
     words = ["--model", "m"]
     words += [word for text in prompts for word in ("--prompt", text)] + [f"--stop={text}" for text in stops]
-    config = parse(command.GenerateConfig, command._as_settings(words), prog="generate", description="")
+    config = parse(command.GenerateConfig, words, verbatim=command.VERBATIM)
     assert (config.prompt, config.stop) == (prompts, stops)
 
 
@@ -106,10 +106,10 @@ def test_a_single_prompt_grows_on_a_terminal(folder, expected):
         (["--model", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
         (["--model", "DIR", "--file", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--model", "DIR", "--prompt", "a", "--top_p", "2"], "top_p = 2.0"),
-        (["--model", "DIR", "--prompt", "a", "--tempersture", "1"], "did you mean 'temperature'"),
-        (["--model", "DIR", "--prompt"], "--prompt: give a text"),
-        (["--model", "DIR", "--prompt", "a\udcff"], r"--prompt: 'a\udcff' is no valid Unicode"),
-        (["--model", "DIR", "--prompt", "a", "--stop", "\ud83e"], r"--stop: '\ud83e' is no valid Unicode"),
+        (["--model", "DIR", "--prompt", "a", "--tempersture", "1"], "did you mean '--temperature'"),
+        (["--model", "DIR", "--prompt"], "--prompt: give a value"),
+        (["--model", "DIR", "--prompt", "a\udcff"], r"--prompt: 'a\udcff' is not valid Unicode"),
+        (["--model", "DIR", "--prompt", "a", "--stop", "\ud83e"], r"--stop: '\ud83e' is not valid Unicode"),
         (["--model", "DIR", "--prompt", "a", "--seed", str(2**32)], "seed = 4294967296"),
         (["--model", "DIR", "--prompt", "a", "--seed=-1"], "seed = -1"),
         (["--model", "DIR", "--prompt", "a", "--top_k", str(2**31)], "top_k = 2147483648"),

@@ -1,19 +1,130 @@
-"""The one form in which a setting is refused."""
+"""Types of settings with their limits, and the one form in which a setting is refused."""
 
 import dataclasses
-import functools
+from collections.abc import Callable, Iterator
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from biomamba_jax.errors import UserError
 
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+
+class Limit(NamedTuple):
+    """A condition on a setting, as metadata of its type; `--help` shows its words."""
+
+    words: str
+    """What the setting must be, behind "must be"."""
+    holds: Callable[[Any], bool]
+    """Returns True if a value satisfies the condition."""
+
+    def __repr__(self) -> str:
+        return self.words
 
 
-def check(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raises a UserError that names the key, its value and the remedy, unless `condition` holds."""
+PositiveInt = Annotated[int, Limit("at least 1", lambda x: x >= 1)]
+NonNegativeInt = Annotated[int, Limit("0 or more", lambda x: x >= 0)]
+Seed = Annotated[int, Limit("in 0..2^32 - 1", lambda x: 0 <= x < 2**32)]
+PositiveFloat = Annotated[float, Limit("above 0", lambda x: x > 0)]
+NonNegativeFloat = Annotated[float, Limit("0 or more", lambda x: x >= 0)]
+Fraction = Annotated[float, Limit("in [0, 1]", lambda x: 0 <= x <= 1)]
+FractionBelowOne = Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)]
+PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
+InnerFraction = Annotated[float, Limit("in (0, 1)", lambda x: 0 < x < 1)]
+LocalFolder = Annotated[
+    str,
+    Limit("a folder of this machine; mount a bucket (gcsfuse) and give its path", lambda path: "://" not in path),
+]
+
+
+def check(condition: object, key: str, value: object, remedy: str) -> None:
+    """Raise a UserError that names the key, its value and the remedy, unless `condition` holds."""
     if not condition:
         raise UserError(f"{key} = {value!r}: {remedy}")
+
+
+class Settings:
+    """Base of the dataclasses of settings: refuses a value outside the limits of its field's type."""
+
+    section: ClassVar[str] = ""
+    """Name of the group that the settings form in a run's config, for messages."""
+
+    def __init_subclass__(cls, section: str | None = None) -> None:
+        """Set the section; a subclass keeps its base's."""
+        if section is not None:
+            cls.section = section
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            limits = (leaf for leaf in _leaves(hint) if isinstance(leaf, Limit))
+            for limit in limits if value is not None else ():
+                check(limit.holds(value), self.key(name), value, f"must be {limit.words}")
+
+    def key(self, name: str) -> str:
+        """Return a field's dotted key."""
+        return f"{self.section}.{name}".lstrip(".")
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    """Yield the alternatives of a union, and the type and metadata of an annotated one."""
+    if isinstance(hint, type) or get_origin(hint) in (Literal, list, dict):
+        yield hint
+    elif metadata := getattr(hint, "__metadata__", ()):
+        yield from (*_leaves(hint.__origin__), *metadata)
+    else:
+        for part in get_args(hint):
+            yield from _leaves(part)
+
+
+def field_types(schema: Any) -> dict[str, Any]:
+    """Return the type of each field of a dataclass, with its metadata."""
+    hints = get_type_hints(schema, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+
+
+def accepts(hint: Any, kind: type) -> bool:
+    """Return True if a type, or an alternative of it, is `kind` or of that generic type."""
+    return any(kind in (leaf, get_origin(leaf)) for leaf in _leaves(hint))
+
+
+def mapping_value(hint: Any) -> Any:
+    """Return the type of the values of a dict[str, ...], None for any other type."""
+    return next((get_args(leaf)[1] for leaf in _leaves(hint) if get_origin(leaf) is dict), None)
+
+
+_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
+
+
+def describe(hint: Any, key: str = "") -> str:
+    """Return what a type accepts, in words; `key` is that of the setting, for an example."""
+
+    def words(leaf: Any) -> str:
+        if get_origin(leaf) is Literal:
+            return " or ".join(map(repr, get_args(leaf)))
+        if get_origin(leaf) is dict:
+            return f"a mapping; write --{key}.NAME VALUE"
+        if dataclasses.is_dataclass(leaf):
+            return f"a mapping with keys such as {next(iter(field_types(leaf)))}"
+        return _WORDS.get(leaf, "a list")
+
+    return " or ".join(words(leaf) for leaf in _leaves(hint) if not isinstance(leaf, Limit))
+
+
+def check_type(schema: type, field: str, key: str, value: object) -> None:
+    """Raise UserError under the name `key` if `value` isn't of the type of a dataclass's field.
+
+    For values from JSON files; those of a command line are checked when it is parsed.
+    """
+    hint = field_types(schema)[field]
+    leaves = list(_leaves(hint))
+    exact = type(value) in leaves or (type(value) is int and float in leaves)  # isinstance takes true for a number
+    literals = [each for leaf in leaves if get_origin(leaf) is Literal for each in get_args(leaf)]
+    check(exact or value in literals, key, value, f"must be {describe(hint)}")
+
+
+def check_types(config: Any, section: str) -> None:
+    """`check_type` of every field of a dataclass, each under its name in `section`."""
+    for field in dataclasses.fields(config):
+        check_type(type(config), field.name, f"{section}.{field.name}", getattr(config, field.name))
 
 
 def check_at_least(least: int, section: str, settings: object, *keys: str) -> None:
@@ -27,34 +138,3 @@ def check_at_least(least: int, section: str, settings: object, *keys: str) -> No
 def check_folder(key: str, path: str) -> None:
     """`check` of a folder that is written and read as one: what a URL names must be mounted first."""
     check("://" not in path, key, path, "must be a folder of this machine; mount a bucket (gcsfuse) and give its path")
-
-
-def check_type(schema: type, field: str, key: str, value: object) -> None:
-    """Refuses, under the name `key`, a value of another type than a dataclass's field has: of a file, not of a command
-    line, whose types are checked when it is parsed."""
-    kinds, literals = _accepted(schema)[field]
-    exact = type(value) in kinds or (type(value) is int and float in kinds)  # isinstance takes true for a number
-    known = [*map(repr, literals), *(_WORDS[kind] for kind in kinds)]
-    check(exact or value in literals, key, value, f"must be {' or '.join(known)}")
-
-
-def check_types(config: Any, section: str) -> None:
-    """`check_type` of every field of a dataclass, each under its name in `section`."""
-    for field in dataclasses.fields(config):
-        check_type(type(config), field.name, f"{section}.{field.name}", getattr(config, field.name))
-
-
-@functools.cache
-def _accepted(schema: type) -> dict[str, tuple[tuple[type, ...], tuple[str, ...]]]:
-    """Types and literals that each field may have; of a union, those of all its parts."""
-
-    def parts(hint: Any) -> list[Any]:
-        if get_origin(hint) is Literal or not get_args(hint):
-            return [hint]
-        return [part for each in get_args(hint) for part in parts(each)]
-
-    accepted = {}
-    for name, hint in get_type_hints(schema).items():
-        literals = [value for part in parts(hint) if get_origin(part) is Literal for value in get_args(part)]
-        accepted[name] = tuple(p for p in parts(hint) if get_origin(p) is not Literal), tuple(literals)
-    return accepted

@@ -263,5 +263,5 @@ def _needed(message: str) -> int:
 
 
 if __name__ == "__main__":
-    given = parse(PlanConfig, ["--config", sys.argv[1]], prog="plan_compile", description="")
+    given = parse(PlanConfig, ["--config", sys.argv[1]])
     print(_to_json(_compile(given, Path(sys.argv[2]))), flush=True)

@@ -153,8 +153,8 @@ def test_native_parameters_of_another_shape_are_listed(tmp_path, capsys):
     ("values", "message"),
     [
         ({"model_type": ["mamba2"]}, "model_type ['mamba2']"),
-        ({"hidden_size": "32"}, "hidden_size = '32': must be a whole number"),
-        ({"expand": 2.0}, "expand = 2.0: must be a whole number"),
+        ({"hidden_size": "32"}, "hidden_size = '32': must be an integer"),
+        ({"expand": 2.0}, "expand = 2.0: must be an integer"),
         ({"use_bias": "false"}, "use_bias = 'false': must be true or false"),
         ({"layer_norm_epsilon": "1e-5"}, "layer_norm_epsilon = '1e-5': must be a number"),
         ({"layer_norm_epsilon": -1}, "norm_eps = -1: must be 0 or more"),

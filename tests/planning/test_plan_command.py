@@ -207,7 +207,7 @@ def test_the_real_compiler_refuses_what_is_too_large(capsys):
 @pytest.mark.ahead_of_time
 @needs_libtpu
 def test_the_trace_and_the_compiled_program_agree_on_the_arithmetic():
-    config = parse(PlanConfig, [*SMALL, "--model.kind", "mamba1"], prog="plan", description="")
+    config = parse(PlanConfig, [*SMALL, "--model.kind", "mamba1"])
     compiled = compiling.compile_step(config)
     in_program = sum(work.calls * work.flops for work in compiled.work)
     assert in_program == pytest.approx(compiled.costs.flops, rel=0.05)  # Mamba-1's kernels have no products
