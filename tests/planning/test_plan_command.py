@@ -219,7 +219,7 @@ def test_sparse_cores_exchange_weights_and_gradients_beside_the_products_where_t
     name = "xla_tpu_enable_sparse_core_collective_offload_{}"
     options = {name.format(kind): True for kind in ("all_gather", "reduce_scatter")}
     words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.compiler_options".split()
-    config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)], prog="plan", description="")
+    config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)])
     kernel = 1024 * 2048  # elements of the smallest of a layer's large matrices
     exchanged = [c for c in compiling.compile_step(config).collectives if c.bytes >= 2 * kernel]
     assert {c.kind for c in exchanged} >= {"all-gather", "reduce-scatter"}
