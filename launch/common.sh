@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What all launchers share. Sourced, never run.
+# Functions shared by all launchers. Sourced, never run.
 
 ((BASH_VERSINFO[0] > 4 || (BASH_VERSINFO[0] == 4 && BASH_VERSINFO[1] >= 4))) || {
-  echo "error: bash $BASH_VERSION is too old: 4.4 or newer is needed" >&2
+  echo "error: bash $BASH_VERSION is too old; install 4.4 or newer" >&2
   exit 1
 }
 
@@ -11,7 +11,7 @@ DRY_RUN=no
 
 note() { printf '%s\n' "$*" >&2; }
 
-# Says what failed, for whoever called.
+# Prints an error and returns 1.
 fail() {
   note "error: $*"
   return 1
@@ -21,14 +21,14 @@ die() {
   fail "$@" || exit 1
 }
 
-# The arguments as words that a shell reads back unchanged.
+# Prints the arguments quoted for a shell.
 quoted() {
   local text
   printf -v text '%q ' "$@"
   printf '%s' "${text% }"
 }
 
-# As words that a shell reads back unchanged, without a backslash where there is no quote.
+# Prints the arguments quoted for a shell, with quotes instead of backslashes where possible.
 in_quotes() {
   local word words=()
   for word in "$@"; do
@@ -38,7 +38,7 @@ in_quotes() {
   printf '%s' "${words[*]}"
 }
 
-# Shows a command and runs it; with --dry-run shows it only, as a line that can be pasted.
+# Prints a command and runs it; with --dry-run only prints it, as a line that can be pasted.
 run() {
   if [[ $DRY_RUN == yes ]]; then
     quoted "$@"
@@ -49,7 +49,7 @@ run() {
   fi
 }
 
-# Runs a function until it succeeds, TRIES times at most, with pauses that double.
+# Runs a function until it succeeds, at most TRIES times, with pauses that double.
 retry() {
   local pause=$RETRY_SECONDS attempt
   for ((attempt = 1; ; attempt++)); do
@@ -61,7 +61,7 @@ retry() {
 }
 
 pause_before() {
-  note "attempt $1 of $TRIES failed; again in $2 s"
+  note "attempt $1 of $TRIES failed; trying again in $2 s"
   sleep "$2"
 }
 
@@ -69,12 +69,12 @@ need() {
   [[ $DRY_RUN == yes ]] || command -v "$1" >/dev/null || die "$1 is not installed: $2"
 }
 
-# The comment at the head of a launcher is its help.
+# Prints the comment at the head of the launcher.
 usage() {
   sed -n '2,/^$/s/^# \{0,1\}//p' "$0"
 }
 
-# Reads --settings and --dry-run; everything else goes into WORDS.
+# Reads --settings and --dry-run; puts all other arguments into WORDS.
 read_options() {
   local file=${BIOMAMBA_SETTINGS:-$ROOT/launch/settings.env}
   WORDS=()
@@ -95,17 +95,17 @@ read_options() {
     esac
     shift
   done
-  [[ -r $file ]] || die "$file: no such settings; copy launch/settings.env and give the copy with --settings"
+  [[ -r $file ]] || die "$file: no such settings; copy launch/settings.env and pass the copy with --settings"
   # shellcheck source=launch/settings.env
   source "$file"
   ((${#TRAIN[@]})) || die "$file: TRAIN is empty: name the training command"
 }
 
-# Shell code that runs its arguments as a command and leaves with its status, or with 143 after a SIGTERM. Training in
-# one process answers a SIGTERM with a checkpoint and status 0: a preempted run would look like a finished one.
-#   $1  what to do before leaving, ending in "; "; it finds the status in $status
-# The command gets the signal from whoever signals the whole process group; a second one would cut its checkpoint short.
-# The trap names $!, which is known as soon as the command is there; a variable would come too late for an early signal.
+# Prints shell code that runs its arguments as a command and exits with its status, or with 143 after a SIGTERM. Training
+# in one process answers a SIGTERM with a checkpoint and status 0, so a preempted run would look like a finished one.
+#   $1  code to run before exiting, ending in "; "; the status is in $status
+# The signal goes to the whole process group, so the command has it already; a second one would interrupt its checkpoint.
+# The trap uses $!, which is set as soon as the command is started; a variable would be set too late for an early signal.
 guard() {
   # shellcheck disable=SC2016  # for the shell that runs it
   printf 'status=0; trap '\''wait $!; status=143; %sexit 143'\'' TERM; "$@" & wait $! || status=$?; %sexit "$status"' \

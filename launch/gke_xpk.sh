@@ -2,9 +2,9 @@
 # launch/gke_xpk.sh [--settings FILE] [--dry-run] COMMAND
 #
 # Trains on GKE with xpk (pip install xpk), on TPU slices or GPU nodes.
-#   cluster  make the cluster, or delete what a failure left of it
+#   cluster  create the cluster; after a failure delete what there is of it
 #   run      submit, then follow until training has ended
-#   submit   the workload: xpk puts this checkout into an image; JobSet starts it again after preemptions and failures
+#   submit   the workload: xpk puts this checkout into an image; JobSet restarts it after preemptions and failures
 #   follow   its first worker's log          status   of all workloads
 #   delete   the workload                    delete-cluster   and everything in it
 # Settings: launch/settings.env; ACCELERATOR may be a device that xpk knows, such as h100-80gb-8. --dry-run prints the
@@ -41,17 +41,17 @@ make_cluster() {
     *) die "CAPACITY=$CAPACITY: must be spot, on-demand or reserved" ;;
   esac
   existing=$(run gcloud container clusters list ${PROJECT:+--project="$PROJECT"} --filter="name=$CLUSTER" --format="value(name)") ||
-    die "the cloud did not say whether cluster $CLUSTER exists; nothing was made"
+    die "the cloud did not answer whether cluster $CLUSTER exists; nothing was created"
   if [[ $DRY_RUN == yes ]]; then
     echo "$existing"
     existing=''
   fi
   if ! run xpk cluster create --cluster="$CLUSTER" "${DEVICE[@]}" "${COUNT[@]}" "${WHERE[@]}" "$capacity" \
     "${CREATE_FLAGS[@]}"; then
-    [[ -z $existing ]] || die "cluster $CLUSTER could not be changed; it existed before and is left as it is"
-    note "deleting what there is of cluster $CLUSTER"
-    delete_cluster || note "cluster $CLUSTER could not be deleted: delete it by hand, it costs money"
-    die "cluster $CLUSTER could not be made"
+    [[ -z $existing ]] || die "cluster $CLUSTER could not be changed; it existed before and has been kept"
+    note "deleting what was created of cluster $CLUSTER"
+    delete_cluster || note "cluster $CLUSTER could not be deleted; delete it by hand, it costs money"
+    die "cluster $CLUSTER could not be created"
   fi
 }
 
@@ -59,8 +59,9 @@ delete_cluster() {
   run xpk cluster delete --cluster="$CLUSTER" "${WHERE[@]}" --force
 }
 
-# One line, since xpk puts it into YAML, for GPUs even into double quotes. xpk hands SIGTERM to this shell alone, which
-# hands it on; training then saves a checkpoint, and the shell leaves with status 143, which xpk restarts.
+# Prints the container's command. One line, since xpk puts it into YAML, for GPUs even into double quotes. xpk sends
+# SIGTERM to this shell alone, which forwards it; training saves a checkpoint, and the shell exits with 143, which xpk
+# restarts.
 training_command() {
   local image_setup
   image_setup="pip install --quiet $(in_quotes ".[$EXTRA]") && "
@@ -71,7 +72,7 @@ training_command() {
 }
 
 submit() {
-  # 1 is the status of a process whose peers are lost
+  # a process that lost another one exits with status 1
   local flags=(--max-restarts="$MAX_RESTARTS" --restart-on-exit-codes=1) name command
   if [[ -n $DOCKER_IMAGE ]]; then
     flags+=(--docker-image="$DOCKER_IMAGE")
@@ -82,15 +83,15 @@ submit() {
   command=$(training_command)
   [[ $command != *$'\n'* ]] || die "TRAIN and SETUP: must not contain line breaks here"
   [[ ${DEVICE[0]} != --device-type=* || $command != *[\"\\]* ]] ||
-    die "TRAIN and SETUP: must not contain \" or \\ for GPUs, where xpk puts them into quotes: put it into a script"
+    die "TRAIN and SETUP: must not contain \" or \\ for GPUs, where xpk quotes them; move the command into a script"
   # 300 seconds to write a last checkpoint
   run xpk workload create --workload="$NAME" --cluster="$CLUSTER" "${DEVICE[@]}" "${COUNT[@]}" "${WHERE[@]}" \
     "${flags[@]}" --termination-grace-period-seconds=300 --command="$command" ||
     die "workload $NAME could not be submitted"
 }
 
-# 0 finished, 125 failed, 124 still running or queued, anything else: no answer. It has to wait for a second: without
-# that kubectl does not speak of a time-out, and xpk does not say 124.
+# Returns 0 if finished, 125 if failed, 124 if running or queued, anything else if there was no answer. The time-out must
+# be at least a second: with 0, kubectl reports no time-out and xpk does not return 124.
 workload_state() {
   run xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" --wait-for-job-completion="$NAME" --timeout=1
 }
@@ -101,7 +102,7 @@ follow() {
     state=0
     workload_state >&2 || state=$? # this also points kubectl at the cluster
     if [[ $state == 124 || $seen == no ]]; then
-      # Ends when the pods do: after a preemption there will be new ones.
+      # Ends with the pods; after a preemption there will be new ones.
       run kubectl logs --follow --prefix --all-containers --selector="$SELECTOR" --tail=-1 || true
       seen=yes
     fi
@@ -120,7 +121,7 @@ follow() {
 }
 
 main() {
-  ((${#WORDS[@]} == 1)) || die "say one of: cluster, run, submit, follow, status, delete, delete-cluster (--help)"
+  ((${#WORDS[@]} == 1)) || die "give one of: cluster, run, submit, follow, status, delete, delete-cluster (--help)"
   need xpk "pip install xpk"
   need gcloud "https://cloud.google.com/sdk/docs/install"
   need kubectl "gcloud components install kubectl"

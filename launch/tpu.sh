@@ -1,15 +1,14 @@
 # shellcheck shell=bash
-# Workers of a TPU slice, however it was made: install, start, follow, start again after a preemption. Sourced by
-# tpu_vm.sh and tpu_queued_resource.sh, which define
-#   resource_create, resource_delete   make and delete it
-#   resource_state                     prints waiting, ready, lost (preempted, suspended, failed) or absent; non-zero
-#                                      when the cloud did not answer
+# Install, start, follow and restart training on the workers of a TPU slice, however it was created. Sourced by tpu_vm.sh
+# and tpu_queued_resource.sh, which define
+#   resource_create, resource_delete   create and delete it
+#   resource_state                     prints waiting, ready, lost (preempted, suspended, failed) or absent; returns
+#                                      non-zero if the cloud did not answer
 #   SSH, SCP                           commands up to the name
 #   EVERY, FIRST                       flags for all workers and for the first
 #
 # A worker keeps everything under ~/biomamba_jax: the checkout, its virtual environment .venv, train.log, train.pid,
-# train.status, which holds the exit status once training has ended (143 if it was stopped), and train.asked, which is
-# there if `stop` asked for that.
+# train.status (the exit status once training has ended, 143 if stopped) and train.asked (exists if `stop` stopped it).
 
 [[ $NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || die "NAME=$NAME: must be lower case letters, digits and -"
 
@@ -17,12 +16,12 @@ FOLDER=biomamba_jax
 WHERE=(--zone="$ZONE")
 [[ -z $PROJECT ]] || WHERE+=(--project="$PROJECT")
 
-MADE=no    # this invocation made the resource that exists now
+MADE=no    # this invocation created the resource that exists now
 STARTED=no # and training was started on it
 RESTARTS=0
 
-# Shell condition: training runs on this worker. After a restart of the machine another program may have its pid; the
-# brackets keep the pattern from finding this very command.
+# Shell condition: training runs on this worker. After a reboot another program may have its pid; the brackets keep the
+# pattern from matching this command itself.
 # shellcheck disable=SC2016  # for the worker's shell
 RUNNING='grep -qs ">[t]rain.status" "/proc/$(cat train.pid 2>/dev/null)/cmdline"'
 
@@ -36,19 +35,19 @@ runtime_version() {
     v5litepod-*) printf v2-alpha-tpuv5-lite ;;
     v5p-*) printf v2-alpha-tpuv5 ;;
     v6e-*) printf v2-alpha-tpuv6e ;;
-    *) die "ACCELERATOR=$ACCELERATOR: unknown; set RUNTIME to the image that it needs" ;;
+    *) die "ACCELERATOR=$ACCELERATOR: unknown; set RUNTIME to its image" ;;
   esac
 }
 
-# Deletes what was made but never got to train: it would only cost money.
+# Deletes what was created if training never started: it would only cost money.
 clean_up() {
   local status=$?
   trap - EXIT INT TERM
   if [[ $MADE == yes && $STARTED == no ]]; then
-    note "training was not started: deleting $NAME again"
-    resource_delete || note "$NAME could not be deleted: delete it by hand, it costs money"
+    note "training was not started; deleting $NAME"
+    resource_delete || note "$NAME could not be deleted; delete it by hand, it costs money"
   elif [[ $STARTED == yes ]]; then
-    note "$NAME is left as it is: $0 follow looks at it, $0 delete ends its bill"
+    note "$NAME keeps running and costs money: $0 follow shows it, $0 delete deletes it"
   fi
   exit "$status"
 }
@@ -73,12 +72,12 @@ create() {
     resource_create
     return
   fi
-  state=$(resource_state) || die "$NAME: the cloud did not say whether it exists; nothing was made"
-  [[ $state == absent ]] || die "$NAME exists already ($state): take another NAME, or $0 delete"
+  state=$(resource_state) || die "$NAME: the cloud did not answer whether it exists; nothing was created"
+  [[ $state == absent ]] || die "$NAME exists already ($state); choose another NAME, or $0 delete"
   for ((attempt = 1; ; attempt++)); do
     MADE=yes # from here on it may exist
     if resource_create; then return; fi
-    # A request can fail on its way back: what it made counts as made.
+    # A request can succeed although its answer is lost.
     if state=$(resource_state) && [[ $state != absent ]]; then
       [[ $state != lost ]] || die "$NAME could not be created"
       return
@@ -125,7 +124,7 @@ install() {
   scratch=$(mktemp -d) || return
   archive=$scratch/$FOLDER.tar.gz
   [[ $DRY_RUN == no ]] || archive=$FOLDER.tar.gz
-  git -C "$ROOT" diff --quiet HEAD 2>/dev/null || note "note: changes that are not committed do not travel"
+  git -C "$ROOT" diff --quiet HEAD 2>/dev/null || note "note: uncommitted changes are not copied"
   if ! { run git -C "$ROOT" archive --format=tar.gz --output="$archive" HEAD &&
     retry copy_to_every "$archive" "$FOLDER.tar.gz" && retry on_every "$(install_command)"; }; then
     rm -rf -- "$scratch"
@@ -152,8 +151,8 @@ start() {
   STARTED=yes
 }
 
-# Starting twice is harmless: a worker on which training runs is left alone. SETUP belongs here, since what it mounted
-# is gone after a restart of the machine.
+# Starting twice is harmless: workers on which training runs are skipped. SETUP is part of it, since mounts are gone after a
+# reboot.
 start_command() {
   local guarded
   # shellcheck disable=SC2016  # for the worker's shell
@@ -164,22 +163,21 @@ start_command() {
     "echo \"\$!\" >train.pid"
 }
 
-# The mark comes first: `follow` asks the first worker whether training was stopped on purpose. The signal goes to the
-# process group: training and its guard.
+# The mark comes first: `follow` checks on the first worker whether training was stopped on purpose. The signal goes to the
+# process group, training and its guard.
 stop() {
   on_first "touch ~/$FOLDER/train.asked" &&
     on_every "cd ~/$FOLDER && $RUNNING && kill -TERM -- \"-\$(cat train.pid)\""
 }
 
-# The first worker's log, until training there ends or the connection does.
+# Prints the first worker's log until training there, or the connection, ends.
 follow_log() {
   local show="tail --lines=${1:-+1}"
   on_first "cd ~/$FOLDER && if $RUNNING; then $show --pid=\"\$(cat train.pid)\" -F train.log; else $show train.log; fi"
 }
 
-# Prints an exit status, stopped (by `stop`), interrupted (by a SIGTERM from elsewhere: a host is shut down for
-# maintenance, say), running, or gone (ended without a word: the machine was restarted, say); non-zero when the worker
-# does not answer.
+# Prints an exit status, stopped (by `stop`), interrupted (by another SIGTERM, for instance a host's maintenance),
+# running, or gone (ended without a status, for instance by a reboot); returns non-zero if the worker does not answer.
 training_status() {
   local command="cd ~/$FOLDER && status=\$(cat train.status 2>/dev/null); "
   command+="if [ \"\$status\" = 143 ]; then if [ -e train.asked ]; then echo stopped; else echo interrupted; fi; "
@@ -187,8 +185,8 @@ training_status() {
   on_first "$command"
 }
 
-# Follows training until it has ended, and starts it again on fresh machines where it lost its own. Training resumes from
-# its newest checkpoint by itself.
+# Follows training until it has ended, and restarts it on new machines if it lost its own. Training resumes from its
+# newest checkpoint.
 supervise() {
   local lines=+1 status state misses=0
   if [[ $DRY_RUN == yes ]]; then
@@ -198,7 +196,7 @@ supervise() {
   fi
   while :; do
     follow_log "$lines" || note "the connection to $NAME ended"
-    lines=20 # enough to see where the log goes on
+    lines=20 # enough to see where the log continues
     status=$(training_status) || status=unknown
     case $status in
       0)
@@ -214,7 +212,7 @@ supervise() {
     state=$(resource_state) || state=unknown
     case $state:$status in
       ready:stopped)
-        note "training was stopped after a checkpoint; $0 start goes on from there"
+        note "training was stopped after a checkpoint; $0 start resumes it"
         return 0
         ;;
       ready:[1-9]*)
@@ -242,16 +240,16 @@ supervise() {
 
 count_restart() {
   ((++RESTARTS <= MAX_RESTARTS)) || die "$NAME: $1, and MAX_RESTARTS=$MAX_RESTARTS is reached"
-  note "$NAME: $1; start $RESTARTS of at most $MAX_RESTARTS again"
+  note "$NAME: $1; restart $RESTARTS of at most $MAX_RESTARTS"
 }
 
-# Makes the machines and starts training on them; machines that are lost on the way are made anew.
+# Creates the machines and starts training on them; replaces machines that are lost meanwhile.
 bring_up() {
   local state
   while :; do
     create
     if await_ready && install && start; then return; fi
-    sleep "$SETTLE_SECONDS" # machines may be gone before the resource says so
+    sleep "$SETTLE_SECONDS" # machines may be gone before the resource's state says so
     state=$(resource_state) || state=unknown
     [[ $state == lost || $state == absent ]] || exit 1
     count_restart "its machines are $state"
@@ -270,7 +268,7 @@ run_all() {
 }
 
 main() {
-  ((${#WORDS[@]} == 1)) || die "say one of: create, wait, install, start, follow, stop, status, delete, run (--help)"
+  ((${#WORDS[@]} == 1)) || die "give one of: create, wait, install, start, follow, stop, status, delete, run (--help)"
   need gcloud "https://cloud.google.com/sdk/docs/install"
   if [[ $DRY_RUN == no ]]; then
     trap clean_up EXIT
@@ -280,13 +278,13 @@ main() {
   case ${WORDS[0]} in
     create)
       create
-      MADE=no # asked for: it stays
+      MADE=no # keep it
       ;;
     wait) await_ready ;;
     install) install ;;
     start)
       start
-      STARTED=no # nothing more to say about it
+      STARTED=no # no note at the end
       ;;
     follow) supervise ;;
     stop) stop ;;
@@ -296,6 +294,6 @@ main() {
       ;;
     delete) delete ;;
     run) run_all ;;
-    *) die "${WORDS[0]}: unknown; say one of: create, wait, install, start, follow, stop, status, delete, run" ;;
+    *) die "${WORDS[0]}: unknown command; give one of: create, wait, install, start, follow, stop, status, delete, run" ;;
   esac
 }

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # launch/tpu_queued_resource.sh [--settings FILE] [--dry-run] COMMAND
 #
-# Trains on a Cloud TPU slice, or several, that a queued resource asks for.
-#   run      everything: create, wait, install, start, follow; after a preemption again, until training has ended; delete
-#   create   ask for it            wait    until it is there      install  the checkout, on every worker
-#   start    training              follow  it, and start it again after a preemption
-#   stop     save a checkpoint and end   status  of the resource and of training   delete  it, and its bill
-# Settings: launch/settings.env. --dry-run prints the commands. Whatever fails before training starts is deleted again.
+# Trains on a Cloud TPU slice, or several, requested as a queued resource.
+#   run      create, wait, install, start, follow; again after a preemption; delete when training has ended
+#   create   request it            wait    until it is ready      install  the checkout, on every worker
+#   start    training              follow  it, and restart it after a preemption
+#   stop     save a checkpoint and end   status  of the resource and of training   delete  the resource
+# Settings: launch/settings.env. --dry-run prints the commands. If anything fails before training starts, the resource is deleted.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # launch/tpu_vm.sh [--settings FILE] [--dry-run] COMMAND
 #
-# Trains on one Cloud TPU slice that is asked for at once, without a queue. The commands are those of
-# tpu_queued_resource.sh:
-#   run      everything: create, wait, install, start, follow; after a preemption again, until training has ended; delete
+# Trains on one Cloud TPU slice, created at once, without a queue. The commands are those of tpu_queued_resource.sh:
+#   run      create, wait, install, start, follow; again after a preemption; delete when training has ended
 #   create, wait, install, start, follow, stop, status, delete
-# Settings: launch/settings.env. --dry-run prints the commands. Whatever fails before training starts is deleted again.
+# Settings: launch/settings.env. --dry-run prints the commands. If anything fails before training starts, the slice is deleted.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -47,5 +46,5 @@ resource_state() {
   esac
 }
 
-((SLICES == 1)) || die "SLICES=$SLICES: a TPU VM is one slice; several need launch/tpu_queued_resource.sh"
+((SLICES == 1)) || die "SLICES=$SLICES: a TPU VM is one slice; for several use launch/tpu_queued_resource.sh"
 main

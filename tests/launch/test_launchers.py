@@ -222,7 +222,7 @@ def test_training_that_was_stopped_is_no_failure(stage):
     done = stage.run("local_multiprocess.sh", "2")
     assert done.returncode == 143
     assert sorted(done.stdout.splitlines()) == ["0: saved", "1: saved"]
-    assert "training was stopped; the same command goes on from its newest checkpoint" in done.stderr
+    assert "training was stopped; the same command resumes from its newest checkpoint" in done.stderr
     assert "error" not in done.stderr
 
 

@@ -107,7 +107,7 @@ def test_machines_lost_before_they_are_ready_are_made_anew(stage):
     done = stage.run(QUEUE, "run")
     assert done.returncode == 0, done.stderr
     assert "error: pubmed will not become ready: it is lost" in done.stderr
-    assert "its machines are lost; start 1 of at most 50 again" in done.stderr
+    assert "its machines are lost; restart 1 of at most 50" in done.stderr
     lost = ["list", "create pubmed", "list", "list", "list", "delete pubmed"]
     assert steps(stage) == [*lost, *UP, "ssh follow", "ssh status", "delete pubmed"]
 
@@ -177,7 +177,7 @@ def test_a_preempted_run_gets_new_machines_and_goes_on(stage):
     )
     done = stage.run(QUEUE, "run")
     assert done.returncode == 0, done.stderr
-    assert "its machines are lost; start 1 of at most 50 again" in done.stderr
+    assert "its machines are lost; restart 1 of at most 50" in done.stderr
     look = ["ssh follow", "ssh status"]
     preempted = ["list", "delete pubmed"]
     assert steps(stage) == [*UP, *look, *preempted, *UP, *look, "delete pubmed"]
@@ -241,7 +241,7 @@ def test_machines_can_be_kept(stage):
     stage.answer(FRESH, FINISHED)
     done = stage.run(QUEUE, "run")
     assert done.returncode == 0
-    assert "pubmed is left as it is" in done.stderr
+    assert "pubmed keeps running and costs money" in done.stderr
     assert "delete pubmed" not in steps(stage)
 
 
@@ -385,9 +385,9 @@ def test_a_tpu_vm_is_driven_the_same_way(stage):
         (QUEUE, ("run",), "NAME='my run'", "NAME=my run: must be lower case letters"),
         (QUEUE, ("run",), "ACCELERATOR=h100-8", "ACCELERATOR=h100-8: unknown; set RUNTIME"),
         (QUEUE, ("run",), "TRAIN=()", "TRAIN is empty"),
-        (QUEUE, ("rnu",), "", "rnu: unknown; say one of: create"),
-        (QUEUE, (), "", "say one of: create"),
-        ("tpu_vm.sh", ("run",), "SLICES=2", "several need launch/tpu_queued_resource.sh"),
+        (QUEUE, ("rnu",), "", "rnu: unknown command; give one of: create"),
+        (QUEUE, (), "", "give one of: create"),
+        ("tpu_vm.sh", ("run",), "SLICES=2", "for several use launch/tpu_queued_resource.sh"),
     ],
 )
 def test_a_mistake_is_refused_in_one_line_before_anything_is_made(stage, script, words, settings, message):
