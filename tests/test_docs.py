@@ -85,6 +85,13 @@ def test_a_wrong_option_would_be_found(parsed):
         parsed("python -m biomamba_jax.plan --config configs/mamba2_130m.yaml --topolgy v5e-256")
 
 
+def test_the_error_that_is_shown_is_the_one_that_is_printed(parsed):
+    shown = re.search(r"^error: (.*optimizer\.learning_rat'.*)$", (ROOT / "docs/commands.md").read_text(), re.MULTILINE)
+    with pytest.raises(UserError) as error:
+        parsed("python -m biomamba_jax.pretrain --optimizer.learning_rat 3e-4")
+    assert str(error.value) == shown[1]
+
+
 def test_the_readme_fits_on_a_few_screens():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 180
 
