@@ -16,12 +16,10 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
-from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_rows
-from biomamba_jax.train.optimizer import make_optimizer
+from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_batch
+from biomamba_jax.train.program import pretrain_program
 from biomamba_jax.train.progress import summary_table
-from biomamba_jax.train.schedule import learning_rate
-from biomamba_jax.train.setup import abstract_model, initial_state, total_peak_flops
-from biomamba_jax.train.step import jit_step, language_model_loss, make_train_step
+from biomamba_jax.train.setup import total_peak_flops
 
 PUBLISHED_VOCABULARY = 50277
 """Ids of the GPT-NeoX tokenizer, which the released models use."""
@@ -61,22 +59,14 @@ class TrainingStep:
     """The compiled step with its state and one random batch: each call trains once and returns when that is done."""
 
     def __init__(self, config: StepBenchmark) -> None:
-        model = config.model
-        graph, layout = abstract_model(model, make_mesh(config.mesh))
-        schedule = learning_rate(config.schedule, config.optimizer.learning_rate, config.train.steps or 1000)
-        optimizer = make_optimizer(config.optimizer, model, schedule)
-        begin = functools.partial(initial_state, model, optimizer, config.train.seed)
-        like = jax.eval_shape(begin)
-        shardings = layout.shardings(like)
-        shape = rows_per_host(config.data.batch_size, layout.mesh), config.data.sequence_length
-        ids = np.random.default_rng(0).integers(1, model.known_vocab, (2, *shape), dtype=np.int32)
+        mesh = make_mesh(config.mesh)
+        program = pretrain_program(config, mesh, config.train.steps or 1000)
+        shape = rows_per_host(config.data.batch_size, mesh), config.data.sequence_length
+        ids = np.random.default_rng(0).integers(1, config.model.known_vocab, (2, *shape), dtype=np.int32)
         rows = {"inputs": ids[0], "targets": ids[1], "segment_ids": np.ones(shape, np.int32)}
-        self._batch = shard_rows(rows, layout.mesh)
-        loss = language_model_loss(graph, config.loss, layout.collectives)
-        step = make_train_step(loss, optimizer, config.train.accumulation, layout)
-        like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
-        self._step = jit_step(step, config.train.compiler_options, layout.mesh).lower(like, self._batch).compile()
-        self._state = jax.jit(begin, out_shardings=shardings)()
+        self._batch = shard_batch(rows, mesh)
+        self._step = program.step.lower(program.state, program.batch).compile()
+        self._state = program.init(None)
 
     def __call__(self) -> None:
         self._state, report = self._step(self._state, self._batch)

@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_as_it_is(shards):
 def test_a_run_that_is_beyond_the_steps_asked_for_says_so(shards, capsys):
     pretrain("--train.steps=4")
     pretrain("--train.steps=2")
-    assert "nothing to do: the run is at step 4, beyond the 2 steps asked for" in capsys.readouterr().err
+    assert "nothing to do: the run is at step 4, beyond the 2 steps of this config" in capsys.readouterr().err
 
 
 def test_a_finished_run_whose_metrics_were_taken_away_still_ends_well(shards, capsys):
@@ -102,7 +102,7 @@ def test_a_run_directory_of_another_model_is_refused(shards):
 
 
 def test_a_run_whose_gradients_stay_non_finite_stops_with_the_remedy(shards):
-    with pytest.raises(UserError, match=r"gradients in a row were not finite; lower optimizer\.learning_rate"):
+    with pytest.raises(UserError, match=r"consecutive gradients were not finite; lower optimizer\.learning_rate"):
         pretrain(
             "--train.steps=30", "--optimizer.learning_rate=1e30", "--optimizer.clip=0", "--train.max_skipped_steps=3"
         )
@@ -110,7 +110,7 @@ def test_a_run_whose_gradients_stay_non_finite_stops_with_the_remedy(shards):
 
 def test_the_learning_rate_of_a_metrics_line_is_that_of_its_update_though_others_were_skipped(shards):
     settings = ["--optimizer.learning_rate=1e30", "--optimizer.clip=0", "--train.log_every=1"]
-    with pytest.raises(UserError, match="gradients in a row were not finite"):
+    with pytest.raises(UserError, match="consecutive gradients were not finite"):
         pretrain(*settings, "--schedule.kind=linear", "--train.steps=30", "--train.max_skipped_steps=3")
     lines = [line for line in read_metrics("run") if line["split"] == "train"]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 3]

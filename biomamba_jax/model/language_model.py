@@ -17,7 +17,7 @@ from biomamba_jax.model.mamba2 import Mamba2Mixer
 from biomamba_jax.model.state import MixerState, ModelState, empty_state, enter_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, without_gathered
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, recompute_all_gathers
 
 _MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
 _REMAT = {
@@ -110,22 +110,22 @@ class LanguageModel(nnx.Module):
         Args:
           collectives: how the model and its tokens are spread over devices, where they are.
         """
-        collectives = collectives.at(segment_ids, tokens.shape[0])
+        collectives = collectives.with_segments(segment_ids, tokens.shape[0])
         if state is not None and segment_ids is not None:
             state = enter_segments(state, segment_ids[:, 0])
         graph, layers = nnx.split(self.layers)
 
         def layer(h: Array, inputs: tuple) -> tuple[Array, MixerState]:
             parameters, layer_state = inputs
-            parameters = collectives.gather_layer("layers", parameters, self.dtype)
+            parameters = collectives.all_gather_layer("layers", parameters, self.dtype)
             return nnx.merge(graph, parameters)(h, layer_state, segment_ids, collectives)
 
-        if self.config.remat != "none" or collectives.gathered:
-            policy = without_gathered(_REMAT[self.config.remat])
+        if self.config.remat != "none" or collectives.fsdp_axes:
+            policy = recompute_all_gathers(_REMAT[self.config.remat])
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        table = collectives.gather("embedding", self.embedding[...], wide)
-        h = collectives.lookup(table, tokens).astype(wide)
+        table = collectives.all_gather("embedding", self.embedding[...], wide)
+        h = collectives.vocab_parallel_embedding(table, tokens).astype(wide)
         h, states = jax.lax.scan(layer, h, (layers, None if state is None else state.layers), unroll=self.config.unroll)
         if segment_ids is not None:
             last = segment_ids[:, -1]

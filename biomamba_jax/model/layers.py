@@ -38,7 +38,7 @@ def row_parallel(linear: nnx.Linear, x: Float[Array, "*batch C"], collectives: C
     """linear(x) where x's channels, and the kernel's rows, are spread over devices; the bias is added once."""
     if collectives.tensor == 1:
         return linear(x)
-    y = collectives.leave(project(x, linear.kernel[...].astype(x.dtype)))
+    y = collectives.reduce_from_tensor_parallel(project(x, linear.kernel[...].astype(x.dtype)))
     return y if linear.bias is None else y + linear.bias[...].astype(y.dtype)
 
 

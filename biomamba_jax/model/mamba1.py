@@ -41,10 +41,11 @@ class Mamba1Mixer(nnx.Module):
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_conv, past_ssm = (None, None) if state is None else (state.conv_x, state.ssm)
-        u = collectives.enter(u)
+        u = collectives.copy_to_tensor_parallel(u)
         x, conv = self.conv(self.in_x(u), past_conv, segment_ids, collectives)
-        # Each device's channels give a part of dt, B and C, and each needs all of them.
-        dt, B, C = jnp.split(collectives.enter(row_parallel(self.x_proj, x, collectives)), self.split, axis=-1)
+        # dt, B and C are sums over the channels of all devices, and every device needs them whole.
+        low_rank = collectives.copy_to_tensor_parallel(row_parallel(self.x_proj, x, collectives))
+        dt, B, C = jnp.split(low_rank, self.split, axis=-1)
         y, ssm = collectives.selective_scan(
             x,
             self.dt_proj(dt),

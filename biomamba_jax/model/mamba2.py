@@ -48,9 +48,9 @@ class Mamba2Mixer(nnx.Module):
         past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         # Every device computes B and C of all groups; heads are spread.
         bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, collectives)
-        bc, u = collectives.enter(bc), collectives.enter(u)
+        bc, u = collectives.copy_to_tensor_parallel(bc), collectives.copy_to_tensor_parallel(u)
         groups = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))
-        B, C = map(collectives.own_groups, groups)
+        B, C = map(collectives.local_groups, groups)
         x, conv_x = self.conv_x(self.in_x(u), past_x, segment_ids, collectives)
         y, ssm = collectives.ssd(
             x.reshape(*x.shape[:2], -1, self.headdim),

@@ -1,10 +1,10 @@
-"""All that devices exchange while they compute one model together: what `model` asks for instead of the plain op.
+"""Collectives for tensor, sequence and FSDP parallelism; `model` calls these instead of the plain ops.
 
-On one device each of these is the op itself, or nothing. Written for code that runs once on each device
-(`Layout.summed`). Gradients follow one convention: a value that all devices along "tensor" hold alike has a gradient
-that they hold alike; `enter` and `leave` are the borders of what they compute apart (Shoeybi et al. 2019, arXiv
-1909.08053, section 3). Gradients of parameters are summed over tokens at the very end, except where fsdp spreads them:
-there each layer's are summed and cut up at once.
+On one device each is the plain op or the identity. They run inside `Layout.sharded_sum`, once per device. An activation
+that is replicated along "tensor" has a gradient that is replicated too; `copy_to_tensor_parallel` and
+`reduce_from_tensor_parallel` enclose what devices compute on shards of it (Megatron-LM: Shoeybi et al. 2019, arXiv
+1909.08053, section 3). Gradients of parameters are all-reduced over tokens once, after the backward pass; those of
+parameters sharded over fsdp are reduce-scattered layer by layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,172 +19,175 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from biomamba_jax import ops
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 from biomamba_jax.ops.numerics import accumulator_dtype
 from biomamba_jax.parallel import sequence
-from biomamba_jax.parallel.sharding import Specs, axes_of
+from biomamba_jax.parallel.sharding import Specs, mesh_axes
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """Over how many devices a model is spread, and what they exchange. See the module."""
+    """Sizes of the mesh axes that a model is sharded over, and the collectives along them."""
 
     tensor: int = 1
-    """Devices that share channels, heads and the vocabulary."""
+    """Devices that channels, heads and the vocabulary are sharded over."""
     sequence: int = 1
-    """Devices that share each row's tokens."""
-    gathered: Mapping[str, int] = field(default_factory=dict)
-    """Parameters spread over fsdp: path -> the axis of the array."""
-    continues: Array | None = None
-    """[B], with sequence: whether the first token here goes on with the segment of the device to the left."""
+    """Devices that the tokens of each row are sharded over."""
+    fsdp_axes: Mapping[str, int] = field(default_factory=dict)
+    """Parameters sharded over fsdp: path -> sharded axis of the array."""
+    continues_segment: Bool[Array, " B"] | None = None
+    """With sequence parallelism: True where the first token continues the segment of the left neighbour."""
 
     @classmethod
-    def of(cls, mesh: Mesh, specs: Specs) -> "Collectives":
-        """For parameters that lie on `mesh` as `specs` say."""
-        gathered = {}
+    def from_specs(cls, mesh: Mesh, specs: Specs) -> "Collectives":
+        """Return the collectives for parameters sharded over `mesh` by `specs`."""
+        fsdp_axes = {}
         if mesh.shape["fsdp"] > 1:
             for name, spec in specs.items():
-                if "fsdp" in axes_of(spec):
-                    gathered[name] = next(i for i, entry in enumerate(spec) if entry and "fsdp" in entry)
-        return cls(mesh.shape["tensor"], mesh.shape["sequence"], gathered)
+                if "fsdp" in mesh_axes(spec):
+                    fsdp_axes[name] = next(i for i, entry in enumerate(spec) if entry and "fsdp" in entry)
+        return cls(mesh.shape["tensor"], mesh.shape["sequence"], fsdp_axes)
 
     @property
     def tensor_axis(self) -> str | None:
-        """The name that collectives over tensor take; None where there is nothing to exchange."""
+        """Name of the mesh axis for tensor collectives; None on one device."""
         return "tensor" if self.tensor > 1 else None
 
-    def at(self, segment_ids: Int[Array, "B L"] | None, rows: int) -> "Collectives":
-        """The same, for rows of these segments: what all layers need to know of them is exchanged once.
+    def with_segments(self, segment_ids: Int[Array, "B L"] | None, rows: int) -> "Collectives":
+        """Return the collectives for rows of these segments, whose boundaries are communicated once for all layers.
 
         Args:
+          segment_ids: this device's tokens' segments.
           rows: B.
         """
         if self.sequence == 1:
             return self
-        return replace(self, continues=sequence.continues(segment_ids, rows, self.sequence))
+        return replace(self, continues_segment=sequence.continues_segment(segment_ids, rows, self.sequence))
 
-    # --- Parameters -----------------------------------------------------------------------------------------------
+    # --- FSDP: parameters ------------------------------------------------------------------------------------------
 
-    def gather(self, path: str, x: Array, dtype: DTypeLike) -> Array:
-        """The whole of a parameter that is spread over fsdp, in the type that it is computed in."""
-        axis = self.gathered.get(path)
-        return x if axis is None else _gather(x, axis, jnp.dtype(dtype))
+    def all_gather(self, path: str, x: Array, dtype: DTypeLike) -> Array:
+        """Return a parameter unsharded along fsdp, in its compute dtype.
 
-    def gather_layer(self, path: str, layer: Any, dtype: DTypeLike) -> Any:
-        """All parameters of one layer of a stack: those of `path`, without their first axis."""
-        if not self.gathered:
-            return layer
+        Forward: all-gather in `dtype`. Backward: reduce-scatter in float32.
+        """
+        axis = self.fsdp_axes.get(path)
+        return x if axis is None else _all_gather(x, axis, jnp.dtype(dtype))
 
-        def whole(keys: tuple[Any, ...], x: Array) -> Array:
+    def all_gather_layer(self, path: str, layer: Any, dtype: DTypeLike) -> Any:
+        """Return `all_gather` of all parameters of one layer, sliced from those stacked at `path`."""
+
+        def gather(keys: tuple[Any, ...], x: Array) -> Array:
             names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
-            axis = self.gathered.get("/".join((path, *names)))
-            return x if axis is None else _gather(x, axis - 1, jnp.dtype(dtype))
+            axis = self.fsdp_axes.get("/".join((path, *names)))
+            return x if axis is None else _all_gather(x, axis - 1, jnp.dtype(dtype))
 
-        return jax.tree_util.tree_map_with_path(whole, layer)
+        return jax.tree_util.tree_map_with_path(gather, layer) if self.fsdp_axes else layer
 
-    # --- Channels, heads and the vocabulary over tensor -----------------------------------------------------------
+    # --- Tensor parallelism: channels, heads and the vocabulary ----------------------------------------------------
 
-    def enter(self, x: Array) -> Array:
-        """Into what devices compute apart: their gradients are summed on the way back."""
-        return _enter(x) if self.tensor > 1 else x
+    def copy_to_tensor_parallel(self, x: Array) -> Array:
+        """Return x unchanged, as input of a computation sharded over tensor. Backward: all-reduce."""
+        return _copy(x) if self.tensor > 1 else x
 
-    def leave(self, x: Array) -> Array:
-        """Out again: each device's part of a sum, added up."""
-        return _leave(x) if self.tensor > 1 else x
+    def reduce_from_tensor_parallel(self, x: Array) -> Array:
+        """Return the sum of x over tensor. Forward: all-reduce. Backward: identity."""
+        return _reduce(x) if self.tensor > 1 else x
 
-    def own_groups(self, x: Float[Array, "B L G N"]) -> Float[Array, "B L g N"]:
-        """The groups whose heads are here: a part of them, or the one that several devices share."""
+    def local_groups(self, x: Float[Array, "B L G N"]) -> Float[Array, "B L g N"]:
+        """Return the groups of this device's heads: its shard of them, or the one it shares with its neighbours."""
         if self.tensor == 1:
             return x
         groups = x.shape[2]
-        here = max(groups // self.tensor, 1)
-        return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * groups // self.tensor, here, axis=2)
+        count = max(groups // self.tensor, 1)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * groups // self.tensor, count, axis=2)
 
-    def lookup(self, table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        """Rows of the embedding, whose vocabulary is spread over tensor."""
+    def vocab_parallel_embedding(self, table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Return the embeddings of tokens from a table whose rows are sharded over tensor.
+
+        Forward: all-reduce. Backward: identity.
+        """
         if self.tensor == 1:
             return table[tokens]
         local = tokens - lax.axis_index("tensor") * table.shape[0]
         inside = (local >= 0) & (local < table.shape[0])
-        return _leave(jnp.where(inside[..., None], table[jnp.where(inside, local, 0)], 0))
+        return _reduce(jnp.where(inside[..., None], table[jnp.where(inside, local, 0)], 0))
 
     def rms_norm(
         self, x: Float[Array, "B L C"], weight: Float[Array, " C"], gate: Array | None, *, eps: float, groups: int
     ) -> Float[Array, "B L C"]:
-        """`ops.rms_norm` of channels in `groups` over all devices, of which x holds this device's."""
+        """Return `ops.rms_norm` of channels sharded over tensor; `groups` counts those of all devices.
+
+        Where devices share a group, forward and backward all-reduce its statistics among them.
+        """
         if groups % self.tensor == 0:
             return ops.rms_norm(x, weight, gate, eps=eps, groups=groups // self.tensor)
         share = self.tensor // groups
         peers = tuple(tuple(range(first, first + share)) for first in range(0, self.tensor, share))
         return ops.rms_norm(x, weight, gate, eps=eps, axis="tensor", peers=peers)
 
-    # --- Tokens over sequence -------------------------------------------------------------------------------------
+    # --- Sequence parallelism: tokens ------------------------------------------------------------------------------
 
-    def causal_conv1d(self, x: Array, weight: Array, bias: Array | None, **options: Any) -> tuple[Array, Array]:
-        """`ops.causal_conv1d` with its final state; see `sequence.causal_conv1d`."""
-        if self.sequence == 1:
-            return ops.causal_conv1d(x, weight, bias, return_final_state=True, **options)  # type: ignore[return-value]
-        assert self.continues is not None
-        return sequence.causal_conv1d(x, weight, bias, self.continues, self.sequence, **options)
+    def causal_conv1d(self, *inputs: Array | None, **options: Any) -> tuple[Array, Array]:
+        """Return `ops.causal_conv1d` and its final state; see `sequence.causal_conv1d`."""
+        return self._along_sequence(ops.causal_conv1d, sequence.causal_conv1d, *inputs, **options)
 
     def selective_scan(self, *inputs: Array, **options: Any) -> tuple[Array, Array]:
-        """`ops.selective_scan` with its final state; see `sequence.selective_scan`."""
-        if self.sequence == 1:
-            return ops.selective_scan(*inputs, return_final_state=True, **options)  # type: ignore[return-value]
-        assert self.continues is not None
-        return sequence.selective_scan(*inputs, continues=self.continues, size=self.sequence, **options)
+        """Return `ops.selective_scan` and its final state; see `sequence.selective_scan`."""
+        return self._along_sequence(ops.selective_scan, sequence.selective_scan, *inputs, **options)
 
     def ssd(self, *inputs: Array, **options: Any) -> tuple[Array, Array]:
-        """`ops.ssd` with its final state; see `sequence.ssd`."""
+        """Return `ops.ssd` and its final state; see `sequence.ssd`."""
+        return self._along_sequence(ops.ssd, sequence.ssd, *inputs, **options)
+
+    def _along_sequence(self, local: Callable, sharded: Callable, *inputs: Any, **options: Any) -> tuple[Array, Array]:
         if self.sequence == 1:
-            return ops.ssd(*inputs, return_final_state=True, **options)  # type: ignore[return-value]
-        assert self.continues is not None
-        return sequence.ssd(*inputs, continues=self.continues, size=self.sequence, **options)
+            return local(*inputs, return_final_state=True, **options)
+        assert self.continues_segment is not None  # with_segments was called
+        return sharded(*inputs, continues=self.continues_segment, size=self.sequence, **options)
 
 
 UNSHARDED = Collectives()
-"""One device, or several that share nothing but sums."""
+"""The collectives of one device, or of devices that share nothing but the batch."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: Array, axis: int, dtype: jnp.dtype) -> Array:
+def _all_gather(x: Array, axis: int, dtype: jnp.dtype) -> Array:
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _gather_forward(x: Array, axis: int, dtype: jnp.dtype) -> tuple[Array, None]:
-    return _gather(x, axis, dtype), None
+def _reduce_scatter(axis: int, dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
+    g = g.astype(accumulator_dtype(g.dtype))  # the parameter's own dtype: gradients are never summed in bfloat16
+    return (lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True),)
 
 
-def _gather_backward(axis: int, dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
-    wide = accumulator_dtype(g.dtype)  # parameters' own type: what is gathered may be narrow, sums of gradients never
-    return (lax.psum_scatter(g.astype(wide), "fsdp", scatter_dimension=axis, tiled=True),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
+_all_gather.defvjp(lambda x, axis, dtype: (_all_gather(x, axis, dtype), None), _reduce_scatter)
 
 
 @jax.custom_vjp
-def _enter(x: Array) -> Array:
+def _copy(x: Array) -> Array:
     return x
 
 
-_enter.defvjp(lambda x: (x, None), lambda _, g: (lax.psum(g, "tensor"),))
+_copy.defvjp(lambda x: (x, None), lambda _, g: (lax.psum(g, "tensor"),))
 
 
 @jax.custom_vjp
-def _leave(x: Array) -> Array:
+def _reduce(x: Array) -> Array:
     return lax.psum(x, "tensor")
 
 
-_leave.defvjp(lambda x: (_leave(x), None), lambda _, g: (g,))
+_reduce.defvjp(lambda x: (_reduce(x), None), lambda _, g: (g,))
 
 
-def without_gathered(policy: Callable[..., Any]) -> Callable[..., Any]:
-    """A policy of `jax.checkpoint` that keeps what `policy` does, but gathers parameters again for the backward pass:
-    kept, they would take the memory that fsdp is there to save."""
+def recompute_all_gathers(policy: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a `jax.checkpoint` policy that saves what `policy` does except all-gathered parameters.
+
+    Saved, they would take the memory that fsdp frees.
+    """
 
     def saveable(primitive: Any, *arguments: Any, **parameters: Any) -> Any:
-        called = parameters.get("call_jaxpr")  # `_gather` comes as a call with a gradient of its own
+        called = parameters.get("call_jaxpr")  # `_all_gather` is a call with a gradient of its own
         if called is not None and any(equation.primitive.name == "all_gather" for equation in called.eqns):
             return False
         return policy(primitive, *arguments, **parameters)

@@ -1,4 +1,4 @@
-"""A mesh together with how the parameters lie on it: what a training needs to know of devices."""
+"""A device mesh and the PartitionSpec of every parameter."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -8,71 +8,74 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from biomamba_jax.parallel.collectives import Collectives
-from biomamba_jax.parallel.mesh import BATCH, TOKENS
-from biomamba_jax.parallel.sharding import Rules, Specs, axes_of, parameter_specs, tree_specs
+from biomamba_jax.parallel.mesh import BATCH_SPEC, TOKEN_AXES
+from biomamba_jax.parallel.sharding import Rules, Specs, mesh_axes, parameter_specs, tree_specs
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of a training lies. Without `specs` every device holds all parameters."""
+    """A device mesh and the PartitionSpec of every parameter; without `specs` all parameters are replicated."""
 
     mesh: Mesh
     """Devices, with the axes of `mesh.AXES`."""
     specs: Specs = field(default_factory=dict)
-    """How each parameter is spread, by path."""
+    """PartitionSpec of each parameter, by path."""
 
     @classmethod
-    def by_rules(cls, mesh: Mesh, params: Any, rules: Rules) -> "Layout":
-        """The layout that `rules` give to parameters, or to their shapes; see `sharding.parameter_specs`."""
+    def from_rules(cls, mesh: Mesh, params: Any, rules: Rules) -> "Layout":
+        """Return the layout of parameters, or of their shapes, by `rules`; see `sharding.parameter_specs`."""
         return cls(mesh, parameter_specs(params, rules, mesh))
 
     @property
     def collectives(self) -> Collectives:
-        """What the devices exchange while they compute."""
-        return Collectives.of(self.mesh, self.specs)
+        """The collectives that the model runs with."""
+        return Collectives.from_specs(self.mesh, self.specs)
 
     def shardings(self, tree: Any) -> Any:
-        """A `NamedSharding` for each array of a tree of parameters and what follows them; see `sharding.tree_specs`."""
+        """Return a `NamedSharding` for each array of a tree; see `sharding.tree_specs`."""
         is_spec = lambda x: isinstance(x, PartitionSpec)  # noqa: E731
         return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), tree_specs(tree, self.specs), is_leaf=is_spec)
 
-    def summed(self, function: Callable[..., Any], *, with_gradients: bool = True) -> Callable[..., Any]:
-        """`function(params, batch, *fixed) -> (sums, gradients)` of each device's tokens, summed over all tokens.
+    def sharded_sum(self, function: Callable[..., Any], *, with_gradients: bool = True) -> Callable[..., Any]:
+        """Return `function(params, batch, *frozen) -> (sums, gradients)`, run on every device and all-reduced.
 
-        Every device runs the same program on its own part of the batch and of the parameters: kernels, which the
-        compiler cannot partition, stay whole, and whatever devices exchange is written down in `Collectives`.
+        Each device runs the same program on its shard of the batch and of the parameters, so that kernels, which the
+        compiler cannot partition, stay whole, and every collective is an explicit one in `Collectives`.
 
         Args:
-          function: works on a device's part; its gradients are of its part of the parameters (or None), already summed
-            over fsdp where they are spread over it. What is `fixed` is the same everywhere.
+          function: returns sums over the local tokens and gradients of the local parameters (or None); those of
+            parameters sharded over fsdp are already reduce-scattered. `frozen` is replicated.
           with_gradients: False where the function returns None in their place.
+
+        Returns:
+          A function of global arrays: the sums are replicated, the gradients sharded as the parameters are.
         """
 
-        def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+        def all_reduce(x: jax.Array, axes: Sequence[str]) -> jax.Array:
             axes = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
             return jax.lax.psum(x, axes) if axes else x
 
-        def local(params: Any, batch: Any, fixed: Any) -> Any:
-            sums, gradients = function(params, batch, *fixed)
-            sums = jax.tree.map(lambda x: sum_over(x, TOKENS), sums)
+        def local(params: Any, batch: Any, frozen: Any) -> Any:
+            sums, gradients = function(params, batch, *frozen)
+            sums = jax.tree.map(lambda x: all_reduce(x, TOKEN_AXES), sums)
             if gradients is not None:
                 gradients = jax.tree.map(
-                    lambda g, spec: sum_over(g, [axis for axis in TOKENS if axis not in axes_of(spec)]),
+                    lambda g, spec: all_reduce(g, [axis for axis in TOKEN_AXES if axis not in mesh_axes(spec)]),
                     gradients,
                     tree_specs(gradients, self.specs),
                 )
             return sums, gradients
 
-        def summed(params: Any, batch: Any, *fixed: Any) -> Any:
-            of_params = tree_specs(params, self.specs)
-            # Replication is not tracked inside: kernels do not say over which axes their results vary.
+        def total(params: Any, batch: Any, *frozen: Any) -> Any:
+            specs = tree_specs(params, self.specs)
+            # Replication is not checked: kernels do not declare over which axes their results vary.
             mapped = jax.shard_map(
                 local,
                 mesh=self.mesh,
-                in_specs=(of_params, BATCH, PartitionSpec()),
-                out_specs=(PartitionSpec(), of_params if with_gradients else None),
+                in_specs=(specs, BATCH_SPEC, PartitionSpec()),
+                out_specs=(PartitionSpec(), specs if with_gradients else None),
                 check_vma=False,
             )
-            return mapped(params, batch, fixed)
+            return mapped(params, batch, frozen)
 
-        return summed
+        return total

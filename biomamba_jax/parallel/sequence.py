@@ -1,15 +1,15 @@
-"""Rows whose tokens are spread over the devices along "sequence": the model's ops, with what they need from the left.
+"""Sequence parallelism: the model's ops on rows whose tokens are sharded over the mesh axis "sequence".
 
-Each device holds as many tokens of every row, in order. The convolution takes the last K-1 inputs of its left
-neighbour. The state enters by an associative scan over the devices: each sums its part up as (decay, state), what it
-multiplies an entering state by and the state that it reaches from zero, and
+Each device holds an equal share of every row's tokens, in order. The convolution receives the last K-1 inputs of its
+left neighbour (a halo). The recurrent state is carried by an associative scan over devices: each reduces its shard to
+(decay, state), the factor for an incoming state and the state reached from zero, and
 
     (a, s) then (b, t)  =  (b a, t + b s)
 
-gives after log2 of them the state before every device's first token. Nothing else is exchanged, and never a token's
-activations. A state that is returned is that after the device's own last token: on the last device, the row's.
+gives, in log2 steps, the state before every device's first token. No other activation is communicated. A returned state
+is that after the device's own last token: on the last device, the row's.
 
-All of it is differentiable, resets at segment borders included. Written for code that runs once on each device.
+All of it is differentiable, with resets at segment boundaries. The functions run once per device, under `shard_map`.
 """
 
 from typing import Any
@@ -20,48 +20,53 @@ from jax import lax
 
 from biomamba_jax import ops
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs
-from biomamba_jax.ops.dispatch import Implementation
 from biomamba_jax.ops.numerics import accumulator_dtype
 
 AXIS = "sequence"
 
 
-def from_left(x: Array, size: int, distance: int = 1) -> Array:
-    """`x` of the device so many places to the left; zeros where there is none."""
+def receive_from_left(x: Array, size: int, distance: int = 1) -> Array:
+    """Return `x` of the device `distance` places to the left; zeros where there is none."""
     return lax.ppermute(x, AXIS, [(i, i + distance) for i in range(size - distance)])
 
 
-def continues(segment_ids: Int[Array, "B L"] | None, rows: int, size: int) -> Array:
-    """[B]: whether a row's first token here is of the same segment as its last token on the device to the left."""
+def continues_segment(segment_ids: Int[Array, "B L"] | None, rows: int, size: int) -> Bool[Array, " B"]:
+    """Return True for rows whose first local token continues the segment of the left neighbour's last token."""
     inner = lax.axis_index(AXIS) > 0
     if segment_ids is None:
         return jnp.broadcast_to(inner, (rows,))
-    return inner & (from_left(segment_ids[:, -1], size) == segment_ids[:, 0])
+    return inner & (receive_from_left(segment_ids[:, -1], size) == segment_ids[:, 0])
 
 
-def entering_state(decay: Array, state: Array, continues: Array, size: int, initial_state: Array | None) -> Array:
-    """The state before each device's first token.
+def incoming_state(
+    decay: Float[Array, "B ..."],
+    state: Float[Array, "B ..."],
+    continues: Bool[Array, " B"],
+    size: int,
+    initial_state: Array | None,
+) -> Float[Array, "B ..."]:
+    """Return the state before each device's first token.
 
     Args:
-      decay: what the state before the device's first token is multiplied by until its last, in the shape of `state` or
-        one that spreads over it; zero where a segment ends in between.
-      state: after the device's last token, from zero before its first [B ...].
-      continues: [B], see `continues`.
+      decay: factor of an incoming state after the device's tokens, broadcastable to `state`; zero where a segment ends
+        among them.
+      state: state after the device's last token, from zero before its first.
+      continues: see `continues_segment`.
       size: devices along sequence.
-      initial_state: the row's, the same on every device.
+      initial_state: state before the row, replicated.
     """
     first = lax.axis_index(AXIS) == 0
     passes = (continues | first).reshape(-1, *[1] * (state.ndim - 1))
-    decay, state = from_left(jnp.where(passes, decay, 0), size), from_left(state, size)
+    decay, state = receive_from_left(jnp.where(passes, decay, 0), size), receive_from_left(state, size)
     if initial_state is not None:
         state = jnp.where(first, initial_state.astype(state.dtype), state)
     distance = 1
     while distance < size:
-        state = state + decay * from_left(state, size, distance)
+        state = state + decay * receive_from_left(state, size, distance)
         if 2 * distance < size:
-            decay = decay * from_left(decay, size, distance)
+            decay = decay * receive_from_left(decay, size, distance)
         distance *= 2
     return jnp.where(passes, state, 0)
 
@@ -70,36 +75,31 @@ def causal_conv1d(
     x: Float[Array, "B L C"],
     weight: Float[Array, "C K"],
     bias: Float[Array, " C"] | None,
-    continues: Array,
-    size: int,
     *,
+    continues: Bool[Array, " B"],
+    size: int,
     segment_ids: Int[Array, "B L"] | None = None,
-    initial_state: Float[Array, "B K-1 C"] | None = None,
-    implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-    """`ops.causal_conv1d` of a row over `size` devices, with the state after the device's last token.
+    initial_state: Array | None = None,
+    **options: Any,
+) -> tuple[Array, Array]:
+    """Return `ops.causal_conv1d` of a row sharded over `size` devices, and the state after the device's last token.
+
+    `continues` and `size` as in `incoming_state`; everything else as in `ops.causal_conv1d`, for the local tokens.
 
     Raises:
-      UserError: a device has fewer tokens of a row than the convolution looks back.
+      UserError: a device has fewer tokens of a row than the convolution reaches back.
     """
     past = weight.shape[1] - 1
     if x.shape[1] < past:
         raise UserError(
             f"mesh.sequence = {size}: leaves {x.shape[1]} tokens of a row to a device; the convolution needs {past}"
         )
-    halo = from_left(last_inputs(x, past, segment_ids, None), size)
+    halo = receive_from_left(last_inputs(x, past, segment_ids, None), size)
     halo = jnp.where(continues[:, None, None], halo, 0)
     if initial_state is not None:
         halo = jnp.where(lax.axis_index(AXIS) == 0, initial_state.astype(halo.dtype), halo)
-    return ops.causal_conv1d(  # type: ignore[return-value]
-        x,
-        weight,
-        bias,
-        segment_ids=segment_ids,
-        initial_state=halo,
-        return_final_state=True,
-        implementation=implementation,
-    )
+    options |= {"segment_ids": segment_ids, "return_final_state": True}
+    return ops.causal_conv1d(x, weight, bias, initial_state=halo, **options)  # type: ignore[return-value]
 
 
 def selective_scan(
@@ -111,24 +111,24 @@ def selective_scan(
     D: Float[Array, " E"] | None = None,
     z: Float[Array, "B L E"] | None = None,
     *,
-    continues: Array,
+    continues: Bool[Array, " B"],
     size: int,
-    dt_bias: Float[Array, " E"] | None = None,
-    segment_ids: Int[Array, "B L"] | None = None,
     initial_state: Float[Array, "B E N"] | None = None,
-    implementation: Implementation | None = None,
+    **options: Any,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """`ops.selective_scan` of a row over `size` devices, with the state after the device's last token.
+    """Return `ops.selective_scan` of a row sharded over `size` devices, and the state after the device's last token.
 
-    Runs the scan twice: from zero for the state that it reaches, then from the state that enters.
+    Runs the scan twice: from zero for the state that it reaches, then from the incoming state.
+
+    `continues` and `size` as in `incoming_state`; everything else as in `ops.selective_scan`, for the local tokens.
     """
-    options: dict[str, Any] = {"dt_bias": dt_bias, "segment_ids": segment_ids, "implementation": implementation}
     options["return_final_state"] = True
     _, state = ops.selective_scan(x, dt, A, B, C, **options)
-    total = jnp.sum(_step_sizes(x, dt, dt_bias), axis=1)
-    exponent = jnp.where(_unbroken(segment_ids, x)[:, None, None], total[:, :, None] * A.astype(total.dtype), -jnp.inf)
-    entering = entering_state(jnp.exp(exponent), state, continues, size, initial_state)
-    return ops.selective_scan(x, dt, A, B, C, D, z, initial_state=entering, **options)  # type: ignore[return-value]
+    total = jnp.sum(_step_sizes(x, dt, options.get("dt_bias")), axis=1)
+    unbroken = _single_segment(options.get("segment_ids"), x)
+    exponent = jnp.where(unbroken[:, None, None], total[:, :, None] * A.astype(total.dtype), -jnp.inf)
+    incoming = incoming_state(jnp.exp(exponent), state, continues, size, initial_state)
+    return ops.selective_scan(x, dt, A, B, C, D, z, initial_state=incoming, **options)  # type: ignore[return-value]
 
 
 def ssd(
@@ -139,31 +139,28 @@ def ssd(
     C: Float[Array, "B L G N"],
     D: Float[Array, " H"] | None = None,
     *,
-    continues: Array,
+    continues: Bool[Array, " B"],
     size: int,
-    dt_bias: Float[Array, " H"] | None = None,
-    segment_ids: Int[Array, "B L"] | None = None,
     initial_state: Float[Array, "B H P N"] | None = None,
-    chunk_size: int | None = None,
-    implementation: Implementation | None = None,
+    **options: Any,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
-    """`ops.ssd` of a row over `size` devices, with the state after the device's last token.
+    """Return `ops.ssd` of a row sharded over `size` devices, and the state after the device's last token.
 
-    The state that a device reaches from zero is one product of all its tokens:
+    The state that a device reaches from zero is one matrix product over its tokens:
 
         S = sum_t exp(sum_{k > t} d_k A) d_t x_t B_t^T, over the tokens of the last segment
+
+    `continues` and `size` as in `incoming_state`; everything else as in `ops.ssd`, for the local tokens.
     """
     rows, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    step = _step_sizes(x, dt, dt_bias)
+    segment_ids = options.get("segment_ids")
+    step = _step_sizes(x, dt, options.get("dt_bias"))
     exponent = step * A.astype(step.dtype)
-    # Exponents are added up from the end, never subtracted: beside huge steps a difference has no digits left.
+    # Exponents are summed from the end, never subtracted: next to huge steps a difference has no digits left.
     after = jnp.pad(lax.cumsum(exponent[:, 1:], axis=1, reverse=True), ((0, 0), (0, 1), (0, 0)))
-    unbroken = _unbroken(segment_ids, x)
-    if segment_ids is not None:
-        starts = jnp.pad(
-            segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1))
-        )  # of the segment behind each token
+    if segment_ids is not None:  # a token counts unless a segment starts after it
+        starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)))
         ended = lax.cumsum(starts.astype(jnp.int32), axis=1, reverse=True) > 0
         after = jnp.where(ended[:, :, None], -jnp.inf, after)
     weighted = (x * (jnp.exp(after) * step)[..., None]).astype(x.dtype)
@@ -173,33 +170,21 @@ def ssd(
         B.astype(x.dtype),
         preferred_element_type=step.dtype,
     ).reshape(rows, heads, headdim, d_state)
-    across = jnp.where(unbroken[:, None], jnp.sum(exponent, axis=1), -jnp.inf)
-    entering = entering_state(jnp.exp(across)[:, :, None, None], state, continues, size, initial_state)
-    return ops.ssd(  # type: ignore[return-value]
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias=dt_bias,
-        segment_ids=segment_ids,
-        initial_state=entering,
-        return_final_state=True,
-        chunk_size=chunk_size,
-        implementation=implementation,
-    )
+    decay = jnp.exp(jnp.where(_single_segment(segment_ids, x)[:, None], jnp.sum(exponent, axis=1), -jnp.inf))
+    incoming = incoming_state(decay[:, :, None, None], state, continues, size, initial_state)
+    options["return_final_state"] = True
+    return ops.ssd(x, dt, A, B, C, D, initial_state=incoming, **options)  # type: ignore[return-value]
 
 
 def _step_sizes(x: Array, dt: Array, dt_bias: Array | None) -> Array:
-    """softplus(dt + dt_bias), in at least float32."""
-    wide = accumulator_dtype(x.dtype)
-    dt = dt.astype(wide)
-    return jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(wide))
+    """Return softplus(dt + dt_bias) in the accumulator dtype."""
+    dtype = accumulator_dtype(x.dtype)
+    dt = dt.astype(dtype)
+    return jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dtype))
 
 
-def _unbroken(segment_ids: Int[Array, "B L"] | None, x: Array) -> Array:
-    """[B]: whether all tokens here are of one segment."""
+def _single_segment(segment_ids: Int[Array, "B L"] | None, x: Array) -> Bool[Array, " B"]:
+    """Return True for rows whose local tokens are all of one segment."""
     if segment_ids is None:
         return jnp.ones(x.shape[0], bool)
     return jnp.all(segment_ids[:, 1:] == segment_ids[:, :-1], axis=1)

@@ -1,7 +1,7 @@
-"""How parameters, and all that follows them, are spread over a mesh: rules by parameter path.
+"""Sharding rules: the PartitionSpec of a parameter, and of all that follows it, by its path.
 
-A rule is a regular expression for whole paths ("layers/mixer/out/kernel") and the mesh axes of each of the array's
-axes. Optimizer state and averaged weights follow the parameter that their path ends with.
+A rule is a regular expression for whole paths ("layers/mixer/out/kernel") and a PartitionSpec. Optimizer state and
+averaged weights follow the parameter that their path ends with.
 """
 
 import math
@@ -15,19 +15,25 @@ from jax.sharding import Mesh, PartitionSpec
 from biomamba_jax.errors import UserError
 
 Rules = Sequence[tuple[str, PartitionSpec]]
+"""Pairs of a regular expression and the PartitionSpec of the parameters whose path it matches."""
 Specs = Mapping[str, PartitionSpec]
-"""How each parameter is spread, by path."""
+"""PartitionSpec of each parameter, by path."""
 
 
 def path_names(tree: Any) -> Any:
-    """A tree of the same structure that holds each leaf's path, as "layers/norm/weight"."""
+    """Return a tree of the same structure that holds each leaf's path, such as "layers/norm/weight"."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
     )
 
 
-def axes_of(spec: PartitionSpec) -> list[str]:
-    """All mesh axes that `spec` names."""
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by path, such as "layers/norm/weight"."""
+    return dict(zip(jax.tree.leaves(path_names(tree)), jax.tree.leaves(tree), strict=True))
+
+
+def mesh_axes(spec: PartitionSpec) -> list[str]:
+    """Return all mesh axes that `spec` names."""
     return [axis for entry in spec for axis in _entry(entry)]
 
 
@@ -36,17 +42,17 @@ def _entry(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def parameter_specs(params: Any, rules: Rules, mesh: Mesh) -> dict[str, PartitionSpec]:
-    """How each parameter is spread: by the first rule that matches its path.
+    """Return the PartitionSpec of each parameter: that of the first rule that matches its path.
 
     Args:
       params: nested dict of arrays or of their shapes.
+      rules: see the module.
+      mesh: devices to shard over.
 
     Raises:
-      UserError: a rule matches no parameter, no rule matches a parameter, or an axis does not divide.
+      UserError: a rule matches no parameter, no rule matches a parameter, or an axis is not divisible.
     """
-    shapes = {
-        name: x.shape for name, x in zip(jax.tree.leaves(path_names(params)), jax.tree.leaves(params), strict=True)
-    }
+    shapes = {name: x.shape for name, x in leaves_by_path(params).items()}
     for pattern, _ in rules:
         if not any(re.fullmatch(pattern, name) for name in shapes):
             raise UserError(f"sharding: rule {pattern!r} matches no parameter; paths: {', '.join(shapes)}")
@@ -58,18 +64,18 @@ def parameter_specs(params: Any, rules: Rules, mesh: Mesh) -> dict[str, Partitio
         for size, entry in zip(shape, spec, strict=False):
             axes = _entry(entry)
             if size % math.prod(mesh.shape[axis] for axis in axes):
-                asked = " x ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in axes)
-                raise UserError(f"sharding: {asked} does not divide {size}, an axis of {name} {list(shape)}")
+                product = " x ".join(f"mesh.{axis} = {mesh.shape[axis]}" for axis in axes)
+                raise UserError(f"sharding: {product} does not divide {size}, an axis of {name} {list(shape)}")
         specs[name] = spec
     return specs
 
 
 def tree_specs(tree: Any, specs: Specs) -> Any:
-    """How each array of a tree is spread: like the parameter that its path ends with; whatever is none, everywhere."""
+    """Return the PartitionSpec of each array of a tree: that of the parameter its path ends with, else replicated."""
 
     def find(name: str) -> PartitionSpec:
         parts = name.split("/")
-        ends = ("/".join(parts[first:]) for first in range(len(parts)))
-        return next((specs[end] for end in ends if end in specs), PartitionSpec())
+        suffixes = ("/".join(parts[first:]) for first in range(len(parts)))
+        return next((specs[suffix] for suffix in suffixes if suffix in specs), PartitionSpec())
 
     return jax.tree.map(find, path_names(tree))

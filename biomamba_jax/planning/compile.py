@@ -149,21 +149,21 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
 
     from biomamba_jax.ops import dispatch
     from biomamba_jax.parallel.mesh import make_mesh
-    from biomamba_jax.train.step import jit_step
+    from biomamba_jax.train.program import pretrain_program
 
     topology = parse_topology(config.topology, config.slices)
     capability = None if topology.is_tpu else 90
     with dispatch.target_platform("tpu" if topology.is_tpu else "gpu", capability):
         try:
             mesh = make_mesh(config.mesh, _devices(topology))
-            step, state, batch = train_step(config, mesh)
+            program = pretrain_program(config, mesh, config.train.steps or 1000)
         except UserError as refusal:
             return Compiled(refused=str(refusal))
         sizes = dict(mesh.shape)
-        parameters, optimizer = (_device_bytes(tree) for tree in (state.params, state.optimizer))
+        parameters, optimizer = (_device_bytes(tree) for tree in (program.state.params, program.state.optimizer))
         start = time.perf_counter()
         try:
-            traced = jit_step(step, config.train.compiler_options, mesh).trace(state, batch)
+            traced = program.step.trace(program.state, program.batch)
             costs = program_costs(traced.jaxpr, mesh.size, config.model.n_layers)
             compiled = traced.lower().compile()
         except UserError as refusal:
@@ -181,9 +181,9 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
     rest = analysis.argument_size_in_bytes - parameters - optimizer
     rest += analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
     memory = Memory(parameters, optimizer, kept, analysis.temp_size_in_bytes - kept, rest)
-    program = read_program(_text(compiled, folder), mesh.size, topology.slices)
+    found = read_program(_text(compiled, folder), mesh.size, topology.slices)
     needed = memory.total if memory.total > topology.chip.memory_bytes else None
-    return Compiled(sizes, memory, costs, program.work, program.collectives, None, needed, seconds)
+    return Compiled(sizes, memory, costs, found.work, found.collectives, None, needed, seconds)
 
 
 def _text(compiled: Any, folder: Path) -> str:
@@ -204,38 +204,6 @@ def _devices(topology: Topology) -> Any:
     target = GPU_TARGETS[topology.generation]
     shape = topology.compiler_name
     return topologies.get_topology_desc(topology.generation, "cuda", target_config=target, topology=shape).devices
-
-
-def train_step(config: PlanConfig, mesh: Any) -> tuple[Any, Any, Any]:
-    """The step that `train.loop` runs, and the shapes of its state and batch as they lie on `mesh`.
-
-    Raises:
-      UserError: the sizes of model, batch and mesh do not go together.
-    """
-    from functools import partial
-
-    import jax
-    import jax.numpy as jnp
-    import optax
-    from jax.sharding import NamedSharding
-
-    from biomamba_jax.parallel.mesh import BATCH, rows_per_host
-    from biomamba_jax.train.optimizer import make_optimizer
-    from biomamba_jax.train.setup import abstract_model, initial_state
-    from biomamba_jax.train.step import language_model_loss, make_train_step
-
-    rows_per_host(config.data.batch_size, mesh, config.train.accumulation)  # checks
-    if config.data.sequence_length % mesh.shape["sequence"]:
-        raise UserError(f"mesh.sequence = {mesh.shape['sequence']}: must divide data.sequence_length")
-    graph, layout = abstract_model(config.model, mesh)
-    optimizer = make_optimizer(config.optimizer, config.model, optax.constant_schedule(config.optimizer.learning_rate))
-    shapes = jax.eval_shape(partial(initial_state, config.model, optimizer, config.train.seed))
-    state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), shapes, layout.shardings(shapes))
-    size = config.data.batch_size, config.data.sequence_length
-    rows = jax.ShapeDtypeStruct(size, jnp.int32, sharding=NamedSharding(mesh, BATCH))
-    batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
-    loss = language_model_loss(graph, config.loss, layout.collectives)
-    return make_train_step(loss, optimizer, config.train.accumulation, layout), state, batch
 
 
 def _device_bytes(tree: Any) -> int:

@@ -1,12 +1,11 @@
-"""The training loop: from a config to a trained run directory, resumed by itself where one exists.
+"""The training loop: trains a run directory to its last step, resuming from its newest checkpoint.
 
 Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboard/, environment.json, report.html.
-What is trained on what is a `Training`: pretraining's is made here, fine-tuning's in `finetune`.
+`train` assembles a `TrainingRun` for pretraining, `supervised.finetune` one for fine-tuning.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,132 +18,111 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
-from biomamba_jax.parallel.layout import Layout
-from biomamba_jax.parallel.mesh import make_mesh, reader, replicated, rows_per_host, shard_rows
+from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated, shard_batch
 from biomamba_jax.train.checkpoints import Checkpoints
-from biomamba_jax.train.heldout import HeldOut
-from biomamba_jax.train.meters import Best, Interval, Stopwatch, Totals
+from biomamba_jax.train.heldout import HeldOutEvaluator
+from biomamba_jax.train.meters import BestEvaluation, IntervalMeter, IntervalTotals, ThroughputMeter
 from biomamba_jax.train.metrics import MetricsWriter
-from biomamba_jax.train.optimizer import Params, decay_mask, evaluated_weights, make_optimizer
+from biomamba_jax.train.optimizer import evaluation_weights
+from biomamba_jax.train.program import TrainProgram, pretrain_program
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
-from biomamba_jax.train.schedule import learning_rate
-from biomamba_jax.train.setup import (
-    abstract_model,
-    describe,
-    initial_state,
-    open_run_dir,
-    total_peak_flops,
-    total_steps,
-    with_vocabulary,
-)
-from biomamba_jax.train.step import LossFunction, TrainState, jit_step, language_model_loss, make_train_step
+from biomamba_jax.train.setup import describe, open_run_dir, total_peak_flops, total_steps, with_vocabulary
+from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.stop import StopRequest
-from biomamba_jax.train.training_text import epoch_tokens, mixture_of
+from biomamba_jax.train.training_text import epoch_tokens, training_mixture
 
 Hook = Callable[[int, TrainState], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Training:
-    """What one kind of training brings to the loop."""
+class TrainingRun:
+    """Everything that the loop needs of one training run."""
 
     config: RunConfig
-    """As resolved: its model has a vocabulary."""
+    """The resolved config; its model has a vocabulary."""
+    program: TrainProgram
+    """The training step."""
     steps: int
     """Optimizer steps of the run."""
     epoch_steps: float
     """Optimizer steps of one pass over the data."""
     batches: TrainIterator
     """This host's batches; closed when the run ends."""
-    loss: LossFunction
-    """What is minimised."""
-    held_out: Callable[[Any], dict[str, float]]
-    """Evaluates parameters; "loss" is compared to find the best ones."""
-    fixed: tuple[Any, ...] = ()
-    """Further arguments of the loss, which are not trained."""
-    decayed: Callable[[Params], Params] = decay_mask
-    """Which parameters weight decay applies to; see `make_optimizer`."""
+    evaluate: Callable[[Any], dict[str, float]]
+    """Returns held-out metrics of parameters; the lowest "loss" marks the best ones."""
+    frozen: tuple[Any, ...] = ()
+    """Further arguments of the step, which are not trained."""
     tokenizer: Path | None = None
-    """File that is copied into the run directory."""
+    """Tokenizer file to copy into the run directory."""
     hooks: Sequence[tuple[int, Hook]] = ()
-    """What else happens between steps: every so many, and at the last; 0: only at the last."""
-    kept: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What every checkpoint holds besides, as JSON can."""
-    notes: Sequence[str] = ()
-    """Lines shown at the start."""
+    """Extra hooks as (every_n_steps, hook); 0 runs only after the last step."""
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """JSON values saved with every checkpoint; a checkpoint with other values is refused."""
+    messages: Sequence[str] = ()
+    """Lines logged at the start."""
 
 
 def train(config: PretrainConfig, params: Any = None) -> bool:
-    """Pretrains as `config` says, from the newest checkpoint in its run directory where there is one.
+    """Pretrain as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
-      params: a nested dict of arrays to start from where there is no checkpoint; None starts from random ones.
+      config: the run.
+      params: a nested dict of arrays to start from where there is no checkpoint; None for random ones.
 
     Returns:
-      Whether the run is complete. It is not after SIGTERM or Ctrl-C.
+      True if the run is complete; False after SIGTERM or Ctrl-C.
 
     Raises:
       UserError: shards, checkpoint and config do not fit together, or gradients stayed non-finite.
     """
     manifest = Manifest.load(config.data.path)
     config = dataclasses.replace(config, model=with_vocabulary(config.model, manifest))
-    graph, layout = abstract_model(config.model, make_mesh(config.mesh))
-    tokens_a_step = config.data.batch_size * config.data.sequence_length
-    training = Training(
+    data, steps = config.data, total_steps(config, manifest)
+    program = pretrain_program(config, make_mesh(config.mesh), steps)
+    training = TrainingRun(
         config=config,
-        steps=total_steps(config, manifest),
-        epoch_steps=epoch_tokens(config.data, manifest) / tokens_a_step,
-        loss=language_model_loss(graph, config.loss, layout.collectives),
-        held_out=HeldOut(graph, config.data, layout, batches=config.train.eval_batches),
+        program=program,
+        steps=steps,
+        epoch_steps=epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
+        evaluate=HeldOutEvaluator(program.graph, data, program.layout, batches=config.train.eval_batches),
         batches=train_iterator(
-            config.data.path,
-            sequence_length=config.data.sequence_length,
-            batch_size=rows_per_host(config.data.batch_size, layout.mesh, config.train.accumulation),
+            data.path,
+            sequence_length=data.sequence_length,
             seed=config.train.seed,
-            num_workers=config.data.num_workers,
-            mixture=mixture_of(config.data),
-            process_index=reader(layout.mesh).index,
-            process_count=reader(layout.mesh).count,
+            num_workers=data.num_workers,
+            mixture=training_mixture(data),
+            **host_batch(data.batch_size, program.layout.mesh, config.train.accumulation),
         ),
-        tokenizer=Path(config.data.path) / manifest.tokenizer.file,
+        tokenizer=Path(data.path) / manifest.tokenizer.file,
     )
-    return run(training, layout, params)
+    return run(training, params)
 
 
-def run(training: Training, layout: Layout, params: Any = None) -> bool:
-    """The loop, of any training; see `train`."""
-    # --- The step --------------------------------------------------------------------------------------------------
-    config, steps, batches = training.config, training.steps, training.batches
-    run_dir = Path(config.run_dir)
-    schedule = learning_rate(config.schedule, config.optimizer.learning_rate, steps)
-    optimizer = make_optimizer(config.optimizer, config.model, schedule, training.decayed)
-    step_of = make_train_step(training.loss, optimizer, config.train.accumulation, layout)
-    train_step = jit_step(step_of, config.train.compiler_options, layout.mesh)
-    fixed = jax.device_put(training.fixed, replicated(layout.mesh))
+def run(training: TrainingRun, params: Any = None) -> bool:
+    """Run the loop; see `train`."""
+    config, program, steps, batches = training.config, training.program, training.steps, training.batches
+    run_dir, mesh = Path(config.run_dir), program.layout.mesh
+    frozen = jax.device_put(training.frozen, replicated(mesh))
 
     with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:
-        # --- A fresh start, or on from the newest checkpoint -------------------------------------------------------
+        # --- Restore the newest checkpoint, or start from initial weights ------------------------------------------
         start = checkpoints.latest
-        begin = partial(initial_state, config.model, optimizer, config.train.seed)
-        like = jax.eval_shape(begin, params)
-        shardings = layout.shardings(like)
-        best = Best()
-        if start is None and params is None and config.init_from is not None:
-            raise UserError(f"{run_dir}: its checkpoint went away during the start; run again to begin from init_from")
-        if start is None:
-            state, totals = jax.jit(begin, out_shardings=shardings)(params), Totals()
-        else:
-            like = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), like, shardings)
-            state, saved = checkpoints.restore(like)
+        saved: dict[str, Any] = {}
+        if start is not None:
+            state, saved = checkpoints.restore(program.state)
             batches.set_state(saved["data"])
-            for name, value in training.kept.items():
+            for name, value in training.identity.items():
                 if saved.get(name) != value:
                     raise UserError(
-                        f"{run_dir}: began with {name} {saved.get(name)}, not {value}; name another run_dir"
+                        f"{run_dir}: was started with {name} {saved.get(name)}, not {value}; name another run_dir"
                     )
-            totals, best = Totals(**saved["totals"]), Best(**saved.get("best", {}))
-        notes = open_run_dir(run_dir, config, training.tokenizer, start)
+        elif params is None and config.init_from is not None:
+            raise UserError(f"{run_dir}: its checkpoint disappeared during the start; run again to use init_from")
+        else:
+            state = program.init(params)
+        best = BestEvaluation(**saved.get("best", {}))
+        messages = open_run_dir(run_dir, config, training.tokenizer, start)
 
         with (
             MetricsWriter(
@@ -158,14 +136,14 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
             StopRequest() as stop,
         ):
             about = describe(config, steps / training.epoch_steps, steps, start, state.params)
-            for note in (about, *training.notes, *notes):
-                progress.log(note)
+            for message in (about, *training.messages, *messages):
+                progress.log(message)
             if start is not None and start > steps:
-                progress.log(f"nothing to do: the run is at step {start:,}, beyond the {steps:,} steps asked for")
+                progress.log(f"nothing to do: the run is at step {start:,}, beyond the {steps:,} steps of this config")
 
-            # --- What happens between steps ------------------------------------------------------------------------
+            # --- Hooks between steps -------------------------------------------------------------------------------
             def evaluate(step: int, state: TrainState) -> None:
-                values = training.held_out(evaluated_weights(state.params, state.optimizer))
+                values = training.evaluate(evaluation_weights(state.params, state.optimizer))
                 metrics.write(step, "validation", values)
                 shown = ", ".join(
                     f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
@@ -180,20 +158,20 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
                 metrics.sync()
                 loop = {"data": batches.get_state(), "totals": interval.state(), "best": dataclasses.asdict(best)}
                 kept = best.step if config.checkpoint.keep_best else None
-                checkpoints.save(step, state, loop | training.kept, best=kept)
+                checkpoints.save(step, state, loop | training.identity, best=kept)
                 if jax.process_index() == 0:
                     write_report(run_dir)
 
             def log(step: int, state: TrainState) -> None:
                 drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}
-                line = interval.line()
-                rate = float(schedule(max(step - 1 - interval.skipped, 0)))  # a skipped update does not count
-                metrics.write(step, "train", line | {"learning_rate": rate} | drawn)
-                watch.update(interval.tokens)
-                metrics.write_timing(step, watch.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
-                watch.restart(interval.tokens)
+                values = interval.values()
+                rate = float(program.schedule(max(step - 1 - interval.skipped, 0)))  # skipped updates do not count
+                metrics.write(step, "train", values | {"learning_rate": rate} | drawn)
+                throughput.update(interval.tokens)
+                metrics.write_timing(step, throughput.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
+                throughput.restart(interval.tokens)
 
-            hooks = [  # a checkpoint is last: its metrics lines are written before it is
+            hooks = [  # checkpoints come last: a checkpoint's metrics are written before it
                 *training.hooks,
                 (config.train.log_every, log),
                 (config.train.eval_every, evaluate),
@@ -201,32 +179,33 @@ def run(training: Training, layout: Layout, params: Any = None) -> bool:
             ]
 
             # --- The loop ------------------------------------------------------------------------------------------
-            step, interval = start or 0, Interval(totals)
-            watch = Stopwatch(training_flops_per_token(config.model), total_peak_flops(compute_dtype(config.model)))
+            step, interval = start or 0, IntervalMeter(IntervalTotals(**saved.get("totals", {})))
+            peak = total_peak_flops(compute_dtype(config.model))
+            throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
             if start is None:
                 evaluate(0, state)
             while step < steps and not stop.at(step) and not best.is_stale(config.train.patience):
-                with watch.waiting():
+                with throughput.waiting():
                     batch = next(batches)
-                state, report = train_step(state, shard_rows(batch, layout.mesh), *fixed)
+                state, report = program.step(state, shard_batch(batch, mesh), *frozen)
                 step += 1
                 interval.add(report)
-                if step == (start or 0) + 1:  # compilation says nothing of the speed
+                if step == (start or 0) + 1:  # leave compilation out of the speed
                     interval.finish()
-                    watch.restart(interval.tokens)
-                watch.update(interval.tokens)
-                progress.update(step, interval.last_loss, *watch.speed)
+                    throughput.restart(interval.tokens)
+                throughput.update(interval.tokens)
+                progress.update(step, interval.last_loss, *throughput.speed)
                 for every, hook in hooks:
                     if step == steps or (every and step % every == 0):
-                        with watch.pause():
+                        with throughput.pause():
                             hook(step, state)
                 if interval.skipped_in_a_row >= config.train.max_skipped_steps:
                     raise UserError(
-                        f"step {step}: {interval.skipped_in_a_row} gradients in a row were not finite; lower "
+                        f"step {step}: {interval.skipped_in_a_row} consecutive gradients were not finite; lower "
                         "optimizer.learning_rate or lengthen the warm-up, then run again from the last checkpoint"
                     )
             if stop.requested:
-                progress.log(f"{stop.requested}: saving step {step:,}; the same command goes on from there")
+                progress.log(f"{stop.requested}: saving step {step:,}; run the same command to resume")
                 save(step, state)
             elif step < steps:
                 progress.log(f"step {step:,}: no better since step {best.step or 0:,}; ending early")

@@ -1,4 +1,4 @@
-"""What is gathered between two lines of metrics.jsonl: sums of the loss, and how the time was spent."""
+"""Meters that are read between two lines of metrics.jsonl: sums of the loss, throughput, and the best evaluation."""
 
 import contextlib
 import dataclasses
@@ -13,89 +13,85 @@ from biomamba_jax.train.step import StepMetrics
 
 
 @dataclasses.dataclass
-class Totals:
-    """What a checkpoint keeps of the line in progress, so that a resumed run writes the same line."""
+class IntervalTotals:
+    """Sums of the interval in progress; saved with checkpoints, so that a resumed run writes the same line."""
 
     tokens: int = 0
     """Tokens read since the run began."""
     nll: float = 0.0
-    """Summed negative log-likelihood of this interval."""
+    """Negative log-likelihood of the interval, in nats."""
     loss: float = 0.0
-    """The same of what is minimised: smoothing and z-loss included."""
+    """Training objective of the interval: with smoothing and z-loss."""
     correct: float = 0.0
-    """Tokens of this interval that were the model's first guess."""
+    """Tokens of the interval whose most probable prediction was right."""
     weight: float = 0.0
-    """Tokens of this interval that the loss counts."""
+    """Tokens of the interval that the loss counts."""
 
 
 @dataclasses.dataclass
-class Best:
-    """The evaluation with the lowest held-out loss; a checkpoint keeps it."""
+class BestEvaluation:
+    """The evaluation with the lowest held-out loss; saved with checkpoints."""
 
     step: int | None = None
-    """Where it was; None before the first."""
+    """Its step; None before the first evaluation."""
     loss: float | None = None
     """Its loss."""
     since: int = 0
     """Evaluations since then."""
 
     def add(self, step: int, loss: float) -> None:
-        """Takes the loss of an evaluation. One that is not a number is never the best."""
+        """Add an evaluation; a loss of NaN is never the best."""
         if loss < (math.inf if self.loss is None else self.loss):
             self.step, self.loss, self.since = step, loss, 0
         else:
             self.since += 1
 
     def is_stale(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations have passed since; never for None."""
+        """Return True if `patience` evaluations were no better; never for None."""
         return patience is not None and self.since >= patience
 
 
-class Interval:
-    """Sums the reports of steps. Reports are read one step late, so that the device never waits for the host."""
+class IntervalMeter:
+    """Accumulates step metrics, one step late: the device never waits for the host."""
 
-    def __init__(self, totals: Totals | None = None):
-        self.totals = totals or Totals()
+    def __init__(self, totals: IntervalTotals):
+        self.totals = totals
         self.gradient_norm = float("nan")
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.last_loss = float("nan")
-        self._pending: list[StepMetrics] = []
+        self._pending: StepMetrics | None = None
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on since the run began, as far as reports have been read."""
+        """Tokens read since the run began, except by the step in progress."""
         return self.totals.tokens
 
-    def add(self, report: StepMetrics) -> None:
-        """Takes a step's report, whose arrays may still be in the making."""
-        self._read()
-        self._pending.append(report)
+    def add(self, metrics: StepMetrics) -> None:
+        """Add the metrics of a step, which may still be running; waits for the step before."""
+        self.finish()
+        self._pending = metrics
 
     def finish(self) -> None:
-        """Waits for the newest report."""
-        self._read()
+        """Wait for the newest step and accumulate its metrics."""
+        if self._pending is None:
+            return
+        metrics, self._pending = jax.device_get(self._pending), None
+        self.gradient_norm = float(metrics.gradient_norm)
+        self.skipped, self.skipped_in_a_row = int(metrics.skipped), int(metrics.skipped_in_a_row)
+        sums = {name: float(value) for name, value in metrics.sums._asdict().items()}
+        self.last_loss = sums["nll"] / max(sums["weight"], 1)
+        self.totals.tokens += int(metrics.tokens)
+        if not self.skipped_in_a_row:  # a skipped step says nothing about the model
+            for name in ("nll", "loss", "correct", "weight"):
+                setattr(self.totals, name, getattr(self.totals, name) + sums[name])
 
-    def _read(self) -> None:
-        while self._pending:
-            report = jax.device_get(self._pending.pop())
-            self.gradient_norm = float(report.gradient_norm)
-            self.skipped, self.skipped_in_a_row = int(report.skipped), int(report.skipped_in_a_row)
-            weight = float(report.sums.weight)
-            self.last_loss = float(report.sums.nll) / max(weight, 1)
-            self.totals.tokens += int(report.tokens)
-            if not self.skipped_in_a_row:  # a step that was left out says nothing of the model
-                self.totals.nll += float(report.sums.nll)
-                self.totals.loss += float(report.sums.loss)
-                self.totals.correct += float(report.sums.correct)
-                self.totals.weight += weight
-
-    def line(self) -> dict[str, float | int]:
-        """The values of a metrics line; begins the next interval."""
+    def values(self) -> dict[str, float | int]:
+        """Return the values of a metrics line, and begin the next interval."""
         self.finish()
         totals = self.totals
         per_token = 1 / totals.weight if totals.weight else float("nan")
-        self.totals = Totals(tokens=totals.tokens)
+        self.totals = IntervalTotals(tokens=totals.tokens)
         return {
             "loss": totals.nll * per_token,
             "objective": totals.loss * per_token,
@@ -106,56 +102,57 @@ class Interval:
         }
 
     def state(self) -> dict[str, Any]:
-        """The totals, for a checkpoint."""
+        """Return the totals, for a checkpoint."""
         self.finish()
         return dataclasses.asdict(self.totals)
 
 
 class Speed(NamedTuple):
-    """How fast a run is."""
+    """Throughput of a run."""
 
     tokens_per_second: float
+    """Tokens per second, over all devices."""
     share_of_peak: float | None
-    """Model FLOP/s over the devices' peak; None where the peak is not known."""
+    """Model FLOP/s over the devices' peak (MFU), 0 to 1; None where the peak is unknown."""
     data_wait_share: float
-    """Share of the time spent waiting for batches."""
+    """Share of the time spent waiting for batches, 0 to 1."""
 
 
-class Stopwatch:
-    """Speed since the last line; pauses (evaluation, saving) do not count."""
+class ThroughputMeter:
+    """Measures throughput since the last restart, without pauses for evaluation and checkpoints."""
 
     def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
         self._share = flops_per_token / peak_flops if peak_flops else None
-        self._tokens_per_second = 0.0  # of this stretch, or of the one before while this one has nothing to show
+        self._tokens_per_second = 0.0  # kept from the interval before until this one has tokens
         self.restart(0)
 
     def restart(self, tokens: int) -> None:
-        """Begins a new stretch, at `tokens` tokens since the run began."""
-        self._start = self._paused = time.perf_counter()
+        """Begin a new interval, at `tokens` tokens since the run began."""
+        self._start = time.perf_counter()
         self._waited, self._tokens = 0.0, tokens
 
     def update(self, tokens: int) -> None:
-        """Takes the tokens since the run began."""
+        """Update the throughput, at `tokens` tokens since the run began."""
         if tokens > self._tokens:
             self._tokens_per_second = (tokens - self._tokens) / self._elapsed
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Time in here is waiting for data."""
+        """Count the time of the block as waiting for data."""
         begin = time.perf_counter()
         yield
         self._waited += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here does not count."""
-        self._paused = time.perf_counter()
+        """Leave the time of the block out."""
+        paused = time.perf_counter()
         yield
-        self._start += time.perf_counter() - self._paused
+        self._start += time.perf_counter() - paused
 
     @property
     def speed(self) -> Speed:
-        """Of this stretch."""
+        """Throughput of the interval."""
         share = None if self._share is None else self._share * self._tokens_per_second
         return Speed(self._tokens_per_second, share, self._waited / self._elapsed)
 

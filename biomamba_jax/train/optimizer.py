@@ -103,7 +103,7 @@ def make_optimizer(
     return optax.chain(*steps)
 
 
-def evaluated_weights(params: Params, optimizer_state: Any) -> Params:
+def evaluation_weights(params: Params, optimizer_state: Any) -> Params:
     """The weights that are evaluated and exported: their moving average where the optimizer keeps one."""
     is_average: Callable[[Any], bool] = lambda node: isinstance(node, AverageState)  # noqa: E731
     averages = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_average) if is_average(node)]

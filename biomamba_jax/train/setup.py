@@ -9,10 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import yaml
-from flax import nnx
-from jax.sharding import Mesh
 
 from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
@@ -20,11 +17,7 @@ from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
-from biomamba_jax.model import LanguageModel
-from biomamba_jax.model.sharding import sharding_rules
-from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.train.report import record_start
-from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.training_text import epoch_tokens
 
 
@@ -55,35 +48,6 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
         return config.train.steps
     tokens_a_step = config.data.batch_size * config.data.sequence_length
     return max(1, math.ceil(config.train.epochs * epoch_tokens(config.data, manifest) / tokens_a_step))
-
-
-def abstract_model(model: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Layout]:
-    """The model's graph definition, and where its parameters lie on a mesh, without computing any of them.
-
-    Raises:
-      UserError: the model's sizes do not divide over the mesh.
-    """
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
-    rules = sharding_rules(model, mesh.shape["tensor"])
-    return graph, Layout.by_rules(mesh, nnx.to_pure_dict(shapes), rules)
-
-
-def initial_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, seed: int, params: Any = None
-) -> TrainState:
-    """The state before the first step: of the given parameters, or of random ones."""
-    initial, key = jax.random.split(jax.random.key(seed))
-    if params is None:
-        params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        params=params,
-        optimizer=optimizer.init(params),
-        key=jax.random.key_data(key),
-        skipped=zero,
-        skipped_in_a_row=zero,
-    )
 
 
 def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start: int | None) -> list[str]:

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from biomamba_jax.config import LossConfig
-from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
@@ -20,64 +18,66 @@ from biomamba_jax.parallel.layout import Layout
 
 Batch = dict[str, Int[Array, "B L"]]
 LossFunction = Callable[..., tuple[Array, LossSums]]
-"""(params, batch, *fixed): the summed loss, differentiable in params, and the sums; `fixed` gets no gradient."""
+"""(params, batch, *frozen) -> the summed loss, differentiable in params, and the sums. `frozen` gets no gradient."""
 
 
 @struct.dataclass
 class TrainState:
-    """All that training changes, and a checkpoint holds."""
+    """Everything that a training step updates and a checkpoint saves."""
 
     step: Int[Array, ""]
     """Steps done, skipped updates included."""
     params: Any
     """Float32 parameters, a nested dict."""
     optimizer: Any
-    """State of the optax transforms, the average of the weights among them."""
+    """State of the optax transforms, including the moving average of the weights."""
     key: Array
-    """Random key of the run, as its raw data: a plain array in checkpoints."""
+    """Random key of the run, as raw key data: a plain array in checkpoints."""
     skipped: Int[Array, ""]
-    """Updates skipped because a gradient was not finite."""
+    """Number of updates skipped because a gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]
-    """How many of them came last, one after the other."""
+    """Number of consecutive skipped updates."""
 
 
 @struct.dataclass
 class StepMetrics:
-    """What a step reports; sums are over the batch's tokens."""
+    """Metrics of one step, over the whole batch."""
 
     sums: LossSums
+    """Sums over the tokens that the loss counts."""
     tokens: Int[Array, ""]
-    """Tokens read, padding not included; the loss may count fewer."""
+    """Tokens in the batch, without padding; the loss may count fewer."""
     gradient_norm: Float[Array, ""]
     """Global norm of the mean gradient, before clipping."""
     skipped: Int[Array, ""]
+    """As in the state."""
     skipped_in_a_row: Int[Array, ""]
+    """As in the state."""
 
 
 def language_model_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Collectives = UNSHARDED) -> LossFunction:
-    """The summed next-token loss of a batch as a function of the parameters.
+    """Return the summed next-token loss of a batch as a function of the parameters.
 
     Args:
       graph: the model's graph definition, from `nnx.split`.
-      collectives: how parameters and tokens are spread over devices; the loss is then of one device's part of both.
+      config: smoothing, z-loss and chunk size.
+      collectives: of the devices that parameters and tokens are sharded over; the loss is then of one device's shard.
     """
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
         model: LanguageModel = nnx.merge(graph, params)
         hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], collectives=collectives)
         name = "embedding" if model.lm_head is None else "lm_head"
-        head = collectives.gather(
-            name, model.head[...], jnp.float32
-        )  # float32: so is the sum of its gradient over tokens
-        sums = target_sums(
-            collectives.enter(hidden), head, model.config.known_vocab, batch, config, collectives.tensor_axis
-        )
+        # Gathered in float32, the dtype in which its gradient is summed over tokens.
+        head = collectives.all_gather(name, model.head[...], jnp.float32)
+        hidden, vocab = collectives.copy_to_tensor_parallel(hidden), model.config.known_vocab
+        sums = cross_entropy_sums(hidden, head, vocab, batch, config, collectives.tensor_axis)
         return sums.loss, sums
 
     return loss
 
 
-def target_sums(
+def cross_entropy_sums(
     hidden: Float[Array, "B L D"],
     head: Float[Array, "V D"],
     valid: int,
@@ -85,11 +85,15 @@ def target_sums(
     config: LossConfig,
     axis: str | None = None,
 ) -> LossSums:
-    """Sums of the cross-entropy over the batch's targets; padding and negative targets count nothing.
+    """Return sums of the cross-entropy over the batch's targets; padding and negative targets do not count.
 
     Args:
-      valid: rows of the head that stand for something.
-      axis: mesh axis that the head's rows are spread over.
+      hidden: output of the last norm.
+      head: output matrix, whose rows are tokens or classes.
+      valid: number of rows of the head in use; the others are padding.
+      batch: targets and segments of the hidden vectors.
+      config: smoothing, z-loss and chunk size.
+      axis: mesh axis that the head's rows are sharded over.
     """
     targets = batch["targets"].reshape(-1)
     return linear_cross_entropy(
@@ -111,34 +115,36 @@ def make_train_step(
     accumulation: int = 1,
     layout: Layout | None = None,
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """The function of one step, of (state, batch, *fixed), for `jit_step`.
+    """Return the function of one training step, (state, batch, *frozen) -> (state, metrics).
 
-    A batch is computed in `accumulation` parts. Gradients of sums are added up and divided by the tokens of the whole
-    batch, so that the result does not depend on how tokens fall into parts. A gradient that is not finite changes
+    Gradients of summed losses are accumulated and divided by the tokens of the whole batch that the loss counts, so the
+    result does not depend on how tokens are distributed over microbatches. A gradient that is not finite changes
     nothing but the counters.
 
     Args:
-      layout: devices that batch and parameters are spread over; None is one device. The loss is then of one device's
-        part of both, with `layout.collectives`: see `language_model_loss`.
+      loss: of one device's shard of batch and parameters; see `language_model_loss`.
+      optimizer: see `make_optimizer`.
+      accumulation: number of microbatches that a batch is computed in.
+      layout: devices that batch and parameters are sharded over; None for one device.
     """
-    gradients = jax.value_and_grad(loss, has_aux=True)
+    loss_and_gradients = jax.value_and_grad(loss, has_aux=True)
 
-    def summed(params: Any, batch: Batch, *fixed: Any) -> tuple[LossSums, Any]:
-        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            (_, sums), grads = gradients(params, part, *fixed)
+    def accumulate(params: Any, batch: Batch, *frozen: Any) -> tuple[LossSums, Any]:
+        def add_microbatch(total: Any, microbatch: Batch) -> tuple[Any, None]:
+            (_, sums), grads = loss_and_gradients(params, microbatch, *frozen)
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
-        parts = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
-        first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, first, *fixed)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0][1], shapes[1]))
-        return jax.lax.scan(add_part, zeros, parts)[0]
+        microbatches = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
+        first = jax.tree.map(lambda x: x[0], microbatches)
+        (_, sums), grads = jax.eval_shape(loss_and_gradients, params, first, *frozen)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, grads))
+        return jax.lax.scan(add_microbatch, zeros, microbatches)[0]
 
     if layout is not None:
-        summed = layout.summed(summed)
+        accumulate = layout.sharded_sum(accumulate)
 
-    def train_step(state: TrainState, batch: Batch, *fixed: Any) -> tuple[TrainState, StepMetrics]:
-        sums, grads = summed(state.params, batch, *fixed)
+    def train_step(state: TrainState, batch: Batch, *frozen: Any) -> tuple[TrainState, StepMetrics]:
+        sums, grads = accumulate(state.params, batch, *frozen)
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
 
         norm = optax.global_norm(grads)
@@ -163,18 +169,3 @@ def make_train_step(
         return new, StepMetrics(sums, tokens, norm, new.skipped, new.skipped_in_a_row)
 
     return train_step
-
-
-def jit_step(step: Callable[..., Any], options: dict[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
-    """The step, to be compiled with `options` of XLA for the devices of `mesh`; its state is donated.
-
-    Raises:
-      UserError: their compiler does not know an option, or its value.
-    """
-    if options:  # before anything else is compiled, or written
-        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
-        try:
-            jax.jit(lambda x: x, compiler_options=options).lower(scalar).compile()
-        except jax.errors.JaxRuntimeError as error:
-            raise UserError(f"train.compiler_options: {error}") from None
-    return jax.jit(step, donate_argnums=0, compiler_options=options or None)

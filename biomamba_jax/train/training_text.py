@@ -1,12 +1,12 @@
-"""The training text that a config names, as the data room takes it."""
+"""The training text that a config names, as `data` reads it."""
 
 from biomamba_jax.config import DataConfig
 from biomamba_jax.data.mixture import Mixture, Share
 from biomamba_jax.data.shards import Manifest
 
 
-def mixture_of(data: DataConfig) -> Mixture | None:
-    """The mixture that is trained on; None where it is data.path alone."""
+def training_mixture(data: DataConfig) -> Mixture | None:
+    """Return the mixture of sources to train on; None for data.path alone."""
     if not data.mixture.sources:
         return None
     weights = data.mixture.weights
@@ -15,10 +15,11 @@ def mixture_of(data: DataConfig) -> Mixture | None:
 
 
 def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
-    """Tokens of one epoch, at least 1: a pass over the training split, of a mixture over its main source's.
+    """Return the tokens of one epoch, at least 1: of the training split, or of a mixture's main source.
 
     Args:
-      manifest: of data.path.
+      data: shards or mixture.
+      manifest: that of data.path.
     """
-    mixture = mixture_of(data)
+    mixture = training_mixture(data)
     return max(manifest.splits["train"].tokens if mixture is None else mixture.tokens_an_epoch(), 1)

@@ -12,7 +12,7 @@ from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, Mixture, Sha
 from biomamba_jax.data.pipeline import train_iterator
 from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
 from biomamba_jax.errors import UserError
-from biomamba_jax.train.training_text import epoch_tokens, mixture_of
+from biomamba_jax.train.training_text import epoch_tokens, training_mixture
 
 LENGTH, BATCH, STEPS = 32, 4, 30
 SIZES = {"pubmed": 80, "c4": 25, "wikipedia": 10}
@@ -185,7 +185,7 @@ def test_an_epoch_of_a_mixture_goes_through_its_main_source_once(folders):
 
 def test_the_published_mixture_is_a_preset_by_document(folders):
     sources = {name: SourceConfig(str(folders / name)) for name in SIZES}
-    found = mixture_of(DataConfig(mixture=MixtureConfig(sources, preset="biomamba_v3")))
+    found = training_mixture(DataConfig(mixture=MixtureConfig(sources, preset="biomamba_v3")))
     weights = np.array([share.weight for share in found.shares])
     assert found.unit == "documents"
     assert (100 * weights / weights.sum()).round(1).tolist() == [83.3, 8.3, 8.3]

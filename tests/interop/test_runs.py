@@ -15,7 +15,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop import dialect_of, read_model, write_model
 from biomamba_jax.interop.names import flatten
 from biomamba_jax.train.checkpoints import Checkpoints
-from biomamba_jax.train.optimizer import evaluated_weights, make_optimizer
+from biomamba_jax.train.optimizer import evaluation_weights, make_optimizer
 from biomamba_jax.train.step import TrainState
 
 
@@ -41,7 +41,7 @@ def write_run(folder, ema: float):
     (folder / "config.yaml").write_text(to_yaml(config))
     lines = [{"step": step, "split": "validation", "perplexity": 100.0 - step} for step in (0, 10, 20)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return evaluated_weights(second.params, second.optimizer)
+    return evaluation_weights(second.params, second.optimizer)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9], ids=["weights", "average"])

@@ -13,7 +13,7 @@ from biomamba_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops import dispatch
 from biomamba_jax.train.optimizer import make_optimizer
-from biomamba_jax.train.setup import initial_state
+from biomamba_jax.train.program import initial_state
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 LENGTH = 8

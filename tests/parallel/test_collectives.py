@@ -11,8 +11,8 @@ from devices import on_devices
 from jax.sharding import NamedSharding
 
 from biomamba_jax.config import LossConfig, MeshConfig, ModelConfig
-from biomamba_jax.parallel.mesh import BATCH, make_mesh
-from biomamba_jax.train.setup import abstract_model, initial_state
+from biomamba_jax.parallel.mesh import BATCH_SPEC, make_mesh
+from biomamba_jax.train.program import abstract_model, initial_state
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 ROWS, LENGTH = 8, 24
@@ -28,7 +28,7 @@ def collectives(config: ModelConfig, **sizes: int) -> dict[str, Counter]:
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, layout.shardings(state))
-    rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
+    rows = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH_SPEC))
     step = make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, 1, layout)
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
     text = re.sub(r"/\*.*?\*/", "", jax.jit(step).lower(state, batch).compile().as_text())

@@ -10,9 +10,9 @@ import pytest
 from devices import on_devices
 
 from biomamba_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
-from biomamba_jax.parallel.mesh import AXES, make_mesh, shard_rows
+from biomamba_jax.parallel.mesh import AXES, make_mesh, shard_batch
 from biomamba_jax.train.optimizer import make_optimizer
-from biomamba_jax.train.setup import abstract_model, initial_state
+from biomamba_jax.train.program import abstract_model, initial_state
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 STEPS = 10
@@ -51,7 +51,7 @@ def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1):
     state = jax.jit(lambda: initial_state(config, optimizer, 0), out_shardings=layout.shardings(like))()
     loss = language_model_loss(graph, LossConfig(label_smoothing=0.1, z_loss=1e-4), layout.collectives)
     step = jax.jit(make_train_step(loss, optimizer, accumulation, layout), donate_argnums=0)
-    batch, losses, gradients = shard_rows(packed_batch(), mesh), [], None
+    batch, losses, gradients = shard_batch(packed_batch(), mesh), [], None
     for _ in range(STEPS):
         state, report = step(state, batch)
         losses.append(float(report.sums.loss / report.sums.weight))

@@ -90,7 +90,7 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op):
         specs = {name: spec for name, (_, spec) in given.items() if name != left_out}
 
         def spread(arrays, y_weights, segment_ids, specs=specs):
-            continues = sequence.continues(segment_ids, ROWS, DEVICES)
+            continues = sequence.continues_segment(segment_ids, ROWS, DEVICES)
             function = partial(getattr(sequence, op), continues=continues, size=DEVICES)
             last = jax.lax.axis_index("sequence") == DEVICES - 1
             found = jax.value_and_grad(loss, argnums=1, has_aux=True)(function, arrays, y_weights, last, segment_ids)
@@ -127,7 +127,7 @@ def compare(name: str, got: jax.Array, want: jax.Array, tolerance: float) -> Non
 def test_a_device_with_too_few_tokens_for_the_convolution_is_refused():
     x = jnp.zeros((1, 2, 4))
     with pytest.raises(UserError, match=r"mesh.sequence = 8: leaves 2 tokens"):
-        sequence.causal_conv1d(x, jnp.zeros((4, 4)), None, jnp.ones(1, bool), 8)
+        sequence.causal_conv1d(x, jnp.zeros((4, 4)), None, continues=jnp.ones(1, bool), size=8)
 
 
 @pytest.mark.long
@@ -138,8 +138,8 @@ def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_spread_over_mo
     from jax.sharding import NamedSharding
 
     from biomamba_jax.config import LossConfig, ModelConfig
-    from biomamba_jax.parallel.mesh import BATCH
-    from biomamba_jax.train.setup import abstract_model, initial_state
+    from biomamba_jax.parallel.mesh import BATCH_SPEC
+    from biomamba_jax.train.program import abstract_model, initial_state
     from biomamba_jax.train.step import language_model_loss, make_train_step
 
     config = ModelConfig(kind=kind, d_model=8, n_layers=2, vocab_size=16, headdim=4, d_state=4, remat="full")
@@ -150,7 +150,7 @@ def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_spread_over_mo
         state = jax.jit(lambda: initial_state(config, optimizer, 0))()
         state = jax.device_put(state, layout.shardings(state))
         tokens = np.random.default_rng(0).integers(1, 16, (1, 2**18), np.int32)
-        tokens = jax.device_put(tokens, NamedSharding(mesh, BATCH))
+        tokens = jax.device_put(tokens, NamedSharding(mesh, BATCH_SPEC))
         batch = {"inputs": tokens, "targets": tokens, "segment_ids": jnp.ones_like(tokens)}
         step = jax.jit(
             make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, 1, layout)

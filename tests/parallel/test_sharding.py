@@ -11,9 +11,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from biomamba_jax.config import MeshConfig, ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.sharding import sharding_rules
-from biomamba_jax.parallel.mesh import AXES, Reader, make_mesh, rows_per_host, shard_rows, share_of
+from biomamba_jax.parallel.mesh import AXES, HostShard, make_mesh, rows_per_host, shard_batch, shard_of_host
 from biomamba_jax.parallel.sharding import parameter_specs, tree_specs
-from biomamba_jax.train.setup import abstract_model
+from biomamba_jax.train.program import abstract_model
 
 PARAMS = {"a": {"kernel": jnp.zeros((6, 8))}, "b": jnp.zeros(3)}
 
@@ -112,35 +112,35 @@ def test_each_slice_holds_a_whole_copy_of_the_weights():
 
 def test_a_batch_that_does_not_divide_is_refused():
     mesh = make_mesh(devices=jax.devices()[:1])
-    assert rows_per_host(6, mesh, parts=3) == 6
+    assert rows_per_host(6, mesh, accumulation=3) == 6
     with pytest.raises(UserError, match=r"data.batch_size = 6: must be a multiple of train.accumulation"):
-        rows_per_host(6, mesh, parts=4)
+        rows_per_host(6, mesh, accumulation=4)
 
 
 def test_rows_arrive_as_they_were_read():
     mesh = make_mesh(devices=jax.devices()[:1])
     rows = np.arange(12, dtype=np.int32).reshape(3, 4)
-    np.testing.assert_array_equal(shard_rows({"inputs": rows}, mesh)["inputs"], rows)
+    np.testing.assert_array_equal(shard_batch({"inputs": rows}, mesh)["inputs"], rows)
 
 
 def test_each_host_reads_the_rows_of_its_own_devices():
     hosts = np.array([0, 0, 1, 1]).reshape(4, 1)  # 2 hosts of 2 devices, along data
-    assert share_of(0, hosts) == Reader(0, 2, (0, 1))
-    assert share_of(1, hosts) == Reader(1, 2, (2, 3))
+    assert shard_of_host(0, hosts) == HostShard(0, 2, (0, 1))
+    assert shard_of_host(1, hosts) == HostShard(1, 2, (2, 3))
 
 
 def test_rows_need_not_lie_side_by_side_on_a_host():
     hosts = np.array([0, 1, 1, 0]).reshape(4, 1)  # as a network's own order may have it
-    assert share_of(0, hosts) == Reader(0, 2, (0, 3))
-    assert share_of(1, hosts) == Reader(1, 2, (1, 2))
+    assert shard_of_host(0, hosts) == HostShard(0, 2, (0, 3))
+    assert shard_of_host(1, hosts) == HostShard(1, 2, (1, 2))
 
 
 def test_hosts_that_share_rows_read_the_same():
     hosts = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])  # tensor or sequence over 4 devices, hosts of 2
-    assert share_of(0, hosts) == share_of(1, hosts) == Reader(0, 2, (0,))
-    assert share_of(2, hosts) == share_of(3, hosts) == Reader(1, 2, (1,))
+    assert shard_of_host(0, hosts) == shard_of_host(1, hosts) == HostShard(0, 2, (0,))
+    assert shard_of_host(2, hosts) == shard_of_host(3, hosts) == HostShard(1, 2, (1,))
 
 
 def test_hosts_that_share_rows_in_part_are_refused():
     with pytest.raises(UserError, match=r"mesh.tensor x mesh.sequence = 3: must divide"):
-        share_of(0, np.array([[0, 0, 0], [0, 1, 1], [1, 1, 1]]))
+        shard_of_host(0, np.array([[0, 0, 0], [0, 1, 1], [1, 1, 1]]))

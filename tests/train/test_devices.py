@@ -21,9 +21,9 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from biomamba_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from biomamba_jax.ops import dispatch
-from biomamba_jax.parallel.mesh import BATCH, make_mesh
+from biomamba_jax.parallel.mesh import BATCH_SPEC, make_mesh
 from biomamba_jax.train.optimizer import make_optimizer
-from biomamba_jax.train.setup import abstract_model, initial_state
+from biomamba_jax.train.program import abstract_model, initial_state
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 config = ModelConfig(kind=sys.argv[1], d_model=256, n_layers=2, vocab_size=512, compute_dtype="bfloat16")
@@ -33,7 +33,7 @@ optimizer = make_optimizer(OptimizerConfig(), config, optax.constant_schedule(1e
 graph, layout = abstract_model(config, make_mesh(MeshConfig(*sizes), topology.devices))
 state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
 state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, layout.shardings(state))
-rows = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
+rows = jax.ShapeDtypeStruct((8, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH_SPEC))
 batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
 with dispatch.target_platform("tpu"):
     step = make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, layout=layout)

@@ -13,9 +13,9 @@ def step(devices, kind: str):
     from jax.sharding import NamedSharding
 
     from biomamba_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
-    from biomamba_jax.parallel.mesh import BATCH, make_mesh
+    from biomamba_jax.parallel.mesh import BATCH_SPEC, make_mesh
     from biomamba_jax.train.optimizer import make_optimizer
-    from biomamba_jax.train.setup import abstract_model, initial_state
+    from biomamba_jax.train.program import abstract_model, initial_state
     from biomamba_jax.train.step import language_model_loss, make_train_step
 
     config = ModelConfig(kind=kind, d_model=768, n_layers=24, vocab_size=50277, compute_dtype="bfloat16")
@@ -23,7 +23,7 @@ def step(devices, kind: str):
     graph, layout = abstract_model(config, make_mesh(MeshConfig(8, 1, 1, 1), devices))
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, layout.shardings(state))
-    rows = jax.ShapeDtypeStruct((64, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH))
+    rows = jax.ShapeDtypeStruct((64, 1024), jnp.int32, sharding=NamedSharding(layout.mesh, BATCH_SPEC))
     batch = dict.fromkeys(("inputs", "targets", "segment_ids"), rows)
     return make_train_step(language_model_loss(graph, LossConfig(), layout.collectives), optimizer, layout=layout), (
         state,

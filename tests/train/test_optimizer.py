@@ -12,7 +12,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.train.optimizer import (
     decay_mask,
-    evaluated_weights,
+    evaluation_weights,
     make_optimizer,
     matching,
     path_names,
@@ -83,13 +83,13 @@ def test_the_average_follows_the_weights_and_is_what_is_evaluated():
         updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, weights)
         weights = optax.apply_updates(weights, updates)
         expected = jax.tree.map(lambda average, new: 0.9 * average + 0.1 * new, expected, weights)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), evaluated_weights(weights, state), expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), evaluation_weights(weights, state), expected)
 
 
 def test_without_an_average_the_weights_themselves_are_evaluated():
     config, params = model_and_params()
     optimizer = make_optimizer(OptimizerConfig(), config, optax.constant_schedule(0.1))
-    assert evaluated_weights(params, optimizer.init(params)) is params
+    assert evaluation_weights(params, optimizer.init(params)) is params
 
 
 def rates(steps: int = 100, **settings) -> np.ndarray:

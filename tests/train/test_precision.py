@@ -31,10 +31,10 @@ def batches(tmp_path, monkeypatch):
 
     def note(batch, mesh):
         given.append({name: rows.copy() for name, rows in batch.items()})
-        return shard_rows(batch, mesh)
+        return shard_batch(batch, mesh)
 
-    shard_rows = loop.shard_rows
-    monkeypatch.setattr(loop, "shard_rows", note)
+    shard_batch = loop.shard_batch
+    monkeypatch.setattr(loop, "shard_batch", note)
     return given
 
 

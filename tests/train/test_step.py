@@ -12,7 +12,7 @@ from flax import nnx
 from biomamba_jax.config import LossConfig, ModelConfig, OptimizerConfig
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.train.optimizer import make_optimizer
-from biomamba_jax.train.setup import initial_state
+from biomamba_jax.train.program import initial_state
 from biomamba_jax.train.step import language_model_loss, make_train_step
 
 CONFIG = ModelConfig(kind="mamba2", d_model=16, n_layers=2, vocab_size=29, headdim=8, d_state=4)

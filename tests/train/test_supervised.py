@@ -188,7 +188,7 @@ def test_checkpoints_hold_adapters_alone_and_name_the_weights_they_belong_to(mam
 def test_a_run_goes_on_only_with_the_weights_it_began_with(mamba1, tokenizer, run_of_adapters):
     other = dataclasses.replace(mamba1, params=mamba1.params | {"embedding": mamba1.params["embedding"] * 1.01})
     longer = dataclasses.replace(run_of_adapters, train=dataclasses.replace(run_of_adapters.train, steps=8))
-    with pytest.raises(UserError, match="began with base_sha256"):
+    with pytest.raises(UserError, match="was started with base_sha256"):
         finetune(longer, other, encoded(tokenizer), encoded(tokenizer))
 
 
