@@ -1,4 +1,4 @@
-"""Where and how this process runs, for whoever wants to repeat it."""
+"""A record of where and how this process runs."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 
 def environment() -> dict[str, Any]:
-    """Where and how this process runs: versions, devices, host and command line; no environment variables."""
+    """Return versions, devices, host and command line of this process; no environment variables."""
     devices = jax.devices()
     versions = {"biomamba-jax": biomamba_jax.__version__, "python": platform.python_version()}
     for package in _PACKAGES:

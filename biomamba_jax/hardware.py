@@ -1,7 +1,7 @@
-"""What one device can do at best: peak FLOP/s, memory and bandwidth, by the name that JAX gives to the device.
+"""Peak FLOP/s, memory and bandwidth of accelerators, by the name that JAX gives to the device.
 
-A figure is for one `jax.Device`, which is not always one chip. A device that the table does not know has no peak:
-callers then leave the share of peak out rather than invent one.
+Figures are per `jax.Device`, which is not always one chip. A device that is not in the table has no peak: callers then
+leave the share of peak out.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,54 +21,45 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of `jax.Device`.
-
-    Attributes:
-      name: what people call it.
-      device_kind: regular expression that the whole of `jax.Device.device_kind` matches.
-      flops: FLOP/s of dense matrix products (no structured sparsity) by the operands' dtype, sums in fp32, at
-        JAX's default precision: there a float32 product takes one bfloat16 pass on TPU and TF32 on GPUs that have it.
-      memory_bytes: TPU: what the compiler lets one program use. GPU: the datasheet's size, of which the driver and
-        ECC keep 1 to 7 %.
-      bandwidth: bytes/s between that memory and the chip.
-      cores: TensorCores that act as this one device and share its figures evenly.
-      clock: Hz of a TensorCore, derived from its peak FLOP/s; None where no static profile needs it.
-    """
+    """One kind of `jax.Device`."""
 
     name: str
+    """Common name."""
     device_kind: str
+    """Regular expression for the whole of `jax.Device.device_kind`."""
     flops: Mapping[str, float]
+    """FLOP/s of dense matrix products (no structured sparsity) by the operands' dtype, accumulated in float32, at JAX's
+    default precision: a float32 product takes one bfloat16 pass on TPU, and TF32 on GPUs that have it."""
     memory_bytes: int
+    """TPU: memory that the compiler lets one program use. GPU: the datasheet's size, of which the driver and ECC keep
+    1 to 7 %."""
     bandwidth: float
+    """Bytes/s between that memory and the chip."""
     cores: int = 1
+    """TensorCores that act as this one device and share its figures evenly."""
     clock: float | None = None
+    """Hz of a TensorCore, derived from its peak FLOP/s; None where no static profile needs it."""
 
 
-def _tpu(
-    name: str,
-    device_kind: str,
-    teraflops: float,
-    gib: float,
-    gigabytes_per_second: float,
-    cores: int = 1,
-    clock: float | None = None,
-) -> Chip:
-    flops = {"bfloat16": teraflops * 1e12, "float32": teraflops * 1e12}
-    return Chip(name, device_kind, flops, int(gib * GIB), gigabytes_per_second * 1e9, cores, clock)
+def _chip(name: str, device_kind: str, teraflops: Mapping[str, float], gib: float, gbps: float, **tpu: Any) -> Chip:
+    flops = {dtype: value * 1e12 for dtype, value in teraflops.items()}
+    return Chip(name, device_kind, flops, int(gib * GIB), gbps * 1e9, **tpu)
 
 
-def _gpu(name: str, device_kind: str, half: float, single: float, gib: float, gigabytes_per_second: float) -> Chip:
-    flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
-    return Chip(name, device_kind, flops, int(gib * GIB), gigabytes_per_second * 1e9)
+def _tpu(name: str, device_kind: str, teraflops: float, gib: float, gbps: float, **cores_and_clock: Any) -> Chip:
+    return _chip(name, device_kind, {"bfloat16": teraflops, "float32": teraflops}, gib, gbps, **cores_and_clock)
+
+
+def _gpu(name: str, device_kind: str, half: float, single: float, gib: float, gbps: float) -> Chip:
+    return _chip(name, device_kind, {"bfloat16": half, "float16": half, "float32": single}, gib, gbps)
 
 
 def _volta(name: str, device_kind: str, half: float, single: float, gib: float) -> Chip:
-    # Volta's tensor cores know float16 only: bfloat16 has no peak to be measured against.
-    return Chip(name, device_kind, {"float16": half * 1e12, "float32": single * 1e12}, int(gib * GIB), 900e9)
+    return _chip(name, device_kind, {"float16": half, "float32": single}, gib, 900)  # no bfloat16 in its tensor cores
 
 
 # TPU: FLOP/s and bandwidth from https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; memory is the "available
-# HBM" that libtpu 0.0.52 reports when it refuses a program; names as the same libtpu gives them. On Cloud TPU a v4 or
+# HBM" that libtpu 0.0.52 reports when it refuses a program; names as in the same libtpu. On Cloud TPU a v4 or
 # v5p chip is one JAX device (megacore: two cores act as one). TPU7x has no megacore: each of the chip's two cores is a
 # device of its own, with half of the chip's 2,307 TFLOP/s, 192 GiB and 7,380 GB/s.
 # GPU: NVIDIA's datasheets, halved where they quote sparsity: V100 (1165301), A100 (1758950), H100 (2022 for PCIe, 2024
@@ -101,29 +93,29 @@ CHIPS = (
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The table's row for `jax.Device.device_kind`, or None for a device that it does not know."""
+    """Return the table's row for `jax.Device.device_kind`, or None for an unknown device."""
     return next((chip for chip in CHIPS if re.fullmatch(chip.device_kind, device_kind)), None)
 
 
 def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
-    """Peak FLOP/s of one device for matrix products of `dtype`.
+    """Return the peak FLOP/s of one device for matrix products of `dtype`.
 
     Args:
       device_kind: `jax.Device.device_kind`, for instance "TPU v5 lite" or "NVIDIA H100 80GB HBM3".
-      dtype: type of the operands.
+      dtype: dtype of the operands.
 
     Returns:
-      FLOP/s, or None where the device is unknown (a CPU, say: see `measure_matmul_flops`) or has no unit for `dtype`.
+      FLOP/s, or None if the device is unknown (as is a CPU: see `measure_matmul_flops`) or has no unit for `dtype`.
     """
     chip = find_chip(device_kind)
     return chip.flops.get(jnp.dtype(dtype).name) if chip else None
 
 
 def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
-    """FLOP/s of a square float32 product on JAX's default device, the fastest of what fits into `seconds`.
+    """Return the FLOP/s of the fastest square float32 product on JAX's default device within `seconds`.
 
-    Stands in for a peak where no datasheet does: on a CPU the share of peak then says how much of the time is as good
-    as plain matrix products. Virtual CPU devices share one machine: the figure is for all of them together.
+    It replaces a datasheet's peak on CPUs, whose share of peak is then relative to plain matrix products. Virtual CPU
+    devices share one machine: the figure is for all of them together.
     """
     # Random values, since some CPUs multiply zeros and ones at higher clocks.
     operand = jax.random.normal(jax.random.key(0), (size, size), jnp.float32)
@@ -141,7 +133,7 @@ def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory in use so far: of this host's first device, or of the process where the device is the CPU."""
+    """Return the peak memory of this host's first device, or of the process if the device is the CPU."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])

@@ -30,10 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
     from biomamba_jax.parallel.distributed import (
         DATA_TIMEOUT,
+        barrier,
         exit_if_stopped,
         processes,
         require_same_config,
-        wait_for_all,
     )
     from biomamba_jax.train.loop import train
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             prepare_if_missing(config)
             write_baselines(config)
-        wait_for_all("data", within=DATA_TIMEOUT)
+        barrier("data", timeout=DATA_TIMEOUT)
         complete = train(*with_initial_weights(config))
         if first:
             show_results(Path(config.run_dir))

@@ -1,13 +1,13 @@
-"""A language model laid out for inference: the arrays of each layer apart, the layers one after the other.
+"""A language model for inference, with unstacked parameters and unrolled layers.
 
-Decoding is bound by reading the weights once a token. The scan over stacked layers of `LanguageModel` copies each
-layer's weights before it uses them, at every token: 1.9 times slower on CPU. Here each layer has arrays of its own and
-the layers are unrolled, which costs compile time that grows with their number. Modules, and so logits, are the same.
+Decoding is bound by reading the weights once per token. The scan over stacked layers of `LanguageModel` copies each
+layer's weights before using them, at every token: 1.9 times slower on CPU. Here each layer has its own arrays and the
+layers are unrolled, at the cost of a compile time that grows with their number. Modules, and so logits, are the same.
 
-XLA's CPU backend multiplies a few rows well in some forms only. bfloat16 as it is (by YNNPACK) only where the result is
-float32 and there are two rows at least; otherwise it converts the weights to float32 first, at every token: 2.4 times
-slower. See `_product`. In float32, one row takes a large matrix faster as two halves: 64 tokens of the 130m models in
-7 % less time on 2 cores. See `_product_by_halves`.
+XLA's CPU backend multiplies few rows fast in some forms only. It takes bfloat16 weights directly (by YNNPACK) only if
+the result is float32 and there are at least two rows; otherwise it converts the weights to float32 first, at every
+token: 2.4 times slower. See `_bfloat16_product`. In float32, one row times a large matrix is faster as two halves: 64
+tokens of the 130m models take 7 % less time on 2 cores. See `_product_by_halves`.
 """
 
 from collections.abc import Mapping
@@ -24,49 +24,55 @@ from biomamba_jax.model.layers import RMSNorm
 from biomamba_jax.model.state import MixerState
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.numerics import project
+from biomamba_jax.ops.numerics import accumulator_dtype, project
 
 LayerStates = tuple[MixerState, ...]
 
 _LARGE = 1 << 18
-"""Elements of a kernel from which it is taken as halves: 1.2 M gained 10 %, 0.12 M and 0.07 M nothing; none between was
-measured."""
+"""Smallest kernel, in elements, that is split into halves: 1.2 M gained 10 %, 0.12 M and 0.07 M nothing; no size in
+between was measured."""
 
 _MATRICES = {"kernel", "embedding", "lm_head"}
-"""Parameters that are cast to the compute type wherever they are used, and so can be kept in it."""
+"""Parameters that are cast to the compute dtype wherever they are used, and so are stored in it."""
 
 
 @struct.dataclass
 class InferenceModel:
-    """Parameters and what to do with them; a pytree, so that it goes into `jax.jit` as an argument. See `from_params`.
+    """A model's parameters and methods; a pytree, which `jax.jit` takes as an argument. See `from_params`.
 
-    Matrices are kept in the compute type, everything else in float32. Where `_narrow`, kernels are [out in].
+    Matrices are stored in the compute dtype, everything else in float32. For bfloat16 on CPU, kernels are [out in].
     """
 
     embedding: Float[Array, "V D"]
+    """Embedding of each token."""
     layers: tuple[Any, ...]
+    """Parameters of each layer."""
     norm_f: Any
+    """Parameters of the final norm."""
     lm_head: Float[Array, "V D"] | None
-    """None: the embedding."""
+    """Output head; None for the embedding."""
     config: ModelConfig = struct.field(pytree_node=False)
+    """The model."""
     dtype: jnp.dtype = struct.field(pytree_node=False)
+    """Compute dtype."""
 
     @classmethod
     def from_params(
         cls, config: ModelConfig, params: Mapping[str, Any], dtype: DTypeLike | None = None
     ) -> "InferenceModel":
-        """Lays out the parameters of a `LanguageModel`.
+        """Return the model with the parameters of a `LanguageModel`.
 
         Args:
-          params: nested dict of arrays of numpy or JAX, as `nnx.to_pure_dict(nnx.state(LanguageModel(config)))`.
-          dtype: compute type; left out, that of the config.
+          config: the model.
+          params: nested dict of NumPy or JAX arrays, as `nnx.to_pure_dict(nnx.state(LanguageModel(config)))`.
+          dtype: compute dtype; left out, that of the config.
         """
         dtype = jnp.dtype(dtype) if dtype is not None else compute_dtype(config)
 
         def place(path: tuple[Any, ...], x: Any) -> Array:
             if path[-1].key not in _MATRICES:
-                return jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
-            return jnp.asarray(x.T if path[-1].key == "kernel" and _narrow(dtype) else x, dtype)
+                return jnp.asarray(x, accumulator_dtype(dtype))
+            return jnp.asarray(x.T if path[-1].key == "kernel" and _is_cpu_bfloat16(dtype) else x, dtype)
 
         def take(name: str) -> Any:
             return jax.tree_util.tree_map_with_path(
@@ -92,13 +98,15 @@ class InferenceModel:
         states: LayerStates | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L D"], LayerStates]:
-        """As `LanguageModel.hidden`, with one state a layer.
+        """Return hidden vectors and states as `LanguageModel.hidden` does, with one state per layer.
 
         Args:
-          states: what a call before returned, for rows that go on with the same segment; None before the first token.
+          tokens: token ids.
+          states: from the previous call, for rows that continue the same segment; None before the first token.
+          segment_ids: document of each token.
         """
         block, norm_f = _graphs(self.config, self.dtype)
-        h = self.embedding[tokens].astype(jnp.promote_types(self.dtype, jnp.float32))
+        h = self.embedding[tokens].astype(accumulator_dtype(self.dtype))
         after = []
         for parameters, state in zip(self.layers, states or [None] * len(self.layers), strict=True):
             h, state = nnx.merge(block, parameters)(h, state, segment_ids)
@@ -111,20 +119,20 @@ class InferenceModel:
         return self.embedding if self.lm_head is None else self.lm_head
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Logits of the next token, in float32, over the padded vocabulary."""
-        if _narrow(self.dtype):
-            return _product(hidden, self.head)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=wide)
+        """Return logits of the next token over the padded vocabulary, in float32."""
+        if _is_cpu_bfloat16(self.dtype):
+            return _bfloat16_product(hidden, self.head)
+        dtype = accumulator_dtype(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, self.head, preferred_element_type=dtype)
 
 
-def _narrow(dtype: jnp.dtype) -> bool:
-    """Whether products of `dtype` need `_product`."""
+def _is_cpu_bfloat16(dtype: jnp.dtype) -> bool:
+    """Return True if products of `dtype` need `_bfloat16_product`."""
     return dtype == jnp.bfloat16 and dispatch.platform() == "cpu"
 
 
-def _product(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
-    """x weight^T in float32, in the one form that XLA's CPU backend computes without converting the weights."""
+def _bfloat16_product(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
+    """Return x weight^T in float32, in the one form that XLA's CPU backend computes without converting the weights."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 1:
         rows = jnp.concatenate([rows, jnp.zeros_like(rows)])
@@ -133,13 +141,16 @@ def _product(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[
 
 
 def _linear_product(x: Array, weight: Array, *_: Any, **__: Any) -> Array:
-    """`_product` as the `dot_general` of `nnx.Linear`."""
-    return _product(x, weight).astype(x.dtype)
+    """Return `_bfloat16_product`, as the `dot_general` of `nnx.Linear`."""
+    return _bfloat16_product(x, weight).astype(x.dtype)
 
 
 def _product_by_halves(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
-    """x kernel, as the `dot_general` of `nnx.Linear`: for one row and a large kernel a product over half of its rows
-    and one over the other half, which XLA's CPU backend has under way at the same time."""
+    """Return x kernel, as the `dot_general` of `nnx.Linear`.
+
+    For one row and a large kernel, in two products over half of its rows each, which XLA's CPU backend runs in
+    parallel.
+    """
     inputs = x.shape[-1]
     if x.size > inputs or inputs % 2 or kernel.size < _LARGE:
         return project(x, kernel)
@@ -148,10 +159,10 @@ def _product_by_halves(x: Array, kernel: Array, *_: Any, **__: Any) -> Array:
 
 
 def _graphs(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.GraphDef]:
-    """The structure of a block and of the last norm, without arrays."""
+    """Return the graph definitions of a block and of the final norm."""
     block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))
     for _, module in nnx.iter_modules(block):
         if isinstance(module, nnx.Linear) and dispatch.platform() == "cpu":
-            module.dot_general = _linear_product if _narrow(dtype) else _product_by_halves
+            module.dot_general = _linear_product if _is_cpu_bfloat16(dtype) else _product_by_halves
     norm = nnx.eval_shape(lambda: RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype))
     return nnx.split(block)[0], nnx.split(norm)[0]

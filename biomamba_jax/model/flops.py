@@ -1,14 +1,14 @@
-"""How much arithmetic a model needs: the numerator of every share of peak."""
+"""FLOPs of a model: the numerator of model FLOPs utilisation."""
 
 from biomamba_jax.config import ModelConfig
 
 
 def training_flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations to train on one token, forward and backward, counting a multiply-add as two.
+    """Return the FLOPs of training on one token, forward and backward, with a multiply-add counted as two.
 
-    Independent of how it is computed: matrix products of the parameters, the convolution, and the recurrence in its
-    step-by-step form (decay, input, sum and output: 6 operations per channel and state). Recomputation does not count,
-    nor do norms and activations. Backward costs twice the forward pass.
+    Model FLOPs, whatever the implementation: matrix products of the parameters, the convolution, and the recurrence in
+    its step-by-step form (decay, input, sum and output: 6 per channel and state). Recomputation, norms and activations
+    do not count. The backward pass costs twice the forward pass.
     """
     d, e, n = config.d_model, config.d_inner, config.state_size
     if config.kind == "mamba1":

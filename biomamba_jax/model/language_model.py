@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of residual blocks, a final norm and the output head.
 
-One function serves training, prefill, chunked prefill and decode: any split of a text into calls gives the same logits.
-Layers are stacked along a first axis and run by one `jax.lax.scan`. The residual stream is float32.
+One function serves training, prefill, chunked prefill and decoding: any split of a text into calls gives the same
+logits. Layers are stacked along a first axis and run by one `jax.lax.scan`. The residual stream is float32.
 """
 
 import jax
@@ -14,7 +14,7 @@ from biomamba_jax.model import initializers
 from biomamba_jax.model.layers import RMSNorm
 from biomamba_jax.model.mamba1 import Mamba1Mixer
 from biomamba_jax.model.mamba2 import Mamba2Mixer
-from biomamba_jax.model.state import MixerState, ModelState, empty_state, enter_segments
+from biomamba_jax.model.state import MixerState, ModelState, empty_state, reset_changed_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, recompute_all_gathers
@@ -28,14 +28,14 @@ _REMAT = {
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """The type of activations and matrix products, with "auto" resolved for the platform in use."""
+    """Return the dtype of activations and matrix products; "auto" is resolved for the platform."""
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if dispatch.platform() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 
 class Block(nnx.Module):
-    """h + mixer(norm(h))."""
+    """A residual block: h + mixer(norm(h))."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype)
@@ -57,7 +57,7 @@ class LanguageModel(nnx.Module):
 
     Args:
       config: sizes; `vocab_size` must be set.
-      dtype: compute type; left out, that of the config.
+      dtype: compute dtype; left out, that of the config.
       rngs: source of initial values.
     """
 
@@ -83,15 +83,16 @@ class LanguageModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: Int[Array, "B L"] | None = None,
     ) -> tuple[Float[Array, "B L V"], ModelState]:
-        """Logits of the next token after each token, and the state after the last.
+        """Return logits of the next token after each token, and the state after the last.
 
         Args:
           tokens: token ids.
-          state: what `empty_state` or the call before returned; None before the first token.
-          segment_ids: the document that each token belongs to; the model forgets everything where it changes.
+          state: from `empty_state` or the previous call; None before the first token.
+          segment_ids: document of each token; the state is reset where it changes.
 
         Returns:
-          Float32 logits over the padded vocabulary (ids from `config.vocab_size` on stand for nothing), and the state.
+          Float32 logits [B L V] over the padded vocabulary, whose ids from `config.vocab_size` on are padding, and the
+          state.
         """
         hidden, state = self.hidden(tokens, state, segment_ids)
         head = self.head[...].astype(self.dtype)
@@ -105,14 +106,17 @@ class LanguageModel(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], ModelState]:
-        """As `__call__`, but the hidden vectors that the head turns into logits.
+        """Return the hidden vectors [B L D] that the head turns into logits, and the state; see `__call__`.
 
         Args:
-          collectives: how the model and its tokens are spread over devices, where they are.
+          tokens: token ids.
+          state: from `empty_state` or the previous call; None before the first token.
+          segment_ids: document of each token.
+          collectives: of the devices that the model and its tokens are sharded over.
         """
         collectives = collectives.with_segments(segment_ids, tokens.shape[0])
         if state is not None and segment_ids is not None:
-            state = enter_segments(state, segment_ids[:, 0])
+            state = reset_changed_segments(state, segment_ids[:, 0])
         graph, layers = nnx.split(self.layers)
 
         def layer(h: Array, inputs: tuple) -> tuple[Array, MixerState]:
@@ -135,9 +139,9 @@ class LanguageModel(nnx.Module):
 
     @property
     def head(self) -> nnx.Param:
-        """[V D]: the output head, which is the embedding unless the config unties them."""
+        """The output head [V D], which is the embedding unless the config unties them."""
         return self.embedding if self.lm_head is None else self.lm_head
 
     def empty_state(self, batch_size: int) -> ModelState:
-        """The state before the first token."""
+        """Return the state before the first token."""
         return empty_state(self.config, batch_size, self.dtype)

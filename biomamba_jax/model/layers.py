@@ -1,4 +1,4 @@
-"""The small parts that both mixers are built from."""
+"""Layers that both mixers are built from."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 def dense(
     d_in: int, d_out: int, *, bias: bool = False, scale: float = 1.0, dtype: DTypeLike, rngs: nnx.Rngs
 ) -> nnx.Linear:
-    """A linear layer with float32 parameters that computes in `dtype`."""
+    """Return a linear layer with float32 parameters that computes in `dtype`."""
     return nnx.Linear(
         d_in,
         d_out,
@@ -29,13 +29,16 @@ def dense(
 
 
 def _product(x: Array, kernel: Array, dimensions: object, **options: object) -> Array:
-    """The product of `nnx.Linear`, which is always x @ kernel at default options."""
+    """Return x @ kernel, the only product that `nnx.Linear` computes."""
     del dimensions, options
     return project(x, kernel)
 
 
 def row_parallel(linear: nnx.Linear, x: Float[Array, "*batch C"], collectives: Collectives) -> Float[Array, "*batch F"]:
-    """linear(x) where x's channels, and the kernel's rows, are spread over devices; the bias is added once."""
+    """Return linear(x) of channels sharded over tensor, as the kernel's rows are.
+
+    The products are all-reduced; the bias is added once, after that.
+    """
     if collectives.tensor == 1:
         return linear(x)
     y = collectives.reduce_from_tensor_parallel(project(x, linear.kernel[...].astype(x.dtype)))
@@ -43,7 +46,7 @@ def row_parallel(linear: nnx.Linear, x: Float[Array, "*batch C"], collectives: C
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a weight; the output has the compute type. See `ops.rms_norm`."""
+    """RMSNorm with a weight; the output has the compute dtype. See `ops.rms_norm`."""
 
     def __init__(self, channels: int, *, eps: float, groups: int = 1, dtype: DTypeLike):
         self.weight = nnx.Param(jnp.ones(channels))
@@ -52,31 +55,26 @@ class RMSNorm(nnx.Module):
     def __call__(
         self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None, collectives: Collectives = UNSHARDED
     ) -> Float[Array, "B L C"]:
-        """The norm of x, or of x * silu(gate).
-
-        Args:
-          collectives: where the channels are spread over devices.
-        """
+        """Return the norm of x, or of x * silu(gate)."""
         return collectives.rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
 
 
 class CausalConv1d(nnx.Module):
-    """Depthwise causal convolution with SiLU that resets at segment borders. See `ops.causal_conv1d`."""
+    """Depthwise causal convolution with SiLU that resets at segment boundaries. See `ops.causal_conv1d`."""
 
     def __init__(self, channels: int, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width = config.d_conv
-        init = initializers.linear(width)
-        self.weight = nnx.Param(init(rngs.params(), (channels, width)))
+        init = initializers.linear(config.d_conv)
+        self.weight = nnx.Param(init(rngs.params(), (channels, config.d_conv)))
         self.bias = nnx.Param(init(rngs.params(), (channels,))) if config.conv_bias else None
         self.dtype, self.implementation = dtype, config.implementation
 
     def __call__(
         self,
         x: Float[Array, "B L C"],
-        state: Float[Array, "B K-1 C"] | None,
+        state: Float[Array, "B past C"] | None,
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives = UNSHARDED,
-    ) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
+    ) -> tuple[Float[Array, "B L C"], Float[Array, "B past C"]]:
         return collectives.causal_conv1d(
             x,
             self.weight[...].astype(self.dtype),
@@ -88,5 +86,5 @@ class CausalConv1d(nnx.Module):
 
 
 def negative_exp(a_log: nnx.Param) -> jax.Array:
-    """A = -exp(A_log): every mode decays."""
+    """Return A = -exp(A_log), the negative decay rates."""
     return -jnp.exp(a_log[...])

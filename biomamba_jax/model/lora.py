@@ -1,13 +1,13 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, where A and B are trained and W stays as it is.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): W + (alpha / rank) A B, where A and B are trained and W is frozen.
 
-The sum is formed in the loss, before the model is called, and by the same function where weights are exported. So
-gradients reach A and B through the very weights that are computed with: no projection can go past its adapter by
-reading W itself (as fused Mamba kernels did: peft issue 2274), the model knows nothing of adapters, and what is
-exported is what was trained. It costs `rank` multiply-adds a weight and step, as much as `rank` tokens; steps have
-thousands. The price is memory for one more copy of the adapted matrices; what LoRA saves is the optimizer's state.
+The sum is formed in the loss, before the model is called, and by the same function on export. So gradients reach A and
+B through the weights that the model computes with: no kernel bypasses an adapter by reading W itself (as fused Mamba
+kernels did: peft issue 2274), the model needs no code for adapters, and the exported weights are the trained ones. It
+costs `rank` multiply-adds per weight and step, as much as `rank` tokens; steps have thousands. It takes memory for one
+more copy of the adapted matrices; LoRA saves the optimizer's state.
 
-Adapters are a nested dict like the parameters', with {"a": [..., in, r], "b": [..., r, out]} where a matrix
-[..., in, out] would be. Projections that are one matrix in the released weights and apart here have a pair each.
+Adapters are a nested dict like the parameters, with {"a": [..., in, r], "b": [..., r, out]} in place of a matrix
+[..., in, out]. Projections that are one matrix in the released weights and separate here have a pair each.
 """
 
 import re
@@ -26,19 +26,19 @@ Params = dict[str, Any]
 
 _MATRICES = ("kernel", "embedding", "lm_head")
 _RELEASED = {"in_x": "in_proj", "in_z": "in_proj", "in_bc": "in_proj", "in_dt": "in_proj", "out": "out_proj"}
-"""Names of our projections in the released weights, which `targets` may use as well."""
+"""Names of the projections in the released weights, which `targets` may use too."""
 
 
 def adapted_paths(params: Params, targets: Sequence[str]) -> list[str]:
-    """Paths of the matrices that any of `targets` matches, in order.
+    """Return the paths of the matrices that any of `targets` matches, in order.
 
     Args:
       params: a model's parameters, or their shapes.
-      targets: regular expressions, searched in paths ("layers/mixer/in_x/kernel") and in the names that the released
-        weights have for them ("layers/mixer/in_proj/kernel").
+      targets: regular expressions, searched in paths ("layers/mixer/in_x/kernel") and in their names in the released
+        weights ("layers/mixer/in_proj/kernel").
 
     Raises:
-      UserError: one of them matches nothing; lists the matrices.
+      UserError: a target is not a regular expression or matches no matrix; the message lists the matrices.
     """
     paths = [path for path in flatten_dict(params, sep="/") if path.rpartition("/")[2] in _MATRICES]
     chosen = set()
@@ -46,10 +46,10 @@ def adapted_paths(params: Params, targets: Sequence[str]) -> list[str]:
         try:
             found = [path for path in paths if any(re.search(target, name) for name in (path, _released(path)))]
         except re.error as error:
-            raise UserError(f"lora.targets: {target!r} is no regular expression ({error})") from None
+            raise UserError(f"lora.targets: {target!r} is not a valid regular expression ({error})") from None
         if not found:
             names = ", ".join(dict.fromkeys(name for path in paths for name in (path, _released(path))))
-            raise UserError(f"lora.targets: {target!r} matches no matrix of this model; there are {names}")
+            raise UserError(f"lora.targets: {target!r} matches no matrix of this model; it has {names}")
         chosen |= set(found)
     return [path for path in paths if path in chosen]
 
@@ -59,33 +59,35 @@ def _released(path: str) -> str:
 
 
 def init_adapters(params: Params, targets: Sequence[str], rank: int, key: Array) -> Params:
-    """Adapters that change nothing yet: A as a linear layer's weights begin, B zero.
+    """Return adapters that do not change the model yet: A is initialised as a linear layer, B to zero.
 
-    B's zero keeps A without a gradient at the very first step; from the second on both have one.
+    While B is zero, A has no gradient: it gets one from the second step on.
 
     Raises:
-      UserError: a target matches nothing.
+      UserError: a target matches no matrix.
     """
     flat, adapters = flatten_dict(params, sep="/"), {}
     for path in adapted_paths(params, targets):
-        *stack, d_in, d_out = flat[path].shape
+        *layers, d_in, d_out = flat[path].shape
         key, own = jax.random.split(key)
-        adapters[f"{path}/a"] = initializers.linear(d_in)(own, (*stack, d_in, rank))
-        adapters[f"{path}/b"] = jnp.zeros((*stack, rank, d_out))
+        adapters[f"{path}/a"] = initializers.linear(d_in)(own, (*layers, d_in, rank))
+        adapters[f"{path}/b"] = jnp.zeros((*layers, rank, d_out))
     return unflatten_dict(adapters, sep="/")
 
 
 def merge(params: Params, trained: Params, scale: float) -> Params:
-    """`params` with W + scale A B for every pair in `trained`; any other leaf of it is put in as it is.
+    """Return `params` with W + scale A B for every pair in `trained`, and with its other leaves as they are.
 
     Args:
+      params: frozen weights.
+      trained: adapters, and parameters that replace those of `params` or are added to them.
       scale: alpha / rank.
     """
     flat, new = dict(flatten_dict(params, sep="/")), flatten_dict(trained, sep="/")
     for path, value in new.items():
         matrix, _, name = path.rpartition("/")
         if name == "a":
-            # Full precision: the sum must not depend on the device.
+            # Full precision, so that the sum does not depend on the device.
             delta = jnp.matmul(value, new[f"{matrix}/b"], precision=jax.lax.Precision.HIGHEST)
             flat[matrix] = flat[matrix] + scale * delta
         elif name != "b":
@@ -94,9 +96,9 @@ def merge(params: Params, trained: Params, scale: float) -> Params:
 
 
 def drop_inputs(trained: Params, rate: float, key: Array) -> Params:
-    """Dropout of what adapters see: each input channel of a pair is left out with probability `rate`.
+    """Apply dropout to the adapters' inputs: each input channel of a pair is dropped with probability `rate`.
 
-    A merged weight is one for all tokens, so a channel is dropped for all of them at once, by its row of A.
+    Since merged weights serve all tokens, a channel is dropped for all of them at once, by its row of A.
     """
     flat = dict(flatten_dict(trained, sep="/"))
     for index, path in enumerate(sorted(path for path in flat if path.endswith("/a"))):

@@ -1,7 +1,7 @@
 """The Mamba-1 mixer: Gu and Dao 2023 (arXiv 2312.00752), section 3.4.
 
-The projections of x and z (one matrix in the released weights) are kept apart, so that each can be sharded over its own
-channels and none has to be sliced; `interop` joins them.
+The projections of x and z, one matrix in the released weights, are separate parameters here, so that each is sharded
+over its own channels and none is sliced; `interop` concatenates them.
 """
 
 import jax.numpy as jnp

@@ -1,8 +1,8 @@
 """The Mamba-2 mixer: Dao and Gu 2024 (arXiv 2405.21060), section 7.
 
-The projections of z, x, B and C, and dt (one matrix in the released weights), and the convolutions over x and over B
-and C, are kept apart, so that heads can be sharded while B and C are shared by the heads of a group; `interop` joins
-them.
+The projections of z, x, B and C, and dt, one matrix in the released weights, and the convolutions over x and over B
+and C, are separate parameters here, so that heads are sharded while B and C, which the heads of a group share, are not;
+`interop` concatenates them.
 """
 
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Mamba2Mixer(nnx.Module):
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
-        # Every device computes B and C of all groups; heads are spread.
+        # Every device along tensor computes B and C of all groups; heads are sharded.
         bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, collectives)
         bc, u = collectives.copy_to_tensor_parallel(bc), collectives.copy_to_tensor_parallel(u)
         groups = (part.reshape(*part.shape[:2], self.groups, -1) for part in jnp.split(bc, 2, axis=-1))

@@ -1,8 +1,8 @@
-"""How the parameters of a language model are spread over a mesh: the one table.
+"""The sharding rules of a language model's parameters, in one table.
 
-Kernels between the residual stream and a mixer's channels are cut along the channels over tensor and along the other
-axis over fsdp; what has one value a channel or head follows the channels. Mamba-2's B and C belong to all heads of a
-group: their small projection and convolution are whole on every device along tensor.
+Kernels between the residual stream and a mixer's channels are sharded over tensor along the channels and over fsdp
+along the other axis; parameters with one value per channel or head are sharded like the channels. Mamba-2's B and C
+belong to all heads of a group: their small projection and convolution are replicated over tensor.
 """
 
 from jax.sharding import PartitionSpec
@@ -11,7 +11,7 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.parallel.sharding import Rules
 
-# First axis of all in "layers": the layers, stacked.
+# The first axis of parameters in "layers" is the layer.
 _BOTH: Rules = (
     (r"embedding|lm_head", PartitionSpec("tensor", "fsdp")),
     (r"layers/norm/weight|norm_f/weight|layers/mixer/out/bias", PartitionSpec()),
@@ -35,13 +35,14 @@ _MAMBA2: Rules = (
 
 
 def sharding_rules(config: ModelConfig, tensor: int = 1) -> Rules:
-    """The rules for a model's parameters; see `parallel.sharding`.
+    """Return the rules for a model's parameters; see `parallel.sharding`.
 
     Args:
+      config: the model.
       tensor: devices along tensor.
 
     Raises:
-      UserError: they cut through groups of heads.
+      UserError: `tensor` neither divides the number of groups of heads nor is a multiple of it.
     """
     if config.kind == "mamba1":
         return _MAMBA1

@@ -1,4 +1,4 @@
-"""The recurrent state of a language model: all that it remembers of the text so far, of a size that never grows."""
+"""The recurrent state of a language model, whose size does not depend on the length of the text."""
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,33 @@ from biomamba_jax.ops.array_typing import Array, Float, Int
 
 @struct.dataclass
 class MixerState:
-    """State of one mixer, or of all layers when stacked along a first axis."""
+    """State of one mixer, or of all layers, stacked along a first axis."""
 
-    conv_x: Float[Array, "... B K-1 E"]
-    """Last inputs of the convolution over x."""
-    conv_bc: Float[Array, "... B K-1 2*G*N"] | None
-    """Last inputs of the convolution over B and C; Mamba-2 only."""
+    conv_x: Float[Array, "*layers B past E"]
+    """Last K-1 inputs of the convolution over x."""
+    conv_bc: Float[Array, "*layers B past GN2"] | None
+    """Last K-1 inputs of the convolution over B and C, 2 G N channels; Mamba-2 only."""
     ssm: Float[Array, "*layers_B_channels N"]
-    """State of the state-space model: [B E N] in Mamba-1, [B H P N] in Mamba-2; at least float32."""
+    """State of the state-space model, [B E N] in Mamba-1 and [B H P N] in Mamba-2, in the accumulator dtype."""
 
 
 @struct.dataclass
 class ModelState:
-    """State of a language model after some tokens."""
+    """State of a language model after any number of tokens."""
 
     layers: MixerState
     """States of all layers, stacked."""
     segment_ids: Int[Array, " B"]
-    """Segment of each row's last token: a call that starts with another segment starts from an empty state."""
+    """Segment of each row's last token; a call whose first token is of another segment starts from an empty state."""
 
 
 def empty_state(config: ModelConfig, batch_size: int, dtype: DTypeLike) -> ModelState:
-    """The state before the first token, for `batch_size` rows.
+    """Return the state before the first token.
 
     Args:
-      dtype: the model's compute type, in which the convolutions' inputs are kept.
+      config: the model.
+      batch_size: number of rows.
+      dtype: the model's compute dtype, that of the convolutions' inputs.
     """
     conv = (config.n_layers, batch_size, config.d_conv - 1)
     if config.kind == "mamba1":
@@ -56,11 +58,11 @@ def empty_state(config: ModelConfig, batch_size: int, dtype: DTypeLike) -> Model
     )
 
 
-def enter_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:
-    """`state` for rows that go on with the segments `first`: emptied in every row whose segment has changed."""
+def reset_changed_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:
+    """Return `state` with every row reset whose segment is not the one of its next token, `first`."""
     same = state.segment_ids == first
 
-    def keep(x: Array) -> Array:  # rows lie on axis 1, behind the layers
+    def keep(x: Array) -> Array:  # axis 1 is the row, axis 0 the layer
         return jnp.where(same.reshape(1, -1, *[1] * (x.ndim - 2)), x, jnp.zeros_like(x))
 
     return ModelState(layers=jax.tree.map(keep, state.layers), segment_ids=first)

@@ -1,4 +1,1 @@
-"""Where the work runs: what a device can do, meshes, sharding rules by parameter path, and multi-host start-up.
-
-Stands on the ground floor: it knows `ops` and `errors`, and nothing of models, training or data.
-"""
+"""Meshes, sharding rules by parameter path, collectives and multi-host start-up; independent of models and data."""

@@ -1,7 +1,7 @@
-"""One program in the processes of several hosts: how they find each other, agree, and end together.
+"""Multi-host start-up: one program in several processes, which start, agree and end together.
 
-JAX's own runtime does the work: its coordinator knows all processes, notices one that dies by its missing heartbeat and
-ends the others. Added here is what it leaves out: when to start it, the reason of a failure for everybody, and a check
+JAX's distributed runtime does the work: its coordinator knows all processes, detects a dead one by its missing
+heartbeat and ends the others. This module adds when to start it, the reason of a failure on every process, and a check
 that all run the same code with the same settings.
 """
 
@@ -26,39 +26,38 @@ from biomamba_jax.config import DistributedConfig
 from biomamba_jax.errors import UserError
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit status of each of several processes that were stopped before their end, whichever got the SIGTERM."""
+"""Exit status of every process of a multi-process run that was stopped early, whichever got the SIGTERM."""
 _FAILURE = "biomamba_jax/failure"
 _VERSIONS = "biomamba_jax/versions"
 DATA_TIMEOUT = 24 * 3600
-"""Seconds in which one process may do what all others wait for, such as preparing data."""
-_TIMEOUT = 300  # seconds for what every process does at once
-_LOOK_SECONDS = 2  # between two looks for a failure of another process
+"""Seconds that processes wait for the one that prepares the data."""
+_TIMEOUT = 300  # seconds for what all processes do at the same time
+_POLL_SECONDS = 2  # between checks for a failure of another process
 
 
 @contextlib.contextmanager
 def processes(config: DistributedConfig) -> Iterator[bool]:
-    """Joins the other processes of this run, if there are any, and ends together with them.
+    """Run the block together with the other processes of this run, if there are any.
 
-    Where one of several fails, its reason is printed by all and all exit with status 1, at once. Must come before
-    anything else that uses JAX.
+    If one of them fails, all print its reason and exit with status 1 at once. Must come before any other use of JAX.
 
-    Returns:
-      Whether this is the first process, which alone writes what is shared.
+    Yields:
+      True in the first process, which alone writes shared files.
 
     Raises:
-      UserError: the others did not come within `config.start_timeout`, or nobody says where they are.
+      UserError: the others did not start within `config.start_timeout`, or their address is not known.
     """
     if not _start(from_xpk_environment(config, os.environ)):
         yield True
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
     ended = threading.Event()
-    threading.Thread(target=_follow_failures, args=(me, ended), name="follow-failures", daemon=True).start()
+    threading.Thread(target=_watch_for_failures, args=(me, ended), name="watch-for-failures", daemon=True).start()
     try:
         yield jax.process_index() == 0
-        wait_for_all("the end", within=DATA_TIMEOUT)
+        barrier("the end", timeout=DATA_TIMEOUT)
     except (Exception, KeyboardInterrupt) as error:
-        # No clean end of JAX's runtime: it would wait for the others, and they for this one's part of a sum.
+        # JAX's runtime is not shut down: it would wait for the others, and they for this process in a collective.
         ended.set()
         if not isinstance(error, UserError | KeyboardInterrupt):
             traceback.print_exc()
@@ -68,8 +67,8 @@ def processes(config: DistributedConfig) -> Iterator[bool]:
 
 
 def _start(config: DistributedConfig) -> bool:
-    """Starts JAX's runtime where this process is one of several; tells whether it is."""
-    if not (config.coordinator or launched_with_others(os.environ)):
+    """Start JAX's runtime if this process is one of several; return True if it is."""
+    if not (config.coordinator or is_multiprocess_launch(os.environ)):
         return False
     try:
         jax.distributed.initialize(
@@ -81,16 +80,16 @@ def _start(config: DistributedConfig) -> bool:
             shutdown_timeout_seconds=_TIMEOUT,
         )
     except Exception as error:
-        what = config.coordinator or "the launcher's own settings"
+        address = config.coordinator or "the launcher's settings"
         raise UserError(
-            f"distributed: the processes did not meet through {what} within {config.start_timeout} s "
+            f"distributed: the processes did not connect through {address} within {config.start_timeout} s "
             f"({_one_line(error)[:200]}); check the address, and that all of them were started"
         ) from error
     return jax.process_count() > 1
 
 
 def from_xpk_environment(config: DistributedConfig, environment: Mapping[str, str]) -> DistributedConfig:
-    """The config with what xpk tells the pods of GPU nodes about each other, of which JAX reads a part only."""
+    """Return the config with the addresses that xpk gives to pods of GPU nodes, which JAX does not read whole."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK")
     address, port, count, rank = (environment.get(name, "") for name in names)
     if config.coordinator or not (address and port and count and rank) or int(count) == 1:
@@ -98,13 +97,13 @@ def from_xpk_environment(config: DistributedConfig, environment: Mapping[str, st
     return dataclasses.replace(config, coordinator=f"{address}:{port}", processes=int(count), process_id=int(rank))
 
 
-def launched_with_others(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX can ask started this process as one of several.
+def is_multiprocess_launch(environment: Mapping[str, str]) -> bool:
+    """Return True if a launcher that JAX supports started this process as one of several.
 
-    JAX can ask Open MPI up to version 4, SLURM's srun, and the TPU hosts of GKE and Cloud TPU.
+    JAX supports Open MPI up to version 4, SLURM's srun, and the TPU hosts of GKE and Cloud TPU.
 
     Raises:
-      UserError: an MPI that JAX cannot ask started this process as one of several: Open MPI 5, MPICH, Intel MPI.
+      UserError: an MPI that JAX does not support started it as one of several: Open MPI 5, MPICH, Intel MPI.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
         several = int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
@@ -121,26 +120,26 @@ def launched_with_others(environment: Mapping[str, str]) -> bool:
         return True
     if "TPU_WORKER_HOSTNAMES" in environment:
         return "," in environment["TPU_WORKER_HOSTNAMES"]
-    # A Cloud TPU VM names its hosts in its metadata, which JAX asks; on a single host that comes to one process.
+    # A Cloud TPU VM lists its hosts in its metadata, which JAX reads; a single host has one process.
     return any(Path(device).exists() for device in ("/dev/accel0", "/dev/vfio/0"))
 
 
 def _no_address(size: str, rank: str, environment: Mapping[str, str]) -> UserError:
     return UserError(
-        f"distributed: this is one of {environment[size]} processes ({size}) of an MPI that does not tell JAX their "
+        f"distributed: this is one of {environment[size]} processes ({size}) of an MPI that does not give JAX their "
         "address; give all of them --distributed.coordinator=HOST:PORT of the first, "
         f"--distributed.processes=${size} and --distributed.process_id=${rank}"
     )
 
 
 def require_same_config(settings: Any) -> None:
-    """Compares code and settings of all processes, so that a stale worker is found before it does harm.
+    """Compare code, versions and settings of all processes, so that a stale worker is found at the start.
 
     Args:
-      settings: whatever JSON can hold.
+      settings: JSON values.
 
     Raises:
-      UserError: this process differs from process 0; says in what.
+      UserError: this process differs from process 0; names the difference.
     """
     if jax.process_count() == 1:
         return
@@ -156,62 +155,61 @@ def require_same_config(settings: Any) -> None:
     for name, value in mine.items():
         if theirs[name] != value:
             raise UserError(
-                f"{name} is {value} here, {theirs[name]} in process 0; install the same version and give the same "
+                f"{name} is {value} in this process, {theirs[name]} in process 0; use the same version and "
                 "config everywhere"
             )
 
 
-def wait_for_all(name: str, within: float) -> None:
-    """A barrier: returns once all processes have come to it.
+def barrier(name: str, timeout: float) -> None:
+    """Return once all processes have reached the barrier.
 
     Args:
-      name: of this barrier alone.
-      within: seconds.
+      name: unique name of the barrier.
+      timeout: seconds.
 
     Raises:
-      UserError: some did not come in time.
+      UserError: a process did not reach it in time.
     """
     if jax.process_count() == 1:
         return
     try:
-        _client().wait_at_barrier(f"biomamba_jax/{name}", int(within * 1000))
+        _client().wait_at_barrier(f"biomamba_jax/{name}", int(timeout * 1000))
     except Exception as error:
-        raise UserError(f"waited {within:,.0f} s for the other processes at {name!r}: {_one_line(error)}") from error
+        raise UserError(f"waited {timeout:,.0f} s for the other processes at {name!r}: {_one_line(error)}") from error
 
 
 def exit_if_stopped(complete: bool) -> None:
-    """Leaves with status `STOPPED` where this is one of several processes and they were asked to stop.
+    """Exit with status `STOPPED` if this is one of several processes and the run was stopped early.
 
-    One SIGTERM stops all, and only the process that got it would be known to have been stopped: what started the others
-    must not take their run for finished. A process alone leaves with status 0. Must come after `processes`, whose end
-    all wait for.
+    One SIGTERM stops all processes; the launchers of those that did not get it must not take the run for finished. A
+    single process exits with status 0. Must come after `processes`, whose end all wait for.
 
     Args:
-      complete: whether the run came to its end.
+      complete: True if the run reached its end.
     """
     if not complete and jax.process_count() > 1:
         raise SystemExit(STOPPED)
 
 
-def _follow_failures(me: str, ended: threading.Event) -> None:
-    """Ends this process when another one has published why it failed."""
+def _watch_for_failures(me: str, ended: threading.Event) -> None:
+    """End this process when another one has published why it failed."""
     client = _client()
-    while not ended.wait(_LOOK_SECONDS):
+    while not ended.wait(_POLL_SECONDS):
         try:
             reason = client.key_value_try_get(_FAILURE)
-        except Exception:  # there is none yet
+        except Exception:  # no failure so far
             continue
         if not ended.is_set():
-            _exit(f"{me} ends: {reason}", publish=False)
+            _exit(f"{me} exits: {reason}", publish=False)
 
 
 def _exit(reason: str, publish: bool) -> None:
     print(f"error: {reason}", file=sys.stderr, flush=True)
     if publish:
-        with contextlib.suppress(Exception):  # another one was first, or the coordinator is gone
+        with contextlib.suppress(Exception):  # another process was first, or the coordinator is gone
             _client().key_value_set(_FAILURE, reason)
-    if jax.process_index() == 0:  # which holds what was published: the others end first
-        threading.Event().wait(2 * _LOOK_SECONDS)
+    if jax.process_index() == 0:  # the coordinator, which serves the reason to the others: they exit first
+        threading.Event().wait(2 * _POLL_SECONDS)
     os._exit(1)
 
 
@@ -220,14 +218,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _client() -> Any:
-    # JAX has no public name for its key-value store and barriers with time-outs; orbax uses this one too.
+    # JAX has no public API for its key-value store and barriers with timeouts; orbax uses this one too.
     from jax._src import distributed
 
     return distributed.global_state.client
 
 
 def _code_digest() -> str:
-    """A hash of the package's source files."""
+    """Return a hash of the package's source files."""
     folder = Path(biomamba_jax.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

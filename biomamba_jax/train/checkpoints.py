@@ -1,9 +1,7 @@
-"""Checkpoints of a run, on orbax: written in the background, atomic, and compared with the run before they are
-restored.
+"""Checkpoints of a run, on orbax: written in the background, atomic, and checked against the run before restoring.
 
 A checkpoint holds the train state (parameters, optimizer state, moving average, step, random key, counters) and, as
-JSON, what the loop needs to go on exactly where it stopped: the data iterator's state and the sums of the metrics line
-in progress.
+JSON, what the loop needs to resume exactly: the data iterator's state and the sums of the metrics line in progress.
 """
 
 from collections.abc import Sequence
@@ -16,13 +14,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.train.optimizer import path_names
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 _FOLDER = "checkpoints"
 
 
 class _Best(policies.PreservationPolicy):
-    """Keeps one step."""
+    """Preserves one step."""
 
     step: int | None = None
 
@@ -31,7 +29,7 @@ class _Best(policies.PreservationPolicy):
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Whether a run has a whole checkpoint to go on from; one that a killed process left half-written is none."""
+    """Return True if a run has a complete checkpoint; one that a killed process left half-written does not count."""
     return bool(ocp.utils.checkpoint_steps(run_dir / _FOLDER))
 
 
@@ -46,7 +44,7 @@ class Checkpoints:
             kept.append(policies.EveryNSteps(config.keep_every))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,  # what a killed process left half-written
+            cleanup_tmp_directories=True,  # left half-written by a killed process
             enable_async_checkpointing=True,
         )
         # Handlers are named here so that a new process can read what an earlier one wrote.
@@ -65,13 +63,13 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, loop: dict[str, Any], *, best: int | None = None) -> None:
-        """Starts writing a checkpoint; returns as soon as the arrays have been copied. A step that exists is left as it
-        is.
+        """Start writing a checkpoint, unless the step has one; return as soon as the arrays have been copied.
 
         Args:
+          step: optimizer steps done.
           state: a pytree of arrays.
-          loop: whatever JSON can hold.
-          best: a step whose checkpoint is kept, however many follow.
+          loop: JSON values.
+          best: a step whose checkpoint is preserved however many follow.
         """
         self._best.step = best
         if step in self._manager.all_steps():
@@ -80,13 +78,13 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint's state and loop data.
+        """Return the newest checkpoint's state and loop data.
 
         Args:
           like: the state expected, as arrays or `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
-          UserError: there is none, or its tree, shapes or types differ; the message lists every difference.
+          UserError: there is none, or its tree, shapes or dtypes differ; the message lists every difference.
         """
         step = self.latest
         if step is None:
@@ -99,23 +97,20 @@ class Checkpoints:
         return restored["state"], restored["loop"]
 
     def wait(self) -> None:
-        """Blocks until everything saved so far is on disk."""
+        """Block until everything saved so far is on disk."""
         self._manager.wait_until_finished()
 
 
-def _leaves(tree: Any) -> dict[str, str]:
-    """path -> "dtype[shape]" of every array."""
-    names = jax.tree.leaves(path_names(tree))
-    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, jax.tree.leaves(tree), strict=True)}
-
-
 def check_same_tree(saved: Any, expected: Any, where: str) -> None:
-    """Compares two trees of arrays (or of anything with shape and dtype) by path, shape and type.
+    """Compare two trees of arrays (or of anything with shape and dtype) by path, shape and dtype.
 
     Raises:
-      UserError: they differ; the message is a table of key, saved and expected.
+      UserError: they differ; the message lists key, saved and expected.
     """
-    left, right = _leaves(saved), _leaves(expected)
+    left, right = (
+        {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
+        for tree in (saved, expected)
+    )
     keys = [key for key in sorted(left | right) if left.get(key) != right.get(key)]
     if keys:
         rows = "; ".join(f"{key}: saved {left.get(key, '-')}, expected {right.get(key, '-')}" for key in keys)

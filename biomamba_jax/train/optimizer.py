@@ -1,7 +1,7 @@
-"""AdamW for Mamba: what is decayed, layer-wise learning rates and the averaged weights, each an optax transform.
+"""AdamW for Mamba, with layer-wise learning rates and a moving average of the weights, as optax transforms.
 
-Parameters are a nested dict of arrays; rules are regular expressions on their paths ("layers/mixer/out/kernel"). A rule
-that matches nothing is an error, so that a renamed parameter cannot silently lose its rule.
+Parameters are a nested dict of arrays; rules are regular expressions for their paths ("layers/mixer/out/kernel"). A
+rule that matches nothing is an error, so that a renamed parameter cannot silently lose its rule.
 """
 
 import re
@@ -18,36 +18,30 @@ from biomamba_jax.parallel.sharding import path_names
 
 Params = Any
 
-# Matrices, the embedding and the convolution's taps. Everything else (norms, biases, A_log, D, dt_bias) is never
-# decayed.
 DECAYED = (r"embedding", r"layers/mixer/.*/kernel", r"layers/mixer/conv.*/weight")
-DECAYED_UNTIED = (*DECAYED, r"lm_head")
-
-
-def matching(tree: Params, patterns: tuple[str, ...]) -> Params:
-    """A tree of booleans: does any of `patterns` match the whole path?
-
-    Raises:
-      UserError: a pattern matches no path.
-    """
-    names = path_names(tree)
-    for pattern in patterns:
-        if not any(re.fullmatch(pattern, name) for name in jax.tree.leaves(names)):
-            raise UserError(f"optimizer: pattern {pattern!r} matches no parameter; paths: {jax.tree.leaves(names)}")
-    return jax.tree.map(lambda name: any(re.fullmatch(pattern, name) for pattern in patterns), names)
+"""Parameters that weight decay applies to: matrices, embedding and convolution taps, and an untied lm_head. Norms,
+biases, A_log, D and dt_bias are never decayed."""
 
 
 def decay_mask(params: Params) -> Params:
-    """True for the parameters of a model that weight decay applies to."""
-    return matching(params, DECAYED_UNTIED if "lm_head" in params else DECAYED)
+    """Return a tree of booleans: True for the parameters of a model that weight decay applies to.
+
+    Raises:
+      UserError: a rule matches no parameter.
+    """
+    rules = (*DECAYED, r"lm_head") if "lm_head" in params else DECAYED
+    names = path_names(params)
+    for rule in rules:
+        if not any(re.fullmatch(rule, name) for name in jax.tree.leaves(names)):
+            raise UserError(f"optimizer: rule {rule!r} matches no parameter; paths: {jax.tree.leaves(names)}")
+    return jax.tree.map(lambda name: any(re.fullmatch(rule, name) for rule in rules), names)
 
 
-def scale_by_layer(model: ModelConfig, decay: float, embedding_rate: str) -> optax.GradientTransformation:
-    """Multiplies updates by decay^(layers above): 1 for the head and final norm, decay for the top layer, and so on
-    down.
+def scale_by_layer_decay(model: ModelConfig, decay: float, embedding_rate: str) -> optax.GradientTransformation:
+    """Return a transform that multiplies updates by decay^(layers above).
 
-    The embedding counts as the layer below the first ("bottom"), or keeps the full rate ("full"), as BioMamba's
-    published recipe has it for the tied embedding.
+    The factor is 1 for the head and the final norm, `decay` for the top layer, and so on down. The embedding counts as
+    the layer below the first ("bottom"), or keeps the full rate ("full"), as in BioMamba's published recipe.
     """
     rates = decay ** jnp.arange(model.n_layers, 0, -1, dtype=jnp.float32)
     bottom = decay ** (model.n_layers + 1) if embedding_rate == "bottom" else 1.0
@@ -61,13 +55,14 @@ def scale_by_layer(model: ModelConfig, decay: float, embedding_rate: str) -> opt
 
 
 class AverageState(NamedTuple):
-    """Exponential moving average of the weights."""
+    """State of `average_weights`."""
 
     average: Params
+    """Exponential moving average of the weights."""
 
 
 def average_weights(decay: float) -> optax.GradientTransformation:
-    """Keeps an exponential moving average of the weights after each update. Must be last in a chain."""
+    """Return a transform that averages the weights after each update exponentially. Must be last in a chain."""
 
     def init(params: Params) -> AverageState:
         return AverageState(jax.tree.map(jnp.copy, params))
@@ -83,20 +78,23 @@ def make_optimizer(
     config: OptimizerConfig,
     model: ModelConfig,
     learning_rate: optax.Schedule,
-    decayed: Callable[[Params], Params] = decay_mask,
+    weight_decay_mask: Callable[[Params], Params] = decay_mask,
 ) -> optax.GradientTransformation:
-    """AdamW as the config describes it.
+    """Return AdamW as the config describes it.
 
     Args:
-      decayed: a tree of booleans from parameters: which of them weight decay applies to.
+      config: rates, decays and clipping.
+      model: number of layers, for layer-wise learning rates.
+      learning_rate: schedule of the learning rate.
+      weight_decay_mask: returns a tree of booleans for parameters: True where weight decay applies.
     """
     steps: list[optax.GradientTransformation] = []
     if config.clip:
         steps.append(optax.clip_by_global_norm(config.clip))
     steps.append(optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))
-    steps.append(optax.add_decayed_weights(config.weight_decay, decayed))
+    steps.append(optax.add_decayed_weights(config.weight_decay, weight_decay_mask))
     if config.layer_decay != 1:
-        steps.append(scale_by_layer(model, config.layer_decay, config.embedding_rate))
+        steps.append(scale_by_layer_decay(model, config.layer_decay, config.embedding_rate))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     if config.ema:
         steps.append(average_weights(config.ema))
@@ -104,7 +102,7 @@ def make_optimizer(
 
 
 def evaluation_weights(params: Params, optimizer_state: Any) -> Params:
-    """The weights that are evaluated and exported: their moving average where the optimizer keeps one."""
+    """Return the weights to evaluate and export: their moving average where the optimizer keeps one."""
     is_average: Callable[[Any], bool] = lambda node: isinstance(node, AverageState)  # noqa: E731
     averages = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_average) if is_average(node)]
     return averages[0].average if averages else params

@@ -1,15 +1,15 @@
-"""What a run needs before its first step: sizes that the shards decide, initial values, and the run directory."""
+"""The start of a run: sizes that the shards determine, the run directory, and a line that describes it."""
 
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import yaml
+from flax.traverse_util import flatten_dict
 
 from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
@@ -22,7 +22,7 @@ from biomamba_jax.train.training_text import epoch_tokens
 
 
 def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
-    """`model` with the vocabulary of the shards' tokenizer.
+    """Return `model` with the vocabulary of the shards' tokenizer.
 
     Raises:
       UserError: the config names a vocabulary that is too small for the shards.
@@ -31,19 +31,19 @@ def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
     if model.vocab_size is not None and model.vocab_size < vocabulary:
         raise UserError(
             f"model.vocab_size = {model.vocab_size}: the shards' tokenizer {manifest.tokenizer.name!r} has "
-            f"{vocabulary} ids; leave vocab_size out to take them from the shards"
+            f"{vocabulary} ids; leave vocab_size out to use that"
         )
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
 
 
-def with_execution_settings(model: ModelConfig, how: ModelConfig) -> ModelConfig:
-    """The sizes of `model`, which weights have, computed as `how` says."""
+def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> ModelConfig:
+    """Return the sizes of `model`, those of its weights, with the execution settings of `execution`."""
     settings = ("chunk_size", "compute_dtype", "kernels", "remat", "unroll")
-    return dataclasses.replace(model, **{name: getattr(how, name) for name in settings})
+    return dataclasses.replace(model, **{name: getattr(execution, name) for name in settings})
 
 
 def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
-    """Optimizer steps of the run. An epoch is as many steps as the training split's tokens fill."""
+    """Return the optimizer steps of the run; an epoch is as many as the training split's tokens fill."""
     if config.train.steps is not None:
         return config.train.steps
     tokens_a_step = config.data.batch_size * config.data.sequence_length
@@ -51,13 +51,16 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
 
 
 def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start: int | None) -> list[str]:
-    """Writes the resolved config, the tokenizer and this start into the run directory, from the first process.
+    """Write the resolved config, the tokenizer and this start into the run directory, from the first process.
 
     Args:
-      tokenizer: its file, where there is one: so that the run's weights can be used without its data.
+      run_dir: made if it does not exist.
+      config: the resolved config.
+      tokenizer: file to copy, so that the run's weights can be used without its data.
+      start: step of the checkpoint that the run resumes from.
 
     Returns:
-      One line for each setting that differs from the run's earlier ones.
+      One line for each setting that differs from the run's earlier config.
     """
     if jax.process_index() != 0:
         return []
@@ -70,21 +73,13 @@ def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start
     record_start(run_dir, start or 0)
     if earlier is None:
         return []
-    before, now = dict(_flat(earlier)), dict(_flat(dataclasses.asdict(config)))
+    before, now = (flatten_dict(settings, sep=".") for settings in (earlier, dataclasses.asdict(config)))
     changed = [key for key in now if before.get(key) != now[key]]
     return [f"changed since this run began: {key} was {before.get(key)!r}, is {now[key]!r}" for key in changed]
 
 
-def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def describe(config: RunConfig, epochs: float, steps: int, start: int | None, params: Any) -> str:
-    """One line that says what is about to happen."""
+    """Return a line that describes the run: model, batches, length, devices and start."""
     data, model = config.data, config.model
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     tokens = steps * data.batch_size * data.sequence_length
@@ -92,13 +87,13 @@ def describe(config: RunConfig, epochs: float, steps: int, start: int | None, pa
     where = f"resumed at step {start:,}" if start is not None else "from the start"
     return (
         f"{model.kind}, {model.n_layers} layers of {model.d_model}, {count / 1e6:.1f} M parameters, vocabulary "
-        f"{model.vocab_size:,}; {data.batch_size} x {data.sequence_length:,} tokens a step, {steps:,} steps = "
+        f"{model.vocab_size:,}; {data.batch_size} x {data.sequence_length:,} tokens per step, {steps:,} steps = "
         f"{tokens / 1e6:,.1f} M tokens = {epochs:.2f} epochs; {devices}; {where}"
     )
 
 
 def total_peak_flops(dtype: jnp.dtype) -> float | None:
-    """Peak FLOP/s of all devices for products of `dtype`; measured on a CPU, None where it is not known."""
+    """Return the peak FLOP/s of all devices for products of `dtype`: measured on a CPU, None where unknown."""
     device = jax.devices()[0]
     if device.platform == "cpu":
         return measure_matmul_flops()  # virtual devices share one CPU

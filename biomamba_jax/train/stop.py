@@ -1,7 +1,7 @@
-"""Being asked to stop: SIGTERM (preemption, a scheduler) and Ctrl-C end a run after the step in progress.
+"""SIGTERM (from preemption or a scheduler) and Ctrl-C end a run after the step in progress.
 
-Of several processes any may get a SIGTERM: JAX's runtime then names a step that none has begun yet, after which all
-stop. Ctrl-C ends them without.
+With several processes, any may get a SIGTERM: JAX's runtime then agrees on a step that none has begun yet, after which
+all stop. Ctrl-C ends them at once.
 """
 
 import signal
@@ -13,9 +13,9 @@ from jax.experimental import multihost_utils
 
 
 class StopRequest:
-    """While active, the first SIGTERM or SIGINT only sets `requested`; the next one acts as it would otherwise.
+    """A context in which the first SIGTERM or SIGINT only sets `requested`; the next one has its usual effect.
 
-    With several processes signals are left to JAX's runtime.
+    With several processes, signals are left to JAX's runtime.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class StopRequest:
         self._restore()
 
     def at(self, step: int) -> bool:
-        """Whether to stop after this step; to be asked once a step, by all processes."""
+        """Return True to stop after this step; every process calls this once per step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.requested = "SIGTERM"
         return self.requested is not None

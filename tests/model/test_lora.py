@@ -55,7 +55,7 @@ def test_a_target_that_matches_no_matrix_is_refused_with_those_there_are(target)
 
 
 def test_a_target_that_is_no_regular_expression_is_refused():
-    with pytest.raises(UserError, match=r"lora.targets: '\(' is no regular expression"):
+    with pytest.raises(UserError, match=r"lora.targets: '\(' is not a valid regular expression"):
         adapted_paths(random_weights(CONFIGS["mamba2"]).params, ["("])
 
 

@@ -11,7 +11,7 @@ from biomamba_jax.parallel.distributed import (
     STOPPED,
     exit_if_stopped,
     from_xpk_environment,
-    launched_with_others,
+    is_multiprocess_launch,
     processes,
 )
 
@@ -37,7 +37,7 @@ INTEL_MPI = {"PMI_SIZE": "4", "PMI_RANK": "1"}
     ],
 )
 def test_a_process_is_one_of_several_where_its_launcher_says_so(environment, several):
-    assert launched_with_others({"JAX_PLATFORMS": "cpu"} | environment) == several
+    assert is_multiprocess_launch({"JAX_PLATFORMS": "cpu"} | environment) == several
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_a_process_is_one_of_several_where_its_launcher_says_so(environment, sev
 )
 def test_a_tpu_host_is_one_of_several_where_its_slice_has_more(monkeypatch, environment, several):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert launched_with_others(environment) == several
+    assert is_multiprocess_launch(environment) == several
 
 
 @pytest.mark.parametrize(("environment", "size"), [(OPEN_MPI_5, "OMPI_COMM_WORLD_SIZE"), (INTEL_MPI, "PMI_SIZE")])

@@ -17,7 +17,7 @@ def log(run_dir, steps, *, last_step=None):
     with MetricsWriter(run_dir, last_step=last_step, tensorboard=False) as writer:
         for step in steps:
             writer.write(step, "train", {"loss": np.float32(1 / (step + 3)), "tokens": 128 * step})
-            writer.write(step, "validation", {"loss": jnp.float32(0.1)}, domain="pubmed")
+            writer.write(step, "validation", {"loss": jnp.float32(0.1)})
             writer.write_timing(step, {"tokens_per_second": 1.5, "share_of_peak": None})
 
 
@@ -25,7 +25,7 @@ def test_a_line_keeps_the_order_of_keys_and_the_exact_float32(tmp_path):
     log(tmp_path, [1])
     first, second = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert first == '{"step": 1, "split": "train", "loss": 0.25, "tokens": 128}'
-    assert second == '{"step": 1, "split": "validation", "domain": "pubmed", "loss": 0.10000000149011612}'
+    assert second == '{"step": 1, "split": "validation", "loss": 0.10000000149011612}'
     assert np.float32(json.loads(second)["loss"]) == np.float32(0.1)
 
 
@@ -85,14 +85,14 @@ def test_a_broken_line_is_named(tmp_path):
         read_metrics(tmp_path)
 
 
-def test_tensorboard_has_a_curve_for_each_split_and_domain(tmp_path):
+def test_tensorboard_has_a_curve_for_each_value_of_a_split(tmp_path):
     with MetricsWriter(tmp_path, last_step=None) as writer:
         writer.write(1, "train", {"loss": 2.0})
-        writer.write(1, "validation", {"loss": math.nan}, domain="pubmed")
+        writer.write(1, "validation", {"loss": math.nan})
         writer.write_timing(1, {"tokens_per_second": 3.0})
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
-    assert all(tag in content for tag in (b"train/loss", b"validation/pubmed/loss", b"timing/tokens_per_second"))
+    assert all(tag in content for tag in (b"train/loss", b"validation/loss", b"timing/tokens_per_second"))
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_weights_and_biases_goes_on_in_the_same_run_after_a_resume(tmp_path, mon
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
     for last_step in (None, 1, None):
         with MetricsWriter(tmp_path, last_step=last_step, wandb_project="mamba") as writer:
-            writer.write(2, "validation", {"loss": 2.0}, domain="pubmed")
+            writer.write(2, "validation", {"loss": 2.0})
     first, resumed, fresh = (run.settings["id"] for run in runs)
     assert first == resumed != fresh
-    assert runs[0].logged == [{"validation/pubmed/loss": 2.0, "step": 2}]
+    assert runs[0].logged == [{"validation/loss": 2.0, "step": 2}]
