@@ -74,23 +74,10 @@ class InferenceModel:
                 return jnp.asarray(x, accumulator_dtype(dtype))
             return jnp.asarray(x.T if path[-1].key == "kernel" and _is_cpu_bfloat16(dtype) else x, dtype)
 
-        def take(name: str) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda path, x: place((jax.tree_util.DictKey(name), *path), x), params[name]
-            )
-
-        layers = []
-        for index in range(config.n_layers):
-            one = jax.tree.map(lambda x, index=index: x[index], params["layers"])
-            layers.append(jax.tree_util.tree_map_with_path(place, one))
-        return cls(
-            embedding=take("embedding"),
-            layers=tuple(layers),
-            norm_f=take("norm_f"),
-            lm_head=None if config.tie_embeddings else take("lm_head"),
-            config=config,
-            dtype=dtype,
-        )
+        layers = (jax.tree.map(lambda x, i=i: x[i], params["layers"]) for i in range(config.n_layers))
+        unstacked = {**params, "layers": tuple(layers)}
+        placed = jax.tree_util.tree_map_with_path(place, unstacked)
+        return cls(**{"lm_head": None} | placed, config=config, dtype=dtype)
 
     def hidden(
         self,

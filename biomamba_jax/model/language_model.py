@@ -17,6 +17,7 @@ from biomamba_jax.model.mamba2 import Mamba2Mixer
 from biomamba_jax.model.state import MixerState, ModelState, empty_state, reset_changed_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.numerics import accumulator_dtype
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, recompute_all_gathers
 
 _MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
@@ -95,9 +96,8 @@ class LanguageModel(nnx.Module):
           state.
         """
         hidden, state = self.hidden(tokens, state, segment_ids)
-        head = self.head[...].astype(self.dtype)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        return jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=wide), state
+        head, dtype = self.head[...].astype(self.dtype), accumulator_dtype(self.dtype)
+        return jnp.einsum("bld,vd->blv", hidden, head, preferred_element_type=dtype), state
 
     def hidden(
         self,
@@ -127,9 +127,9 @@ class LanguageModel(nnx.Module):
         if self.config.remat != "none" or collectives.fsdp_axes:
             policy = recompute_all_gathers(_REMAT[self.config.remat])
             layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
-        wide = jnp.promote_types(self.dtype, jnp.float32)
-        table = collectives.all_gather("embedding", self.embedding[...], wide)
-        h = collectives.vocab_parallel_embedding(table, tokens).astype(wide)
+        dtype = accumulator_dtype(self.dtype)
+        table = collectives.all_gather("embedding", self.embedding[...], dtype)
+        h = collectives.vocab_parallel_embedding(table, tokens).astype(dtype)
         h, states = jax.lax.scan(layer, h, (layers, None if state is None else state.layers), unroll=self.config.unroll)
         if segment_ids is not None:
             last = segment_ids[:, -1]

@@ -7,6 +7,7 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.numerics import accumulator_dtype
 
 
 @struct.dataclass
@@ -39,23 +40,18 @@ def empty_state(config: ModelConfig, batch_size: int, dtype: DTypeLike) -> Model
       batch_size: number of rows.
       dtype: the model's compute dtype, that of the convolutions' inputs.
     """
-    conv = (config.n_layers, batch_size, config.d_conv - 1)
-    if config.kind == "mamba1":
-        conv_bc = None
-        channels: tuple[int, ...] = (config.d_inner,)
-    else:
-        conv_bc = jnp.zeros((*conv, 2 * config.n_groups * config.state_size), dtype)
-        channels = (config.n_heads, config.headdim)
-    return ModelState(
-        layers=MixerState(
-            conv_x=jnp.zeros((*conv, config.d_inner), dtype),
-            conv_bc=conv_bc,
-            ssm=jnp.zeros(
-                (config.n_layers, batch_size, *channels, config.state_size), jnp.promote_types(dtype, jnp.float32)
-            ),
-        ),
-        segment_ids=jnp.zeros(batch_size, jnp.int32),
+    mamba1, rows = config.kind == "mamba1", (config.n_layers, batch_size)
+    channels = (config.d_inner,) if mamba1 else (config.n_heads, config.headdim)
+
+    def conv(channels: int) -> Array:
+        return jnp.zeros((*rows, config.d_conv - 1, channels), dtype)
+
+    layers = MixerState(
+        conv_x=conv(config.d_inner),
+        conv_bc=None if mamba1 else conv(2 * config.n_groups * config.state_size),
+        ssm=jnp.zeros((*rows, *channels, config.state_size), accumulator_dtype(dtype)),
     )
+    return ModelState(layers=layers, segment_ids=jnp.zeros(batch_size, jnp.int32))
 
 
 def reset_changed_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:

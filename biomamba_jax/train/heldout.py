@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,64 +17,73 @@ from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import host_batch, shard_batch
 from biomamba_jax.train.step import LossFunction, language_model_loss
 
+Metrics = dict[str, float]
+
 
 class LossEvaluator:
-    """Sums a loss over batches, on all devices.
+    """Evaluates parameters by a loss summed over the same batches every time, on all devices.
 
     Args:
       loss: of one device's shard; see `language_model_loss`.
       layout: devices, and the sharding of parameters.
+      batches: returns this host's batches.
+      metrics: the metrics to report, of `LossSums` by name.
       frozen: further arguments of the loss.
     """
 
-    def __init__(self, loss: LossFunction, layout: Layout, frozen: tuple[Any, ...] = ()):
+    def __init__(
+        self,
+        loss: LossFunction,
+        layout: Layout,
+        batches: Callable[[], Iterable[Batch]],
+        metrics: Callable[[Metrics], Metrics],
+        frozen: tuple[Any, ...] = (),
+    ):
         sums = layout.sharded_sum(lambda *arguments: (loss(*arguments)[1], None), with_gradients=False)
         self._sums, self._mesh, self._frozen = jax.jit(sums), layout.mesh, frozen
+        self._batches, self._metrics = batches, metrics
 
-    def __call__(self, params: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        """Return `LossSums` by name, accumulated over batches in float64: float32 would lose digits."""
+    def __call__(self, params: Any) -> Metrics:
+        """Return the metrics of parameters; sums are accumulated over batches in float64."""
         total = dict.fromkeys(LossSums._fields, 0.0)
-        for batch in batches:
+        for batch in self._batches():
             sums, _ = jax.device_get(self._sums(params, shard_batch(batch, self._mesh), *self._frozen))
             total = {name: total[name] + float(value) for name, value in sums._asdict().items()}
-        return total
+        return self._metrics(total)
 
 
-class HeldOutEvaluator:
-    """Evaluates parameters on the validation split of the shards, always on the same batches.
+def held_out_evaluator(graph: nnx.GraphDef, data: DataConfig, layout: Layout, count: int | None) -> LossEvaluator:
+    """Return an evaluator of the plain cross-entropy on the validation split, without smoothing and z-loss.
 
     Args:
       graph: the model's graph definition.
       data: shards and batch size.
       layout: devices, and the sharding of parameters.
-      batches: number of batches; None for the whole split, whose bits per byte are exact. Those of fewer batches assume
+      count: number of batches; None for the whole split, whose bits per byte are exact. Those of fewer batches assume
         the split's mean bytes per token.
+
+    Raises:
+      UserError: the split is empty.
     """
+    info = Manifest.load(data.path).splits["validation"]
+    if info.documents == 0:
+        raise UserError(f"{data.path}: the validation split is empty; prepare with a larger validation_fraction")
+    bytes_per_token = info.bytes / info.tokens
+    rows = host_batch(data.batch_size, layout.mesh)
 
-    def __init__(self, graph: nnx.GraphDef, data: DataConfig, layout: Layout, *, batches: int | None):
-        info = Manifest.load(data.path).splits["validation"]
-        if info.documents == 0:
-            raise UserError(f"{data.path}: the validation split is empty; prepare with a larger validation_fraction")
-        self._data, self._mesh, self._batches = data, layout.mesh, batches
-        self._bytes_per_token = info.bytes / info.tokens
-        # The plain cross-entropy, without the smoothing and z-loss of the training loss.
-        self._sums = LossEvaluator(language_model_loss(graph, LossConfig(), layout.collectives), layout)
+    def batches() -> Iterable[Batch]:
+        return itertools.islice(evaluation_batches(data.path, sequence_length=data.sequence_length, **rows), count)
 
-    def __call__(self, params: Any) -> dict[str, float]:
-        """Return loss in nats per token, perplexity, bits per byte and the number of tokens."""
-        batches = evaluation_batches(
-            self._data.path,
-            sequence_length=self._data.sequence_length,
-            **host_batch(self._data.batch_size, self._mesh),
-        )
-        sums = self._sums(params, itertools.islice(batches, self._batches))
+    def metrics(sums: Metrics) -> Metrics:
         loss = sums["nll"] / sums["weight"]
         return {
             "loss": loss,
             "perplexity": perplexity(loss),
-            "bits_per_byte": loss / math.log(2) / self._bytes_per_token,
+            "bits_per_byte": loss / math.log(2) / bytes_per_token,
             "tokens": int(sums["weight"]),
         }
+
+    return LossEvaluator(language_model_loss(graph, LossConfig(), layout.collectives), layout, batches, metrics)
 
 
 def perplexity(loss: float) -> float:

@@ -20,17 +20,24 @@ from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated, shard_batch
 from biomamba_jax.train.checkpoints import Checkpoints
-from biomamba_jax.train.heldout import HeldOutEvaluator
+from biomamba_jax.train.heldout import held_out_evaluator
 from biomamba_jax.train.meters import BestEvaluation, IntervalMeter, IntervalTotals, ThroughputMeter
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.optimizer import evaluation_weights
 from biomamba_jax.train.program import TrainProgram, pretrain_program
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
-from biomamba_jax.train.setup import describe, open_run_dir, total_peak_flops, total_steps, with_vocabulary
+from biomamba_jax.train.setup import (
+    describe,
+    epoch_tokens,
+    open_run_dir,
+    total_peak_flops,
+    total_steps,
+    training_mixture,
+    with_vocabulary,
+)
 from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.stop import StopRequest
-from biomamba_jax.train.training_text import epoch_tokens, training_mixture
 
 Hook = Callable[[int, TrainState], None]
 
@@ -85,7 +92,7 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
         program=program,
         steps=steps,
         epoch_steps=epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
-        evaluate=HeldOutEvaluator(program.graph, data, program.layout, batches=config.train.eval_batches),
+        evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
         batches=train_iterator(
             data.path,
             sequence_length=data.sequence_length,

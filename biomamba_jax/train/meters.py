@@ -146,14 +146,14 @@ class ThroughputMeter:
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """Leave the time of the block out."""
-        paused = time.perf_counter()
+        begin = time.perf_counter()
         yield
-        self._start += time.perf_counter() - paused
+        self._start += time.perf_counter() - begin
 
     @property
     def speed(self) -> Speed:
         """Throughput of the interval."""
-        share = None if self._share is None else self._share * self._tokens_per_second
+        share = self._share and self._share * self._tokens_per_second
         return Speed(self._tokens_per_second, share, self._waited / self._elapsed)
 
     @property

@@ -13,12 +13,12 @@ from flax.traverse_util import flatten_dict
 
 from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
-from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
+from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
+from biomamba_jax.data.mixture import Mixture, Share
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.train.report import record_start
-from biomamba_jax.train.training_text import epoch_tokens
 
 
 def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
@@ -40,6 +40,26 @@ def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> Model
     """Return the sizes of `model`, those of its weights, with the execution settings of `execution`."""
     settings = ("chunk_size", "compute_dtype", "kernels", "remat", "unroll")
     return dataclasses.replace(model, **{name: getattr(execution, name) for name in settings})
+
+
+def training_mixture(data: DataConfig) -> Mixture | None:
+    """Return the mixture of sources to train on; None for data.path alone."""
+    if not data.mixture.sources:
+        return None
+    weights = data.mixture.weights
+    shares = (Share(name, source.path, weights[name]) for name, source in data.mixture.sources.items())
+    return Mixture(tuple(shares), data.mixture.counts)
+
+
+def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
+    """Return the tokens of one epoch, at least 1: of the training split, or of a mixture's main source.
+
+    Args:
+      data: shards or mixture.
+      manifest: that of data.path.
+    """
+    mixture = training_mixture(data)
+    return max(manifest.splits["train"].tokens if mixture is None else mixture.tokens_an_epoch(), 1)
 
 
 def total_steps(config: PretrainConfig, manifest: Manifest) -> int:

@@ -6,7 +6,7 @@ what the targets are (the examples say), and what predicts them (the language mo
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated
 from biomamba_jax.parallel.sharding import leaves_by_path
-from biomamba_jax.train.heldout import LossEvaluator
+from biomamba_jax.train.heldout import LossEvaluator, Metrics
 from biomamba_jax.train.loop import TrainingRun, run
 from biomamba_jax.train.optimizer import Params, decay_mask
 from biomamba_jax.train.program import abstract_model, train_program
@@ -76,6 +76,11 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     epoch_steps = plan.rows_in_epoch() / rows.batch_size
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
     held_out = loss(LossConfig(), dataclasses.replace(lora, dropout=0.0))
+    host_rows = host_batch(rows.batch_size, mesh)
+
+    def development_batches() -> Iterable[Any]:
+        return every_batch(development, sequence_length=rows.sequence_length, **host_rows)
+
     training = TrainingRun(
         config=config,
         program=train_program(
@@ -89,7 +94,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         ),
         steps=steps,
         epoch_steps=epoch_steps,
-        evaluate=DevelopmentEvaluator(LossEvaluator(held_out, layout, frozen), development, config, layout),
+        evaluate=LossEvaluator(held_out, layout, development_batches, _metrics, frozen),
         batches=shuffled_batches(
             train,
             sequence_length=rows.sequence_length,
@@ -117,6 +122,12 @@ def _trained_params(config: FinetuneConfig, weights: Weights) -> Params:
         else:
             params["classifier"] = initializers.linear(width)(head, (len(config.labels), width))
     return params
+
+
+def _metrics(sums: Metrics) -> Metrics:
+    """Return loss in nats, accuracy of the most probable token or class, and the number of targets."""
+    count = sums["weight"]
+    return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "targets": int(count)}
 
 
 def _adapter_decay_mask(params: Params) -> Params:
@@ -177,21 +188,7 @@ def adapted(loss: LossFunction, config: LoraConfig) -> LossFunction:
     return adapted_loss
 
 
-# --- Evaluation and hooks --------------------------------------------------------------------------------------------
-
-
-class DevelopmentEvaluator:
-    """Evaluates parameters on the development split: loss and accuracy of the predicted tokens or classes."""
-
-    def __init__(self, sums: LossEvaluator, examples: EncodedExamples, config: FinetuneConfig, layout: Layout):
-        self._sums, self._examples, self._rows, self._mesh = sums, examples, config.data, layout.mesh
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        """Return loss in nats, accuracy of the most probable prediction, and the number of targets."""
-        rows = host_batch(self._rows.batch_size, self._mesh)
-        sums = self._sums(params, every_batch(self._examples, sequence_length=self._rows.sequence_length, **rows))
-        count = sums["weight"]
-        return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "targets": int(count)}
+# --- Hook ------------------------------------------------------------------------------------------------------------
 
 
 class AdapterCheck:

@@ -12,7 +12,7 @@ from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, Mixture, Sha
 from biomamba_jax.data.pipeline import train_iterator
 from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
 from biomamba_jax.errors import UserError
-from biomamba_jax.train.training_text import epoch_tokens, training_mixture
+from biomamba_jax.train.setup import epoch_tokens, training_mixture
 
 LENGTH, BATCH, STEPS = 32, 4, 30
 SIZES = {"pubmed": 80, "c4": 25, "wikipedia": 10}
