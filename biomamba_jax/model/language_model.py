@@ -49,6 +49,7 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
+        """Return the residual stream after the block, and the state after the last token; see `hidden`."""
         y, state = self.mixer(self.norm(h), state, segment_ids, collectives)
         return h + y.astype(h.dtype), state
 

@@ -75,6 +75,7 @@ class CausalConv1d(nnx.Module):
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L C"], Float[Array, "B past C"]]:
+        """Return the convolved x and its last K-1 inputs."""
         return collectives.causal_conv1d(
             x,
             self.weight[...].astype(self.dtype),

@@ -40,6 +40,7 @@ class Mamba1Mixer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
+        """Return the mixer's output and the state after the last token; see `LanguageModel.hidden`."""
         past_conv, past_ssm = (None, None) if state is None else (state.conv_x, state.ssm)
         u = collectives.copy_to_tensor_parallel(u)
         x, conv = self.conv(self.in_x(u), past_conv, segment_ids, collectives)

@@ -45,6 +45,7 @@ class Mamba2Mixer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives = UNSHARDED,
     ) -> tuple[Float[Array, "B L D"], MixerState]:
+        """Return the mixer's output and the state after the last token; see `LanguageModel.hidden`."""
         past_x, past_bc, past_ssm = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         # Every device along tensor computes B and C of all groups; heads are sharded.
         bc, conv_bc = self.conv_bc(self.in_bc(u), past_bc, segment_ids, collectives)

@@ -13,6 +13,7 @@ from biomamba_jax.parallel.distributed import (
     from_xpk_environment,
     is_multiprocess_launch,
     processes,
+    require_same_config,
 )
 
 SLURM = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "node[1-2]"}
@@ -82,6 +83,31 @@ def test_what_xpk_says_does_not_count_where_there_is_one_node_or_another_address
     assert from_xpk_environment(alone, XPK | {"NNODES": "1", "NODE_RANK": "0"}) == alone
     assert from_xpk_environment(alone, {"NNODES": "4", "NODE_RANK": "3"}) == alone
     assert from_xpk_environment(given, XPK) == given
+
+
+class KeyValueStore(dict):
+    """The part of JAX's coordinator that processes compare themselves through."""
+
+    key_value_set = dict.__setitem__
+
+    def blocking_key_value_get(self, key, timeout_ms):
+        return self[key]
+
+
+def test_a_process_with_other_settings_or_another_version_than_the_first_is_refused(monkeypatch):
+    from jax._src import distributed
+
+    store = KeyValueStore()
+    monkeypatch.setattr(distributed.global_state, "client", store)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    require_same_config({"steps": 3})  # as process 0
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    require_same_config({"steps": 3})
+    with pytest.raises(UserError, match="settings is .* in this process, .* in process 0"):
+        require_same_config({"steps": 4})
+    monkeypatch.setattr(jax, "__version__", "0.1")
+    with pytest.raises(UserError, match=r"jax is 0\.1 in this process"):
+        require_same_config({"steps": 3})
 
 
 def test_one_of_several_processes_that_were_stopped_leaves_with_a_status_of_its_own(monkeypatch):

@@ -50,6 +50,25 @@ def test_one_update_is_the_textbooks_adamw():
     np.testing.assert_allclose(updates["norm_f"]["weight"], -0.1 * np.ones(16), rtol=1e-5)
 
 
+def test_the_defaults_are_the_recipe_of_the_mamba_paper():
+    """Gu and Dao 2023, appendix E.2.1: AdamW with beta = (0.9, 0.95), weight decay 0.1, gradients clipped to norm 1."""
+    model, params = model_and_params()
+    optimizer = make_optimizer(OptimizerConfig(), model, optax.constant_schedule(0.1))
+    state, weights = optimizer.init(params), params
+    embedding, mean, square = np.asarray(params["embedding"], np.float64), 0.0, 0.0
+    for step, size in enumerate((3.0, 0.001), 1):
+        grads = jax.tree.map(lambda x, size=size: jnp.full_like(x, size), params)
+        norm = size * sum(x.size for x in jax.tree.leaves(params)) ** 0.5
+        gradient = size / max(norm, 1)
+        mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
+        direction = mean / (1 - 0.9**step) / ((square / (1 - 0.95**step)) ** 0.5 + 1e-8)
+        embedding = embedding - 0.1 * (direction + 0.1 * embedding)
+        updates, state = optimizer.update(grads, state, weights)
+        weights = optax.apply_updates(weights, updates)
+    np.testing.assert_allclose(weights["embedding"], embedding, atol=2e-5)
+    assert evaluation_weights(weights, state) is weights  # no moving average
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     config = OptimizerConfig(clip=1.0, weight_decay=0.0)
     model, params = model_and_params()

@@ -41,7 +41,9 @@ def state():
 def test_the_loss_is_the_mean_over_tokens_that_are_not_padding(state):
     example = batch()
     _, report = step()(state, example)
-    logits, _ = nnx.merge(GRAPH, state.params)(example["inputs"], None, jnp.asarray(example["segment_ids"]))
+    logits, _ = nnx.merge(GRAPH, state.params)(
+        jnp.asarray(example["inputs"]), None, jnp.asarray(example["segment_ids"])
+    )
     each = optax.softmax_cross_entropy_with_integer_labels(logits[..., :29], example["targets"])
     mask = example["segment_ids"] != 0
     np.testing.assert_allclose(report.sums.nll, (each * mask).sum(), rtol=1e-5)
@@ -55,6 +57,36 @@ def test_accumulation_gives_the_same_update_though_parts_hold_unequal_tokens(sta
         assert report.sums.weight == (batch()["segment_ids"] != 0).sum()
         for ours, theirs in zip(jax.tree.leaves(cut.params), jax.tree.leaves(whole.params), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_gradient_is_that_of_the_mean_over_the_counted_tokens(state, accumulation):
+    """AdamW hides a gradient's scale: plain SGD shows it. A prompt's targets are -1 and padding is of segment 0."""
+    example, plain = batch(), language_model_loss(GRAPH, LossConfig())
+    example["targets"] = np.where(np.arange(12) % 3 == 0, -1, example["targets"])
+    counted = ((example["segment_ids"] != 0) & (example["targets"] >= 0)).sum()
+    mean = jax.jit(jax.grad(lambda params: plain(params, example)[0] / counted))(state.params)
+    sgd = optax.sgd(1.0)
+    begin = state.replace(optimizer=sgd.init(state.params))
+    new, report = jax.jit(make_train_step(plain, sgd, accumulation))(begin, example)
+    for before, after, gradient in zip(*map(jax.tree.leaves, (state.params, new.params, mean)), strict=True):
+        np.testing.assert_allclose(before - after, gradient, atol=1e-6, rtol=1e-4)
+    np.testing.assert_allclose(report.gradient_norm, optax.global_norm(mean), rtol=1e-5)
+    assert report.sums.weight == counted and report.tokens == (example["segment_ids"] != 0).sum()
+
+
+def test_smoothing_and_z_loss_change_the_objective_alone(state):
+    example = batch()
+    config = LossConfig(label_smoothing=0.2, z_loss=0.01)
+    objective, sums = jax.jit(language_model_loss(GRAPH, config))(state.params, example)
+    logits, _ = nnx.merge(GRAPH, state.params)(
+        jnp.asarray(example["inputs"]), None, jnp.asarray(example["segment_ids"])
+    )
+    logprobs, mask = jax.nn.log_softmax(logits[..., :29]), example["segment_ids"] != 0
+    nll = -jnp.take_along_axis(logprobs, jnp.asarray(example["targets"])[..., None], -1)[..., 0]
+    smoothed = 0.8 * nll - 0.2 * logprobs.mean(-1) + 0.01 * jax.nn.logsumexp(logits[..., :29], -1) ** 2
+    np.testing.assert_allclose(sums.nll, (nll * mask).sum(), rtol=1e-5)
+    np.testing.assert_allclose(objective, (smoothed * mask).sum(), rtol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(state):

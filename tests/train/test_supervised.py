@@ -156,6 +156,20 @@ def test_every_adapter_has_a_gradient_once_b_has_moved(weights, tokenizer):
         adapters = jax.tree.map(lambda x, g: x - 0.01 * g, adapters, found)
 
 
+def test_an_adapter_counts_alpha_over_rank_times(weights, tokenizer):
+    config = LoraConfig(rank=2, alpha=8.0, targets=["out_proj"])
+    random = np.random.default_rng(0)
+    adapters = lora.init_adapters(weights.params, config.targets, config.rank, jax.random.key(0))
+    adapters = jax.tree.map(lambda x: 0.1 * random.standard_normal(x.shape).astype(np.float32), adapters)
+    plain, batch = language_model_loss(graph_of(weights.config), LossConfig()), batch_of(encoded(tokenizer), [0, 1])
+    mixer = weights.params["layers"]["mixer"]
+    pair = adapters["layers"]["mixer"]["out"]["kernel"]
+    kernel = mixer["out"]["kernel"] + 4 * pair["a"] @ pair["b"]
+    by_hand = weights.params | {"layers": weights.params["layers"] | {"mixer": mixer | {"out": {"kernel": kernel}}}}
+    found, _ = jax.jit(adapted(plain, config))(adapters, batch, weights.params)
+    np.testing.assert_allclose(found, jax.jit(plain)(by_hand, batch)[0], rtol=1e-5)
+
+
 def config_of(weights, folder, **changes):
     return FinetuneConfig(
         **{
