@@ -103,7 +103,7 @@ def test_a_process_with_other_settings_or_another_version_than_the_first_is_refu
     require_same_config({"steps": 3})  # as process 0
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     require_same_config({"steps": 3})
-    with pytest.raises(UserError, match="settings is .* in this process, .* in process 0"):
+    with pytest.raises(UserError, match=r"settings is .* in this process, .* in process 0"):
         require_same_config({"steps": 4})
     monkeypatch.setattr(jax, "__version__", "0.1")
     with pytest.raises(UserError, match=r"jax is 0\.1 in this process"):
