@@ -1,12 +1,23 @@
 """Settings: every published config loads, mistakes are refused by name, help describes every key."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 
 from biomamba_jax.command_line import parse, run_command, to_yaml
-from biomamba_jax.config import EvaluateConfig, FinetuneConfig, ModelConfig, PretrainConfig
+from biomamba_jax.config import (
+    DataConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PrepareConfig,
+    PretrainConfig,
+)
 from biomamba_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -148,6 +159,25 @@ def test_a_mistake_is_refused_by_name(argv, message):
     with pytest.raises(UserError) as refusal:
         read(*argv)
     assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ModelConfig, {"d_model": -1}, "model.d_model = -1: must be at least 1"),
+        (ModelConfig, {"d_conv": 1}, "model.d_conv = 1: must be at least 2"),
+        (OptimizerConfig, {"beta2": 1.0}, "optimizer.beta2 = 1.0: must be in [0, 1)"),
+        (OptimizerConfig, {"learning_rate": float("nan")}, "optimizer.learning_rate = nan: must be above 0"),
+        (MeshConfig, {"fsdp": 0}, "mesh.fsdp = 0: must be at least 1, or -1"),
+        (DataConfig, {"batch_size": 0}, "data.batch_size = 0: must be at least 1"),
+        (PrepareConfig, {"near_duplicates": 0.0}, "prepare.near_duplicates = 0.0: must be in (0, 1]"),
+        (PrepareConfig, {"recent_from": "2024"}, "prepare.recent_from = '2024': must be a date such as 2024-01-31"),
+        (LoraConfig, {"targets": []}, "lora.targets = []: must be a list of at least one name"),
+    ],
+)
+def test_a_value_outside_its_limits_is_refused_in_python_too(section, values, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        section(**values)
 
 
 def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path):

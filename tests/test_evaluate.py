@@ -178,8 +178,8 @@ def test_generated_answers_are_read_as_answers(folder):
         ("--models.m nowhere --domains.d.path x.txt --reference n", "reference = 'n': must be one of m"),
         ("--models.m x --pubmedqa.path x --pubmedqa.prompt {context}", "must contain {question}"),
         ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question}{answer}", "may name {question}, {context}"),
-        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question:d}", "with no format behind"),
-        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question!r}", "with no format behind"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question:d}", "without a format after"),
+        ("--models.m x --pubmedqa.path x --pubmedqa.prompt {question!r}", "without a format after"),
         (
             "--models.m x --bioasq.path [x] --bioasq.thresholds accuracy",
             "needs method likelihood and",

@@ -1,6 +1,6 @@
-"""The schema of every YAML file, with its checks: frozen dataclasses that `command_line.parse` reads.
+"""Frozen dataclasses that are the schema of the YAML files and command lines.
 
-A setting's docstring is its `--help`.
+The docstring below a field is its `--help`, and its type holds its limits (see `checks`).
 """
 
 from biomamba_jax.config.data import DataConfig, RowsConfig

@@ -41,6 +41,7 @@ def check(condition: object, key: str, value: object, remedy: str) -> None:
         raise UserError(f"{key} = {value!r}: {remedy}")
 
 
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Base of the dataclasses of settings: refuses a value outside the limits of its field's type."""
 
@@ -119,22 +120,3 @@ def check_type(schema: type, field: str, key: str, value: object) -> None:
     exact = type(value) in leaves or (type(value) is int and float in leaves)  # isinstance takes true for a number
     literals = [each for leaf in leaves if get_origin(leaf) is Literal for each in get_args(leaf)]
     check(exact or value in literals, key, value, f"must be {describe(hint)}")
-
-
-def check_types(config: Any, section: str) -> None:
-    """`check_type` of every field of a dataclass, each under its name in `section`."""
-    for field in dataclasses.fields(config):
-        check_type(type(config), field.name, f"{section}.{field.name}", getattr(config, field.name))
-
-
-def check_at_least(least: int, section: str, settings: object, *keys: str) -> None:
-    """`check` of each of these settings of `section` ("": of none) that is not None."""
-    remedy = f"must be at least {least}" if least else "must be 0 or more"
-    for key in keys:
-        value = getattr(settings, key)
-        check(value is None or value >= least, f"{section}.{key}".lstrip("."), value, remedy)
-
-
-def check_folder(key: str, path: str) -> None:
-    """`check` of a folder that is written and read as one: what a URL names must be mounted first."""
-    check("://" not in path, key, path, "must be a folder of this machine; mount a bucket (gcsfuse) and give its path")

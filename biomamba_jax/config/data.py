@@ -3,29 +3,26 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import check, check_at_least, check_folder
+from biomamba_jax.config.checks import LocalFolder, NonNegativeInt, PositiveFloat, PositiveInt, Settings, check
 
 
 @dataclass(frozen=True)
-class RowsConfig:
+class RowsConfig(Settings, section="data"):
     """The shape of a batch."""
 
-    sequence_length: int = 1024
+    sequence_length: PositiveInt = 1024
     """Tokens of one row."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Rows of one optimizer step, over all devices and hosts."""
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "data", self, "sequence_length", "batch_size")
 
 
 @dataclass(frozen=True)
-class SourceConfig:
+class SourceConfig(Settings, section="data.mixture.sources.NAME"):
     """One source of a mixture."""
 
     path: str
     """Folder of shards, made with the same tokenizer as those of data.path."""
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     """Its share, relative to the other sources' weights."""
 
 
@@ -45,13 +42,9 @@ class MixtureConfig:
     """Published weights instead: biomamba_v3 is pubmed, c4 and wikipedia at 83.3/8.3/8.3 % of the documents."""
 
     def __post_init__(self) -> None:
-        for name, source in self.sources.items():
-            check(source.weight > 0, f"data.mixture.sources.{name}.weight", source.weight, "must be above 0")
         if self.preset is not None:
-            names = sorted(MIXTURES[self.preset])
-            check(
-                sorted(self.sources) == names, "data.mixture.sources", sorted(self.sources), f"{self.preset} is {names}"
-            )
+            names, given = sorted(MIXTURES[self.preset]), sorted(self.sources)
+            check(given == names, "data.mixture.sources", given, f"preset {self.preset} needs {names}")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -70,14 +63,9 @@ class MixtureConfig:
 class DataConfig(RowsConfig):
     """Tokenized shards and how they become batches."""
 
-    path: str = "data/pubmed"
+    path: LocalFolder = "data/pubmed"
     """Folder of shards, as `python -m biomamba_jax.prepare` writes it: training text, held-out text and tokenizer."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Training text of several folders; held-out text and tokenizer are still those of path."""
-    num_workers: int = 2
+    num_workers: NonNegativeInt = 2
     """Worker processes of each host that read and pack rows ahead; 0 does it in the training process."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(0, "data", self, "num_workers")
-        check_folder("data.path", self.path)

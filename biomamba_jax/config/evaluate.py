@@ -1,47 +1,44 @@
-"""What is evaluated, on what, and how it is scored."""
+"""Settings of evaluation: models, text domains, questions and how they are scored."""
 
 import string
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from biomamba_jax.config.checks import check, check_at_least
+from biomamba_jax.config.checks import InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
 Method = Literal["likelihood", "generation"]
 Thresholds = Literal["none", "accuracy", "macro_f1"]
+Kind = Literal["yesno", "factoid", "list"]
 
 
 def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
-    """Refuses a template that names other fields than these, or that leaves out {question}."""
+    """Raise UserError if a template names other fields than these, or lacks {question}."""
     try:
         parts = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
-        check(False, key, template, f"is no template ({error}); write {{{{ and }}}} for braces")
+        check(False, key, template, f"is not a template ({error}); write {{{{ and }}}} for braces")
     named = [name for _, name, _, _ in parts]
     known = ", ".join(f"{{{name}}}" for name in fields)
     check(not set(named) - set(fields), key, template, f"may name {known}; write {{{{ and }}}} for other braces")
     plain = not any(specification or conversion for _, _, specification, conversion in parts)
-    check(plain, key, template, f"may name {known} as they are, with no format behind : or !")
+    check(plain, key, template, f"may name {known} without a format after : or !")
     check("question" in named, key, template, "must contain {question}")
 
 
 @dataclass(frozen=True)
-class DomainConfig:
-    """One text domain that perplexity is measured on."""
+class DomainConfig(Settings, section="domains.NAME"):
+    """A text domain to measure perplexity on."""
 
-    path: str | list[str] = ""
+    path: Annotated[str | list[str], Limit("a folder of shards, or files", bool)] = ""
     """A folder of shards, or files: what prepare reads (.jsonl, .txt, .parquet ...) or BioASQ questions (.json)."""
     split: str = "test"
     """Split of the shards; files have none."""
-    max_documents: int | None = None
-    """Evaluate a sample of this many documents, the same one for every model; left out: all."""
+    max_documents: PositiveInt | None = None
+    """Evaluate a sample of this many documents, the same for every model; default: all."""
     paper_rows: Literal["documents", "chunks"] = "documents"
-    """protocol paper: one document a row, or the whole text cut into full rows (as published for general text)."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.path), "domains.*.path", self.path, "name a folder of shards or files")
-        check_at_least(1, "domains.*", self, "max_documents")
+    """protocol paper: one document per row, or the whole text split into full rows (as published for general text)."""
 
     @property
     def paths(self) -> list[str]:
@@ -50,118 +47,114 @@ class DomainConfig:
 
 
 @dataclass(frozen=True)
-class PubMedQAConfig:
+class PubMedQAConfig(Settings, section="pubmedqa"):
     """PubMedQA (Jin et al. 2019): yes, no or maybe from an abstract without its conclusion."""
 
     path: str | None = None
-    """ori_pqal.json of the authors; left out, PubMedQA is not evaluated."""
+    """The authors' ori_pqal.json; default: no PubMedQA."""
     test_ids: str | None = None
-    """test_ground_truth.json of the authors, to check the split against; left out: the authors' procedure alone."""
+    """The authors' test_ground_truth.json, to verify the split that their procedure gives; default: not verified."""
     prompt: str = "{context}\n\nQuestion: {question}\nAnswer (yes, no or maybe):"
-    """What stands before the answer; {question} and {context} (the abstract, "LABEL: text" a paragraph)."""
+    """Template of the prompt: {question} and {context} (the abstract, one "LABEL: text" per paragraph)."""
     answers: dict[str, str] = field(default_factory=lambda: {label: f" {label}" for label in YES_NO_MAYBE})
-    """The text of each answer as the model would write it behind the prompt, its leading space included."""
+    """Text of each answer as it follows the prompt, with its leading space."""
     method: Method = "likelihood"
-    """The likeliest of the answers, or the first of them in generated text."""
+    """Choose the likeliest of the answers, or the first one in generated text."""
     normalize: Literal["none", "bytes"] = "none"
-    """likelihood: divide an answer's log probability by its bytes, or not."""
+    """likelihood: what an answer's log probability is divided by."""
     thresholds: Thresholds = "none"
-    """likelihood: add to each answer's score what is best on the 500 development questions, by accuracy or macro F1."""
-    max_questions: int | None = None
-    """Only the first questions of the test set, for a quick look; the result then says so."""
-    max_new_tokens: int = 8
-    """generation: tokens."""
+    """likelihood: fit an offset of each answer's score on the 500 development questions, by accuracy or macro F1."""
+    max_questions: PositiveInt | None = None
+    """Evaluate only the first questions of the test set; the result then says so."""
+    max_new_tokens: PositiveInt = 8
+    """generation: maximum tokens of an answer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_template("pubmedqa.prompt", self.prompt, ("question", "context"))
-        labels = tuple(self.answers)
-        check(labels == YES_NO_MAYBE and all(self.answers.values()), "pubmedqa.answers", self.answers, _ANSWERS)
-        check_at_least(1, "pubmedqa", self, "max_new_tokens", "max_questions")
+        given = tuple(self.answers) == YES_NO_MAYBE and all(self.answers.values())
+        check(given, "pubmedqa.answers", self.answers, "must have a text for each of yes, no and maybe, in this order")
         fits = self.thresholds == "none" or self.method == "likelihood"
         check(fits, "pubmedqa.thresholds", self.thresholds, "needs pubmedqa.method likelihood")
 
 
-_ANSWERS = f"must give a text for each of {', '.join(YES_NO_MAYBE)}, in this order"
-
-
 @dataclass(frozen=True)
-class BioASQConfig:
+class BioASQConfig(Settings, section="bioasq"):
     """BioASQ task B (Tsatsaronis et al. 2015): yes/no, factoid and list questions with snippets."""
 
     path: list[str] = field(default_factory=list)
-    """Golden files, one a batch; none: BioASQ is not evaluated."""
+    """Golden files, one per batch; default: no BioASQ."""
     development: list[str] = field(default_factory=list)
-    """Golden files of earlier years that thresholds are fitted on."""
-    types: list[Literal["yesno", "factoid", "list"]] = field(default_factory=lambda: ["yesno", "factoid", "list"])
+    """Golden files of earlier years, to fit thresholds on."""
+    types: Annotated[list[Kind], Limit("a list of yesno, factoid or list", bool)] = field(
+        default_factory=lambda: ["yesno", "factoid", "list"]
+    )
     """Kinds of questions to answer."""
     yesno_prompt: str = "{context}\n\nQuestion: {question}\nAnswer (yes or no):"
-    """What stands before the answer to a yes/no question; {question} and {context} (the snippets, one a line)."""
+    """Template of the prompt of a yes/no question: {question} and {context} (the snippets, one per line)."""
     factoid_prompt: str = "{context}\n\nQuestion: {question}\nShort answer:"
-    """What stands before the answer to a factoid question."""
+    """Template of the prompt of a factoid question."""
     list_prompt: str = "{context}\n\nQuestion: {question}\nAnswers, separated by semicolons:"
-    """What stands before the answer to a list question."""
+    """Template of the prompt of a list question."""
     answers: dict[str, str] = field(default_factory=lambda: {"yes": " yes", "no": " no"})
-    """The texts of yes and no behind the prompt."""
+    """Texts of yes and no as they follow the prompt."""
     method: Method = "likelihood"
-    """How yes/no is answered. Factoid and list questions: in a generated line, split at semicolons."""
+    """How yes/no questions are answered. Factoid and list answers are a generated line, split at semicolons."""
     thresholds: Thresholds = "none"
-    """likelihood: add to the score of no what is best on the development files, by accuracy or macro F1."""
-    max_snippets: int = 10
-    """Snippets of a question that the context holds, from the first."""
-    max_new_tokens: int = 48
-    """Tokens of a generated answer."""
+    """likelihood: fit an offset of the score of no on the development files, by accuracy or macro F1."""
+    max_snippets: NonNegativeInt = 10
+    """Maximum snippets of a question in the context, from the first."""
+    max_new_tokens: PositiveInt = 48
+    """Maximum tokens of a generated answer."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("yesno_prompt", "factoid_prompt", "list_prompt"):
             check_template(f"bioasq.{key}", getattr(self, key), ("question", "context"))
         given = tuple(self.answers) == ("yes", "no") and all(self.answers.values())
-        check(given, "bioasq.answers", self.answers, "must give a text for yes and one for no, in this order")
-        check(bool(self.types), "bioasq.types", self.types, "name yesno, factoid or list")
-        check_at_least(0, "bioasq", self, "max_snippets")
-        check_at_least(1, "bioasq", self, "max_new_tokens")
+        check(given, "bioasq.answers", self.answers, "must have a text for each of yes and no, in this order")
         fits = self.thresholds == "none" or (self.method == "likelihood" and self.development)
         check(bool(fits), "bioasq.thresholds", self.thresholds, "needs method likelihood and bioasq.development files")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
-    """Models side by side on text domains and on questions."""
+class EvaluateConfig(Settings):
+    """An evaluation of several models on text domains and questions."""
 
     output: str = "evaluation"
-    """Folder of report.html, report.json, config.yaml, predictions/ and documents/."""
+    """Folder to write: report.html, report.json, config.yaml, predictions/ and documents/."""
     models: dict[str, str] = field(default_factory=dict)
-    """Name and folder of each model. This program runs native, Hugging Face Mamba and mamba_ssm folders and run
-    directories; transformers (the [hf] extra) runs any other causal or masked language model, and hf:FOLDER."""
+    """Name and folder of each model: native, Hugging Face Mamba, mamba_ssm or a run directory. Any other causal or
+    masked language model, and hf:FOLDER, is run by transformers (the [hf] extra)."""
     reference: str | None = None
-    """Name of the model that the others are compared with; left out: the first."""
+    """Name of the model that the others are compared with; default: the first."""
     protocol: Literal["standard", "paper"] = "standard"
-    """standard: measured as this project does; paper: as the published BioMamba code computes, weaknesses included."""
+    """standard: this project's definitions; paper: those of the published BioMamba code, including its weaknesses."""
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """Name and source of each text domain."""
     pubmedqa: PubMedQAConfig = field(default_factory=PubMedQAConfig)
     """PubMedQA."""
     bioasq: BioASQConfig = field(default_factory=BioASQConfig)
     """BioASQ task B."""
-    window: int = 1024
-    """Tokens of one row. Longer documents go on with the recurrent state, so this changes speed and memory only."""
-    batch_size: int = 8
-    """Rows computed at one time; changes speed and memory only."""
+    window: PositiveInt = 1024
+    """Tokens of one row. Longer documents carry the state from row to row, so this changes only speed and memory."""
+    batch_size: PositiveInt = 8
+    """Rows computed at a time; only speed and memory depend on it."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of matrices and activations; left out: bfloat16 on TPU and GPU, float32 on CPU."""
-    resamples: int = 2000
-    """Bootstrap resamples behind each interval."""
-    confidence: float = 0.95
-    """Level of the intervals."""
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    resamples: PositiveInt = 2000
+    """Bootstrap resamples for each interval."""
+    confidence: InnerFraction = 0.95
+    """Confidence level of the intervals."""
     seed: int = 0
-    """Seed of the resamples and of samples of documents."""
+    """Seed of the bootstrap and of samples of documents."""
 
     def __post_init__(self) -> None:
         check(bool(self.models), "models", self.models, "name a model: --models.NAME FOLDER")
-        check_at_least(1, "", self, "window", "batch_size", "resamples")
-        check(0 < self.confidence < 1, "confidence", self.confidence, "must be in (0, 1)")
+        super().__post_init__()
         for name in [*self.models, *self.domains]:
-            check(name not in ("", ".", "..") and "/" not in name, "models and domains", name, "is no file name")
+            check(name not in ("", ".", "..") and "/" not in name, "models and domains", name, "must be a file name")
         known = ", ".join(self.models)
         check(self.reference in (None, *self.models), "reference", self.reference, f"must be one of {known}")
         asked = bool(self.domains or self.pubmedqa.path or self.bioasq.path)
-        check(asked, "domains", self.domains, "give domains, pubmedqa.path or bioasq.path: there is nothing to measure")
+        check(asked, "domains", self.domains, "give domains, pubmedqa.path or bioasq.path; there is nothing to measure")

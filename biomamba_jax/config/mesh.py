@@ -1,64 +1,64 @@
-"""How devices share the work, and how the processes of several hosts find each other."""
+"""Settings of the device mesh and of multi-host start-up."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import Limit, Settings, check
+
+AxisSize = Annotated[
+    int, Limit("at least 1, or -1 for the devices that the other axes leave", lambda x: x >= 1 or x == -1)
+]
+Seconds = Annotated[int, Limit("at least 1 second", lambda x: x >= 1)]
 
 
 @dataclass(frozen=True)
-class MeshConfig:
-    """How devices share the work: data x fsdp x tensor x sequence of them; one of the four may be -1 and takes what the
-    others leave."""
+class MeshConfig(Settings, section="mesh"):
+    """Axes of the device mesh: data x fsdp x tensor x sequence devices; one axis may be -1, the devices that remain."""
 
-    data: int = -1
-    """Copies of the weights; each copy takes rows of its own. With several TPU slices a multiple of their number."""
-    fsdp: int = 1
-    """Devices that share one copy of weights and optimizer state, each with rows of its own: for memory."""
-    tensor: int = 1
-    """Devices that share each layer's channels and heads, and the vocabulary: for layers too wide for one device."""
-    sequence: int = 1
-    """Devices that share each row's tokens: for rows too long for one device."""
+    data: AxisSize = -1
+    """Data parallelism: replicas of the weights, each with its own rows. A multiple of the number of TPU slices."""
+    fsdp: AxisSize = 1
+    """FSDP: devices that weights and optimizer state are sharded over, each with its own rows; saves memory."""
+    tensor: AxisSize = 1
+    """Tensor parallelism: devices that each layer's channels and heads, and the vocabulary, are sharded over."""
+    sequence: AxisSize = 1
+    """Sequence parallelism: devices that the tokens of each row are sharded over, for long rows."""
 
     def __post_init__(self) -> None:
-        for key in ("data", "fsdp", "tensor", "sequence"):
-            size = getattr(self, key)
-            check(size >= 1 or size == -1, f"mesh.{key}", size, "must be at least 1, or -1 for what the others leave")
+        super().__post_init__()
         check(self.sizes.count(-1) <= 1, "mesh", self.sizes, "at most one axis may be -1")
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
-        """Of data, fsdp, tensor and sequence, in this order."""
+        """Sizes of data, fsdp, tensor and sequence, in this order."""
         return self.data, self.fsdp, self.tensor, self.sequence
 
 
 @dataclass(frozen=True)
-class DistributedConfig:
+class DistributedConfig(Settings, section="distributed"):
     """How the processes of several hosts find each other.
 
-    They do so by themselves on Cloud TPU, on GKE (GPU nodes: through xpk), under SLURM's srun and under mpirun of Open
-    MPI up to version 4.
+    Automatic on Cloud TPU, on GKE (GPU nodes: through xpk), under SLURM's srun and under mpirun of Open MPI up to
+    version 4.
     """
 
     coordinator: str | None = None
-    """host:port of the first process, the same for all; left out: found by itself where launched as one of several."""
+    """host:port of the first process, the same for all; default: detected where launched as one of several."""
     processes: int | None = None
-    """With coordinator: how many processes there are."""
+    """With coordinator: number of processes."""
     process_id: int | None = None
-    """With coordinator: which of them this is, from 0."""
-    start_timeout: int = 300
-    """Seconds that processes wait for each other at the start."""
-    heartbeat_timeout: int = 100
-    """Seconds without a sign of life after which a process counts as dead and all others end."""
+    """With coordinator: index of this process, from 0."""
+    start_timeout: Seconds = 300
+    """Seconds that processes wait for each other at start-up."""
+    heartbeat_timeout: Seconds = 100
+    """Seconds without a heartbeat after which a process counts as dead and all others exit."""
 
     def __post_init__(self) -> None:
-        alone = self.coordinator is None
+        super().__post_init__()
         for key in ("processes", "process_id"):
-            given = getattr(self, key) is not None
-            check(
-                given != alone, f"distributed.{key}", getattr(self, key), "goes together with distributed.coordinator"
-            )
+            value = getattr(self, key)
+            together = (value is None) == (self.coordinator is None)
+            check(together, self.key(key), value, "is required with distributed.coordinator, and only with it")
         if self.processes is not None and self.process_id is not None:
             inside = 0 <= self.process_id < self.processes
             check(inside, "distributed.process_id", self.process_id, f"must be in 0..{self.processes - 1}")
-        for key in ("start_timeout", "heartbeat_timeout"):
-            check(getattr(self, key) >= 1, f"distributed.{key}", getattr(self, key), "must be at least 1 second")

@@ -2,27 +2,44 @@
 
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Literal
+from typing import Annotated, Literal
 
-from biomamba_jax.config.checks import check, check_at_least, check_folder
+from biomamba_jax.config.checks import (
+    Limit,
+    LocalFolder,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Settings,
+    check,
+)
 from biomamba_jax.config.data import MixtureConfig
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return len(text) == 10 and bool(date.fromisoformat(text))
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
-class PrepareFiles:
+class PrepareFiles(Settings, section="prepare"):
     """The files that `prepare` reads and the folder that it writes."""
 
     input: list[str] = field(default_factory=list)
     """NLM PubmedArticleSet files (.xml), JSON lines (.jsonl, .json), text (.txt), each also .gz, .bz2 or .zst, Parquet,
     Wikipedia's pages-articles dumps, folders of such files, nlm-sample or wiki-sample."""
-    output: str = ""
+    output: LocalFolder = ""
     """Folder to write; must not exist yet. An interrupted run continues from what it had finished."""
     tokenizer: str | None = None
     """A SentencePiece .model, a Hugging Face tokenizer.json, or the name gpt-neox."""
 
 
 @dataclass(frozen=True)
-class TokenizerTraining:
+class TokenizerTraining(Settings, section="prepare"):
     """Training of a SentencePiece tokenizer."""
 
     train_tokenizer: int | None = None
@@ -30,17 +47,13 @@ class TokenizerTraining:
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model; unigram encodes 3.5 times faster than bpe at the same bytes per token. `convert --to
     hf` needs unigram, and the defaults of tokenizer_byte_fallback and tokenizer_split_digits."""
-    tokenizer_sample_bytes: int = 10_000_000
+    tokenizer_sample_bytes: PositiveInt = 10_000_000
     """Bytes of text that it is trained on, sampled from the training split; takes some 20 times as much memory. More
     lowers the bytes per token by less than 1 % at 4,096 pieces; a large vocabulary needs more."""
     tokenizer_byte_fallback: bool = True
     """Encode rare characters as bytes, so that every text can be encoded."""
     tokenizer_split_digits: bool = True
     """Make each digit a piece of its own."""
-
-    def __post_init__(self) -> None:
-        size = self.tokenizer_sample_bytes
-        check(size > 0, "prepare.tokenizer_sample_bytes", size, "must be above 0")
 
 
 @dataclass(frozen=True)
@@ -69,19 +82,19 @@ class FilterConfig:
 class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
     """Text to tokenized shards."""
 
-    validation_fraction: float = 0.01
+    validation_fraction: NonNegativeFloat = 0.01
     """Fraction of documents, chosen by a hash of the PMID, that is held out for validation."""
-    test_fraction: float = 0.01
+    test_fraction: NonNegativeFloat = 0.01
     """Fraction of documents, chosen by a hash of the PMID, that is held out for the final test."""
-    recent_from: str | None = None
+    recent_from: Annotated[str, Limit("a date such as 2024-01-31", _is_date)] | None = None
     """A date, YYYY-MM-DD: records that became public on that day or later form a split of their own, named recent."""
-    near_duplicates: float | None = None
+    near_duplicates: PositiveFraction | None = None
     """Drop documents whose Jaccard similarity to an earlier one, over runs of 5 words, is this or more, such as 0.8."""
     decontaminate: list[str] = field(default_factory=list)
     """Evaluation text to keep out: .json of PubMedQA or BioASQ (and their source articles, by PMID), .jsonl or .txt."""
-    decontaminate_overlap: float = 0.25
+    decontaminate_overlap: PositiveFraction = 0.25
     """Fraction of the shorter text's runs of 8 words at which a document counts as evaluation text."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Worker processes; 0: one per core."""
     spools: str | None = None
     """Folder that keeps what was read of each file, so that a later run with more files reads only the new ones."""
@@ -90,26 +103,12 @@ class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_folder("prepare.output", self.output)
-        check_at_least(0, "prepare", self, "validation_fraction", "test_fraction", "workers")
         held_out = self.validation_fraction + self.test_fraction
         check(held_out < 1, "prepare.validation_fraction + test_fraction", held_out, "must leave text to train on")
-        for key in ("near_duplicates", "decontaminate_overlap"):
-            value = getattr(self, key)
-            check(value is None or 0 < value <= 1, f"prepare.{key}", value, "must be above 0 and at most 1")
-        day = self.recent_from
-        check(day is None or _is_date(day), "prepare.recent_from", day, "must be a date such as 2024-01-31")
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return len(text) == 10 and bool(date.fromisoformat(text))
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True)
-class DownloadConfig:
+class DownloadConfig(Settings):
     """NLM's files onto this machine."""
 
     output: str = "data/nlm"
@@ -120,20 +119,16 @@ class DownloadConfig:
     """Files by number, such as 1-20,1335; left out: all of the part."""
     mirror: str = "https://ftp.ncbi.nlm.nih.gov/pubmed"
     """URL of a folder that holds baseline/ and updatefiles/, with listings and .md5 files."""
-    connections: int = 4
+    connections: PositiveInt = 4
     """Files that are fetched at a time."""
-    tries: int = 5
+    tries: PositiveInt = 5
     """How often a file is fetched before it is given up."""
-    timeout: float = 60.0
+    timeout: PositiveFloat = 60.0
     """Seconds without a byte after which a connection is given up."""
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "download", self, "connections", "tries")
-        check(self.timeout > 0, "download.timeout", self.timeout, "must be above 0")
 
 
 @dataclass(frozen=True)
-class InspectConfig:
+class InspectConfig(Settings):
     """What a folder of shards holds."""
 
     path: str = ""
@@ -144,25 +139,22 @@ class InspectConfig:
     """Documents that are shown."""
     input: list[str] = field(default_factory=list)
     """NLM files that the shards were made from, to show the same documents before."""
-    checked: int = 100_000
+    checked: PositiveInt = 100_000
     """Documents that are searched for markup and entities that were left."""
-    sequence_length: int = 1024
+    sequence_length: PositiveInt = 1024
     """Row length for the estimate of packing and the mixture's preview."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """A mixture to preview, as in data.mixture of a pretraining config."""
-    preview_tokens: int = 10_000_000
+    preview_tokens: PositiveInt = 10_000_000
     """Tokens of that preview."""
     seed: int = 0
     """Of the choice of samples and of the mixture's order."""
     report: str | None = None
     """An HTML file to write the same into, with plots."""
 
-    def __post_init__(self) -> None:
-        check_at_least(1, "inspect", self, "checked", "sequence_length", "preview_tokens")
-
 
 @dataclass(frozen=True)
-class TokenizersConfig:
+class TokenizersConfig(Settings):
     """Tokenizers on the same text."""
 
     tokenizers: list[str] = field(default_factory=list)
@@ -171,8 +163,5 @@ class TokenizersConfig:
     """Text to measure on, of the kinds that prepare reads."""
     terms: str | None = None
     """A file of terms, one a line; left out: a list of 104 common biomedical ones."""
-    max_bytes: int = 10_000_000
+    max_bytes: PositiveInt = 10_000_000
     """Text that is read, the same amount of each input."""
-
-    def __post_init__(self) -> None:
-        check_at_least(1, "tokenizers", self, "max_bytes")
