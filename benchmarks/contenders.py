@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from benchmarks.paired_timing import TRIAL_STEPS, Candidate, Spread, Timing, alternate
-from biomamba_jax.train.progress import summary_table
+from biomamba_jax.tables import summary_table
 
 _COLUMNS = ("side", "allocator", "tokens/s", "slowest–fastest", "peak memory")
 

@@ -19,9 +19,9 @@ from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.language_model import compute_dtype
+from biomamba_jax.tables import summary_table
 from biomamba_jax.tasks.generation import Generator
 from biomamba_jax.tasks.sampling import Sampling
-from biomamba_jax.train.progress import summary_table
 
 
 @dataclass(frozen=True)

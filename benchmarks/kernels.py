@@ -11,7 +11,7 @@ from biomamba_jax.hardware import Chip
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from biomamba_jax.planning.kernels import D_STATE, HEADDIM, SMALLEST, SSD_D_STATE
 from biomamba_jax.planning.topology import parse_topology
-from biomamba_jax.train.progress import print_tables
+from biomamba_jax.tables import print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128

@@ -22,7 +22,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import find_chip
 from biomamba_jax.ops import dispatch
 from biomamba_jax.planning.kernels import build
-from biomamba_jax.train.progress import print_tables
+from biomamba_jax.tables import print_tables
 
 _OPS = ("selective_scan", "ssd", "causal_conv1d")
 _IMPLEMENTATIONS = ("xla", "pallas_gpu", "triton")

@@ -17,8 +17,8 @@ from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_batch
+from biomamba_jax.tables import summary_table
 from biomamba_jax.train.program import pretrain_program
-from biomamba_jax.train.progress import summary_table
 from biomamba_jax.train.setup import total_peak_flops
 
 PUBLISHED_VOCABULARY = 50277

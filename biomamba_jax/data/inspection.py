@@ -1,15 +1,12 @@
-"""`prepare inspect`: what a folder of shards holds, on the terminal and as one HTML page."""
+"""`prepare inspect`: the content of a folder of shards, in the terminal and as one HTML page."""
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from biomamba_jax import html
 from biomamba_jax.config.prepare import InspectConfig
@@ -22,6 +19,8 @@ from biomamba_jax.data.shards import Manifest, ShardReader, open_split
 from biomamba_jax.data.text import remaining_markup
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json_lines
+from biomamba_jax.tables import Table, print_tables
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
 _PACKED_ROWS = 4096
@@ -29,16 +28,29 @@ _SHOWN_CHARACTERS = 3000
 
 
 class Sample(NamedTuple):
-    """A document as it is stored, its text, and what it was made of ("" where that is not at hand)."""
+    """A stored document and the record it was made of."""
 
     name: str
+    """PMID or index, and source."""
     tokens: int
     before: str
+    """The record's XML; "" where its file was not given."""
     after: str
+    """The text that the document's tokens spell."""
+
+    @property
+    def title(self) -> str:
+        """Name and length in tokens."""
+        return f"{self.name}, {self.tokens:,} tokens"
+
+    @property
+    def texts(self) -> list[str]:
+        """The beginnings of `before`, if there is one, and `after`."""
+        return [text[:_SHOWN_CHARACTERS] for text in (self.before, self.after) if text]
 
 
 class Markup(NamedTuple):
-    """How many of `checked` documents have tags or entities left."""
+    """Numbers of documents with markup left in their text."""
 
     checked: int
     tags: int
@@ -46,39 +58,40 @@ class Markup(NamedTuple):
 
 
 class SourceShare(NamedTuple):
-    """What a source gives in the preview of a mixture; epochs: passes over it."""
+    """A source's share of the preview of a mixture."""
 
     name: str
     tokens: int
     share: float
+    """Of the preview's tokens, 0 to 1."""
     documents: int
     epochs: float
+    """Passes over the source."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that is told of a split.
-
-    lengths: uint32 [documents], tokens. packed: share of tokens, not padding, in packed rows of `sequence_length`.
-    removed: how many entries of each reason the list of what was removed has.
-    """
+    """What `inspect` finds out about a split."""
 
     manifest: Manifest
     split: str
     lengths: np.ndarray
+    """Tokens of each document, EOS included: uint32 [documents]."""
     sequence_length: int
     packed: float
+    """Share of tokens, not padding, in packed rows of `sequence_length`, 0 to 1."""
     markup: Markup
     samples: list[Sample]
     removed: dict[str, int]
+    """Number of entries of each reason in `removed.jsonl`."""
     mixture: list[SourceShare]
 
 
 def inspect(config: InspectConfig) -> Inspection:
-    """Looks into the folder.
+    """Inspect one split of a folder of shards.
 
     Raises:
-      UserError: it is no folder of shards, or the split is empty.
+      UserError: it is not a folder of shards, or the split is empty.
     """
     folder = Path(config.path)
     manifest, reader = open_split(folder, config.split)
@@ -100,7 +113,7 @@ def inspect(config: InspectConfig) -> Inspection:
 
 
 def preview(config: InspectConfig) -> list[SourceShare]:
-    """The shares of the sources in the first tokens of the mixture; [] without one."""
+    """Return each source's share of the mixture's first tokens; [] without a mixture."""
     sources = config.mixture.sources
     if not sources:
         return []
@@ -156,40 +169,36 @@ def _samples(reader: ShardReader, manifest: Manifest, tokenizer: Tokenizer, conf
 
 def _removed(folder: Path) -> dict[str, int]:
     path = folder / REMOVED_NAME
-    if not path.exists():
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return dict(Counter(json.loads(line)["reason"] for line in file))
+    return dict(Counter(entry["reason"] for _, entry in read_json_lines(path))) if path.exists() else {}
 
 
-# --- On the terminal ---
+# --- As tables ---
 
 
-def show(found: Inspection, tables: Sequence[Table]) -> None:
-    """Prints the inspection below the tables of its manifest."""
-    console = Console()
-    lengths = Table("tokens a document", *(f"{p} %" for p in PERCENTILES), title=f"{found.split}, with EOS")
-    values = np.percentile(found.lengths, PERCENTILES, method="lower").astype(int)
-    lengths.add_row("at most", *(f"{value:,}" for value in values))
-    for each in (*tables, lengths):
-        console.print(each)
-    for line in _lines(found):
-        console.print(line, highlight=False)
-    if found.mixture:
-        mixture = Table("source", "tokens", "share", "documents", "epochs", title="the mixture's first tokens")
-        for name, tokens, share, documents, epochs in found.mixture:
-            mixture.add_row(name, f"{tokens:,}", f"{100 * share:.2f} %", f"{documents:,}", f"{epochs:.3f}")
-        console.print(mixture)
-    for sample in found.samples:
-        console.rule(f"{sample.name}, {sample.tokens:,} tokens")
-        for text in filter(None, (sample.before, sample.after)):
-            console.print(text[:_SHOWN_CHARACTERS], markup=False, highlight=False)
-            console.print()
+def manifest_tables(manifest: Manifest) -> tuple[Table, Table]:
+    """Return what became of every record, and what each split holds."""
+    fate = [("read", sum(source.get("records", 0) for source in manifest.sources), "")]
+    fate += [(reason, -number, REASONS.get(reason, "")) for reason, number in manifest.filters.items() if number]
+    fate.append(("kept", sum(split.documents for split in manifest.splits.values()), ""))
+    splits = [
+        (name, s.documents, s.tokens, s.bytes, f"{s.bytes / s.tokens:.2f}" if s.tokens else None, s.shards)
+        for name, s in manifest.splits.items()
+    ]
+    tokenizer = f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids"
+    return (
+        Table(("records", "number", "meaning"), fate, f"files read: {len(manifest.sources):,}", left=(0, 2)),
+        Table(("split", "documents", "tokens", "bytes", "bytes/token", "shards"), splits, tokenizer),
+    )
 
 
-def _lines(found: Inspection) -> list[str]:
+def _mixture_table(found: Inspection) -> Table:
+    rows = [(s.name, s.tokens, f"{100 * s.share:.2f} %", s.documents, f"{s.epochs:.3f}") for s in found.mixture]
+    return Table(("source", "tokens", "share", "documents", "epochs"), rows, "the mixture's first tokens")
+
+
+def _notes(found: Inspection) -> list[str]:
     markup, longer = found.markup, float((found.lengths > found.sequence_length).mean())
-    lines = [
+    notes = [
         f"rows of {found.sequence_length:,}: {100 * found.packed:.2f} % full when packed; {100 * longer:.2f} % of the "
         "documents are longer",
         f"of {markup.checked:,} documents {markup.tags:,} ({100 * markup.tags / markup.checked:.3f} %) have tags left "
@@ -198,87 +207,69 @@ def _lines(found: Inspection) -> list[str]:
     ]
     if found.removed:
         listed = ", ".join(f"{number:,} as {reason}" for reason, number in found.removed.items())
-        lines.append(f"{REMOVED_NAME} lists {listed}")
-    return lines
+        notes.append(f"{REMOVED_NAME} lists {listed}")
+    return notes
 
 
-# --- As a page ---
+# --- Output ---
+
+
+def show(found: Inspection) -> None:
+    """Print the inspection."""
+    quantiles = np.percentile(found.lengths, PERCENTILES, method="lower").astype(int)
+    columns = ("tokens per document", *(f"{p} %" for p in PERCENTILES))
+    lengths = Table(columns, [("at most", *quantiles.tolist())], f"{found.split}, with EOS")
+    print_tables([*manifest_tables(found.manifest), lengths])
+    print(*_notes(found), sep="\n")
+    if found.mixture:
+        print_tables([_mixture_table(found)])
+    for sample in found.samples:
+        print(f"\n--- {sample.title} ---", *sample.texts, sep="\n\n")
 
 
 def write_html(found: Inspection, path: Path) -> None:
-    """Writes the inspection as one HTML page with plots."""
-    manifest = found.manifest
-    kept = sum(split.documents for split in manifest.splits.values())
-    fate = [("read", f"{sum(source.get('records', 0) for source in manifest.sources):,}", "")]
-    fate += [(reason, f"{-n:,}", REASONS.get(reason, "")) for reason, n in manifest.filters.items() if n]
-    splits = [
-        (name, f"{s.documents:,}", f"{s.tokens:,}", f"{s.bytes:,}", f"{s.bytes / max(s.tokens, 1):.2f}")
-        for name, s in manifest.splits.items()
-    ]
-    shares = [
-        (s.name, f"{s.tokens:,}", f"{100 * s.share:.2f} %", f"{s.documents:,}", f"{s.epochs:.3f}")
-        for s in found.mixture
-    ]
-    body = [
-        f"<header><h1>{html.text(path.stem)}</h1><p>{html.text(manifest.tokenizer.name)}, "
-        f"{manifest.tokenizer.vocab_size:,} ids</p></header>",
-        html.section("Records", _table(("records", "number", "meaning"), [*fate, ("kept", f"{kept:,}", "")])),
-        html.section("Splits", _table(("split", "documents", "tokens", "bytes", "bytes/token"), splits)),
-        html.section(f"The {found.split} split", _list(_lines(found)) + html.figures(_plots(found))),
-        html.section("Mixture", _table(("source", "tokens", "share", "documents", "epochs"), shares) if shares else ""),
-        html.section("Samples", "".join(map(_sample_html, found.samples))),
-        html.section(
-            "Settings", f"<pre>{html.text(json.dumps(manifest.settings, indent=1, ensure_ascii=False))}</pre>"
-        ),
-    ]
-    html.write(path, f"{path.stem}: text", body)
+    """Write the inspection as one HTML page with plots."""
+    records, splits = manifest_tables(found.manifest)
+    html.write(
+        path,
+        "inspection",
+        title=path.stem,
+        records=records,
+        splits=splits,
+        split=found.split,
+        notes=_notes(found),
+        drawn=_plots(found),
+        mixture=_mixture_table(found),
+        samples=found.samples,
+        settings=json.dumps(found.manifest.settings, indent=1, ensure_ascii=False),
+    )
 
 
-def _plots(found: Inspection) -> list[str]:
+def _plots(found: Inspection) -> list[html.Plot]:
     def lengths(axes: Any) -> None:
         largest = max(int(found.lengths.max()), 2)
-        axes.hist(found.lengths, bins=np.geomspace(1, largest + 1, 60), color=html.COLOURS[0])
-        axes.axvline(found.sequence_length, color=html.COLOURS[1], linewidth=1.2)
+        axes.hist(found.lengths, bins=np.geomspace(1, largest + 1, 60))
+        axes.axvline(found.sequence_length, color="C1", linewidth=1.2)
         axes.set_xscale("log")
         axes.set_xlabel(f"tokens (line: a row of {found.sequence_length:,})")
+        axes.set_ylabel("documents")
 
     def reasons(axes: Any) -> None:
-        left_out = {reason: number for reason, number in found.manifest.filters.items() if number}
-        bars = axes.barh(list(left_out), list(left_out.values()), color=html.COLOURS[2])
+        bars = axes.barh(list(left_out), list(left_out.values()), color="C2")
         axes.bar_label(bars, fmt="{:,.0f}", padding=3)
         axes.margins(x=0.15)  # for the longest bar's label
         axes.invert_yaxis()  # the first above, as in the table
         axes.set_xlabel("records")
 
     def shares(axes: Any) -> None:
-        bars = axes.bar([s.name for s in found.mixture], [100 * s.share for s in found.mixture], color=html.COLOURS[3])
+        bars = axes.bar([s.name for s in found.mixture], [100 * s.share for s in found.mixture], color="C3")
         axes.bar_label(bars, fmt="{:.1f} %", padding=2)
         axes.set_ylabel("% of the tokens")
 
-    plots = [html.svg("Documents by length", lengths)]
-    if any(found.manifest.filters.values()):
-        plots.append(html.svg("Left out, by reason", reasons))
-    return [*plots, html.svg("Mixture", shares)] if found.mixture else plots
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of figures stand to the right."""
-    figures = [all(row[column].lstrip("-")[:1].isdigit() for row in rows) for column in range(len(head))]
-    css = [' class="number"' if figure else "" for figure in figures]
-
-    def line(tag: str, cells: Sequence[str]) -> str:
-        return "".join(f"<{tag}{kind}>{html.text(cell)}</{tag}>" for kind, cell in zip(css, cells, strict=True))
-
-    lines = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{line('th', head)}</tr></thead><tbody>{lines}</tbody></table>"
-
-
-def _list(lines: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{html.text(line)}</li>' for line in lines)}</ul>"
-
-
-def _sample_html(sample: Sample) -> str:
-    texts = "".join(
-        f"<pre>{html.text(text[:_SHOWN_CHARACTERS])}</pre>" for text in (sample.before, sample.after) if text
-    )
-    return f"<h3>{html.text(sample.name)}, {sample.tokens:,} tokens</h3>{texts}"
+    left_out = {reason: number for reason, number in found.manifest.filters.items() if number}
+    plots = {"Documents by length": lengths}
+    if left_out:
+        plots["Left out, by reason"] = reasons
+    if found.mixture:
+        plots["Mixture"] = shares
+    return [html.plot(title, draw) for title, draw in plots.items()]

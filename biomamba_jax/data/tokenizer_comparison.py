@@ -1,11 +1,8 @@
-"""`prepare tokenizers`: what different tokenizers make of the same text."""
+"""`prepare tokenizers`: the lengths that tokenizers give the same text."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-from rich.console import Console
-from rich.table import Table
 
 from biomamba_jax.config.prepare import FilterConfig, TokenizersConfig
 from biomamba_jax.data.filters import judge
@@ -15,6 +12,7 @@ from biomamba_jax.data.shards import Manifest
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines
+from biomamba_jax.tables import summary_table
 
 TERMS = (
     "abscess adenocarcinoma adrenaline albumin aldosterone allele amyloid anemia aneurysm angiogenesis angiotensin "
@@ -31,22 +29,26 @@ TERMS = (
 
 
 class Comparison(NamedTuple):
-    """One tokenizer's figures; single_terms is the share of terms that are one token behind a space."""
+    """One tokenizer's figures."""
 
     name: str
     vocab_size: int
     tokens: int
+    """Of the whole text, without EOS."""
     bytes_per_token: float
     tokens_per_word: float
+    """Words are what white space separates."""
     single_terms: float
+    """Share of the terms that are one token after a space, 0 to 1."""
     tokens_per_term: float
 
 
 def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> list[Comparison]:
-    """Encodes the same text with each tokenizer.
+    """Encode the same text with each tokenizer.
 
     Args:
-      tokenizers: files, or folders of shards whose tokenizer is meant.
+      config: the text, the terms and how much of each input is read.
+      tokenizers: tokenizer files, or folders of shards, which hold one.
 
     Raises:
       UserError: there is no text, no tokenizer, or one that cannot be read.
@@ -59,14 +61,14 @@ def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> l
     terms = [line.strip() for line in read_lines(config.terms)] if config.terms else list(TERMS)
     terms = [term for term in terms if term]
     if not terms:
-        raise UserError(f"{config.terms}: holds no term; give one a line")
+        raise UserError(f"{config.terms}: holds no term; write one per line")
     return [_compare(_load(path), texts, terms) for path in tokenizers]
 
 
 def _compare(tokenizer: Tokenizer, texts: Sequence[str], terms: Sequence[str]) -> Comparison:
     tokens = sum(map(len, tokenizer.encode_batch(texts)))
     words = sum(len(text.split()) for text in texts)
-    # Behind a space, as in running text.
+    # After a space, as in running text.
     of_terms = [len(ids) for ids in tokenizer.encode_batch([f" {term}" for term in terms])]
     return Comparison(
         tokenizer.name,
@@ -86,7 +88,7 @@ def _load(path: str) -> Tokenizer:
 
 
 def _texts(config: TokenizersConfig) -> Iterator[str]:
-    """Documents of each input from its beginning, up to its part of `max_bytes`."""
+    """Yield the first documents of each input, up to its share of `max_bytes`."""
     for path in config.input:
         left = config.max_bytes // len(config.input)
         for record in judge(read_records(path), FilterConfig()):
@@ -98,11 +100,7 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
 
 
 def show(found: Sequence[Comparison]) -> None:
-    """Prints the comparison as a table."""
-    table = Table("tokenizer", "ids", "tokens", "bytes a token", "tokens a word", "terms of one token", "tokens a term")
-    for each in found:
-        figures = f"{each.bytes_per_token:.3f}", f"{each.tokens_per_word:.3f}", f"{100 * each.single_terms:.1f} %"
-        table.add_row(each.name, f"{each.vocab_size:,}", f"{each.tokens:,}", *figures, f"{each.tokens_per_term:.2f}")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console().print(table)
+    """Print the comparison as a table."""
+    columns = ("tokenizer", "ids", "tokens", "bytes per token", "tokens per word", "one-token terms", "tokens per term")
+    formats = ("{}", "{:,}", "{:,}", "{:.3f}", "{:.3f}", "{:.1%}", "{:.2f}")
+    summary_table("", columns, [[form.format(v) for form, v in zip(formats, each, strict=True)] for each in found])

@@ -5,7 +5,7 @@ from rich.table import Table
 from biomamba_jax.hardware import GIB
 from biomamba_jax.planning.plan import Answer, Plan, flags
 from biomamba_jax.planning.search import parameter_count
-from biomamba_jax.train.progress import print_tables, summary_table
+from biomamba_jax.tables import print_tables, summary_table
 
 
 def show(answer: Answer) -> None:

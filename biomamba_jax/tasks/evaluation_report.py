@@ -1,7 +1,7 @@
 """`report.html` of an evaluation: every model a column; domains, tasks, intervals and plots on one page."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,23 +9,10 @@ import numpy as np
 
 from biomamba_jax import html
 from biomamba_jax.command_line import to_yaml
+from biomamba_jax.tables import Table
 from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task
 from biomamba_jax.tasks.statistics import Estimate
 
-_WHY_BYTES = (
-    "Every token of every document counts once, its end included. Perplexity is per token: it depends on how a "
-    "tokenizer cuts the text, so it compares only models with the same number of tokens. Bits per byte divide the same "
-    "total by the bytes of the text and compare all of them."
-)
-_WHY_NOT_MASKED = (
-    "Columns marked pseudo are masked language models: each token is predicted from the text on both sides of it, "
-    "which is no probability of the text, and lower by its nature. They are not compared with the others."
-)
-_PAPER = (
-    "Computed as the published BioMamba code does (protocol paper): perplexity from the mean of batch means; PubMedQA "
-    "on 200 random questions with thresholds chosen on these same questions; BioASQ's yes/no questions in generated "
-    "text. These figures are for comparison with published ones only."
-)
 _TASK_MEASURES = {
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
@@ -40,54 +27,29 @@ _TASK_MEASURES = {
     "list_recall": "list: mean recall",
     "list_f1": "list: mean F1",
 }
-
-Row = tuple[str, Sequence[str]]
+_DRAWN = ("accuracy", "macro_f1", "yesno_accuracy", "yesno_macro_f1", "factoid_mrr", "list_f1")
 
 
 def write(results: Evaluation, output: Path) -> Path:
-    """Writes `output`/report.html, whole or not at all, and returns its path."""
-    config = results.config
-    title = output.resolve().name
-    level = f"{100 * config.confidence:g}%"
-    interval = f"{level} intervals in brackets; bootstrap over documents or questions, Wilson for accuracy"
-    subtitle = f"{len(results.models)} models · {interval}"
-    notes = [_PAPER] if config.protocol == "paper" else []
-    body = [
-        f"<header><h1>{html.text(title)}</h1><p>{html.text(subtitle)}</p></header>",
-        *[f"<p>{html.text(note)}</p>" for note in notes],
-        html.section("Models", _models(results)),
-        html.section("Text domains", _domains(results)),
-        *[html.section(task.title, _task(results, task)) for task in results.tasks.values()],
-        html.section("Environment", html.environment_table(results.environment)),
-        html.section("Configuration", f"<pre>{html.text(to_yaml(config))}</pre>"),
-    ]
-    path = output / "report.html"
-    html.write(path, title, body)
-    return path
+    """Write `output`/report.html, whole or not at all, and return its path."""
+    columns = [f"{name} (pseudo)" if facts.kind == "masked" else name for name, facts in results.models.items()]
+    return html.write(
+        output / "report.html",
+        "evaluation",
+        title=output.resolve().name,
+        confidence=results.config.confidence,
+        published=results.config.protocol == "paper",
+        masked=any(facts.kind == "masked" for facts in results.models.values()),
+        models=_models(results, columns),
+        domains=_domains(results, columns),
+        domain_plots=_domain_plots(results),
+        tasks=[_task(results, task, columns) for task in results.tasks.values()],
+        about=results.environment,
+        config=to_yaml(results.config),
+    )
 
 
-# --- Tables ---
-
-
-def _table(head: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table whose first column names the rows; an empty row is a heading."""
-    top = "".join(f"<th>{html.text(name)}</th>" for name in head)
-    lines = []
-    for name, cells in rows:
-        if cells:
-            lines.append(f"<tr><td>{html.text(name)}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-        else:
-            lines.append(f'<tr class="heading"><th colspan="{len(head)}">{html.text(name)}</th></tr>')
-    return f'<table class="columns"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-
-
-def _estimate(estimate: Estimate | None, show: Callable[[float], str]) -> str:
-    """A figure and its interval."""
-    if estimate is None:
-        return "–"
-    if estimate.low is None or estimate.high is None:
-        return show(estimate.value)
-    return f"{show(estimate.value)} <small>[{show(estimate.low)}, {show(estimate.high)}]</small>"
+# --- Figures ---
 
 
 def _number(value: float) -> str:
@@ -100,179 +62,154 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %" if math.isfinite(value) else "–"
 
 
-def _columns(results: Evaluation) -> list[str]:
-    return [f"{name} (pseudo)" if facts.kind == "masked" else name for name, facts in results.models.items()]
+_count = "{:,.0f}".format
+
+_DOMAIN_MEASURES = {
+    "bits_per_byte": ("bits per byte", _number),
+    "bits_per_word": ("bits per word", _number),
+    "perplexity": ("perplexity per token", _number),
+    "cross_entropy": ("cross-entropy, nats per token", _number),
+    "tokens": ("tokens", _count),
+    "tokens_per_second": ("tokens per second", _count),
+}
+_PUBLISHED_MEASURES = {
+    "perplexity": ("perplexity, mean of batch means", _number),
+    "cross_entropy": ("cross-entropy, mean of batch means", _number),
+    "rows": ("rows", _count),
+}
 
 
-def _models(results: Evaluation) -> str:
+# --- Tables ---
+
+
+def _row(name: str, values: Iterable[Any], show: Callable[[Any], str]) -> list[Any]:
+    """Return a row of a `Table`: estimates with their intervals, None where a model has no value."""
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, Estimate):
+            return None if value is None else show(value)
+        if value.low is None or value.high is None:
+            return show(value.value)
+        return show(value.value), f"[{show(value.low)}, {show(value.high)}]"
+
+    return [name, *map(cell, values)]
+
+
+def _models(results: Evaluation, columns: Sequence[str]) -> Table:
     shown = ("path", "run_by", "kind", "parameters", "tokenizer", "context", "dtype")
-    rows: list[Row] = []
-    for key in shown:
-        values = [getattr(facts, key) for facts in results.models.values()]
-        cells = [f"{value:,}" if isinstance(value, int) else html.text(value) for value in values]
-        rows.append((key.replace("_", " "), cells))
-    return _table(["", *_columns(results)], rows)
+    rows = [[key.replace("_", " "), *(getattr(facts, key) for facts in results.models.values())] for key in shown]
+    return Table(["", *columns], rows)
 
 
-def _domains(results: Evaluation) -> str:
-    if not results.domains:
-        return ""
-    rows: list[Row] = []
+def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
+    rows: list[list[Any]] = []
     for name, domain in results.domains.items():
-        rows.append((f"{name}: {domain.documents:,} documents, {domain.bytes:,} bytes, {domain.words:,} words", []))
-        rows += _published(results, domain) if domain.paper else _measured(results, domain)
-    plots = _domain_plots(results)
-    notes = [_WHY_BYTES] if any(domain.models for domain in results.domains.values()) else []
-    if any(facts.kind == "masked" for facts in results.models.values()):
-        notes.append(_WHY_NOT_MASKED)
-    text = "".join(f"<p>{html.text(note)}</p>" for note in notes)
-    return text + _table(["", *_columns(results)], rows) + html.figures(plots)
+        rows.append([f"{name}: {domain.documents:,} documents, {domain.bytes:,} bytes, {domain.words:,} words"])
+        measures = _PUBLISHED_MEASURES if domain.paper else _DOMAIN_MEASURES
+        found = [domain.paper[m] if domain.paper else vars(domain.models[m]) for m in results.models]
+        rows += [_row(label, [each[key] for each in found], show) for key, (label, show) in measures.items()]
+        if domain.comparisons:
+            pairs = [domain.comparisons.get(model) for model in results.models]
+            for key, label in (
+                ("bits_per_byte", f"bits per byte minus {results.reference}'s, documents paired"),
+                ("perplexity_ratio", f"perplexity of {results.reference} over this model's, paired, same tokens only"),
+            ):
+                rows.append(_row(label, [getattr(pair, key, None) for pair in pairs], _number))
+    return Table(["", *columns], rows)
 
 
-def _measured(results: Evaluation, domain: Domain) -> list[Row]:
-    found = [domain.models[name] for name in results.models]
-    rows: list[Row] = [
-        ("bits per byte", [_estimate(each.bits_per_byte, _number) for each in found]),
-        ("bits per word", [_estimate(each.bits_per_word, _number) for each in found]),
-        ("perplexity per token", [_estimate(each.perplexity, _number) for each in found]),
-        ("cross-entropy, nats per token", [_estimate(each.cross_entropy, _number) for each in found]),
-        ("tokens", [f"{each.tokens:,}" for each in found]),
-        ("tokens per second", [f"{each.tokens_per_second:,.0f}" for each in found]),
-    ]
-    if domain.comparisons:
-        pairs = [domain.comparisons.get(name) for name in results.models]
-        reference = html.text(results.reference)
-        less = [_estimate(pair.bits_per_byte if pair else None, _number) for pair in pairs]
-        ratio = [_estimate(pair.perplexity_ratio if pair else None, _number) for pair in pairs]
-        rows.append((f"bits per byte minus {reference}'s, documents paired", less))
-        rows.append((f"perplexity of {reference} over this model's, paired, same tokens only", ratio))
-    return rows
-
-
-def _published(results: Evaluation, domain: Domain) -> list[Row]:
-    found = [domain.paper[name] for name in results.models]
-    return [
-        ("perplexity, mean of batch means", [_number(each["perplexity"]) for each in found]),
-        ("cross-entropy, mean of batch means", [_number(each["cross_entropy"]) for each in found]),
-        ("rows", [f"{each['rows']:,}" for each in found]),
-    ]
-
-
-def _task(results: Evaluation, task: Task) -> str:
-    found = [task.models[name] for name in results.models]
-    every = [*([task.majority] if task.majority else []), *found]
-    head = ["", *(["majority"] if task.majority else []), *_columns(results)]
-    rows: list[Row] = []
-    for key, name in _TASK_MEASURES.items():
-        if any(key in result.measures for result in found):
-            rows.append((name, [_estimate(result.measures.get(key), _percent) for result in every]))
-    labels = list(dict.fromkeys(label for result in found for label in result.details.get("classes", {})))
-    for label in labels:
-        classes = [result.details.get("classes", {}).get(label) for result in every]
-        rows.append((f"F1 of {label}", [_percent(each["f1"]) if each else "–" for each in classes]))
-    missing = [""] if task.majority else []
+def _task(results: Evaluation, task: Task, columns: Sequence[str]) -> tuple[str, Table, list[html.Plot]]:
+    models = [*([("majority", task.majority)] if task.majority else []), *task.models.items()]
+    every = [result for _, result in models]
+    rows = _measure_rows([result.measures for result in every])
+    classes = [result.details.get("classes", {}) for result in every]
+    for label in dict.fromkeys(label for found in classes for label in found):
+        rows.append(_row(f"F1 of {label}", [found.get(label, {}).get("f1") for found in classes], _percent))
     if task.comparisons:
-        tests = [task.comparisons.get(name) for name in results.models]
-        cells = [f"{t.only_this} / {t.only_reference}, p = {t.p_value:.3g}" if t else "–" for t in tests]
-        rows.append((f"right alone / {results.reference} alone, McNemar", [*missing, *cells]))
-    rows += _thresholds(task, results, missing)
-    rows.append(("questions", [f"{result.questions:,}" for result in every]))
-    speed = [f"{result.answered / result.seconds:,.1f}" if result.seconds else "–" for result in found]
-    rows.append(("questions per second", [*missing, *speed]))
-    return _table(head, rows) + _batches(results, task) + html.figures(_task_plots(results, task))
+        tests = [None if result is task.majority else task.comparisons.get(name) for name, result in models]
+        label = f"only this model right / only {results.reference} right, McNemar"
+        rows.append(_row(label, tests, lambda t: f"{t.only_this} / {t.only_reference}, p = {t.p_value:.3g}"))
+    thresholds = [result.details.get("thresholds") or {} for result in every]
+    if any(thresholds):
+        rows.append(_row("thresholds", [each.get("chosen_by") for each in thresholds], "by {}".format))
+    if any("cross_validated_accuracy" in each for each in thresholds):
+        tried = [each.get("cross_validated_accuracy") for each in thresholds]
+        rows.append(_row("accuracy on development questions, cross-validated", tried, _percent))
+    rows.append(["questions", *(result.questions for result in every)])
+    speeds = [result.answered / result.seconds if result.seconds else None for result in every]
+    rows.append(_row("questions per second", speeds, "{:,.1f}".format))
+    rows += _batch_rows([result.details.get("batches", {}) for result in every])
+    head = ["", *(["majority"] if task.majority else []), *columns]
+    return task.title, Table(head, rows), _task_plots([(name, result.measures) for name, result in models])
 
 
-def _thresholds(task: Task, results: Evaluation, missing: Sequence[str]) -> list[Row]:
-    found = [task.models[name].details.get("thresholds") for name in results.models]
-    if not any(found):
-        return []
-    chosen = [f"by {each['chosen_by']}" if each else "–" for each in found]
-    rows: list[Row] = [("thresholds", [*missing, *map(html.text, chosen)])]
-    if any(each and "cross_validated_accuracy" in each for each in found):
-        tried = [_percent(each["cross_validated_accuracy"]) if each else "–" for each in found]
-        rows.append(("accuracy on development questions, cross-validated", [*missing, *tried]))
+def _measure_rows(of_models: Sequence[Mapping[str, Estimate]]) -> list[list[Any]]:
+    return [
+        _row(label, [measures.get(key) for measures in of_models], _percent)
+        for key, label in _TASK_MEASURES.items()
+        if any(key in measures for measures in of_models)
+    ]
+
+
+def _batch_rows(batches: Sequence[Mapping[str, Mapping[str, Estimate]]]) -> list[list[Any]]:
+    """Return the same measures of each file, where there are several."""
+    rows: list[list[Any]] = []
+    paths = batches[-1] if len(batches[-1]) > 1 else ()
+    for path in paths:
+        rows += [[Path(path).name], *_measure_rows([of_model.get(path, {}) for of_model in batches])]
     return rows
-
-
-def _batches(results: Evaluation, task: Task) -> str:
-    """The same measures of each file, where there are several."""
-    files = next(iter(task.models.values())).details.get("batches", {})
-    if len(files) < 2:
-        return ""
-    rows: list[Row] = []
-    for path in files:
-        rows.append((Path(path).name, []))
-        of_models: list[Mapping[str, Estimate]] = [
-            task.models[name].details["batches"].get(path, {}) for name in results.models
-        ]
-        for key, name in _TASK_MEASURES.items():
-            if any(key in measures for measures in of_models):
-                rows.append((name, [_estimate(measures.get(key), _percent) for measures in of_models]))
-    return f"<h3>Per batch</h3>{_table(['', *_columns(results)], rows)}"
 
 
 # --- Plots ---
 
 
-def _domain_plots(results: Evaluation) -> list[str]:
+def _domain_plots(results: Evaluation) -> list[html.Plot]:
     measured = {name: domain for name, domain in results.domains.items() if domain.models}
-    plots = []
-    if measured:
-        values = {
-            model: [domain.models[model].bits_per_byte for domain in measured.values()] for model in results.models
-        }
-        plots.append(_dots("Bits per byte", list(measured), values))
-    for name, domain in measured.items():
-        plots.append(_positions(f"Cross-entropy by place in the document: {name}", domain))
-    return plots
+    if not measured:
+        return []
+    values = [(name, [each.models[name].bits_per_byte for each in measured.values()]) for name in results.models]
+    positions = [_positions_plot(f"Cross-entropy by place in the document: {name}", d) for name, d in measured.items()]
+    return [_intervals_plot("Bits per byte", list(measured), values), *positions]
 
 
-def _task_plots(results: Evaluation, task: Task) -> list[str]:
-    found = dict(task.models)
-    if task.majority:
-        found = {"majority": task.majority} | found
-    keys = [key for key in ("accuracy", "macro_f1", "yesno_accuracy", "yesno_macro_f1", "factoid_mrr", "list_f1")]
-    keys = [key for key in keys if any(key in task.models[name].measures for name in results.models)]
-    values = {
-        name: [result.measures.get(key, Estimate(math.nan)).map(lambda share: 100 * share) for key in keys]
-        for name, result in found.items()
-    }
-    title = "Measures with intervals (%)"
-    return [_dots(title, [_TASK_MEASURES[key] for key in keys], values)] if keys else []
+def _task_plots(found: Sequence[tuple[str, Mapping[str, Estimate]]]) -> list[html.Plot]:
+    keys = [key for key in _DRAWN if any(key in measures for _, measures in found)]
+    values = [
+        (name, [measures.get(key, Estimate(math.nan)).map(lambda share: 100 * share) for key in keys])
+        for name, measures in found
+    ]
+    groups = [_TASK_MEASURES[key] for key in keys]
+    return [_intervals_plot("Measures with intervals (%)", groups, values)] if keys else []
 
 
-def _dots(title: str, groups: Sequence[str], values: Mapping[str, Sequence[Estimate]]) -> str:
-    """Figures with their intervals: groups along the axis, models side by side in each."""
+def _intervals_plot(title: str, groups: Sequence[str], values: Sequence[tuple[str, Sequence[Estimate]]]) -> html.Plot:
+    """Draw figures with their intervals: groups along the axis, models side by side in each."""
 
     def draw(axes: Any) -> None:
         width = 0.6 / max(1, len(values))
-        for index, (name, estimates) in enumerate(values.items()):
+        for index, (name, estimates) in enumerate(values):
             places = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
             centers = np.array([each.value for each in estimates])
             lows = np.array([each.value if each.low is None else each.low for each in estimates])
             highs = np.array([each.value if each.high is None else each.high for each in estimates])
-            spread = np.maximum(0, np.nan_to_num([centers - lows, highs - centers]))
-            colour = html.COLOURS[index % len(html.COLOURS)]
-            axes.errorbar(
-                places, centers, spread, fmt="o", color=colour, capsize=3, markersize=4, label=html.label(name)
-            )
-        axes.set_xticks(range(len(groups)), list(map(html.label, groups)))
+            lengths = np.maximum(0, np.nan_to_num([centers - lows, highs - centers]))
+            axes.errorbar(places, centers, lengths, fmt="o", capsize=3, markersize=4, label=html.legend_label(name))
+        axes.set_xticks(range(len(groups)), list(groups))
         axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.legend(frameon=False)
+        axes.legend()
 
-    return html.svg(title, draw)
+    return html.plot(title, draw)
 
 
-def _positions(title: str, domain: Domain) -> str:
+def _positions_plot(title: str, domain: Domain) -> html.Plot:
     def draw(axes: Any) -> None:
-        for index, (name, found) in enumerate(domain.models.items()):
+        for name, found in domain.models.items():
             places = [1 + (each["from"] + each["to"]) / 2 for each in found.positions]
             nats = [each["cross_entropy"] for each in found.positions]
-            colour = html.COLOURS[index % len(html.COLOURS)]
-            axes.plot(places, nats, color=colour, linewidth=1.6, marker="o", markersize=3, label=html.label(name))
+            axes.plot(places, nats, marker="o", label=html.legend_label(name))
         axes.set_xscale("log", base=2)
         axes.set_xlabel("token of the document")
         axes.set_ylabel("nats per token")
-        axes.legend(frameon=False)
+        axes.legend()
 
-    return html.svg(title, draw)
+    return html.plot(title, draw)

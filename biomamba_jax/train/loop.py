@@ -139,7 +139,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 wandb_project=config.wandb_project,
                 config=dataclasses.asdict(config),
             ) as metrics,
-            Progress(steps, start or 0) as progress,
+            Progress(steps) as progress,
             StopRequest() as stop,
         ):
             about = describe(config, steps / training.epoch_steps, steps, start, state.params)

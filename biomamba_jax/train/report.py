@@ -1,21 +1,19 @@
-"""`report.html`: one run on one page that can be sent to a colleague; no scripts, nothing fetched from elsewhere.
+"""`report.html`: one run on one page.
 
 Made from the files of the run directory alone, so it can be made again at any time, also of a run on another machine:
 
     config.yaml       the configuration as resolved
     environment.json  versions, devices and host, and every start of the run (`record_start`)
-    metrics.jsonl     losses and evaluations; `skipped_updates` counts updates left out for a non-finite gradient
+    metrics.jsonl     losses and evaluations; `skipped_updates` counts updates skipped for a non-finite gradient
     timing.jsonl      speed
-    baselines.json    optional: [{"name": "unigram (add-k)", "split": "validation", "domain": "pubmed",
-                      "perplexity": 812.0, "bits_per_byte": 2.4}, ...]
+    baselines.json    optional: [{"name": "unigram (add-k)", "split": "validation", "perplexity": 812.0,
+                      "bits_per_byte": 2.4}, ...]
 """
 
-import itertools
-import json
 import math
 import os
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,35 +21,41 @@ import numpy as np
 
 from biomamba_jax import files, html
 from biomamba_jax.environment import environment
-from biomamba_jax.errors import UserError
+from biomamba_jax.tables import Table
 from biomamba_jax.train.metrics import Record, read_metrics, read_timing
-from biomamba_jax.train.progress import duration
 
 MAX_POINTS = 2000
-"""Points of one curve at most: more than a screen has columns, few enough for a page of some 100 kB."""
+"""Most points of one curve: more than a screen has columns, few enough for a page of some 100 kB."""
 
-Series = tuple[list[float], list[float]]
+Series = tuple[np.ndarray, np.ndarray]
+
+_MEASURES = {
+    "perplexity": ("perplexity", "{:,.2f}"),
+    "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+}
+_MARKED = 50
+"""Points up to which a curve is drawn with markers, and from which a noisy one is smoothed."""
 
 
-def record_start(run_dir: str | os.PathLike[str], step: int, headline: Sequence[str] = ()) -> None:
-    """Writes `environment.json` of this process, and adds this start to the run's earlier ones.
+def record_start(run_dir: str | os.PathLike[str], step: int) -> None:
+    """Write `environment.json` of this process and add this start to the run's earlier ones.
 
     Call it on the first process only.
 
     Args:
       run_dir: the run's directory, which exists.
       step: steps done before this start; 0 opens a new history.
-      headline: facts for the top of the report, for instance "12.3 M parameters", "16,384 tokens a step".
     """
     path = Path(run_dir) / "environment.json"
     now = environment()
-    earlier = _read_json(path, {}).get("starts", []) if step else []
+    earlier = _read(path, {}).get("starts", []) if step else []
     start = {"step": step} | {key: now[key] for key in ("time", "host", "devices", "command")}
-    files.write_text(path, json.dumps(now | {"headline": list(headline), "starts": [*earlier, start]}, indent=2) + "\n")
+    files.write_json(path, now | {"starts": [*earlier, start]})
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
-    """Writes `report.html` of a run directory, whole or not at all. Call it on the first process only.
+    """Write `report.html` of a run directory, whole or not at all. Call it on the first process only.
 
     Args:
       run_dir: the run's directory, at any moment of its life; what is missing is left out.
@@ -60,180 +64,136 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
       The path of the report.
 
     Raises:
-      UserError: one of the files can't be read; names it.
+      UserError: one of the files cannot be read; names it.
     """
     folder = Path(run_dir)
     metrics, timing = read_metrics(folder), read_timing(folder)
-    about = _read_json(folder / "environment.json", {})
     config = folder / "config.yaml"
-    title = folder.resolve().name
-    body = [
-        f"<header><h1>{html.text(title)}</h1>{_subtitle(about)}</header>",
-        _key_figures(metrics, timing),
-        html.section("Held-out text", _results(metrics, _read_json(folder / "baselines.json", []))),
-        html.section("Curves", _curves(metrics, timing)),
-        html.section("Events", _events(metrics, about)),
-        html.section("Environment", html.environment_table(about)),
-        html.section("Configuration", f"<pre>{html.text(config.read_text())}</pre>" if config.exists() else ""),
-    ]
-    path = folder / "report.html"
-    html.write(path, title, body)
-    return path
-
-
-def thin(xs: Sequence[float], ys: Sequence[float], limit: int = MAX_POINTS) -> Series:
-    """At most `limit` points of a curve: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(xs) <= limit:
-        return list(xs), list(ys)
-    stretches = limit // 2
-    edges = [round(i * len(xs) / stretches) for i in range(stretches + 1)]
-    kept: list[int] = []
-    for start, end in itertools.pairwise(edges):
-        stretch = range(start, end)
-        kept += sorted({min(stretch, key=ys.__getitem__), max(stretch, key=ys.__getitem__)})
-    return [xs[i] for i in kept], [ys[i] for i in kept]
-
-
-# --- The parts of the page ---
-
-
-def _subtitle(about: Mapping[str, Any]) -> str:
-    facts = [*about.get("headline", []), *(about[key] for key in ("devices", "time") if key in about)]
-    return f"<p>{html.text(' · '.join(facts))}</p>" if facts else ""
-
-
-def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
-    train = [record for record in metrics if record["split"] == "train"]
-    figures: list[tuple[str, str]] = []
-    if metrics:
-        figures.append(("steps", f"{metrics[-1]['step']:,}"))
-    if train and "tokens" in train[-1]:
-        figures.append(("tokens", _count(train[-1]["tokens"])))
-    for evaluated in _evaluations(metrics)[:1]:
-        last = evaluated[-1]
-        figures += [(label, html.figure(last[key])) for key, label in _MEASURES.items() if key in last]
-    speed = _values(timing, "tokens_per_second")[1]
-    if speed:
-        figures.append(("tokens/s (median)", f"{statistics.median(speed):,.0f}"))
-    share = _values(timing, "share_of_peak")[1]
-    if share:
-        figures.append(("of peak (median)", f"{100 * statistics.median(share):.1f} %"))
-    if len(timing) > 1:
-        figures.append(("wall clock", duration(timing[-1]["time"] - timing[0]["time"])))
-    cards = "".join(f"<div><strong>{value}</strong><span>{html.text(label)}</span></div>" for label, value in figures)
-    return f'<div class="figures">{cards}</div>' if cards else ""
-
-
-_MEASURES = {"perplexity": "perplexity", "bits_per_byte": "bits per byte", "accuracy": "accuracy"}
-
-
-def _results(metrics: Sequence[Record], baselines: Iterable[Mapping[str, Any]]) -> str:
-    """Measures of every held-out text: before, after, and the baselines of the same text."""
-    baselines = list(baselines)
-    rows: list[tuple[str, str, Mapping[str, Any], str]] = []
-    for evaluated in _evaluations(metrics):
-        first, last = evaluated[0], evaluated[-1]
-        text = _label(last)
-        same = [b for b in baselines if b["split"] == last["split"] and b.get("domain") == last.get("domain")]
-        if last["step"] != first["step"]:
-            rows.append((text, f"this run at step {first['step']:,}", first, ""))
-        rows += [(text, baseline["name"], baseline, "") for baseline in same]
-        rows.append((text, f"this run at step {last['step']:,}", last, "final"))
-    if not rows:
-        return ""
-    shown = {key: name for key, name in _MEASURES.items() if any(key in values for _, _, values, _ in rows)}
-    head = "".join(f"<th>{html.text(name)}</th>" for name in ("text", "model", *shown.values()))
-    lines = "".join(
-        f'<tr class="{css}"><td>{html.text(text)}</td><td>{html.text(name)}</td>'
-        + "".join(f"<td>{html.figure(values.get(key))}</td>" for key in shown)
-        + "</tr>"
-        for text, name, values, css in rows
+    return html.write(
+        folder / "report.html",
+        "training",
+        title=folder.resolve().name,
+        about=_read(folder / "environment.json", {}),
+        key_figures=_key_figures(metrics, timing),
+        results=held_out_table(folder, metrics),
+        curves=_curves(metrics, timing),
+        skipped=max((record["skipped_updates"] for record in metrics if "skipped_updates" in record), default=None),
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
     )
-    return f'<table class="results"><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>'
 
 
-def _events(metrics: Sequence[Record], about: Mapping[str, Any]) -> str:
-    starts = about.get("starts", [])
-    train = [record for record in metrics if record["split"] == "train"]
-    lines = []
-    if train and "skipped_updates" in train[-1]:
-        lines.append(f"updates skipped for a non-finite gradient: {train[-1]['skipped_updates']:,}")
-    if starts:
-        lines.append(f"started on {html.text(starts[0]['host'])}, {html.text(starts[0]['time'])}")
-    for start in starts[1:]:
-        where = html.text(f"{start['host']} ({start['devices']}), {start['time']}")
-        lines.append(f"resumed at step {start['step']:,} on {where}")
-    return f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>" if lines else ""
+def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -> Table:
+    """Return the measures of held-out text: of the run's first and last evaluation, and of the baselines.
 
+    Args:
+      run_dir: the run's directory, which may have a baselines.json.
+      metrics: the lines of its metrics.jsonl.
 
-def _curves(metrics: Sequence[Record], timing: Sequence[Record]) -> str:
-    train = [record for record in metrics if record["split"] == "train"]
-    evaluations = {_label(group[-1]): _values(group, "loss") for group in _evaluations(metrics)}
-    plots: list[tuple[str, dict[str, Series], str]] = [
-        ("Loss (nats per token)", {"training": _values(train, "loss")} | evaluations, "linear"),
-        ("Learning rate", {"learning rate": _values(train, "learning_rate")}, "linear"),
-        ("Gradient norm", {"gradient norm": _values(train, "gradient_norm")}, "log"),
-        ("Tokens per second", {"tokens/s": _values(timing, "tokens_per_second")}, "linear"),
+    Raises:
+      UserError: baselines.json cannot be read.
+    """
+    baselines = _read(Path(run_dir) / "baselines.json", [])
+    rows: list[tuple[str, str, Record]] = []
+    final = []
+    for split, evaluations in _evaluations(metrics).items():
+        named = [(split, f"this model, step {values['step']:,}", values) for values in evaluations]
+        same = [(split, values["name"], values) for values in baselines if values["split"] == split]
+        rows += [*named[:-1][:1], *same, named[-1]]
+        final.append(len(rows) - 1)
+    measures = {key: found for key, found in _MEASURES.items() if any(key in values for _, _, values in rows)}
+    cells = [
+        [split, name, *(show.format(values[key]) if key in values else None for key, (_, show) in measures.items())]
+        for split, name, values in rows
     ]
-    shown = [plot for plot in plots if any(len(xs) > 1 for xs, _ in plot[1].values())]
-    return html.figures([_svg(*plot) for plot in shown])
+    columns = ["text", "model", *(label for label, _ in measures.values())]
+    tokens = [f" ({record['tokens']:,} tokens)" for _, _, record in rows[-1:] if "tokens" in record]
+    return Table(columns, cells, "".join(["Held-out text", *tokens]), left=(0, 1), emphasized=final)
+
+
+def thin(xs: np.ndarray, ys: np.ndarray, limit: int = MAX_POINTS) -> Series:
+    """Return at most `limit` points of a curve: the lowest and highest of each stretch, so that no spike is lost."""
+    if len(xs) <= limit:
+        return xs, ys
+    edges = np.linspace(0, len(xs), limit // 2 + 1).astype(int)
+    extremes = [[stretch.argmin(), stretch.argmax()] for stretch in np.split(ys, edges[1:-1])]
+    kept = np.unique(edges[:-1, None] + extremes)
+    return xs[kept], ys[kept]
+
+
+def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> list[tuple[str, str]]:
+    """Return (figure, label) of what a reader looks for first."""
+    trained = [record for record in metrics if record["split"] == "train"]
+    evaluated = next(iter(_evaluations(metrics).values()), [{}])[-1]
+    speeds, shares = (_values(timing, key)[1] for key in ("tokens_per_second", "share_of_peak"))
+    figures = [(f"{record['step']:,}", "steps") for record in metrics[-1:]]
+    figures += [(_count(record["tokens"]), "tokens") for record in trained[-1:] if "tokens" in record]
+    figures += [(show.format(evaluated[key]), label) for key, (label, show) in _MEASURES.items() if key in evaluated]
+    if len(speeds):
+        figures.append((f"{np.median(speeds):,.0f}", "tokens/s (median)"))
+    if len(shares):
+        figures.append((f"{100 * np.median(shares):.1f} %", "of peak (median)"))
+    if len(timing) > 1:
+        figures.append((str(timedelta(seconds=round(timing[-1]["time"] - timing[0]["time"]))), "wall clock"))
+    return figures
 
 
 # --- Curves ---
 
 
-def _svg(title: str, curves: Mapping[str, Series], scale: str) -> str:
-    """One plot of a run, see `html.svg`."""
+def _curves(metrics: Sequence[Record], timing: Sequence[Record]) -> list[html.Plot]:
+    trained = [record for record in metrics if record["split"] == "train"]
+    losses = {"training": trained} | _evaluations(metrics)
+    curves = {
+        "Loss (nats per token)": {name: _values(records, "loss") for name, records in losses.items()},
+        "Learning rate": {"learning rate": _values(trained, "learning_rate")},
+        "Gradient norm": {"gradient norm": _values(trained, "gradient_norm")},
+        "Tokens per second": {"tokens/s": _values(timing, "tokens_per_second")},
+    }
+    return [_plot(title, found) for title, found in curves.items() if any(len(xs) > 1 for xs, _ in found.values())]
+
+
+def _plot(title: str, curves: Mapping[str, Series]) -> html.Plot:
     noisy = ("training", "gradient norm", "tokens/s")  # drawn pale, with their running mean on top
 
     def draw(axes: Any) -> None:
-        axes.set_yscale(scale)
+        axes.set_yscale("log" if "gradient norm" in curves else "linear")
         axes.set_xlabel("step")
-        for index, (name, (xs, ys)) in enumerate(curves.items()):
-            colour = html.COLOURS[index % len(html.COLOURS)]
-            if name in noisy and len(xs) > 50:
-                axes.plot(*thin(xs, ys), color=colour, alpha=0.3, linewidth=0.8)
-                axes.plot(*thin(xs, _smooth(ys)), color=colour, linewidth=1.6, label=f"{html.label(name)}, smoothed")
+        for name, (xs, ys) in curves.items():
+            if name in noisy and len(xs) > _MARKED:
+                (line,) = axes.plot(*thin(xs, ys), alpha=0.3, linewidth=0.8)
+                axes.plot(*thin(*_smooth(xs, ys)), color=line.get_color(), label=f"{name}, smoothed")
             else:
-                marker = "o" if len(xs) <= 50 else None
-                axes.plot(
-                    *thin(xs, ys), color=colour, linewidth=1.6, marker=marker, markersize=3, label=html.label(name)
-                )
+                axes.plot(*thin(xs, ys), marker="o" if len(xs) <= _MARKED else None, label=name)
         if len(curves) > 1:
-            axes.legend(frameon=False)
+            axes.legend()
 
-    return html.svg(title, draw)
+    return html.plot(title, draw)
 
 
-def _smooth(ys: Sequence[float]) -> list[float]:
-    """Mean of the 2 % of the curve around each point, of fewer points towards the ends."""
+def _smooth(xs: np.ndarray, ys: np.ndarray) -> Series:
+    """Return the mean of the 2 % of the curve around each point that has as many on both sides."""
     half = len(ys) // 100
-    total = np.concatenate([[0.0], np.cumsum(ys)])
-    middle = np.arange(len(ys))
-    reach = np.minimum(half, np.minimum(middle, middle[::-1]))  # the same on both sides, or the ends would be bent
-    return list((total[middle + reach + 1] - total[middle - reach]) / (2 * reach + 1))
+    window = 2 * half + 1
+    return xs[half : len(xs) - half], np.convolve(ys, np.full(window, 1 / window), "valid")
 
 
-# --- Values of records ---
+# --- Values ---
 
 
-def _evaluations(metrics: Iterable[Record]) -> list[list[Record]]:
-    """The evaluation lines, grouped by the text that was evaluated."""
-    groups: dict[str, list[Record]] = {}
+def _evaluations(metrics: Iterable[Record]) -> dict[str, list[Record]]:
+    """Return the evaluations of each held-out split."""
+    found: dict[str, list[Record]] = {}
     for record in metrics:
         if record["split"] != "train":
-            groups.setdefault(_label(record), []).append(record)
-    return list(groups.values())
-
-
-def _label(record: Record) -> str:
-    return " ".join(str(record[key]) for key in ("domain", "split") if key in record)
+            found.setdefault(record["split"], []).append(record)
+    return found
 
 
 def _values(records: Iterable[Record], name: str) -> Series:
-    """Steps and finite values of one name."""
+    """Return steps and finite values of one name."""
     points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
-    return [float(step) for step, _ in points], [float(value) for _, value in points]
+    steps, values = np.array(points, float).reshape(-1, 2).T
+    return steps, values
 
 
 def _count(value: float) -> str:
@@ -243,13 +203,5 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-# --- Files ---
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    if not path.exists():
-        return default
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); delete the file or write it again") from None
+def _read(path: Path, default: Any) -> Any:
+    return files.read_any_json(path) if path.exists() else default

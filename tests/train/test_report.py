@@ -5,13 +5,15 @@ import json
 import math
 
 import lxml.html
+import numpy as np
 import pytest
 from rich.console import Console
 
+from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.metrics import MetricsWriter
-from biomamba_jax.train.progress import Progress, summary_table
-from biomamba_jax.train.report import environment, record_start, thin, write_report
+from biomamba_jax.train.progress import Progress
+from biomamba_jax.train.report import record_start, thin, write_report
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def page(run_dir):
 
 
 def cells(root):
-    return [[cell.text_content() for cell in row] for row in root.xpath("//table[@class='results']/tbody/tr")]
+    return [[cell.text_content() for cell in row] for row in root.xpath("//section[1]//tbody/tr")]
 
 
 def test_the_table_compares_before_and_after_with_baselines_of_the_same_text(run_dir):
@@ -44,9 +46,9 @@ def test_the_table_compares_before_and_after_with_baselines_of_the_same_text(run
     ]
     (run_dir / "baselines.json").write_text(json.dumps(baselines))
     assert cells(page(run_dir)) == [
-        ["validation", "this run at step 0", "8,103", "3.000"],
-        ["validation", "unigram", "800.0", "2.500"],
-        ["validation", "this run at step 90", "10.47", "0.7828"],
+        ["validation", "this model, step 0", "8,103.08", "3.0000"],
+        ["validation", "unigram", "800.00", "2.5000"],
+        ["validation", "this model, step 90", "10.47", "0.7828"],
     ]
 
 
@@ -64,8 +66,8 @@ def test_names_and_configuration_are_shown_as_they_are(run_dir):
 
 
 def test_there_is_a_curve_for_loss_rate_gradient_and_speed_in_the_colour_of_the_page(run_dir):
-    figures = page(run_dir).xpath("//figure/svg")
-    assert [figure.get("aria-label") for figure in figures] == [
+    figures = page(run_dir).xpath("//figure")
+    assert [figure.findtext("figcaption") for figure in figures] == [
         "Loss (nats per token)",
         "Learning rate",
         "Gradient norm",
@@ -76,12 +78,12 @@ def test_there_is_a_curve_for_loss_rate_gradient_and_speed_in_the_colour_of_the_
 
 def test_it_tells_of_resumes_and_skipped_updates(run_dir):
     for step in (0, 40, 70):
-        record_start(run_dir, step, ["12 M parameters"])
+        record_start(run_dir, step)
     root = page(run_dir)
     events = [item.text_content() for item in root.xpath("//li")]
     assert events[0] == "updates skipped for a non-finite gradient: 3"
     assert [event.split(" on ")[0] for event in events[1:]] == ["started", "resumed at step 40", "resumed at step 70"]
-    assert "12 M parameters" in root.findtext(".//header/p")
+    assert "1 x cpu" in root.findtext(".//header/p")
 
 
 def test_a_start_at_step_0_opens_a_new_history(tmp_path):
@@ -103,18 +105,17 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(run_dir):
 def test_a_broken_file_is_named_and_the_old_report_stays(run_dir):
     before = write_report(run_dir).read_bytes()
     (run_dir / "baselines.json").write_text("{")
-    with pytest.raises(UserError, match=r"baselines\.json: not JSON"):
+    with pytest.raises(UserError, match=r"baselines\.json: cannot be read as JSON"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == before
 
 
 def test_a_long_curve_is_thinned_without_losing_its_spikes():
-    xs = list(map(float, range(100_000)))
-    ys = [0.0] * len(xs)
-    ys[12_345], ys[77_777] = 9.0, -9.0
+    xs, ys = np.arange(100_000.0), np.zeros(100_000)
+    ys[12_345], ys[77_777], ys[-1] = 9.0, -9.0, 1.0
     thin_xs, thin_ys = thin(xs, ys, limit=2000)
-    assert len(thin_xs) <= 2000 and thin_xs == sorted(thin_xs)
-    assert max(thin_ys) == 9.0 and min(thin_ys) == -9.0
+    assert 1000 <= len(thin_xs) <= 2000 and (np.diff(thin_xs) > 0).all()
+    assert {x: y for x, y in zip(thin_xs, thin_ys, strict=True) if y} == {12_345: 9.0, 77_777: -9.0, 99_999: 1.0}
 
 
 def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(monkeypatch):
@@ -167,9 +168,3 @@ def test_only_the_first_process_shows_progress(monkeypatch, capfd):
         progress.update(1, 5.0, 10.0)
         progress.log("hello")
     assert capfd.readouterr() == ("", "")
-
-
-def test_a_summary_table_is_not_squeezed_where_stdout_is_a_file(capsys):
-    summary_table("Held-out text", ["model", "perplexity"], [["x" * 100, 31.2], ["[brackets]", None]])
-    out = capsys.readouterr().out
-    assert "x" * 100 in out and "[brackets]" in out and "31.2" in out and "–" in out
