@@ -1,4 +1,4 @@
-"""Other people's programs that ours is measured against. Torch is imported only where one of them runs."""
+"""Baselines: training and decoding with transformers' models. Imports torch only when one of them runs."""
 
 import importlib
 import importlib.util
@@ -11,11 +11,7 @@ from biomamba_jax.errors import UserError
 
 
 def check_installed(model: ModelConfig) -> None:
-    """Are the packages there that `TransformersStep` needs?
-
-    Raises:
-      UserError: one is missing; the message says how to install it.
-    """
+    """Raise UserError if a package that the baselines need is missing."""
     needed = ["torch", "transformers", *(["mambapy"] if model.kind == "mamba1" else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -23,10 +19,10 @@ def check_installed(model: ModelConfig) -> None:
 
 
 def transformers_model(model: ModelConfig) -> Any:
-    """transformers' model of the same sizes, with random weights, at its fastest settings for a CPU.
+    """Return the transformers model of the same sizes, with random weights and its fastest settings on CPU.
 
-    That is mambapy's parallel scan for Mamba-1, whose own loop over time is many times slower, and chunks of 256 for
-    Mamba-2, which train faster than 64.
+    These are mambapy's parallel scan for Mamba-1, since its own loop over time is many times slower, and chunks of 256
+    for Mamba-2, which train faster than 64.
     """
     transformers: Any = importlib.import_module("transformers")
     transformers.utils.logging.set_verbosity_error()  # it warns that CUDA kernels are missing
@@ -56,7 +52,7 @@ def transformers_model(model: ModelConfig) -> Any:
 
 
 class TransformersStep:
-    """A float32 training step of transformers' model: loss, gradients, clip and AdamW, in one call."""
+    """A float32 training step of transformers' model: loss, gradients, clipping and AdamW in one call."""
 
     def __init__(
         self,
@@ -83,6 +79,7 @@ class TransformersStep:
         self._ids = self._torch.randint(1, model.known_vocab, (batch_size, sequence_length))
 
     def __call__(self) -> None:
+        """Train one step."""
         self._run(input_ids=self._ids, labels=self._ids, use_cache=False).loss.backward()
         if self._clip:
             self._torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -102,4 +99,5 @@ class TransformersDecoding:
         self._settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
 
     def __call__(self) -> None:
+        """Generate once."""
         self._model.generate(self._ids, **self._settings, use_cache=True)

@@ -1,48 +1,54 @@
-"""Ours beside another project's: the settings each was tried under, then the two in turns, as tables."""
+"""Prints paired timings of two contenders, and the settings that were tried for each."""
 
 from collections.abc import Mapping
 
-from benchmarks.paired_timing import TRIAL_STEPS, Candidate, Spread, Timing, alternate
+from benchmarks.paired_timing import TRIAL_STEPS, Contender, Spread, Timing, alternate
 from biomamba_jax.tables import summary_table
 
-_COLUMNS = ("side", "allocator", "tokens/s", "slowest–fastest", "peak memory")
+_COLUMNS = ("contender", "allocator", "tokens/s", "slowest–fastest", "peak memory")
 
 
 def tokens_per_second(tokens: int, seconds: Spread) -> tuple[str, str]:
-    """Median and range, as text."""
+    """Return median and range of tokens/s as text."""
     return f"{tokens / seconds.median:,.1f}", f"{tokens / seconds.most:,.1f}–{tokens / seconds.least:,.1f}"
 
 
-def print_tried(tokens: int, tried: Mapping[Candidate, Timing | str], chosen: tuple[Candidate, Candidate]) -> None:
-    """Prints what each setting gave, or why nothing.
+def print_tried(tokens: int, tried: Mapping[Contender, Timing | str], chosen: tuple[Contender, Contender]) -> None:
+    """Print the timing of every setting, or why there is none.
 
     Args:
       tokens: tokens of one run.
+      tried: timing, or reason for its absence, of each setting.
+      chosen: the fastest setting of each contender.
     """
-    rows = [_row(tokens, candidate, trial, mark=candidate in chosen) for candidate, trial in tried.items()]
-    summary_table(f"Settings tried, {TRIAL_STEPS} runs each; * fastest of a side", _COLUMNS, rows)
+    rows = [_row(tokens, contender, trial, mark=contender in chosen) for contender, trial in tried.items()]
+    summary_table(f"Settings tried, {TRIAL_STEPS} runs each; * the fastest of a contender", _COLUMNS, rows)
 
 
-def compare(title: str, tokens: int, ours: Candidate, theirs: Candidate, rounds: int, limit_seconds: float) -> None:
-    """Times the two in turns and prints both, and the ratio of each pair.
+def compare(title: str, tokens: int, ours: Contender, theirs: Contender, rounds: int, limit_seconds: float) -> None:
+    """Time two contenders in turns and print both and the ratio within pairs.
 
     Args:
+      title: title of the table.
       tokens: tokens of one run.
-      limit_seconds: longest time for one to prepare itself and run once.
+      ours: the first contender.
+      theirs: the second contender.
+      rounds: number of pairs.
+      limit_seconds: time limit for a contender's preparation and first run.
 
     Raises:
-      UserError: one could not be run.
+      UserError: a contender failed.
     """
     results = alternate((ours, theirs), rounds, limit_seconds)
-    rows = [_row(tokens, candidate, timing) for candidate, timing in zip((ours, theirs), results, strict=True)]
+    rows = [_row(tokens, contender, timing) for contender, timing in zip((ours, theirs), results, strict=True)]
     ratio = Spread.of(slow / fast for fast, slow in zip(*(timing.each for timing in results), strict=True))
-    rows.append(["ratio, pair by pair", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None])
-    summary_table(f"{title}: {rounds} pairs, in turns", _COLUMNS, rows)
+    rows.append(["ratio within pairs", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None])
+    summary_table(f"{title}: {rounds} pairs", _COLUMNS, rows)
 
 
-def _row(tokens: int, candidate: Candidate, timing: Timing | str, mark: bool = False) -> list[str | None]:
-    name = candidate.name + (" *" if mark else "")
+def _row(tokens: int, contender: Contender, timing: Timing | str, mark: bool = False) -> list[str | None]:
+    name = contender.name + (" *" if mark else "")
     if isinstance(timing, str):
-        return [name, candidate.allocator, timing, None, None]
+        return [name, contender.allocator, timing, None, None]
     figures = tokens_per_second(tokens, timing.seconds)
-    return [name, candidate.allocator, *figures, f"{timing.peak_memory / 1e9:.2f} GB"]
+    return [name, contender.allocator, *figures, f"{timing.peak_memory / 1e9:.2f} GB"]

@@ -1,6 +1,6 @@
-"""The authors' own CUDA and Triton kernels, where `mamba_ssm` and `causal_conv1d` are installed, on the same values.
+"""Baselines: the authors' CUDA and Triton kernels, if `mamba_ssm` and `causal_conv1d` are installed.
 
-Torch is imported only where one of them runs. Signatures as of mamba_ssm 2.3 and causal_conv1d 1.6.
+Imports torch only when one of them runs. Signatures as of mamba_ssm 2.3 and causal_conv1d 1.6.
 """
 
 import importlib
@@ -17,22 +17,28 @@ _DEVICE = "cuda"
 
 
 class Runs(NamedTuple):
-    """One op on one set of values."""
+    """A baseline op on one set of values."""
 
     forward: Run
+    """Runs the forward pass."""
     both: Run
-    """Forward and backward: gradients by the names of the arrays, in their order."""
+    """Runs both passes and returns gradients by array name."""
     wait: Callable[[Any], None]
+    """Waits for a result."""
 
 
-class Peer(NamedTuple):
-    """`build` takes what `kernels.build`'s functions do."""
+class Baseline(NamedTuple):
+    """An op of another project."""
 
     name: str
+    """Name of the project."""
     packages: tuple[str, ...]
+    """Packages that it needs."""
     build: Callable[..., Runs]
+    """Takes the arguments of the functions that `kernels.build` returns."""
 
-    def why_not(self) -> str | None:
+    def why_absent(self) -> str | None:
+        """Return why it cannot run here, or None."""
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             return f"{', '.join(missing)} not installed"
@@ -42,7 +48,7 @@ class Peer(NamedTuple):
 
 
 def _tensor(v: jax.Array) -> Any:
-    """On the GPU, with gradients where it is of a floating type."""
+    """Copy an array to the GPU, with gradients if its dtype is floating."""
     torch: Any = importlib.import_module("torch")
     values = torch.from_numpy(np.array(v.astype("float32") if v.dtype == "bfloat16" else v)).to(_DEVICE)
     if v.dtype == "bfloat16":
@@ -64,10 +70,10 @@ def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> Runs:
 
 
 def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
-    """Theirs knows no resets inside a row and has time last; the transposes are not in the timing."""
+    """Build theirs, which has no resets inside a row and time on the last axis; transposes are not timed."""
     function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    wide = ("x", "dt", "B", "C", "z")
-    inputs = {k: _tensor(v.swapaxes(1, 2) if k in wide else v) for k, v in arrays.items()}
+    time_last = ("x", "dt", "B", "C", "z")
+    inputs = {k: _tensor(v.swapaxes(1, 2) if k in time_last else v) for k, v in arrays.items()}
 
     def compute() -> Any:
         i = inputs
@@ -85,24 +91,14 @@ def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
 
     def compute() -> Any:
         i = inputs
-        return function(
-            i["x"],
-            i["dt"],
-            i["A"],
-            i["B"],
-            i["C"],
-            chunk_size=256,
-            D=i["D"],
-            dt_bias=i["dt_bias"],
-            seq_idx=seq_idx,
-            dt_softplus=True,
-        )
+        options = {"chunk_size": 256, "seq_idx": seq_idx, "dt_softplus": True}
+        return function(i["x"], i["dt"], i["A"], i["B"], i["C"], D=i["D"], dt_bias=i["dt_bias"], **options)
 
     return _runs(compute, inputs, _tensor(dy).detach())
 
 
 def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
-    """Time last in meaning, channels last in memory, as theirs needs for resets."""
+    """Build theirs, with time as the last axis and channels last in memory, as its resets need."""
     function = importlib.import_module("causal_conv1d").causal_conv1d_fn
     inputs = {k: _tensor(v) for k, v in arrays.items()}
     seq_idx = None if ids is None else _tensor(ids)
@@ -115,8 +111,8 @@ def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> 
     return _runs(compute, inputs, _tensor(dy).detach())
 
 
-CUDA_BASELINES: Mapping[str, Peer] = {
-    "selective_scan": Peer("mamba_ssm", ("torch", "mamba_ssm"), _selective_scan),
-    "ssd": Peer("mamba_ssm", ("torch", "mamba_ssm"), _ssd),
-    "causal_conv1d": Peer("causal_conv1d", ("torch", "causal_conv1d"), _causal_conv1d),
+CUDA_BASELINES: Mapping[str, Baseline] = {
+    "selective_scan": Baseline("mamba_ssm", ("torch", "mamba_ssm"), _selective_scan),
+    "ssd": Baseline("mamba_ssm", ("torch", "mamba_ssm"), _ssd),
+    "causal_conv1d": Baseline("causal_conv1d", ("torch", "causal_conv1d"), _causal_conv1d),
 }

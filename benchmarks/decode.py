@@ -1,4 +1,4 @@
-"""Greedy decoding of random prompts with random weights, timed on the device at hand."""
+"""Times greedy decoding of random prompts with random weights on this machine's device."""
 
 import functools
 import time
@@ -11,14 +11,14 @@ from flax import nnx
 
 from benchmarks import baselines
 from benchmarks.contenders import compare, tokens_per_second
-from benchmarks.paired_timing import Candidate, Spread
-from benchmarks.step import PUBLISHED_VOCABULARY
+from benchmarks.paired_timing import Contender, Spread
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.language_model import compute_dtype
+from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
 from biomamba_jax.tables import summary_table
 from biomamba_jax.tasks.generation import Generator
 from biomamba_jax.tasks.sampling import Sampling
@@ -26,24 +26,24 @@ from biomamba_jax.tasks.sampling import Sampling
 
 @dataclass(frozen=True)
 class DecodeBenchmark:
-    """What is decoded, and how it is measured."""
+    """Settings of `python -m benchmarks decode`."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
-    """The model; the 130m shape when left out."""
+    """The model; by default the 130m shape."""
     batch_size: int = 1
-    """Prompts at a time."""
+    """Prompts per batch."""
     prompt_length: int = 128
     """Tokens of each prompt."""
     new_tokens: int = 64
     """Tokens generated for each prompt."""
     rounds: int = 5
-    """Timed runs, after one that is not; each is one pass over the prompts and the whole loop."""
+    """Timed runs, after one warm-up run; each processes the prompts and generates all tokens."""
     compare: bool = False
-    """On CPU: alternate with transformers' generate."""
+    """Compare with transformers' generate in paired timing; CPU only."""
     allocator: Literal["default", "huge-pages"] = "huge-pages"
-    """compare: setting of the C library's allocator on both sides."""
+    """compare: setting of the C library's allocator for both contenders."""
     limit_seconds: float = 600
-    """compare: a side that takes longer than this to be ready is an error."""
+    """compare: time limit for a contender's preparation."""
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "prompt_length", "new_tokens", "rounds"):
@@ -56,13 +56,13 @@ class DecodeBenchmark:
         return self.batch_size * self.new_tokens
 
     def prompts(self) -> np.ndarray:
-        """[B L] random ids."""
+        """Return random token ids [B L]."""
         shape = self.batch_size, self.prompt_length
         return np.random.default_rng(0).integers(1, self.model.known_vocab, shape)
 
 
 class Decoding:
-    """Our model with its compiled programs: each call continues the prompts once."""
+    """Our model with its compiled programs; each call continues the prompts once."""
 
     def __init__(self, config: DecodeBenchmark) -> None:
         fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
@@ -71,22 +71,23 @@ class Decoding:
         self._sampling = Sampling(max_new_tokens=config.new_tokens)
 
     def __call__(self) -> None:
+        """Decode once."""
         self._generator.decode(self._prompts, self._sampling)
 
 
 def measure_decode(config: DecodeBenchmark) -> None:
-    """Times decoding as `config` says and prints a table.
+    """Time decoding and print a table.
 
     Raises:
-      UserError: compare, and the device is not a CPU or transformers is not installed.
+      UserError: compare is set, and the device is not a CPU or transformers is not installed.
     """
     if config.compare:
         if jax.default_backend() != "cpu":
             raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
         baselines.check_installed(config.model)
-        ours = Candidate("biomamba_jax", config.allocator, functools.partial(Decoding, config))
+        ours = Contender("biomamba_jax", config.allocator, functools.partial(Decoding, config))
         generate = functools.partial(baselines.TransformersDecoding, config.model, config.prompts(), config.new_tokens)
-        theirs = Candidate("transformers", config.allocator, generate)
+        theirs = Contender("transformers", config.allocator, generate)
         compare(_title(config), config.tokens, ours, theirs, config.rounds, config.limit_seconds)
         return
     decode = Decoding(config)

@@ -1,35 +1,33 @@
-"""What the heavy operations cost on TPU by the compiler's estimate, against their floors; needs no TPU."""
+"""Prints the compiler's estimates for the ops on TPU next to their roofline bounds; needs no TPU."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Literal
-
-from rich.table import Table
+from typing import Any, Literal
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import Chip
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from biomamba_jax.planning.kernels import D_STATE, HEADDIM, SMALLEST, SSD_D_STATE
 from biomamba_jax.planning.topology import parse_topology
-from biomamba_jax.tables import print_tables
+from biomamba_jax.tables import Table, print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128
+OPS = ("selective_scan", "ssd", "causal_conv1d")
 
-
-_VECTOR_SLOTS = 4  # vector operations of 8 x 128 values that one bundle holds
-# Vector operations of the selective scan for 8 states of 128 channels in one step, counted in the kernels; taking a
-# result from the transcendental unit is one. The sums over d_state and over lanes are shared by two or four registers.
+_VECTOR_SLOTS = 4  # vector operations on 8 x 128 values per VLIW bundle
+# Vector operations of the selective scan for 8 states of 128 channels in one time step, counted in the kernels; reading
+# a result of the transcendental unit is one. Sums over d_state and over lanes are shared by two or four registers.
 _SCAN_OPERATIONS = {"forward": 6.5, "backward": 20.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelsBenchmark:
-    """What to measure or compile."""
+    """Settings of `python -m benchmarks kernels`."""
 
     target: Target = "v5e"
-    """gpu: this machine's, checked and timed. v5e, v5p, v6e: a TPU that the compiler is asked about. sm_80, sm_90,
-    sm_100: an NVIDIA architecture that Triton's kernels are compiled for."""
+    """gpu: check and time on this machine's GPU. v5e, v5p, v6e: the compiler's estimates for that TPU. sm_80, sm_90,
+    sm_100: compile the Triton kernels for that NVIDIA architecture."""
     rows: int = 8
     """Rows of the batch."""
     length: int = 1024
@@ -37,9 +35,9 @@ class KernelsBenchmark:
     channels: int = 1536
     """d_inner: 1,536 for the 130m models."""
     segments: bool = True
-    """Packed rows: state and convolution are reset between documents."""
+    """Packed rows: reset state and convolution between documents."""
     limit_seconds: float = 600
-    """The compiler is given up after this long for one table."""
+    """Time limit of the compiler for one op."""
 
     def __post_init__(self) -> None:
         if min(self.rows, self.length, self.channels) < 1:
@@ -50,67 +48,70 @@ class KernelsBenchmark:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One row of the table. Seconds for the whole batch."""
+    """One row of the table."""
 
     op: str
+    """Name of the op."""
     implementation: str
+    """Name of the implementation."""
     direction: str
-    seconds: float | None  # None: the compiler does not tell
+    """Forward, backward or both."""
+    seconds: float | None
+    """Estimate for the whole batch; None if the compiler has none."""
     vector_floor: float | None
+    """Lower bound of the vector operations in seconds."""
     matrix_floor: float | None
+    """Lower bound of the matrix products in seconds."""
     memory_floor: float
+    """Lower bound of the memory traffic in seconds."""
     temporary_bytes: int
+    """Temporary memory."""
 
     @property
     def share_of_floor(self) -> float | None:
+        """The highest lower bound over the estimate."""
         if not self.seconds:
             return None
         return max(self.vector_floor or 0, self.matrix_floor or 0, self.memory_floor) / self.seconds
 
 
+def shape(settings: KernelsBenchmark) -> dict[str, Any]:
+    """Return the shape arguments of `planning.kernels.build`."""
+    return {key: getattr(settings, key) for key in ("rows", "length", "channels", "segments")}
+
+
+def title(settings: KernelsBenchmark) -> str:
+    """Return the part of a table's title that names the shape."""
+    packed = ", packed rows" if settings.segments else ""
+    return f"batch {settings.rows} x {settings.length:,}, {settings.channels:,} channels, bfloat16{packed}"
+
+
 def measure_kernels(settings: KernelsBenchmark) -> None:
-    """Prints the table."""
-    table = Table(
-        title=f"{settings.target}, batch {settings.rows} x {settings.length:,}, {settings.channels:,} channels, "
-        f"bfloat16{', packed rows' if settings.segments else ''}: compiler estimates, not measured"
-    )
-    for column in (
-        "op",
-        "implementation",
-        "direction",
-        "ms",
-        "vector floor",
-        "matrix floor",
-        "memory floor",
-        "share",
-        "temporary MB",
-    ):
-        table.add_column(column, justify="left" if column in ("op", "implementation", "direction") else "right")
+    """Print the table of estimates."""
+    rows = []
     for line in lines(settings):
-        floors = (line.vector_floor, line.matrix_floor, line.memory_floor)
-        table.add_row(
-            line.op,
-            line.implementation,
-            line.direction,
-            "unknown" if line.seconds is None else f"{line.seconds * 1e3:.3f}",
-            *("" if floor is None else f"{floor * 1e3:.3f}" for floor in floors),
-            "" if line.share_of_floor is None else f"{line.share_of_floor:.0%}",
-            f"{line.temporary_bytes / 1e6:.0f}",
+        seconds = (line.seconds, line.vector_floor, line.matrix_floor, line.memory_floor)
+        milliseconds = (None if figure is None else f"{figure * 1e3:.3f}" for figure in seconds)
+        share = None if line.share_of_floor is None else f"{line.share_of_floor:.0%}"
+        rows.append(
+            (line.op, line.implementation, line.direction, *milliseconds, share, f"{line.temporary_bytes / 1e6:.0f}")
         )
-    print_tables([table])
+    columns = ("op", "implementation", "direction", "ms", "vector", "matrix", "memory", "share", "temporary MB")
+    heading = f"{settings.target}, {title(settings)}: compiler estimates, not measured"
+    print_tables([Table(columns, rows, heading, left=range(3))])
     print(
-        "Pallas kernels: the static profile of the schedule, without waiting for memory. XLA forms: XLA's own model, "
-        "which can be a few times off; the profile does not run on them. Share: the highest floor over the time. "
-        "Temporary memory: of the program with the forward pass alone, and of the one with both passes, which also "
-        "stands in the lines of the backward pass."
+        "vector, matrix, memory: roofline bounds in ms; share: the highest of them over the estimate. Pallas kernels: "
+        "the static profile of the schedule, without stalls on memory. XLA forms: XLA's own cost model, which can be a "
+        "few times off; the profile does not work for them. Temporary memory: of the program with the forward pass "
+        "alone, and of the one with both passes, which the rows of the backward pass show too."
     )
 
 
 def lines(settings: KernelsBenchmark) -> Iterator[Line]:
-    """Each kernel and its alternative. Raises as `aot.estimates`."""
+    """Yield the rows of each kernel and its alternative; raises like `estimates`."""
     chip = parse_topology(f"{settings.target}:{SMALLEST[settings.target]}").chip
     assert chip.clock is not None
-    for op in ("selective_scan", "ssd", "causal_conv1d"):
+    for op in OPS:
         yield from _pallas_lines(op, settings, chip)
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
         for direction, estimate in (("forward", forward), ("forward and backward", both)):
@@ -122,14 +123,12 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
 def _estimates(
     op: str, implementation: str, settings: KernelsBenchmark, rows: int, lengths: list[int], profile: bool
 ) -> list[tuple[Estimate, Estimate]]:
-    """(forward, forward and backward) at each length."""
+    """Return (forward, forward and backward) at each length."""
 
     def request(length: int, gradient: bool) -> Request:
-        shape = {"rows": rows, "length": length, "channels": settings.channels, "segments": settings.segments}
-        arguments = {"op": op, "implementation": implementation, "gradient": gradient, **shape}
-        return Request(
-            f"{settings.target}:{SMALLEST[settings.target]}", "biomamba_jax.planning.kernels:build", arguments
-        )
+        arguments = {"op": op, "implementation": implementation, "gradient": gradient, **shape(settings)}
+        topology = f"{settings.target}:{SMALLEST[settings.target]}"
+        return Request(topology, "biomamba_jax.planning.kernels:build", arguments | {"rows": rows, "length": length})
 
     requests = [request(length, gradient) for length in lengths for gradient in (False, True)]
     found = estimates(requests, profile=profile, timeout=settings.limit_seconds)
@@ -143,13 +142,13 @@ _SHORT_LENGTHS = [256, 512]  # multiples of every kernel's chunk
 
 
 def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[Line]:
-    """From the slope between two short lengths, which leaves out what a call costs however little it does."""
+    """Yield rows from the slope between two short lengths, which excludes the fixed cost of a call."""
     short, long = _estimates(op, "pallas_tpu", settings, 1, _SHORT_LENGTHS, profile=True)
     whole = _estimates(op, "pallas_tpu", settings, settings.rows, [settings.length], profile=False)[0]
     tokens = settings.rows * settings.length
     memory = [(e.argument_bytes + e.output_bytes) / chip.bandwidth for e in whole]
-    assert chip.clock is not None  # of every generation in SMALLEST
-    cycle_rate = chip.clock * chip.cores  # rows are spread over the cores
+    assert chip.clock is not None  # known for every generation in SMALLEST
+    cycle_rate = chip.clock * chip.cores  # rows are sharded over the cores
     lines = []
     for i, direction in enumerate(("forward", "backward")):
         cycles = [_kernel_cycles(pair[1].static_cycles, direction) for pair in (short, long)]
@@ -166,10 +165,10 @@ def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[L
 
 
 def _ssd_products(channels: int) -> dict[str, int]:
-    """Multiplications a token in the products of the chunked form, one group: the fewest of each pass.
+    """Return the multiplications per token in the products of the chunked form, one group: the fewest of each pass.
 
-    Forward: scores of the group; values within the chunk, into the state and out of it of each channel. Backward: the
-    scores again and the two products of their gradient; of each channel the gradients of scores and values within the
+    Forward: the group's scores; per channel the values within the chunk, into the state and out of it. Backward: the
+    scores again and the two products of their gradient; per channel the gradients of scores and values within the
     chunk, and of B, C, values and state through the state.
     """
     scores, within, through = _SSD_CHUNK * SSD_D_STATE, channels * _SSD_CHUNK, channels * SSD_D_STATE
@@ -177,21 +176,14 @@ def _ssd_products(channels: int) -> dict[str, int]:
 
 
 def both_directions(forward: Line, backward: Line) -> Line:
-    """To stand beside the same of an alternative. Memory is that of the program with both."""
+    """Return the sum of both passes, for comparison with an alternative; memory is that of the program with both."""
 
     def total(name: str) -> float | None:
         parts = [getattr(line, name) for line in (forward, backward)]
         return None if None in parts else sum(parts)
 
-    floors = total("vector_floor"), total("matrix_floor"), backward.memory_floor
-    return Line(
-        forward.op,
-        forward.implementation,
-        "forward and backward",
-        total("seconds"),
-        *floors,
-        temporary_bytes=backward.temporary_bytes,
-    )
+    summed: dict[str, Any] = {name: total(name) for name in ("seconds", "vector_floor", "matrix_floor")}
+    return dataclasses.replace(backward, direction="forward and backward", **summed)
 
 
 def _kernel_cycles(cycles: Mapping[str, int], direction: str) -> int:

@@ -1,7 +1,7 @@
-"""The heavy operations on GPU: right and fast, on the one at hand; registers and spills, for one that is not there.
+"""Checks and times the ops on this machine's GPU; prints registers and spills for an absent one.
 
-On a GPU, one process checks every implementation against the plain loop in float64 and then times those that are right,
-and `mamba_ssm`'s CUDA kernels where they are installed. What fails is named and the rest is still measured.
+On a GPU, one process checks every implementation against the reference loop in float64 and then times those that
+agree, and the CUDA baselines if they are installed. Failures are named and the rest is still measured.
 """
 
 import dataclasses
@@ -14,54 +14,59 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.table import Table
 
 from benchmarks.cuda_baselines import CUDA_BASELINES
-from benchmarks.kernels import KernelsBenchmark
+from benchmarks.kernels import OPS, KernelsBenchmark, shape, title
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import find_chip
 from biomamba_jax.ops import dispatch
-from biomamba_jax.planning.kernels import build
-from biomamba_jax.tables import print_tables
+from biomamba_jax.planning.kernels import D_STATE, HEADDIM, SSD_D_STATE, build
+from biomamba_jax.tables import Table, print_tables
 
-_OPS = ("selective_scan", "ssd", "causal_conv1d")
 _IMPLEMENTATIONS = ("xla", "pallas_gpu", "triton")
-_D_STATE, _SSD_D_STATE, _HEADDIM, _CHUNK = 16, 128, 64, 64
+_CHUNK = 64
 _CHECK: Mapping[str, Any] = {"rows": 2, "length": 300, "channels": 256, "segments": True}
-# Of the largest value: inputs and products are rounded to 8 bits, and the gradient of A sums terms of both signs.
+# Relative to the largest value: inputs and products are rounded to 8 bits; A's gradient sums terms of both signs.
 _TOLERANCE = 2**-5
 _REPEATS, _LEAST_SECONDS = 5, 0.2
 _DIRECTIONS = ("forward", "forward and backward")
-_SETS = 8  # of arguments that take turns: none is still in the GPU's cache from the time before
+_SETS = 8  # of arguments used in turns, so that none is still in the GPU's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """Seconds of one call at the benchmark's shape, the fastest of several rounds."""
+    """Time of one implementation."""
 
     op: str
+    """Name of the op."""
     implementation: str
+    """Name of the implementation or of another project."""
     direction: str
+    """One of `_DIRECTIONS`."""
     seconds: float
+    """Seconds of one call, the fastest of several rounds."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Failure:
-    """An implementation that ended with an exception."""
+    """An implementation that raised an exception."""
 
     op: str
+    """Name of the op."""
     implementation: str
+    """Name of the implementation."""
     reason: str
+    """First line of the exception."""
 
     def __str__(self) -> str:
         return f"{self.op} by {self.implementation} fails: {self.reason}"
 
 
 def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
-    """Prints whether every implementation is right, and how fast it is.
+    """Print error and speed of every implementation.
 
     Raises:
-      UserError: JAX has no GPU here, or, after all else is printed, an implementation is wrong or fails.
+      UserError: JAX finds no GPU, or, after everything is printed, an implementation is inaccurate or fails.
     """
     if jax.default_backend() not in ("gpu", "cuda"):
         raise UserError(
@@ -70,13 +75,11 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
         )
     device = jax.devices()[0]
     print(f"{device.device_kind}, compute capability {dispatch.compute_capability()}")
-    for op in _OPS:
+    for op in OPS:
         for name in _IMPLEMENTATIONS:
             if reason := _why_absent(op, name):
                 print(f"{op}, {name}: left out: {reason}")
-    check = Table(title="largest error beside the largest value of the plain loop in float64, bfloat16 inputs")
-    for column in ("op", "implementation", "y", "worst gradient", "of"):
-        check.add_column(column)
+    checks: list[tuple[str, ...]] = []
     faults: list[str] = []
     right: list[tuple[str, str]] = []
     for op, name, errors in _errors():
@@ -84,26 +87,36 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
             faults.append(str(errors))
             continue
         worst = max((k for k in errors if k != "y"), key=lambda k: errors[k])
-        check.add_row(op, name, f"{errors['y']:.1e}", f"{errors[worst]:.1e}", worst)
+        checks.append((op, name, f"{errors['y']:.1e}", f"{errors[worst]:.1e}", worst))
         if all(error <= _TOLERANCE for error in errors.values()):  # NaN is wrong too
             right.append((op, name))
         else:
             faults.append(f"{op} by {name} is wrong by more than {_TOLERANCE:.0e}")
-    print_tables([check])
+    columns = ("op", "implementation", "y", "worst gradient", "of")
+    print_tables(
+        [
+            Table(
+                columns,
+                checks,
+                "largest error over largest value of the float64 reference, bfloat16 inputs",
+                left=range(5),
+            )
+        ]
+    )
     timings: list[Timing] = []
     for found in _timings(settings, right):
         if isinstance(found, Timing):
             timings.append(found)
         else:
             faults.append(str(found))
-    timings += _peer_timings(settings)
-    print_tables([_timings_table(settings, timings)])
+    timings += _baseline_timings(settings)
+    _show_timings(settings, timings)
     if faults:
         raise UserError("; ".join(faults))
 
 
 def _why_absent(op: str, implementation: str) -> str | None:
-    """Why an implementation can't be had here."""
+    """Return why an implementation is not available here, or None."""
     try:
         function, arguments = build(op, implementation, gradient=False, devices=None, **_CHECK)
         jax.eval_shape(lambda *a: function(*a), *arguments)
@@ -117,7 +130,7 @@ def _present(op: str) -> list[str]:
 
 
 def random_arguments(op: str, seed: int, **shape: Any) -> tuple[Any, ...]:
-    """Values for what `kernels.build` takes: of a model's size, decays negative, documents of about 100 tokens."""
+    """Draw arguments of the functions that `build` returns: typical magnitudes, documents of about 100 tokens."""
     random = np.random.default_rng(seed)
     arrays, ids, *rest = build(op, None, gradient=True, devices=None, **shape)[1]
 
@@ -136,16 +149,16 @@ def random_arguments(op: str, seed: int, **shape: Any) -> tuple[Any, ...]:
 
 
 def _errors() -> Iterator[tuple[str, str, Mapping[str, float] | Failure]]:
-    """For every implementation: max|got - want| / max|want| of y and of each gradient."""
-    for op in _OPS:
+    """Yield for every implementation max|got - want| / max|want| of y and of each gradient."""
+    for op in OPS:
         arguments = random_arguments(op, 0, **_CHECK)
         with jax.enable_x64(True):
-            wide = jax.tree.map(lambda v: v.astype(jnp.float64) if v.dtype != jnp.int32 else v, arguments)
-            want = _named(_function(op, "reference", _CHECK)(*wide))
+            double = jax.tree.map(lambda v: v.astype(jnp.float64) if v.dtype != jnp.int32 else v, arguments)
+            want = _named(_function(op, "reference", _CHECK)(*double))
         for name in _present(op):
             try:
                 got = _named(_function(op, name, _CHECK)(*arguments))
-            except Exception as e:  # of the compiler or the driver: the others are of interest all the same
+            except Exception as e:  # of the compiler or the driver; the other implementations are still measured
                 yield op, name, Failure(op, name, _first_line(e))
                 continue
             yield op, name, {k: float(np.max(np.abs(got[k] - v)) / np.max(np.abs(v))) for k, v in want.items()}
@@ -165,54 +178,49 @@ def _named(results: Any) -> dict[str, np.ndarray]:
 
 
 def _timings(settings: KernelsBenchmark, right: Sequence[tuple[str, str]]) -> Iterator[Timing | Failure]:
-    """Of the (op, implementation) in `right`."""
+    """Time each (op, implementation) in `right`."""
     for op in dict.fromkeys(op for op, _ in right):
         sets = _argument_sets(op, settings)
         for name in (name for of_op, name in right if of_op == op):
-            alone, both = (_function(op, name, _shape(settings), gradient) for gradient in (False, True))
+            alone, both = (_function(op, name, shape(settings), gradient) for gradient in (False, True))
             runs = (_in_turns(alone, [s[:2] for s in sets]), _in_turns(both, sets))
             try:
                 seconds = [_seconds(run, jax.block_until_ready) / _SETS for run in runs]
-            except Exception as e:  # out of memory, say, at a shape that `_CHECK` did not have
+            except Exception as e:  # for instance out of memory, at a larger shape than `_CHECK`
                 yield Failure(op, name, _first_line(e))
             else:
                 yield from (Timing(op, name, *found) for found in zip(_DIRECTIONS, seconds, strict=True))
 
 
-def _peer_timings(settings: KernelsBenchmark) -> Iterator[Timing]:
-    for op, peer in CUDA_BASELINES.items():
-        if reason := peer.why_not():
-            print(f"{op}, {peer.name}: left out: {reason}")
+def _baseline_timings(settings: KernelsBenchmark) -> Iterator[Timing]:
+    for op, baseline in CUDA_BASELINES.items():
+        if reason := baseline.why_absent():
+            print(f"{op}, {baseline.name}: left out: {reason}")
             continue
         try:
-            sets = [peer.build(*arguments) for arguments in _argument_sets(op, settings)]
+            sets = [baseline.build(*arguments) for arguments in _argument_sets(op, settings)]
             runs = ([s.forward for s in sets], [s.both for s in sets])
             seconds = [_seconds(partial(_call_all, run), sets[0].wait) / _SETS for run in runs]
-        except Exception as e:  # other people's code, in whatever state it is installed
-            print(f"{op}, {peer.name}: left out: {_first_line(e)}")
+        except Exception as e:  # another project's code, whose installation may be broken
+            print(f"{op}, {baseline.name}: left out: {_first_line(e)}")
         else:
-            yield from (Timing(op, peer.name, *found) for found in zip(_DIRECTIONS, seconds, strict=True))
+            yield from (Timing(op, baseline.name, *found) for found in zip(_DIRECTIONS, seconds, strict=True))
 
 
 def _call_all(calls: Sequence[Callable[[], Any]]) -> list[Any]:
     return [call() for call in calls]
 
 
-def _shape(settings: KernelsBenchmark) -> dict[str, Any]:
-    return {k: getattr(settings, k) for k in ("rows", "length", "channels", "segments")}
-
-
 def _argument_sets(op: str, settings: KernelsBenchmark) -> list[tuple[Any, ...]]:
-    """The same values in memory of their own."""
-    arguments = random_arguments(op, 0, **_shape(settings))
+    """Return copies of the same values."""
+    arguments = random_arguments(op, 0, **shape(settings))
     return [jax.tree.map(jnp.copy, arguments) for _ in range(_SETS)]
 
 
 def _in_turns(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> Callable[[], Any]:
-    """One program that calls a function on each of the sets, one after the other: launching it costs next to nothing.
+    """Return one program that calls a function on each set in turn, so that launch overhead is negligible.
 
-    The results of one call are awaited before the next one's arguments are read, so that the calls' temporary memory
-    is that of one.
+    A barrier makes each call wait for the previous call's results, so that temporary memory is that of one call.
     """
 
     @jax.jit
@@ -228,9 +236,9 @@ def _in_turns(function: Callable[..., Any], sets: Sequence[tuple[Any, ...]]) -> 
 
 
 def _seconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Seconds of one call, with the next one already waiting, as in a training step: launching it costs no time.
+    """Return the seconds of one call while the next is already queued, as in training: launches are hidden.
 
-    No more than two calls' results are kept: those of a longer queue would not fit into memory.
+    The results of at most two calls are alive: a longer queue would not fit into memory.
     """
     wait(run())
     start = time.perf_counter()
@@ -251,50 +259,40 @@ def _seconds(run: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
 
 
 def work(op: str, direction: str, settings: KernelsBenchmark) -> tuple[float, float]:
-    """(bytes, FLOPs of matrix products) that an op needs at least.
+    """Return the least (bytes, FLOPs of matrix products) that an op needs.
 
-    Bytes: every input and result of the wide kind once, two bytes each; what is small or kept between the passes not.
-    FLOPs: of the chunked algorithm with chunks of 64; those of the gradients are counted twice.
+    Bytes: every large input and result once, two bytes each, without small arrays and residuals. FLOPs: those of the
+    chunked algorithm with chunks of 64; gradients cost twice the forward pass.
     """
     tokens = settings.rows * settings.length
-    width = {"selective_scan": (4, 7, _D_STATE), "ssd": (2, 3, _SSD_D_STATE), "causal_conv1d": (2, 3, 0)}[op]
+    width = {"selective_scan": (4, 7, D_STATE), "ssd": (2, 3, SSD_D_STATE), "causal_conv1d": (2, 3, 0)}[op]
     both = direction != "forward"
     moved = width[0] + (width[1] if both else 0)
-    narrow = (2 + (4 if both else 0)) * width[2]
+    states = (2 + (4 if both else 0)) * width[2]
     per_token = 0.0
     if op == "ssd":
-        heads = settings.channels // _HEADDIM
-        per_token = 2 * (heads * (_CHUNK * _HEADDIM + 2 * _SSD_D_STATE * _HEADDIM) + _CHUNK * _SSD_D_STATE)
-    return 2.0 * tokens * (moved * settings.channels + narrow), tokens * per_token * (3 if both else 1)
+        heads = settings.channels // HEADDIM
+        per_token = 2 * (heads * (_CHUNK * HEADDIM + 2 * SSD_D_STATE * HEADDIM) + _CHUNK * SSD_D_STATE)
+    return 2.0 * tokens * (moved * settings.channels + states), tokens * per_token * (3 if both else 1)
 
 
-def _timings_table(settings: KernelsBenchmark, timings: list[Timing]) -> Table:
+def _show_timings(settings: KernelsBenchmark, timings: list[Timing]) -> None:
     chip = find_chip(jax.devices()[0].device_kind)
-    table = Table(
-        title=f"batch {settings.rows} x {settings.length:,}, {settings.channels:,} channels, bfloat16"
-        f"{', packed rows' if settings.segments else ''}: fastest of {_REPEATS} rounds"
-    )
-    for column in ("op", "implementation", "direction"):
-        table.add_column(column)
-    for column in ("ms", "tokens/s", "share of bandwidth", "share of tensor cores"):
-        table.add_column(column, justify="right")
+    peak = chip.flops.get("bfloat16") if chip else None
+    rows = []
     for timing in timings:
         moved, flops = work(timing.op, timing.direction, settings)
-        peak = chip.flops.get("bfloat16") if chip else None
-        table.add_row(
-            timing.op,
-            timing.implementation,
-            timing.direction,
-            f"{timing.seconds * 1e3:.3f}",
-            f"{settings.rows * settings.length / timing.seconds:,.0f}",
-            f"{moved / timing.seconds / chip.bandwidth:.0%}" if chip else "unknown",
-            "" if not flops else f"{flops / timing.seconds / peak:.0%}" if peak else "unknown",
-        )
-    return table
+        bandwidth = f"{moved / timing.seconds / chip.bandwidth:.0%}" if chip else "unknown"
+        tensor_cores = f"{flops / timing.seconds / peak:.0%}" if peak else "unknown"
+        speeds = f"{timing.seconds * 1e3:.3f}", f"{settings.rows * settings.length / timing.seconds:,.0f}"
+        shares = bandwidth, tensor_cores if flops else None
+        rows.append((timing.op, timing.implementation, timing.direction, *speeds, *shares))
+    columns = ("op", "implementation", "direction", "ms", "tokens/s", "share of bandwidth", "share of tensor cores")
+    print_tables([Table(columns, rows, f"{title(settings)}: fastest of {_REPEATS} rounds", left=range(3))])
 
 
 def print_static(settings: KernelsBenchmark) -> None:
-    """Prints what Triton's kernels take of the architecture `settings.target`; needs no GPU.
+    """Print the resources that the Triton kernels use on the architecture `settings.target`; needs no GPU.
 
     Raises:
       UserError: triton is not installed.
@@ -302,15 +300,10 @@ def print_static(settings: KernelsBenchmark) -> None:
     from benchmarks.triton_static import usages
 
     capability = int(settings.target.removeprefix("sm_"))
-    shape = {k: getattr(settings, k) for k in ("rows", "length", "channels", "segments")}
-    table = Table(
-        title=f"{settings.target}, batch {settings.rows} x {settings.length:,}, {settings.channels:,} channels, "
-        f"bfloat16{', packed rows' if settings.segments else ''}: as compiled, not measured"
-    )
-    for column in ("op", "Triton kernel", "programs", "warps", "registers", "shared bytes", "spilled bytes", "PTX"):
-        table.add_column(column, justify="left" if column in ("op", "Triton kernel") else "right")
-    for op, usage in usages(_OPS, capability, **shape):
-        table.add_row(
-            op, usage.kernel, *(f"{v:,}" if isinstance(v, int) else v for v in dataclasses.astuple(usage)[1:])
-        )
-    print_tables([table])
+    rows = []
+    for op, usage in usages(OPS, capability, **shape(settings)):
+        figures = (f"{v:,}" if isinstance(v, int) else v for v in dataclasses.astuple(usage)[1:])
+        rows.append((op, usage.kernel, *figures))
+    columns = ("op", "Triton kernel", "programs", "warps", "registers", "shared bytes", "spilled bytes", "PTX")
+    heading = f"{settings.target}, {title(settings)}: as compiled, not measured"
+    print_tables([Table(columns, rows, heading, left=range(2))])

@@ -1,7 +1,7 @@
-"""Two programs timed in turns, each in a process of its own: the only fair way on a machine that is shared or warms up.
+"""Paired timing: programs run in turns, each in its own process, which is fair on a shared or warming machine.
 
-A candidate is a function that prepares some work and returns another that does it once. It runs in a new process, since
-settings of the C library's memory allocator are read when a process starts.
+A contender is a function that prepares some work and returns a function that does it once. It runs in a new process,
+since the C library reads the settings of its memory allocator when a process starts.
 """
 
 import multiprocessing
@@ -18,9 +18,9 @@ from typing import NamedTuple, Self
 
 from biomamba_jax.errors import UserError
 
-# glibc gives large blocks back at once and fetches them anew, page fault by page fault. Kept, and in huge pages, they
-# cost nothing the next time. One arena, since only the first may keep a block of more than 64 MB; without it a step
-# that comes after a pause is a third slower on a virtual machine whose host takes free pages back.
+# glibc returns large blocks to the system at once and maps them again, page fault by page fault. Kept, and in huge
+# pages, they cost nothing the next time. One arena, since only the first may keep a block of more than 64 MB; without
+# it a step after a pause is a third slower on a virtual machine whose host reclaims free pages.
 ALLOCATORS: Mapping[str, str | None] = {
     "default": None,
     "huge-pages": "glibc.malloc.hugetlb=1"
@@ -31,59 +31,69 @@ ALLOCATORS: Mapping[str, str | None] = {
 """Name -> value of GLIBC_TUNABLES."""
 
 TRIAL_STEPS = 3
+"""Runs with which a setting is tried."""
 
 
 class Spread(NamedTuple):
     """Median and range of some figures."""
 
     median: float
+    """Median."""
     least: float
+    """Smallest figure."""
     most: float
+    """Largest figure."""
 
     @classmethod
     def of(cls, figures: Iterable[float]) -> Self:
+        """Return median and range of `figures`."""
         values = sorted(figures)
         return cls(statistics.median(values), values[0], values[-1])
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A program and the allocator's setting that it runs under."""
+class Contender:
+    """A program and the setting of the allocator that it runs with."""
 
     name: str
+    """Name in tables."""
     allocator: str
+    """Key of `ALLOCATORS`."""
     prepare: Callable[[], Callable[[], None]]
-    """Called in the new process; it and what it is bound to must be picklable."""
+    """Called in the new process; must be picklable, bound arguments included."""
 
 
 class Timing(NamedTuple):
-    """Seconds of each run of a candidate, in order, and the largest memory of its process in bytes."""
+    """Timings of one contender."""
 
     each: list[float]
+    """Seconds of each run, in order."""
     peak_memory: int
+    """Peak memory of its process in bytes."""
 
     @property
     def seconds(self) -> Spread:
+        """Median and range of the seconds."""
         return Spread.of(self.each)
 
 
-class Failed(UserError):
-    """A candidate could not be prepared, or its process died; the message is one line."""
+class ContenderError(UserError):
+    """A contender could not be prepared, or its process died."""
 
 
-def try_out(candidate: Candidate, limit_seconds: float) -> Timing | str:
-    """A few runs of one candidate alone, or why there are none."""
+def try_out(contender: Contender, limit_seconds: float) -> Timing | str:
+    """Return the timing of a few runs of one contender alone, or why there are none."""
     try:
-        return alternate([candidate], TRIAL_STEPS, limit_seconds)[0]
-    except Failed as error:
+        return alternate([contender], TRIAL_STEPS, limit_seconds)[0]
+    except ContenderError as error:
         return str(error)
 
 
-def fastest(tried: Mapping[Candidate, Timing | str], among: Sequence[Candidate]) -> Candidate:
-    """The candidate with the shortest median.
+def fastest(tried: Mapping[Contender, Timing | str], among: Sequence[Contender]) -> Contender:
+    """Return the contender with the shortest median.
 
     Raises:
-      UserError: none could be run; the message says why the first could not.
+      UserError: all failed; the message is that of the first.
     """
     medians = {c: trial.seconds.median for c in among if not isinstance(trial := tried[c], str)}
     if not medians:
@@ -91,17 +101,19 @@ def fastest(tried: Mapping[Candidate, Timing | str], among: Sequence[Candidate])
     return min(medians, key=lambda c: medians[c])
 
 
-def alternate(candidates: Sequence[Candidate], rounds: int, limit_seconds: float) -> list[Timing]:
-    """Runs all candidates one after the other, `rounds` times over, after a first round that does not count.
+def alternate(contenders: Sequence[Contender], rounds: int, limit_seconds: float) -> list[Timing]:
+    """Run all contenders in turns, `rounds` times, after a warm-up round.
 
     Args:
-      limit_seconds: longest time for a candidate to prepare itself and run once.
+      contenders: the contenders.
+      rounds: number of timed rounds.
+      limit_seconds: time limit for a contender's preparation and first run.
 
     Raises:
-      Failed: a candidate could not be run.
+      ContenderError: a contender failed.
     """
     with ExitStack() as stack:
-        workers = [stack.enter_context(_worker(candidate)) for candidate in candidates]
+        workers = [stack.enter_context(_worker(contender)) for contender in contenders]
         for worker in workers:
             _ask(worker, limit_seconds)
         answers = [[_ask(worker, limit_seconds) for worker in workers] for _ in range(rounds)]
@@ -109,12 +121,12 @@ def alternate(candidates: Sequence[Candidate], rounds: int, limit_seconds: float
 
 
 @contextmanager
-def _worker(candidate: Candidate) -> Iterator[Connection]:
-    """A new process under the candidate's allocator that runs the work each time it is asked to."""
+def _worker(contender: Contender) -> Iterator[Connection]:
+    """Start a process with the contender's allocator that does the work once per request."""
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
-    process = context.Process(target=_serve, args=(its, candidate.prepare), daemon=True)
-    tunables = ALLOCATORS[candidate.allocator]
+    process = context.Process(target=_serve, args=(its, contender.prepare), daemon=True)
+    tunables = ALLOCATORS[contender.allocator]
     before = os.environ.get("GLIBC_TUNABLES")
     try:
         _set_tunables(tunables)
@@ -139,21 +151,21 @@ def _set_tunables(value: str | None) -> None:
 
 
 def _ask(worker: Connection, limit_seconds: float) -> tuple[float, int]:
-    """Seconds of one more run, and the process's peak memory."""
+    """Request one run; return its seconds and the process's peak memory."""
     try:
         worker.send(None)
         if not worker.poll(limit_seconds):
-            raise Failed(f"not ready within {limit_seconds:.0f} s")
+            raise ContenderError(f"not ready within {limit_seconds:.0f} s")
         answer = worker.recv()
     except (EOFError, BrokenPipeError, ConnectionResetError) as error:
-        raise Failed("its process died: out of memory?") from error
+        raise ContenderError("its process died: out of memory?") from error
     if isinstance(answer, str):
-        raise Failed(answer)
+        raise ContenderError(answer)
     return answer
 
 
 def _serve(requests: Connection, prepare: Callable[[], Callable[[], None]]) -> None:
-    """The body of a worker process: one answer to each request, until it is killed."""
+    """Answer requests in a worker process until it is killed."""
     try:
         work = prepare()
         while True:
@@ -165,5 +177,5 @@ def _serve(requests: Connection, prepare: Callable[[], Callable[[], None]]) -> N
             requests.send((seconds, resident if sys.platform == "darwin" else resident * 1024))
     except EOFError:  # the parent has gone
         return
-    except Exception as error:  # whatever a peer's library raises is its result
+    except Exception as error:  # any exception of a baseline's library is its result
         requests.send(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")

@@ -1,4 +1,4 @@
-"""`benchmark prepare`: how fast and in how much memory NLM's XML is read, in turns with pubmed_parser where asked."""
+"""Times reading NLM's XML and measures its memory, in paired timing with pubmed_parser if requested."""
 
 import sys
 import tempfile
@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.paired_timing import Candidate, alternate
+from benchmarks.paired_timing import Contender, alternate
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data.build import FileTask, spool_file
 from biomamba_jax.data.nlm import Deletion, read_articles
 from biomamba_jax.data.sample import nlm_sample
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_chunks
+from biomamba_jax.tables import summary_table
 
 NLM_SAMPLE = "nlm-sample"
 _LIMIT_SECONDS = 600.0
@@ -24,18 +22,18 @@ _LIMIT_SECONDS = 600.0
 
 @dataclass(frozen=True)
 class PrepareBenchmark:
-    """Reading NLM's XML on one core."""
+    """Settings of `python -m benchmarks prepare`."""
 
     input: list[str] = field(default_factory=lambda: [NLM_SAMPLE])
     """NLM files, or nlm-sample."""
     peer: str | None = None
-    """Folder that holds pubmed_parser and what it imports, to run it in turns."""
+    """Folder that contains pubmed_parser and its dependencies, to compare with it."""
     rounds: int = 3
-    """How often each reads the files, after once that does not count."""
+    """Timed rounds, after one warm-up round."""
 
 
 def _read(paths: list[str]) -> Callable[[], None]:
-    """Records as `prepare` has them before anything is written."""
+    """Read records as `prepare` does, without writing anything."""
 
     def read() -> None:
         for path in paths:
@@ -46,7 +44,7 @@ def _read(paths: list[str]) -> Callable[[], None]:
 
 
 def _spool(paths: list[str]) -> Callable[[], None]:
-    """The whole first pass: checksums, records, digests, texts and index on disk."""
+    """Run the whole first pass: checksums, records, digests, texts and index on disk."""
 
     def first_pass() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -69,32 +67,31 @@ def _pubmed_parser(folder: str, paths: list[str]) -> Callable[[], None]:
 
 
 def measure_parsing(settings: PrepareBenchmark) -> None:
-    """Runs the candidates in turns and prints their records/s, MB/s of XML and peak memory.
+    """Time the contenders in turns and print records/s, MB/s of XML and peak memory.
 
     Raises:
-      UserError: a file cannot be read, or the peer cannot be run.
+      UserError: a file cannot be read, or pubmed_parser cannot be run.
     """
     paths = [str(path) for name in settings.input for path in (nlm_sample() if name == NLM_SAMPLE else [Path(name)])]
     if not paths:
         raise UserError("--input names no file; give NLM files, or nlm-sample")
     records = sum(not isinstance(record, Deletion) for path in paths for record in read_articles(path))
     megabytes = sum(len(chunk) for path in paths for chunk in read_chunks(path, 1 << 20)) / 1e6
-    candidates = [
-        Candidate("this project: records", "default", partial(_read, paths)),
-        Candidate("this project: whole first pass", "default", partial(_spool, paths)),
+    contenders = [
+        Contender("this project: records", "default", partial(_read, paths)),
+        Contender("this project: whole first pass", "default", partial(_spool, paths)),
     ]
     if settings.peer is not None:
-        candidates.append(Candidate("pubmed_parser", "default", partial(_pubmed_parser, settings.peer, paths)))
-    timings = alternate(candidates, settings.rounds, _LIMIT_SECONDS)
-    table = Table("on one core", "seconds", "records/s", "MB/s of XML", "peak memory", "times the peer")
-    table.title = f"{len(paths)} files, {records:,} records, {megabytes:,.0f} MB of XML, {settings.rounds} rounds"
-    peer = timings[-1].seconds.median if settings.peer is not None else None
-    for candidate, timing in zip(candidates, timings, strict=True):
+        contenders.append(Contender("pubmed_parser", "default", partial(_pubmed_parser, settings.peer, paths)))
+    timings = alternate(contenders, settings.rounds, _LIMIT_SECONDS)
+    baseline = timings[-1].seconds.median if settings.peer is not None else None
+    rows = []
+    for contender, timing in zip(contenders, timings, strict=True):
         seconds = timing.seconds.median
         spread = f"{seconds:.2f} ({timing.seconds.least:.2f}-{timing.seconds.most:.2f})"
-        memory = f"{timing.peak_memory / 1e6:,.0f} MB"
-        ratio = f"{peer / seconds:.1f}" if peer else "–"
-        table.add_row(candidate.name, spread, f"{records / seconds:,.0f}", f"{megabytes / seconds:.1f}", memory, ratio)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    Console().print(table)
+        speeds = f"{records / seconds:,.0f}", f"{megabytes / seconds:.1f}"
+        memory, ratio = f"{timing.peak_memory / 1e6:,.0f} MB", f"{baseline / seconds:.1f}" if baseline else None
+        rows.append((contender.name, spread, *speeds, memory, ratio))
+    title = f"{len(paths)} files, {records:,} records, {megabytes:,.0f} MB of XML, {settings.rounds} rounds"
+    columns = ("on one core", "seconds", "records/s", "MB/s of XML", "peak memory", "speed-up over pubmed_parser")
+    summary_table(title, columns, rows)

@@ -1,4 +1,4 @@
-"""The real training step of a config, timed on the device at hand."""
+"""Times the real training step of a config on this machine's device."""
 
 import functools
 import time
@@ -10,44 +10,42 @@ import numpy as np
 
 from benchmarks import baselines
 from benchmarks.contenders import compare, print_tried, tokens_per_second
-from benchmarks.paired_timing import Candidate, Spread, fastest, try_out
+from benchmarks.paired_timing import Contender, Spread, fastest, try_out
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.mesh import make_mesh, rows_per_host, shard_batch
+from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
 from biomamba_jax.tables import summary_table
 from biomamba_jax.train.program import pretrain_program
 from biomamba_jax.train.setup import total_peak_flops
 
-PUBLISHED_VOCABULARY = 50277
-"""Ids of the GPT-NeoX tokenizer, which the released models use."""
-
 
 @dataclass(frozen=True)
 class StepBenchmark(PretrainConfig):
-    """A pretraining config, of which the sizes count, and how to measure it."""
+    """A pretraining config, of which only the sizes matter, and settings of the benchmark."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
-    """The model; the 130m shape when left out."""
+    """The model; by default the 130m shape."""
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=1, sequence_length=512))
-    """Shape of a batch; its tokens are random."""
+    """Shape of the batch of random tokens."""
     steps: int = 5
-    """Timed steps, after one that is not."""
+    """Timed steps, after one warm-up step."""
     compare: bool = False
-    """On CPU: alternate with the training step of transformers' own model, each side at its best settings."""
+    """Compare with transformers' model in paired timing, each contender with its best settings; CPU only."""
     allocators: list[Literal["default", "huge-pages"]] = field(default_factory=lambda: ["default", "huge-pages"])
-    """compare: settings of the C library's allocator that each side is tried under."""
+    """compare: settings of the C library's allocator to try for each contender."""
     torch_compile: bool = True
-    """compare: try torch.compile as well."""
+    """compare: also try torch.compile."""
     limit_seconds: float = 600
-    """compare: a side that takes longer than this to be ready is left out."""
+    """compare: time limit for a contender's preparation; slower ones are left out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps < 1 or not self.allocators:
-            raise UserError("steps must be at least 1 and allocators must name a setting")
+            raise UserError("steps must be at least 1 and allocators must not be empty")
 
     @property
     def tokens(self) -> int:
@@ -69,12 +67,13 @@ class TrainingStep:
         self._state = program.init(None)
 
     def __call__(self) -> None:
+        """Train one step and wait for it."""
         self._state, report = self._step(self._state, self._batch)
         jax.block_until_ready((self._state, report))
 
 
 def measure_step(config: StepBenchmark) -> None:
-    """Times the step as `config` says and prints a table."""
+    """Time the training step and print a table."""
     if config.compare:
         compare_step(config)
         return
@@ -92,25 +91,24 @@ def measure_step(config: StepBenchmark) -> None:
 
 
 def compare_step(config: StepBenchmark) -> None:
-    """Finds the fastest setting of each side, then alternates the two; prints what was tried and the ratio.
+    """Find the fastest setting of each contender, time both in turns, and print trials and ratio.
 
     Raises:
       UserError: the device is not a CPU, or transformers is not installed.
     """
-
     if jax.default_backend() != "cpu":
         raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
     baselines.check_installed(config.model)
-    ours = [Candidate("biomamba_jax", a, functools.partial(TrainingStep, config)) for a in config.allocators]
+    ours = [Contender("biomamba_jax", a, functools.partial(TrainingStep, config)) for a in config.allocators]
     sizes = config.model, config.data.batch_size, config.data.sequence_length
     step = functools.partial(baselines.TransformersStep, *sizes, config.optimizer)
-    theirs = [Candidate("transformers", a, step) for a in config.allocators]
+    theirs = [Contender("transformers", a, step) for a in config.allocators]
     pair = ours[0], theirs[0]
     if len(config.allocators) > 1 or config.torch_compile:
         tried = {c: try_out(c, config.limit_seconds) for c in (*ours, *theirs)}
         if config.torch_compile:
             best = fastest(tried, theirs)
-            compiled = Candidate("transformers, torch.compile", best.allocator, functools.partial(step, compiled=True))
+            compiled = Contender("transformers, torch.compile", best.allocator, functools.partial(step, compiled=True))
             theirs.append(compiled)
             tried[compiled] = try_out(compiled, config.limit_seconds)
         pair = fastest(tried, ours), fastest(tried, theirs)

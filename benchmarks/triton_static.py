@@ -1,9 +1,10 @@
-"""What Triton kernels are compiled to for a GPU that is not there: registers, shared memory and spills.
+"""Compiles Triton kernels for an absent GPU: registers, shared memory and spills.
 
-Triton brings the assembler and the tool that reads its results, so no driver and no CUDA is needed.
+Triton includes the assembler and the tool that reads its results, so neither driver nor CUDA is needed.
 """
 
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -20,37 +21,34 @@ _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int32": "i3
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Of one kernel on one architecture.
-
-    Attributes:
-      kernel: name of the function.
-      programs: how many the shape asks for.
-      warps: of a program.
-      registers: of a thread; 255 at most.
-      shared_bytes: shared memory of a program.
-      spilled_bytes: of a thread's values that found no register.
-      ptx_version: for instance "8.8".
-    """
+    """Resources of one kernel on one architecture."""
 
     kernel: str
+    """Name of the function."""
     programs: int
+    """Programs of the grid."""
     warps: int
+    """Warps of a program."""
     registers: int
+    """Registers of a thread; at most 255."""
     shared_bytes: int
+    """Shared memory of a program."""
     spilled_bytes: int
+    """Spilled registers of a thread."""
     ptx_version: str
+    """For instance "8.8"."""
 
 
 def calls(op: str, capability: int, *, gradient: bool = True, **shape: Any) -> list[triton_calls.Call]:
-    """The kernels of `op`, in order; `shape` as for `kernels.build`: rows, length, channels, segments."""
+    """Return the kernels of `op` in order; `shape` as for `kernels.build`: rows, length, channels, segments."""
     with dispatch.target_platform("gpu", capability), triton_calls.recording() as recorded:
         function, arguments = build(op, "triton", gradient=gradient, devices=None, **shape)
-        jax.eval_shape(lambda *a: function(*a), *arguments)  # a new function: traces are kept by function
+        jax.eval_shape(lambda *a: function(*a), *arguments)  # a new function: traces are cached by function
     return recorded
 
 
 def compile_call(call: triton_calls.Call, capability: int) -> Any:
-    """Triton's result for one kernel: `asm` by stage ("ptx", "cubin", ...) and `metadata`."""
+    """Compile one kernel; returns Triton's result: `asm` by stage ("ptx", "cubin", ...) and `metadata`."""
     import triton
 
     source, target, options = _source(call, capability)
@@ -58,7 +56,7 @@ def compile_call(call: triton_calls.Call, capability: int) -> Any:
 
 
 def intermediate(call: triton_calls.Call, capability: int) -> str:
-    """One kernel in Triton's own intermediate language, functions inlined; needs no assembler."""
+    """Return one kernel in Triton's intermediate representation, functions inlined; needs no assembler."""
     from triton._C.libtriton import ir
     from triton.compiler import make_backend
 
@@ -75,7 +73,7 @@ def intermediate(call: triton_calls.Call, capability: int) -> str:
 
 
 def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[str, Any]]:
-    """What Triton compiles, for what, and how."""
+    """Return source, target and options of a kernel."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -98,16 +96,13 @@ def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[st
 
 
 def usage(call: triton_calls.Call, capability: int) -> Usage:
-    """Compiles one kernel and reads its resources."""
+    """Compile one kernel and read its resources."""
     compiled = compile_call(call, capability)
-    programs = 1
-    for size in call.grid:
-        programs *= size
     version = re.search(r"\.version (\d+\.\d+)", compiled.asm["ptx"])
-    assert version is not None  # every PTX file has one
+    assert version is not None  # every PTX file has a version
     return Usage(
         call.kernel.__name__,
-        programs,
+        math.prod(call.grid),
         call.launch.warps,
         _resource(compiled.asm["cubin"], "REG"),
         compiled.metadata.shared,
@@ -130,5 +125,5 @@ def _resource(cubin: bytes, name: Literal["REG", "STACK", "LOCAL"]) -> int:
 
 
 def usages(ops: Sequence[str], capability: int, **shape: Any) -> list[tuple[str, Usage]]:
-    """(op, usage) of every kernel of the ops."""
+    """Return (op, usage) of every kernel of the ops."""
     return [(op, usage(call, capability)) for op in ops for call in calls(op, capability, **shape)]

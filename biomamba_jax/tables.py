@@ -33,12 +33,12 @@ def summary_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
     print_tables([Table(columns, rows, title)])
 
 
-def print_tables(tables: Iterable[Table | rich.table.Table]) -> None:
+def print_tables(tables: Iterable[Table]) -> None:
     """Print tables to stdout."""
     # Where stdout is no terminal rich would squeeze a table into 80 columns.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in tables:
-        console.print(_as_rich(table) if isinstance(table, Table) else table)
+        console.print(_as_rich(table))
 
 
 def _as_rich(table: Table) -> rich.table.Table:

@@ -1,1 +1,1 @@
-"""What `plan` computes: compiles a config for absent hardware, reads the program, costs it and searches settings."""
+"""The computations of `plan`: compile a config for absent hardware, read the program, cost it, search settings."""

@@ -1,91 +1,83 @@
-"""Compiles a config's real train step for a machine that is not there, in a process of its own.
+"""Compiles a config's training step for an absent machine, in a child process.
 
-    python -m biomamba_jax.planning.compile CONFIG.yaml FOLDER        prints its findings as one line of JSON
-
-FOLDER is where the compiler leaves the program's text (XLA_FLAGS says so too).
-
-libtpu, or the CUDA plugin of jax, holds the real compiler; neither needs the hardware.
+libtpu and jax's CUDA plugin contain the real compilers; neither needs the hardware.
 """
 
 import dataclasses
 import importlib.util
-import json
 import math
 import re
-import subprocess
-import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax.command_line import parse, to_yaml
+import jax
+from jax.experimental import topologies
+
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.planning.ahead_of_time import compiler_environment, tpu_devices
-from biomamba_jax.planning.costs import Costs, KernelCall, program_costs
+from biomamba_jax.ops import dispatch
+from biomamba_jax.parallel.mesh import make_mesh
+from biomamba_jax.planning.ahead_of_time import compiler_environment, run_in_child, tpu_devices
+from biomamba_jax.planning.costs import Costs, program_costs
 from biomamba_jax.planning.program import Collective, Work, read_program
 from biomamba_jax.planning.topology import GPU_TARGETS, Topology, parse_topology
+from biomamba_jax.train.program import pretrain_program
 
 _PLUGIN = "jax_plugins.xla_cuda12"
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Memory of one device in bytes."""
 
-    Attributes:
-      parameters: float32 weights.
-      optimizer: moments, and the averaged weights where they are kept.
-      kept: activations that the forward pass keeps for the backward pass.
-      temporary: everything else that a step allocates, gradients among it; with `kept` what the compiler reports.
-      rest: batch, counters, results.
-    """
-
-    parameters: int
-    optimizer: int
-    kept: int
-    temporary: int
-    rest: int
+    parameters: int = 0
+    """Float32 weights."""
+    optimizer: int = 0
+    """Moments, and the averaged weights if they are enabled."""
+    kept: int = 0
+    """Activations that the forward pass saves for the backward pass."""
+    temporary: int = 0
+    """All other temporary buffers of a step, gradients included; with `kept` the size that the compiler reports."""
+    rest: int = 0
+    """Batch, counters, results."""
 
     @property
     def total(self) -> int:
+        """Sum of all parts."""
         return self.parameters + self.optimizer + self.kept + self.temporary + self.rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a config, or why it made nothing.
-
-    Attributes:
-      mesh: size of each axis.
-      memory: of one device; where the program is too large, as far as it is known.
-      costs: of one device, from the trace.
-      work: operations of the program, kernels apart.
-      collectives: what devices exchange.
-      refused: why config and machine do not go together.
-      needed: bytes that one device would need, where that is more than it has; 0 if the compiler did not say.
-      seconds: that the compiler took.
-    """
+    """A compiled training step, or the reason why there is none."""
 
     mesh: dict[str, int] = dataclasses.field(default_factory=dict)
-    memory: Memory = Memory(0, 0, 0, 0, 0)
+    """Size of each mesh axis."""
+    memory: Memory = Memory()
+    """Memory of one device; if the program is too large, as far as it is known."""
     costs: Costs = dataclasses.field(default_factory=Costs)
+    """Costs on one device, from the jaxpr."""
     work: list[Work] = dataclasses.field(default_factory=list)
+    """Operations of the compiled program other than kernels."""
     collectives: list[Collective] = dataclasses.field(default_factory=list)
+    """Collectives of the compiled program."""
     refused: str | None = None
+    """Why config and machine do not go together."""
     needed: int | None = None
+    """Bytes that one device would need, if that is more than it has; 0 if the compiler did not say."""
     seconds: float = 0.0
+    """Compile time."""
 
     @property
     def fits(self) -> bool:
+        """True if the program compiled and fits device memory."""
         return self.refused is None and self.needed is None
 
 
 def check_compiler(topology: Topology) -> None:
-    """
-    Raises:
-      UserError: the compiler for this machine is not installed.
-    """
+    """Raise UserError if the compiler for this machine is not installed."""
     if topology.is_tpu and importlib.util.find_spec("libtpu") is None:
         raise UserError("planning for TPU needs libtpu: pip install 'biomamba-jax[tpu-compiler]'")
     if not topology.is_tpu and (
@@ -95,65 +87,26 @@ def check_compiler(topology: Topology) -> None:
 
 
 def compile_step(config: PlanConfig) -> Compiled:
-    """Compiles the train step of `config`, whose vocabulary is known, for its topology.
+    """Compile the training step of `config`, whose vocabulary is known, for its topology.
 
     Raises:
       UserError: the compiler is not installed, took too long or broke.
     """
     check_compiler(parse_topology(config.topology, config.slices))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "config.yaml"
-        path.write_text(to_yaml(config), encoding="utf-8")
         environment = compiler_environment()
         environment["XLA_FLAGS"] += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
-        try:
-            child = subprocess.run(
-                [sys.executable, "-m", "biomamba_jax.planning.compile", str(path), folder],
-                capture_output=True,
-                text=True,
-                env=environment,
-                timeout=config.limit_seconds,
-            )
-        except subprocess.TimeoutExpired:
-            raise UserError(f"compiling for {config.topology}: not done after {config.limit_seconds:.0f} s") from None
-    lines = [line for line in child.stdout.splitlines() if line.startswith('{"mesh"')]
-    if child.returncode or not lines:
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"compiling for {config.topology}: the compiler's process ended: {last}")
-    return _from_json(lines[-1])
-
-
-def _from_json(line: str) -> Compiled:
-    found = json.loads(line)
-    costs = found["costs"]
-    return Compiled(
-        **found
-        | {
-            "memory": Memory(**found["memory"]),
-            "costs": Costs(**costs | {"kernels": [KernelCall(**kernel) for kernel in costs["kernels"]]}),
-            "work": [Work(*item) for item in found["work"]],
-            "collectives": [Collective(**item) for item in found["collectives"]],
-        }
-    )
-
-
-def _to_json(compiled: Compiled) -> str:
-    return json.dumps(dataclasses.asdict(compiled) | {"work": [dataclasses.astuple(item) for item in compiled.work]})
+        subject = f"compiling for {config.topology}"
+        return run_in_child(
+            _compile, config, Path(folder), subject=subject, timeout=config.limit_seconds, environment=environment
+        )
 
 
 def _compile(config: PlanConfig, folder: Path) -> Compiled:
-    """In the child."""
-    import time
-
-    import jax
-
-    from biomamba_jax.ops import dispatch
-    from biomamba_jax.parallel.mesh import make_mesh
-    from biomamba_jax.train.program import pretrain_program
-
+    """Compile in the child process; the compiler dumps the program's text into `folder`."""
     topology = parse_topology(config.topology, config.slices)
-    capability = None if topology.is_tpu else 90
-    with dispatch.target_platform("tpu" if topology.is_tpu else "gpu", capability):
+    platform = ("tpu", None) if topology.is_tpu else ("gpu", 90)
+    with dispatch.target_platform(*platform):
         try:
             mesh = make_mesh(config.mesh, _devices(topology))
             program = pretrain_program(config, mesh, config.train.steps or 1000)
@@ -171,13 +124,13 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            if reason := _no_room_on_chip(str(error)):
+            if reason := _on_chip_shortage(str(error)):
                 return Compiled(mesh=sizes, refused=reason)
-            return Compiled(mesh=sizes, memory=Memory(parameters, optimizer, 0, 0, 0), needed=_needed(str(error)))
+            return Compiled(mesh=sizes, memory=Memory(parameters, optimizer), needed=_needed(str(error)))
         seconds = time.perf_counter() - start
     analysis = compiled.memory_analysis()
-    assert analysis is not None  # both compilers give it
-    kept = min(int(costs.kept_bytes), analysis.temp_size_in_bytes)
+    assert analysis is not None  # both compilers report it
+    kept = min(int(costs.saved_bytes), analysis.temp_size_in_bytes)
     rest = analysis.argument_size_in_bytes - parameters - optimizer
     rest += analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
     memory = Memory(parameters, optimizer, kept, analysis.temp_size_in_bytes - kept, rest)
@@ -187,49 +140,37 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
 
 
 def _text(compiled: Any, folder: Path) -> str:
-    """The optimised program."""
-    import jax
-
+    """Return the text of the optimized program."""
     try:
         return compiled.as_text() or ""
-    except jax.errors.JaxRuntimeError:  # jaxlib cannot read some programs for TPUs with SparseCores; their text it can
+    except jax.errors.JaxRuntimeError:  # jaxlib fails on some programs for TPUs with SparseCores; their dump exists
         return max(folder.glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size).read_text()
 
 
 def _devices(topology: Topology) -> Any:
     if topology.is_tpu:
         return tpu_devices(topology.compiler_name, topology.slices)
-    from jax.experimental import topologies
-
     target = GPU_TARGETS[topology.generation]
     shape = topology.compiler_name
     return topologies.get_topology_desc(topology.generation, "cuda", target_config=target, topology=shape).devices
 
 
 def _device_bytes(tree: Any) -> int:
-    """Of one device's part of all arrays of a tree."""
-    import jax
-
+    """Return the bytes of one device's shards of all arrays of a tree."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _no_room_on_chip(message: str) -> str | None:
-    """Why an operation does not fit the chip's own memory, if that is the compiler's reason: a smaller batch helps
-    nothing there."""
+def _on_chip_shortage(message: str) -> str | None:
+    """Return why an operation exceeds on-chip memory, which a smaller batch does not change; None if none does."""
     space = re.search(r"memory space (vmem|smem|cmem|sflag)\b", message)
     if space is None:
         return None
     operation = re.search(r"while allocating on stack for %?([\w.\-]+)", message)
     name = operation[1] if operation else "an operation"
-    return f"{name} needs more {space[1]}, the chip's own memory, than there is; mesh.tensor would divide what it holds"
+    return f"{name} needs more on-chip memory ({space[1]}) than there is; mesh.tensor divides what it holds"
 
 
 def _needed(message: str) -> int:
-    """Bytes that the compiler would have used, from its refusal; 0 where it does not say."""
+    """Return the bytes that a refused program would have used; 0 if the message does not say."""
     used = re.search(r"(?:Used |memory required [^(]*\()([\d.]+)([KMGT]?)i?B?(?: of|\))", message)
     return int(float(used[1]) * 1024 ** " KMGT".index(used[2] or " ")) if used else 0
-
-
-if __name__ == "__main__":
-    given = parse(PlanConfig, ["--config", sys.argv[1]])
-    print(_to_json(_compile(given, Path(sys.argv[2]))), flush=True)

@@ -1,7 +1,7 @@
-"""What a program asks of one device, read from its trace: floating-point operations, kernels, kept activations.
+"""Reads the cost of a program on one device from its jaxpr: FLOPs, kernels, saved activations.
 
-The trace, not the compiled program, since that is where kernels state their costs and loops their lengths. Inside
-`shard_map` shapes are those of one device; whatever stands outside is divided over all.
+The jaxpr rather than the compiled program, since kernels state their costs and loops their lengths there. Inside
+`shard_map` shapes are per device; work outside is divided evenly over the devices.
 """
 
 import dataclasses
@@ -14,45 +14,39 @@ import jax
 
 @dataclasses.dataclass(frozen=True)
 class KernelCall:
-    """Calls of one kernel at one shape.
-
-    Attributes:
-      name: of the kernel.
-      calls: how often a step calls it.
-      flops: of its matrix products, one call.
-      vector_operations: as the kernel states them, one call; 0 where it states none.
-      bytes: of its operands and results, one call.
-    """
+    """Calls of one kernel at one shape."""
 
     name: str
+    """Name of the kernel."""
     calls: int
+    """Calls in a step."""
     flops: float
+    """FLOPs of the matrix products of one call."""
     vector_operations: float
+    """Vector operations of one call, as the kernel states them; 0 if it states none."""
     bytes: float
+    """Bytes of the operands and results of one call."""
 
 
 @dataclasses.dataclass
 class Costs:
-    """Of one step on one device.
-
-    Attributes:
-      flops: of all matrix products, kernels included, recomputation included.
-      kernels: all calls of kernels.
-      kept_bytes: activations that loops over layers hand from the forward to the backward pass.
-    """
+    """Cost of one step on one device."""
 
     flops: float = 0.0
+    """FLOPs of all matrix products, kernels and recomputation included."""
     kernels: list[KernelCall] = dataclasses.field(default_factory=list)
-    kept_bytes: float = 0.0
+    """All calls of kernels."""
+    saved_bytes: float = 0.0
+    """Activations that loops over layers save in the forward pass for the backward pass."""
 
 
 def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Costs:
-    """Costs of a traced program on one device.
+    """Return the costs of a traced program on one device.
 
     Args:
       jaxpr: from `jax.jit(f).trace(...).jaxpr` or `jax.make_jaxpr`.
-      devices: that work outside `shard_map` is spread over.
-      layers: length of the loops whose stacked results are kept activations; None: none are.
+      devices: number of devices that work outside `shard_map` is divided over.
+      layers: length of the loops whose stacked results are saved activations; None: no loop's are.
     """
     costs = Costs()
     found: dict[tuple[Any, ...], int] = {}
@@ -62,7 +56,7 @@ def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Co
 
 
 def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs, found: dict[Any, int]) -> None:
-    """Adds `times` runs of `jaxpr`, of which this device does `share`."""
+    """Add `times` runs of `jaxpr`, of which this device does `share`."""
     for equation in jaxpr.eqns:
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -73,15 +67,15 @@ def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs
             kernel = _kernel(equation)
             found[kernel] = found.get(kernel, 0) + times
             costs.flops += times * kernel[1]
-        elif name == "triton_kernel_call":  # states nothing: its bytes are left
+        elif name == "triton_kernel_call":  # states no cost: only its bytes are known
             kernel = str(parameters.get("name") or "triton"), 0.0, 0.0, _all_bytes(equation)
             found[kernel] = found.get(kernel, 0) + times
         elif name == "scan":
             body = parameters["jaxpr"].jaxpr
             if parameters["length"] == layers and share == 1 and not parameters["reverse"]:
-                costs.kept_bytes += sum(map(_bytes, _stacked(equation, body)))
+                costs.saved_bytes += sum(map(_bytes, _stacked(equation, body)))
             _walk(body, times * parameters["length"], share, layers, costs, found)
-        elif name == "cond":  # the costliest branch
+        elif name == "cond":  # the most expensive branch
             branches = [program_costs(branch) for branch in parameters["branches"]]
             heaviest = max(range(len(branches)), key=lambda i: branches[i].flops)
             _walk(parameters["branches"][heaviest].jaxpr, times, share, layers, costs, found)
@@ -99,7 +93,7 @@ def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _stacked(equation: Any, body: Any) -> Iterator[Any]:
-    """What a loop stacks, which has an axis more than what its body gives; a carried value is as it was."""
+    """Yield a scan's stacked outputs, which have one axis more than the body's; carries have the same shape."""
     for variable, of_step in zip(equation.outvars, body.outvars, strict=True):
         if variable.aval.shape != of_step.aval.shape:
             yield variable
@@ -112,7 +106,7 @@ def _dot_flops(equation: Any) -> float:
 
 
 def _tensor_core_flops(equation: Any) -> float:
-    """Of Hopper's `wgmma`: sum += left right, where left is an array, or a part of a reference as transforms say."""
+    """Return the FLOPs of Hopper's `wgmma`: accumulator += left @ right; left may be a transformed reference."""
     total, left, trees = equation.invars[0].aval, equation.invars[1].aval, equation.params
     if (tree := trees["a_transforms_tree"]) is not None:
         first = 3 + (trees["acc_transforms_tree"].num_leaves if trees["acc_transforms_tree"] is not None else 0)
@@ -123,10 +117,10 @@ def _tensor_core_flops(equation: Any) -> float:
 
 
 def _kernel(equation: Any) -> tuple[str, float, float, float]:
-    """Name, FLOPs of matrix products, vector operations and bytes of one call."""
+    """Return name, FLOPs of matrix products, vector operations and bytes of one call."""
     parameters = equation.params
     name = parameters.get("name") or parameters["name_and_src_info"].name
-    if "meshes" in parameters:  # each of a block's warpgroups has a branch of its own: all of them count
+    if "meshes" in parameters:  # each warpgroup of a block has its own branch: all of them count
         ((mesh, jaxpr),) = zip(parameters["meshes"], parameters["jaxprs"], strict=True)
         grid = mesh.grid
     else:

@@ -1,4 +1,4 @@
-"""Cycles that the TPU compiler wrote into the text of an optimised module: of Pallas calls, and of all else."""
+"""Sums the cycle estimates that the TPU compiler writes into an optimized module: Pallas calls, and all else."""
 
 import re
 
@@ -7,6 +7,7 @@ from biomamba_jax.planning.hlo import (
     Instruction,
     UnknownTripCountError,
     called_computations,
+    is_kernel,
     parse,
     trip_count,
 )
@@ -15,16 +16,16 @@ _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 def kernel_cycles(text: str) -> dict[str, int]:
-    """Of each Pallas call by its HLO name, where the compiler was asked for its static profile."""
+    """Return the cycles of each Pallas call by its HLO name, if the static profile was requested."""
     computations, _ = parse(text)
-    calls = [i for body in computations.values() for i in body if _is_kernel(i)]
+    calls = [i for body in computations.values() for i in body if is_kernel(i)]
     return {i.name: cycles for i in calls if (cycles := _own_cycles(i))}
 
 
 def other_cycles(text: str) -> int | None:
-    """Of all else together: loops as often as they run, of branches the costliest.
+    """Return the cycles of all other operations: loops times their trip counts, of branches the most expensive.
 
-    None where a loop with cycles in it does not tell how often it runs: counting it once would be far too few.
+    None if the trip count of a loop with cycles in it is unknown: counting it once would be far too low.
     """
     computations, entry = parse(text)
     try:
@@ -45,13 +46,9 @@ def _cycles_within(name: str, computations: Computations) -> int:
             total += max(_cycles_within(branch, computations) for branch in branches)
         elif i.opcode == "call":
             total += _cycles_within(called["to_apply"][0], computations)
-        elif not _is_kernel(i):
+        elif not is_kernel(i):
             total += _own_cycles(i)
     return total
-
-
-def _is_kernel(i: Instruction) -> bool:
-    return 'custom_call_target="tpu_custom_call"' in i.attributes
 
 
 def _own_cycles(i: Instruction) -> int:

@@ -1,4 +1,4 @@
-"""The text of an optimised program, as `jax.stages.Compiled.as_text()` gives it: computations of instructions."""
+"""Parses the text of an optimized HLO module (`jax.stages.Compiled.as_text()`) into computations of instructions."""
 
 import dataclasses
 import re
@@ -7,18 +7,24 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `results`, `arguments` and `attributes` are text."""
+    """One line of a computation."""
 
     name: str
+    """Without the leading %."""
     results: str
+    """Text of the result's shape, a tuple included."""
     opcode: str
+    """For instance "fusion"."""
     arguments: str
+    """Text between the parentheses after the opcode."""
     attributes: str
+    """Text after those parentheses."""
     is_root: bool
+    """True if its result is the computation's result."""
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions that it uses."""
+        """Names of the instructions whose results it uses."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
@@ -26,11 +32,11 @@ Computations = Mapping[str, Sequence[Instruction]]
 
 
 class UnknownTripCountError(Exception):
-    """The text does not tell how often a loop runs."""
+    """The trip count of a loop cannot be read from the text."""
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """All computations by name, and the name of the entry."""
+    """Return all computations by name, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     current: list[Instruction] | None = None
     entry = ""
@@ -59,7 +65,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(line: str, start: int) -> int:
-    """The position behind the parenthesis that closes the one at `start`."""
+    """Return the position after the parenthesis that closes the one at `start`."""
     depth = 0
     for position in range(start, len(line)):
         depth += (line[position] == "(") - (line[position] == ")")
@@ -69,7 +75,7 @@ def _closing(line: str, start: int) -> int:
 
 
 def called_computations(i: Instruction) -> dict[str, list[str]]:
-    """Names of the computations that an instruction calls, by what it calls them."""
+    """Return the names of the computations that an instruction calls, by the attribute that names them."""
     found: dict[str, list[str]] = {}
     pattern = r"\b(body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)"
     for key, name in re.findall(pattern, i.attributes):
@@ -80,17 +86,24 @@ def called_computations(i: Instruction) -> dict[str, list[str]]:
     return found
 
 
-def trip_count(loop: Instruction, around: Sequence[Instruction], computations: Computations) -> int:
-    """How often a loop runs.
+def is_kernel(i: Instruction) -> bool:
+    """Return True for a Pallas call on TPU."""
+    return 'custom_call_target="tpu_custom_call"' in i.attributes
 
-    As the loop states it, which optimised TPU programs do not; or of a counter that is element k of its state: a
-    constant at first, raised by a constant in each turn, compared with a constant.
+
+def trip_count(loop: Instruction, around: Sequence[Instruction], computations: Computations) -> int:
+    """Return the trip count of a while loop.
+
+    Either the loop states it, which optimized TPU programs do not, or it follows from a counter, element k of the
+    loop's state, that starts at a constant, is incremented by a constant and is compared with a constant.
 
     Args:
-      around: the computation that the loop stands in.
+      loop: the while instruction.
+      around: the computation that contains the loop.
+      computations: all computations of the module.
 
     Raises:
-      UnknownTripCountError: neither is so.
+      UnknownTripCountError: neither applies.
     """
     if stated := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(stated[1])
@@ -102,8 +115,8 @@ def trip_count(loop: Instruction, around: Sequence[Instruction], computations: C
     counter, bound = (_source(name, condition) for name in compare.operands)
     k = _element(counter)
     start = _source(_source(loop.operands[0], around, "tuple").operands[k], around)
-    raised = _source(_root(body, "tuple").operands[k], body, "add")
-    before, step = sorted((_source(name, body) for name in raised.operands), key=lambda i: i.opcode == "constant")
+    incremented = _source(_root(body, "tuple").operands[k], body, "add")
+    before, step = sorted((_source(name, body) for name in incremented.operands), key=lambda i: i.opcode == "constant")
     if _element(before) != k or _constant(step) < 1:
         raise UnknownTripCountError
     return max(0, -(-(_constant(bound) - _constant(start)) // _constant(step)))
@@ -114,7 +127,7 @@ def _root(computation: Sequence[Instruction], opcode: str) -> Instruction:
 
 
 def _source(name: str, computation: Sequence[Instruction], opcode: str | None = None) -> Instruction:
-    """The instruction that computes a value, whatever copies it went through; it must be of `opcode`, if given."""
+    """Return the instruction that computes a value, looking through copies; it must be of `opcode`, if given."""
     named = {i.name: i for i in computation}
     found = named[name]
     while found.opcode in ("copy", "bitcast"):
@@ -125,7 +138,7 @@ def _source(name: str, computation: Sequence[Instruction], opcode: str | None = 
 
 
 def _element(i: Instruction) -> int:
-    """Which element of the loop's state this is."""
+    """Return the index of a get-tuple-element."""
     index = re.search(r"\bindex=(\d+)", i.attributes)
     if i.opcode != "get-tuple-element" or index is None:
         raise UnknownTripCountError

@@ -1,4 +1,4 @@
-"""How fast the TPU kernels are by the compiler's static profile of their schedule."""
+"""Speed of the TPU kernels by the compiler's static profile of their schedule."""
 
 import functools
 import logging
@@ -17,15 +17,15 @@ from biomamba_jax.planning.topology import parse_topology
 logger = logging.getLogger(__name__)
 
 D_STATE, SSD_D_STATE, HEADDIM = 16, 128, 64
-"""Sizes of the published models: of the selective scan, and of SSD."""
+"""Sizes of the published models: d_state of Mamba-1, d_state and headdim of Mamba-2."""
 _WIDTH = 4
 _OPS = {"mamba1": ("selective_scan",), "mamba2": ("ssd",)}
 _LENGTHS = (256, 512)  # multiples of every kernel's chunk
-_CHANNELS = 1536  # whole tiles and heads of every kernel; what a call costs grows with its bytes
+_CHANNELS = 1536  # whole tiles and heads of every kernel
 
 
 SMALLEST: Mapping[str, str] = {"v5e": "1x1", "v5p": "2x2x1", "v6e": "1x1"}
-"""Generations whose static profile can be trusted, and the smallest topology of each."""
+"""Smallest topology of each generation whose static profile can be trusted."""
 
 
 def build(
@@ -38,29 +38,40 @@ def build(
     gradient: bool,
     devices: Any,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The op at one shape, bfloat16 activations, or with its vector-Jacobian product: a builder for `aot`."""
+    """Return an op, or the op with its vector-Jacobian product, and the shapes of its arguments: a `Request.builder`.
+
+    Args:
+      op: "selective_scan", "ssd" or "causal_conv1d".
+      implementation: its implementation; None for the default.
+      rows: batch size.
+      length: tokens of a row.
+      channels: d_inner; activations are bfloat16.
+      segments: pass segment ids.
+      gradient: compute the gradients too.
+      devices: unused; builders take it.
+    """
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def shape(*sizes: int, dtype=bf16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
-    wide = shape(rows, length, channels)
+    full = shape(rows, length, channels)
     ids = shape(rows, length, dtype=jnp.int32) if segments else None
     run: Callable[..., Any]
     options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
     if op == "selective_scan":
-        run, narrow, vector = selective_scan, shape(rows, length, D_STATE), shape(channels, dtype=f32)
+        run, states, vector = selective_scan, shape(rows, length, D_STATE), shape(channels, dtype=f32)
         A = shape(channels, D_STATE, dtype=f32)
-        arrays = {"x": wide, "dt": wide, "A": A, "B": narrow, "C": narrow, "D": vector, "z": wide, "dt_bias": vector}
+        arrays = {"x": full, "dt": full, "A": A, "B": states, "C": states, "D": vector, "z": full, "dt_bias": vector}
     elif op == "ssd":
         heads = channels // HEADDIM
-        run, narrow, vector = ssd, shape(rows, length, 1, SSD_D_STATE), shape(heads, dtype=f32)
+        run, states, vector = ssd, shape(rows, length, 1, SSD_D_STATE), shape(heads, dtype=f32)
         x = shape(rows, length, heads, HEADDIM)
         dt = shape(rows, length, heads)
-        arrays = {"x": x, "dt": dt, "A": vector, "B": narrow, "C": narrow, "D": vector, "dt_bias": vector}
+        arrays = {"x": x, "dt": dt, "A": vector, "B": states, "C": states, "D": vector, "dt_bias": vector}
     else:
         run = causal_conv1d
-        arrays = {"x": wide, "weight": shape(channels, _WIDTH, dtype=f32), "bias": shape(channels, dtype=f32)}
+        arrays = {"x": full, "weight": shape(channels, _WIDTH, dtype=f32), "bias": shape(channels, dtype=f32)}
 
     def forward(arrays, ids):
         return run(**arrays, segment_ids=ids, **options)
@@ -74,21 +85,22 @@ def build(
 
 @functools.cache
 def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, float]:
-    """Seconds a byte of operands and results of each kernel of a mixer, by name.
+    """Return seconds per byte of operands and results of each kernel of a mixer, by name.
 
-    From the slope between two short lengths, which leaves out what a call costs however little it does. Empty for
-    targets whose profile cannot be trusted (v4, TPU7x, GPUs) and where the compiler gives none.
+    The slope between two short lengths, which excludes the fixed cost of a call. Empty for targets whose profile
+    cannot be trusted (v4, TPU7x, GPUs) and where the compiler produces none.
 
     Args:
       kind: mixer, "mamba1" or "mamba2".
       target: generation of the TPU.
+      timeout: seconds after which the compiler is stopped.
     """
     if target not in SMALLEST:
         return {}
-    chip = parse_topology(f"{target}:{SMALLEST[target]}").chip
-    assert chip.clock is not None  # of every generation in SMALLEST
-    rates: dict[str, float] = {}
     topology = f"{target}:{SMALLEST[target]}"
+    chip = parse_topology(topology).chip
+    assert chip.clock is not None  # known for every generation in SMALLEST
+    rates: dict[str, float] = {}
     for op in _OPS[kind]:
         requests = []
         for length in _LENGTHS:
@@ -97,21 +109,20 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
             requests.append(Request(topology, f"{__name__}:build", arguments))
         try:
             short, long = estimates(requests, profile=True, timeout=timeout)
-        except UserError as error:  # the profile can abort the compiler; kernels' own statements are left
-            logger.warning("%s on %s: no profile, so the time of its kernels is a floor: %s", op, target, error)
+        except UserError as error:  # the profile can abort the compiler; the kernels' own cost estimates remain
+            logger.warning("%s on %s: no profile, so the time of its kernels is a lower bound: %s", op, target, error)
             continue
         sizes = [_kernel_bytes(request.arguments) for request in requests]
         for name in sizes[0]:
             cycles = [sum(v for key, v in e.static_cycles.items() if name in key) for e in (short, long)]
-            if cycles[1] > cycles[0]:  # rows are sharded over the cores
-                rates[name] = (
-                    (cycles[1] - cycles[0]) / (sizes[1][name] - sizes[0][name]) / chip.clock / chip.cores
-                )  # rows are spread over cores
+            if cycles[1] > cycles[0]:
+                cycles_per_byte = (cycles[1] - cycles[0]) / (sizes[1][name] - sizes[0][name])
+                rates[name] = cycles_per_byte / (chip.clock * chip.cores)  # rows are sharded over the cores
     return rates
 
 
 def _kernel_bytes(arguments: Mapping[str, Any]) -> dict[str, float]:
-    """Of one call of each kernel that an op's gradient runs."""
+    """Return the bytes of one call of each kernel that an op's gradient runs."""
     with dispatch.target_platform("tpu"):
         function, shapes = build(devices=None, **arguments)
         found = program_costs(jax.make_jaxpr(function)(*shapes)).kernels

@@ -1,4 +1,4 @@
-"""What a training run would take on a machine, from the real compiler and the datasheets. All of it is estimates."""
+"""Estimates memory, speed and duration of a training run on a machine, from the real compiler and datasheets."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.planning.compile import Compiled, check_compiler, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
-from biomamba_jax.planning.search import describe, nearest_fit, resolved_mesh, search_settings
+from biomamba_jax.planning.search import nearest_fit, resolved_mesh, search_settings
 from biomamba_jax.planning.times import Times, step_times
 from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.setup import total_steps, with_vocabulary
 
 PUBLISHED_VOCABULARY = 50277
-"""Ids of the GPT-NeoX tokenizer, which the released models use."""
-_SECONDS_A_DAY = 86400
-# d_model and layers of the released models, by the end of their names on the hub.
+"""Vocabulary size of the GPT-NeoX tokenizer, which the released models use."""
+_SECONDS_PER_DAY = 86400
+# Name on the hub without owner -> kind, d_model and layers of the released models.
 _RELEASED: Mapping[str, tuple[Literal["mamba1", "mamba2"], int, int]] = {
     "mamba-130m": ("mamba1", 768, 24),
     "mamba-370m": ("mamba1", 1024, 48),
@@ -37,33 +37,32 @@ _RELEASED: Mapping[str, tuple[Literal["mamba1", "mamba2"], int, int]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One config on one machine.
-
-    Attributes:
-      config: with every size known.
-      topology: the machine.
-      compiled: what the compiler says.
-      times: None where it does not fit.
-      run_tokens: training tokens of the whole run; None where neither config nor shards tell.
-    """
+    """One config on one machine."""
 
     config: PlanConfig
+    """The config with every size resolved."""
     topology: Topology
+    """The machine."""
     compiled: Compiled
+    """The compiler's result."""
     times: Times | None
+    """Estimated times; None if the config does not fit."""
     run_tokens: float | None
+    """Training tokens of the whole run; None if neither config nor shards determine them."""
 
     @property
     def step_tokens(self) -> int:
+        """Tokens of one step."""
         return self.config.data.batch_size * self.config.data.sequence_length
 
     @property
     def tokens_per_second(self) -> float | None:
+        """Estimated training speed."""
         return None if self.times is None else self.step_tokens / self.times.step
 
     @property
     def share_of_peak(self) -> float | None:
-        """Arithmetic that the model needs, recomputation not counted, over what the chips could do meanwhile."""
+        """Model FLOPs utilization: FLOPs without recomputation over the peak of all devices."""
         if self.times is None:
             return None
         flops = training_flops_per_token(self.config.model) * self.step_tokens
@@ -72,17 +71,18 @@ class Plan:
 
     @property
     def days(self) -> float | None:
-        """Of the whole run."""
+        """Days of the whole run."""
         if self.run_tokens is None or self.tokens_per_second is None:
             return None
-        return self.run_tokens / self.tokens_per_second / _SECONDS_A_DAY
+        return self.run_tokens / self.tokens_per_second / _SECONDS_PER_DAY
 
     @property
     def chip_hours(self) -> float | None:
+        """Chip-hours of the whole run."""
         return None if self.days is None else self.days * 24 * self.topology.chips
 
     def as_json(self) -> dict[str, Any]:
-        """All figures: bytes, seconds, FLOPs of one device and step unless named otherwise."""
+        """Return all figures: bytes, seconds and FLOPs of one device and step unless named otherwise."""
         compiled, times, seconds = self.compiled, self.times, None
         if times is not None:
             seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
@@ -118,24 +118,21 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What was asked for, and what to change if that does not fit.
-
-    Attributes:
-      plan: of the config as it is.
-      nearest: the nearest setting that fits, where the config does not.
-      ranking: of a search, the fastest first, those that do not fit last.
-    """
+    """The plan of a config, and alternatives to it."""
 
     plan: Plan
+    """The plan of the config as it is."""
     nearest: Plan | None = None
+    """The nearest setting that fits, if the config does not."""
     ranking: tuple[Plan, ...] = ()
+    """All settings of a search, the fastest first, those that do not fit last."""
 
 
 def make_plan(config: PlanConfig) -> Answer:
-    """Compiles what `config` asks for.
+    """Compile a config, and alternatives to it if requested or if it does not fit.
 
     Raises:
-      UserError: the topology is unknown, its compiler not installed, or config and machine do not go together.
+      UserError: the topology is unknown, its compiler is not installed, or config and machine do not go together.
     """
     topology = parse_topology(config.topology, config.slices)
     check_compiler(topology)
@@ -168,12 +165,12 @@ def _times(config: PlanConfig, topology: Topology, compiled: Compiled) -> Times 
 
 
 def product_dtype(model: ModelConfig) -> str:
-    """Type of matrix products on the machine that is planned for, which is no CPU."""
+    """Return the operand dtype of matrix products on a TPU or GPU."""
     return "bfloat16" if model.compute_dtype == "auto" else model.compute_dtype
 
 
 def resolve(config: PlanConfig) -> tuple[PlanConfig, float | None]:
-    """The config with the sizes of the weights that it starts from and a vocabulary, and the run's training tokens."""
+    """Return the config with the sizes of its initial weights and a vocabulary, and the run's training tokens."""
     model = released_sizes(config.model, config.init_from) if config.init_from else config.model
     path, steps = Path(config.data.path), config.train.steps
     if (path / "manifest.json").exists():
@@ -187,10 +184,10 @@ def resolve(config: PlanConfig) -> tuple[PlanConfig, float | None]:
 
 
 def released_sizes(model: ModelConfig, init_from: str) -> ModelConfig:
-    """`model` with the sizes of released weights, by their name.
+    """Return `model` with the sizes of released weights, by their name.
 
     Raises:
-      UserError: they are no released weights.
+      UserError: the name is not that of released weights.
     """
     name = init_from.rstrip("/").rsplit("/", 1)[-1].removesuffix("-hf")
     if name not in _RELEASED:
@@ -201,16 +198,5 @@ def released_sizes(model: ModelConfig, init_from: str) -> ModelConfig:
         )
     kind, d_model, n_layers = _RELEASED[name]
     multiple = 8 if kind == "mamba1" else 16
-    return dataclasses.replace(
-        model,
-        kind=kind,
-        d_model=d_model,
-        n_layers=n_layers,
-        vocab_size=PUBLISHED_VOCABULARY,
-        pad_vocab_multiple=multiple,
-    )
-
-
-def flags(plan: Plan, base: Plan) -> str:
-    """What to add to the command for `plan` instead of `base`."""
-    return describe(plan.config, base.config)
+    sizes: dict[str, Any] = {"d_model": d_model, "n_layers": n_layers, "pad_vocab_multiple": multiple}
+    return dataclasses.replace(model, kind=kind, vocab_size=PUBLISHED_VOCABULARY, **sizes)

@@ -1,20 +1,23 @@
-"""What a compiled program does, read from its text: which operations run how often, their bytes, and what is sent.
+"""Reads operations and collectives of a compiled program, with their counts and bytes, from its text.
 
-The text is that of `jax.stages.Compiled.as_text()`: one device's program, loops with their trip counts. Operations
-inside a fusion cost no memory traffic; what a loop slices out of a stacked array counts as the slice, not as the array;
-buffers that the compiler keeps in the chip's own memory count nothing.
+The text is `jax.stages.Compiled.as_text()`: one device's program, loops with their trip counts. Operations inside a
+fusion cause no memory traffic; a slice of a stacked array counts as the slice, not as the array; buffers in on-chip
+memory do not count.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from biomamba_jax.planning.hlo import (
     Computations,
     Instruction,
     UnknownTripCountError,
     called_computations,
+    is_kernel,
     parse,
     trip_count,
 )
@@ -26,71 +29,73 @@ _FREE = frozenset(
     "collective-permute-done recv-done send-done".split()
 )
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""Operations that write into an array which they are given first; the position of what they write."""
+"""Operations that update their first operand in place -> position of the operand that they write."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Exchanges of one kind and shape.
-
-    Attributes:
-      kind: all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all.
-      calls: how often a step does it.
-      bytes: of the whole array that is gathered, reduced or moved, on one device, one call.
-      group: devices that take part together.
-      between_slices: whether a group spans slices.
-      overlaps: started and awaited apart, so that other work can go on.
-    """
+    """Collectives of one kind and shape."""
 
     kind: str
+    """all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all."""
     calls: int
+    """Calls in a step."""
     bytes: int
+    """Bytes of the full array that one call gathers, reduces or moves, on one device."""
     group: int
+    """Devices in a replica group."""
     between_slices: bool
+    """True if a group spans slices."""
     overlaps: bool
+    """True if it is asynchronous: other work can overlap with it."""
 
     @property
     def sent(self) -> float:
-        """Bytes that each device must send in one call, however it is done."""
+        """Bytes that each device must send in one call, by any algorithm."""
         whole = self.bytes * (self.group - 1) / max(self.group, 1)
         return {"all-reduce": 2 * whole, "collective-permute": float(self.bytes)}.get(self.kind, whole)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """One operation of the program: how often it runs, its products' FLOPs and the bytes that it moves, each time."""
+    """One operation of the program."""
 
     name: str
+    """Name of the HLO instruction."""
     calls: int
+    """Executions in a step."""
     flops: float
+    """FLOPs of its matrix products in one execution."""
     bytes: float
+    """Bytes that one execution reads from and writes to device memory."""
 
 
 @dataclasses.dataclass
 class Program:
-    """What one device does in one step. Kernels are listed by name only: they state their costs elsewhere."""
+    """Operations of one device in one step, without kernels: their costs are in the jaxpr."""
 
     work: list[Work]
+    """Operations other than collectives."""
     collectives: list[Collective]
-    kernels: Mapping[str, int]
+    """Collectives."""
 
 
 def read_program(text: str, devices: int = 1, slices: int = 1) -> Program:
-    """Reads a compiled module.
+    """Read a compiled module.
 
     Args:
-      text: of the optimised module.
-      devices: that run it.
-      slices: that they lie in, in order.
+      text: text of the optimized module.
+      devices: number of devices that run it.
+      slices: number of slices that the devices belong to, in order.
     """
     computations, entry = parse(text)
     return _Reader(computations, devices, slices).read(entry)
 
 
 def shape_bytes(text: str, everywhere: bool = False) -> int:
-    """Bytes of all arrays in a type, tuples included; those in the chip's own memory only if `everywhere`."""
+    """Return the bytes of all arrays in a shape, tuples included; arrays in on-chip memory only if `everywhere`."""
     return sum(
         _array_bits(dtype, sizes) // 8
         for dtype, sizes, layout in _SHAPE.findall(text)
@@ -116,21 +121,20 @@ class _Reader:
         self._named = {name: {i.name: i for i in body} for name, body in computations.items()}
         self._work: list[Work] = []
         self._collectives: dict[tuple[str, int, int, bool, bool], int] = {}
-        self._kernels: dict[str, int] = {}
 
     def read(self, entry: str) -> Program:
         self._walk(entry, 1)
         collectives = [Collective(k[0], calls, *k[1:]) for k, calls in self._collectives.items()]
-        return Program(self._work, collectives, self._kernels)
+        return Program(self._work, collectives)
 
     def _walk(self, computation: str, times: int, overlaps: bool = False) -> None:
-        """overlaps: the computation was started beside others, as those of SparseCores are."""
+        """Count `times` runs of a computation; it overlaps if it runs asynchronously, as on SparseCores."""
         for i in self._computations.get(computation, ()):
+            if is_kernel(i):
+                continue
             called = called_computations(i)
             if i.opcode == "while":
                 self._walk(called["body"][0], times * self._trips(i, computation), overlaps)
-            elif i.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in i.attributes:
-                self._kernels[i.name] = self._kernels.get(i.name, 0) + times
             elif i.opcode in ("call", "async-start") or "called_computations" in called:
                 for inner in next(iter(called.values()), ()):
                     self._walk(inner, times, overlaps or i.opcode == "async-start")
@@ -138,7 +142,7 @@ class _Reader:
                 for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
                     self._walk(inner, times, overlaps)
             elif kind := _collective_kind(i.opcode):
-                self._exchange(i, kind, computation, times, overlaps)
+                self._collective(i, kind, computation, times, overlaps)
             elif i.opcode == "send":
                 self._send(i, computation, times)
             elif i.opcode == "fusion":
@@ -151,7 +155,7 @@ class _Reader:
             self._work.append(Work(i.name, times, flops, moved))
 
     def _trips(self, i: Instruction, computation: str) -> int:
-        """Where the text does not tell, the bound in the loop's condition: a plan is an estimate."""
+        """Return the trip count; if it is unknown, the bound in the loop's condition: a plan is an estimate."""
         try:
             return trip_count(i, self._computations[computation], self._computations)
         except UnknownTripCountError:
@@ -159,14 +163,14 @@ class _Reader:
             bounds = [int(j.arguments) for j in condition if j.opcode == "constant" and j.arguments.isdigit()]
             return max(bounds, default=1)
 
-    # --- Exchanges ---------------------------------------------------------------------------------------------------
+    # --- Collectives -------------------------------------------------------------------------------------------------
 
-    def _exchange(self, i: Instruction, kind: str, computation: str, times: int, overlaps: bool = False) -> None:
+    def _collective(self, i: Instruction, kind: str, computation: str, times: int, overlaps: bool = False) -> None:
         operands = sum(shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
         results = shape_bytes(i.results, everywhere=True)
         starts = i.opcode.endswith("-start")
         size = operands
-        if kind == "all-gather":  # a start's result names its operand as well
+        if kind == "all-gather":  # the result of all-gather-start includes its operand
             size = results - operands if starts else results
         groups = replica_groups(i.attributes) or [list(range(self._devices))]
         group = max(map(len, groups)) if kind != "collective-permute" else 2
@@ -175,7 +179,7 @@ class _Reader:
         self._count(kind, size, group, between, starts or overlaps, times)
 
     def _send(self, i: Instruction, computation: str, times: int) -> None:
-        """TPU slices exchange through their hosts: each device sends its part, and awaits the sum later."""
+        """Count a collective between TPU slices, which goes through the hosts: each device sends its shard."""
         original = re.search(r'host_transfer_rendezvous="([a-z\-]+)', i.attributes)
         if original and self._slices > 1 and (kind := _collective_kind(original[1].rstrip("-"))):
             size = shape_bytes(self._type(i.operands[0], computation), everywhere=True)
@@ -191,15 +195,15 @@ class _Reader:
     def _fusion(self, i: Instruction, computation: str, fused: str, times: int) -> None:
         inside = self._computations[fused]
         root = next(j for j in inside if j.is_root)
-        # TPU: an exchange that overlaps with products stands in the fusion that starts it, in each that it runs beside,
-        # and in the one that awaits it.
+        # TPU: a collective that overlaps with products appears in the fusion that starts it, in each fusion that it
+        # overlaps with, and in the fusion that awaits it.
         starts, awaits = (i.name.startswith(f"async-collective-{end}") for end in ("start", "done"))
         if not awaits and not fused.startswith("async_collective_fusion"):
             for j in inside:
                 if kind := _collective_kind(j.opcode):
-                    # TPU: a sum of which the fusion keeps this device's part is scattered as it is reduced.
+                    # TPU: an all-reduce of which the fusion keeps one shard is a reduce-scatter.
                     scatters = kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == j.name
-                    self._exchange(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
+                    self._collective(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
         if starts or awaits:
             return
         flops = self._all_flops(fused)
@@ -215,11 +219,11 @@ class _Reader:
         return nested + sum(self._flops(j, fused) for j in inside)
 
     def _read(self, parameter: Instruction, fused: str, outer: str) -> int:
-        """Bytes that a fusion reads of one operand: of a stacked array the slices that it takes."""
+        """Return the bytes that a fusion reads of one operand: of a stacked array only its slices."""
         whole = shape_bytes(outer)
-        return min(self._taken(parameter, fused, whole), whole) if whole else 0
+        return min(self._sliced(parameter, fused, whole), whole) if whole else 0
 
-    def _taken(self, parameter: Instruction, fused: str, whole: int) -> int:
+    def _sliced(self, parameter: Instruction, fused: str, whole: int) -> int:
         total = 0
         for user, position in self._users(parameter.name, fused):
             if user.opcode in ("dynamic-slice", "gather", "slice") and position == 0:
@@ -229,7 +233,7 @@ class _Reader:
                 inner = next(
                     j for j in self._computations[nested] if j.opcode == "parameter" and j.arguments == str(position)
                 )
-                total += self._taken(inner, nested, whole)
+                total += self._sliced(inner, nested, whole)
             elif not (user.opcode in _UPDATES and position == 0):
                 total += whole
         return total
@@ -243,7 +247,7 @@ class _Reader:
                     yield user, user.operands.index(name)
 
     def _written(self, root: Instruction, fused: str, results: str) -> int:
-        """Bytes that a fusion writes: into an array that it updates, the update."""
+        """Return the bytes that a fusion writes: of an array updated in place only the update."""
         if not shape_bytes(results):
             return 0
         named = self._named[fused]
@@ -261,16 +265,16 @@ class _Reader:
             return results + shape_bytes(i.results, everywhere=True)
         if i.opcode in _UPDATES:
             return 2 * shape_bytes(self._type(i.operands[_UPDATES[i.opcode]], computation), everywhere=True)
-        if i.opcode == "copy-start":  # its result names both ends
+        if i.opcode == "copy-start":  # its result includes source and destination
             return results
-        if i.opcode.endswith("slice-start"):  # its result names the array and the slice
+        if i.opcode.endswith("slice-start"):  # its result includes the array and the slice
             return [shape_bytes(f"{d}[{n}]") for d, n, _ in _SHAPE.findall(i.results)][1]
         if i.opcode in ("send", "recv", "infeed", "outfeed") or (i.opcode == "custom-call" and not _is_product(i)):
             return 0
         return results + sum(shape_bytes(self._type(name, computation)) for name in i.operands)
 
     def _flops(self, i: Instruction, computation: str) -> float:
-        """Of a matrix product, which compilers write as a convolution for TPU, as a call of a library for GPU."""
+        """Return the FLOPs of a matrix product: a convolution on TPU, a library call on GPU."""
         if i.opcode not in ("dot", "convolution") and not _is_product(i):
             return 0.0
         left, right = (_dimensions(self._type(name, computation)) for name in i.operands[:2])
@@ -300,7 +304,7 @@ def _collective_kind(opcode: str) -> str | None:
 
 
 def replica_groups(attributes: str) -> list[list[int]]:
-    """Groups of devices of a collective, in any of three notations; pairs for a permute. Empty: all devices."""
+    """Return the replica groups of a collective, in any of three notations; pairs for a permute; [] for all devices."""
     if listed := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}\s]*\})\}", attributes):
         return [[int(k) for k in group.split(",") if k.strip()] for group in re.findall(r"\{([\d,\s]*)\}", listed[1])]
     if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
@@ -311,11 +315,11 @@ def replica_groups(attributes: str) -> list[list[int]]:
     shape = [int(n) for n in iota[1].split(",")]
     sizes = [int(n) for n in iota[2].split(",")]
     order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(sizes)))
-    return _cut(_transposed(sizes, order), shape[-1])
+    return _groups(sizes, order, shape[-1])
 
 
 def _groups_along(mesh: str, along: str) -> list[list[int]]:
-    """Groups along axes of a mesh: "'a'=4,'b'=2" and "'b'", or a part of an axis, "'a':(2)2": 2 of it behind 2."""
+    """Return groups along axes of a mesh: "'a'=4,'b'=2" and "'b'", or part of an axis, "'a':(2)2": size 2 after 2."""
     parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", along)}
     whole = set(re.findall(r"'(\w+)'(?!:)", along))
     sizes: list[int] = []
@@ -327,17 +331,9 @@ def _groups_along(mesh: str, along: str) -> list[list[int]]:
             chosen.append(len(sizes) + 1)
         sizes += [before, inside, size // (before * inside)]
     others = [axis for axis in range(len(sizes)) if axis not in chosen]
-    return _cut(_transposed(sizes, [*others, *chosen]), math.prod(sizes[axis] for axis in chosen))
+    return _groups(sizes, [*others, *chosen], math.prod(sizes[axis] for axis in chosen))
 
 
-def _cut(flat: Sequence[int], length: int) -> list[list[int]]:
-    return [list(flat[start : start + length]) for start in range(0, len(flat), length)]
-
-
-def _transposed(sizes: Sequence[int], order: Sequence[int]) -> list[int]:
-    """The numbers of an array of `sizes`, counted along its axes, read after its axes are put into `order`."""
-    strides = [math.prod(sizes[axis + 1 :]) for axis in range(len(sizes))]
-    flat = [0]
-    for axis in order:
-        flat = [base + strides[axis] * k for base in flat for k in range(sizes[axis])]
-    return flat
+def _groups(sizes: Sequence[int], order: Sequence[int], length: int) -> list[list[int]]:
+    """Number the devices of an array of `sizes`, transpose it by `order`, and split it into groups of `length`."""
+    return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, length).tolist()

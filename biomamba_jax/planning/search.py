@@ -1,4 +1,4 @@
-"""Other settings of a config: the nearest that fits a machine, and meshes and remat policies worth comparing."""
+"""Searches settings of a config: the nearest that fits a machine; meshes and remat policies, ranked."""
 
 import dataclasses
 import math
@@ -12,12 +12,12 @@ from biomamba_jax.planning.compile import Compiled
 from biomamba_jax.planning.topology import Topology
 
 _POLICIES = ("none", "dots", "full")
-_MOST_SHARED = 8  # devices along tensor or sequence that a search tries: beyond, links inside a slice bind
+_LARGEST_AXIS = 8  # of tensor and sequence in a search: larger axes are bound by the links inside a slice
 Compiler = Callable[[PlanConfig], Compiled]
 
 
 def describe(config: PlanConfig, base: PlanConfig) -> str:
-    """The flags that turn `base` into `config`."""
+    """Return the flags that turn `base` into `config`."""
     pairs = [
         ("model.remat", config.model.remat, base.model.remat),
         ("train.accumulation", config.train.accumulation, base.train.accumulation),
@@ -31,13 +31,14 @@ def describe(config: PlanConfig, base: PlanConfig) -> str:
 
 
 def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
-    """The mesh with its -1 replaced, as far as the sizes divide."""
+    """Return the mesh with its -1 replaced, as far as the sizes divide."""
     known = math.prod(size for size in config.mesh.sizes if size != -1)
     sizes = [devices // known if size == -1 else size for size in config.mesh.sizes]
     return MeshConfig(*sizes)
 
 
 def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
+    """Return `config` with another mesh and changed fields of its model."""
     return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
 
 
@@ -45,8 +46,10 @@ def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
 
 
 def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
-    """Settings that take less memory, the nearest to `config` first: the same batch in more parts and with more
-    recomputation, then weights shared by more devices, then a smaller batch."""
+    """Yield settings that need less memory, the nearest to `config` first.
+
+    First more accumulation steps and recomputation, then FSDP over more devices, then a smaller batch.
+    """
     mesh = resolved_mesh(config, topology.devices)
     policies = _POLICIES[_POLICIES.index(config.model.remat) :]
     across = mesh.data * mesh.fsdp
@@ -55,13 +58,13 @@ def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCon
     for fsdp in _doublings(mesh.fsdp, across // topology.slices):
         if across % fsdp or (across // fsdp) % topology.slices:
             continue
-        shared = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
+        sharded = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
         for parts in _doublings(config.train.accumulation, most):
             if config.data.batch_size % (parts * across):
                 continue
+            train = dataclasses.replace(config.train, accumulation=parts)
             for policy in policies:
-                train = dataclasses.replace(config.train, accumulation=parts)
-                yield from _new(seen, dataclasses.replace(with_mesh(config, shared, remat=policy), train=train))
+                yield from _new(seen, dataclasses.replace(with_mesh(config, sharded, remat=policy), train=train))
     rows = config.data.batch_size
     while rows > across and rows % 2 == 0:
         rows //= 2
@@ -87,10 +90,13 @@ def _doublings(first: int, last: int) -> list[int]:
 def nearest_fit(
     config: PlanConfig, topology: Topology, compile_: Compiler, tries: int
 ) -> tuple[PlanConfig, Compiled] | None:
-    """The nearest of `smaller_settings` that fits, by halving the list; None if not even the last one does.
+    """Return the nearest of `smaller_settings` that fits, by bisection; None if the last one does not fit.
 
     Args:
-      tries: programs compiled at most; with few the answer may not be the nearest.
+      config: a setting that does not fit.
+      topology: the machine.
+      compile_: compiles a setting.
+      tries: maximum number of compilations; with few the result may not be the nearest.
     """
     limit = topology.chip.memory_bytes
     settings = [s for s in smaller_settings(config, topology) if guessed_memory(s, topology) < limit]
@@ -102,7 +108,7 @@ def nearest_fit(
             break
         middle = (len(settings) - 1) // 2 if found else len(settings) - 1
         compiled = compile_(settings[middle])
-        if compiled.refused is not None:  # that says nothing of memory
+        if compiled.refused is not None:  # which says nothing about memory
             del settings[middle]
         elif compiled.fits:
             found, settings = (settings[middle], compiled), settings[:middle]
@@ -117,14 +123,14 @@ def nearest_fit(
 
 
 def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
-    """All meshes and remat policies that the batch and the machine allow, the most promising first.
+    """Return all meshes and remat policies that the batch and the machine allow, the most promising first.
 
-    The order is a guess from a handful of formulas; it only decides what is compiled.
+    The order comes from rough formulas; it only decides what is compiled.
     """
     found = []
     sizes = [n for n in _doublings(1, topology.devices) if topology.devices % n == 0]
-    for tensor in (n for n in sizes if n <= _MOST_SHARED):
-        for sequence in (n for n in sizes if n * tensor <= topology.devices // topology.slices and n <= _MOST_SHARED):
+    for tensor in (n for n in sizes if n <= _LARGEST_AXIS):
+        for sequence in (n for n in sizes if n * tensor <= topology.devices // topology.slices and n <= _LARGEST_AXIS):
             across = topology.devices // (tensor * sequence)
             if config.data.batch_size % (across * config.train.accumulation):
                 continue
@@ -139,7 +145,7 @@ def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
 
 
 def parameter_count(model: ModelConfig) -> float:
-    """Of matrices alone, which is nearly all."""
+    """Return the number of parameters in matrices, which is nearly all."""
     e, d = model.d_inner, model.d_model
     if model.kind == "mamba1":
         layer = 3 * d * e + e * (2 * model.rank + 2 * model.state_size)
@@ -149,7 +155,7 @@ def parameter_count(model: ModelConfig) -> float:
 
 
 def guessed_memory(config: PlanConfig, topology: Topology) -> float:
-    """Bytes of one device, to leave out what has no hope: weights, moments, gradients, kept activations."""
+    """Return a rough size of weights, moments, gradients and saved activations in bytes of one device."""
     mesh, model = resolved_mesh(config, topology.devices), config.model
     copies = 4 + (config.optimizer.ema > 0)
     state = 4 * copies * parameter_count(model) / (mesh.fsdp * mesh.tensor)
@@ -160,20 +166,20 @@ def guessed_memory(config: PlanConfig, topology: Topology) -> float:
 
 
 def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
-    """Of one step, to say what is worth compiling."""
+    """Return a rough time of one step, to rank settings before they are compiled."""
     mesh, model = resolved_mesh(config, topology.devices), config.model
     tokens = config.data.batch_size * config.data.sequence_length / topology.devices
     again = {"none": 1.0, "dots": 1.1, "full": 4 / 3}[model.remat]
     compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
     weights = parameter_count(model) / mesh.tensor
     sent = 0.0
-    if mesh.data * mesh.sequence > 1:  # gradients, summed over both
+    if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
         sent += 8 * weights / mesh.fsdp
     if mesh.fsdp > 1:
         sent += (2 + 2 + 4) * weights * config.train.accumulation
-    if mesh.tensor > 1:  # the residual stream, summed twice in each direction, on every device of the group
+    if mesh.tensor > 1:  # two all-reduces of the residual stream per pass, on every device of the group
         sent += 4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model
-    if mesh.sequence > 1:  # each row's state, in both directions, in log2 steps
+    if mesh.sequence > 1:  # each row's state, in both passes, in log2 steps
         rows = config.data.batch_size / (mesh.data * mesh.fsdp)
         state = 4 * model.d_inner * model.state_size / mesh.tensor
         sent += 2 * math.log2(mesh.sequence) * rows * model.n_layers * state

@@ -1,9 +1,8 @@
-"""From what one device does in a step to how long that takes: floors and an estimate. Nothing here is measured.
+"""A roofline model of a step's time: lower bounds and an estimate. Nothing here is measured.
 
-Floors assume that everything else is free: products at peak, bytes at the full speed of memory and links. The
-estimate adds up, operation by operation, the larger of its arithmetic and its memory traffic, then the kernels, then
-the exchanges that nothing can overlap with. Exchanges that are started and awaited apart count where they are longer
-than all of that.
+The bounds assume that everything else is free: products at peak FLOP/s, bytes at the full bandwidth of memory and
+links. The estimate sums, per operation, the larger of compute and memory time, then the kernels, then the exposed
+collectives. Overlapped (asynchronous) collectives count only where they take longer than all computation.
 """
 
 import dataclasses
@@ -16,56 +15,55 @@ from biomamba_jax.planning.topology import Topology
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one step.
-
-    Attributes:
-      compute: floor of the matrix products.
-      memory: floor of the traffic with the device's memory.
-      links: floor of what is sent inside a slice or node.
-      network: floor of what is sent between slices or nodes.
-      kernels: estimate for all kernels.
-      step: estimate for everything.
-      unprofiled: kernels of which there is no static profile: what is estimated for them is a floor.
-    """
+    """Seconds of one step."""
 
     compute: float
+    """Lower bound of the matrix products."""
     memory: float
+    """Lower bound of the device memory traffic."""
     links: float
+    """Lower bound of the communication inside a slice or node."""
     network: float
+    """Lower bound of the communication between slices or nodes."""
     kernels: float
+    """Estimate for all kernels."""
     step: float
+    """Estimate for the whole step."""
     unprofiled: tuple[str, ...] = ()
+    """Kernels without a static profile: their estimate is only a lower bound."""
 
     @property
     def floor(self) -> float:
-        """No step can be faster."""
+        """Lower bound of the step."""
         return max(self.compute, self.memory, self.links, self.network)
 
     @property
     def bound(self) -> str:
-        """What the floor is made of."""
+        """The resource that sets the lower bound."""
         return max(("compute", "memory", "links", "network"), key=lambda name: getattr(self, name))
 
 
 def step_times(
     compiled: Compiled, topology: Topology, dtype: str = "bfloat16", rates: Mapping[str, float] | None = None
 ) -> Times:
-    """Floors and the estimate for a compiled step.
+    """Return lower bounds and the estimate for a compiled step.
 
     Args:
-      dtype: of matrix products.
-      rates: seconds a byte of operands and results, by kernel, from the compiler's static profile; a kernel that is not
-        among them takes what its own statement of costs says.
+      compiled: the step.
+      topology: the machine.
+      dtype: operand dtype of the matrix products.
+      rates: seconds per byte of operands and results, by kernel, from the compiler's static profile; other kernels are
+        estimated from their own cost estimates.
     """
-    kind, chip = topology.kind, topology.chip
+    kind, chip, rates = topology.kind, topology.chip, rates or {}
     peak = chip.flops[dtype]
 
     def kernel_seconds(kernel: KernelCall) -> float:
         stated = kernel.vector_operations / kind.vector if kind.vector else 0.0
-        least = max(kernel.flops / peak, kernel.bytes / chip.bandwidth, stated)
-        return max(least, kernel.bytes * (rates or {}).get(kernel.name, 0.0))
+        profiled = kernel.bytes * rates.get(kernel.name, 0.0)
+        return max(kernel.flops / peak, kernel.bytes / chip.bandwidth, stated, profiled)
 
-    def exchange_seconds(between: bool, overlaps: tuple[bool, ...] = (False, True)) -> float:
+    def collective_seconds(between: bool, overlaps: tuple[bool, ...] = (False, True)) -> float:
         speed = kind.network if between else kind.link
         chosen = (c for c in compiled.collectives if c.between_slices == between and c.overlaps in overlaps)
         return sum(c.calls * c.sent for c in chosen) / speed
@@ -74,15 +72,15 @@ def step_times(
     work = sum(item.calls * max(item.flops / peak, item.bytes / chip.bandwidth) for item in compiled.work)
     traffic = sum(item.calls * item.bytes for item in compiled.work)
     traffic += sum(kernel.calls * kernel.bytes for kernel in compiled.costs.kernels)
-    exposed = exchange_seconds(False, (False,)) + exchange_seconds(True, (False,))
-    hidden = max(exchange_seconds(False, (True,)), exchange_seconds(True, (True,)))
+    exposed = collective_seconds(False, (False,)) + collective_seconds(True, (False,))
+    overlapped = max(collective_seconds(False, (True,)), collective_seconds(True, (True,)))
     times = Times(
         compute=compiled.costs.flops / peak,
         memory=traffic / chip.bandwidth,
-        links=exchange_seconds(False),
-        network=exchange_seconds(True),
+        links=collective_seconds(False),
+        network=collective_seconds(True),
         kernels=kernels,
         step=0.0,
-        unprofiled=tuple(sorted({kernel.name for kernel in compiled.costs.kernels} - set(rates or {}))),
+        unprofiled=tuple(sorted({kernel.name for kernel in compiled.costs.kernels} - set(rates))),
     )
-    return dataclasses.replace(times, step=max(max(work + kernels, hidden) + exposed, times.floor))
+    return dataclasses.replace(times, step=max(max(work + kernels, overlapped) + exposed, times.floor))

@@ -1,7 +1,7 @@
-"""Slices and nodes by the names that people order them by: v5e-256, v5p-128, h100-8.
+"""Machines by their Cloud TPU names: v5e-256, v5p-128, h100-8.
 
-Cloud TPU counts chips for v5e and v6e, and TensorCores, two a chip, for v4, v5p and TPU7x. A name with a shape, as
-libtpu spells it ("v5p:4x4x12"), is taken as it is.
+Cloud TPU counts chips for v5e and v6e, and TensorCores, two per chip, for v4, v5p and TPU7x. A name may also give the
+shape of the slice, as libtpu does: "v5p:4x4x12".
 """
 
 import dataclasses
@@ -15,25 +15,22 @@ from biomamba_jax.hardware import Chip, find_chip
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """One kind of machine.
-
-    Attributes:
-      device_kind: of its `jax.Device`s.
-      axes: dimensions of the network inside a slice.
-      counted: what the number in a name counts for each chip: 1 chips, 2 cores.
-      devices: `jax.Device`s of one chip.
-      link: bytes/s that a device can send into the network of its slice or node, over all links together.
-      network: bytes/s that a device can send between slices or nodes: its share of the host's network.
-      vector: operations/s of a device's vector units, float32; None where it is not known.
-    """
+    """One generation of TPUs or GPUs."""
 
     device_kind: str
+    """`jax.Device.device_kind` of its devices."""
     axes: int
+    """Dimensions of the torus inside a slice."""
     counted: int
+    """Units per chip that the number in a name counts: 1 for chips, 2 for TensorCores."""
     devices: int
+    """`jax.Device`s per chip."""
     link: float
+    """Bytes/s that a device can send inside its slice or node, over all links."""
     network: float
+    """Bytes/s that a device can send between slices or nodes: its share of the host's network."""
     vector: float | None
+    """Float32 operations/s of a device's vector units; None if unknown."""
 
 
 # Links: half of the bidirectional "inter-chip interconnect bandwidth per chip" of
@@ -57,9 +54,9 @@ _ALIASES = {
     "ironwood": "tpu7x",
     "trillium": "v6e",
 }
-_NODE = 8  # GPUs that NVLink joins
+_NODE = 8  # GPUs connected by NVLink
 
-# What the CUDA compiler needs to know of a GPU that is not there, by generation: NVIDIA's figures for the H100 SXM.
+# The CUDA compiler's description of an absent GPU, by generation: NVIDIA's figures for the H100 SXM.
 GPU_TARGETS: Mapping[str, str] = {
     "h100": """
 gpu_device_info {
@@ -81,31 +78,30 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One slice of a TPU, or nodes of GPUs, and how many of them.
-
-    Attributes:
-      name: as it was asked for.
-      generation: key of `GENERATIONS`.
-      shape: chips along each dimension of a slice; GPUs of one node.
-      slices: slices, or nodes, joined by the data centre's network.
-    """
+    """One or more TPU slices or GPU nodes."""
 
     name: str
+    """As the user gave it."""
     generation: str
+    """Key of `GENERATIONS`."""
     shape: tuple[int, ...]
+    """Chips along each dimension of a slice; GPUs of one node."""
     slices: int
+    """Slices or nodes, connected by the data center network."""
 
     @property
     def kind(self) -> Generation:
+        """Its generation's figures."""
         return GENERATIONS[self.generation]
 
     @property
     def is_tpu(self) -> bool:
+        """True for TPUs, False for GPUs."""
         return self.kind.device_kind.startswith("TPU")
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
@@ -115,14 +111,14 @@ class Topology:
 
     @property
     def chip(self) -> Chip:
-        """What one device can do."""
+        """Datasheet figures of one device."""
         chip = find_chip(self.kind.device_kind)
         assert chip is not None  # every generation is in the table of chips
         return chip
 
     @property
     def compiler_name(self) -> str:
-        """As the compiler spells it: of one slice of a TPU, of all GPUs."""
+        """The compiler's name for one TPU slice, or for all GPUs."""
         if self.is_tpu:
             return f"{self.generation}:{'x'.join(map(str, self.shape))}"
         return f"{self.slices}x1x{self.shape[0]}"
@@ -133,13 +129,14 @@ class Topology:
 
 
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """The topology of that name.
+    """Return the topology of a name.
 
     Args:
-      name: "v5e-256", "v5litepod-256", "v5p-128", "v6e-256", "v7x-128", "h100-8", or with a shape, "v5e:4x8".
+      name: "v5e-256", "v5litepod-256", "v5p-128", "v6e-256", "v7x-128", "h100-8", or a shape, "v5e:4x8".
+      slices: number of slices of this size.
 
     Raises:
-      UserError: there is no such generation, or no slice of that size.
+      UserError: the generation is unknown, or it has no slice of that size.
     """
     match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|[:-](\d+(?:x\d+)+))", name.strip().lower())
     generation = _ALIASES.get(match[1], match[1]) if match else ""
@@ -156,20 +153,20 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     counted = int(match[2])
     if generation == "h100":
         if counted > _NODE and counted % _NODE:
-            raise UserError(f"topology = {name!r}: beyond one node, GPUs come in nodes of {_NODE}")
+            raise UserError(f"topology = {name!r}: GPUs come in nodes of {_NODE}: give a multiple of {_NODE}")
         nodes = max(counted // _NODE, 1)
         return Topology(name, generation, (min(counted, _NODE),), slices * nodes)
     chips, rest = divmod(counted, kind.counted)
     shape = None if rest else slice_shape(chips, kind.axes)
     if shape is None:
-        raise UserError(f"topology = {name!r}: there is no slice of this size; name its shape, as in {_example(kind)}")
+        raise UserError(f"topology = {name!r}: no slice has this default size; give its shape, as in {_example(kind)}")
     return Topology(name, generation, shape, slices)
 
 
 def _explicit_shape(name: str, text: str, kind: Generation) -> tuple[int, ...]:
     shape = tuple(map(int, text.split("x")))
     if len(shape) != kind.axes or 0 in shape:
-        raise UserError(f"topology = {name!r}: its shape must have {kind.axes} dimensions, as in {_example(kind)}")
+        raise UserError(f"topology = {name!r}: the shape must have {kind.axes} dimensions, as in {_example(kind)}")
     return shape
 
 
@@ -179,10 +176,10 @@ def _example(kind: Generation) -> str:
 
 
 def slice_shape(chips: int, axes: int) -> tuple[int, ...] | None:
-    """The shape that Cloud TPU gives to a slice of a power of two of chips; None where a shape must be named.
+    """Return Cloud TPU's default shape for a power of two of chips; None if the shape must be given.
 
-    Two dimensions: as square as can be, 16 x 16 at most. Three: as cubic as can be; below a cube of four, the longest
-    dimension is the last one.
+    Two dimensions: as square as possible, at most 16 x 16. Three: as cubic as possible; below 4 x 4 x 4 the last
+    dimension is the longest.
     """
     if chips < 1 or chips & (chips - 1):
         return None

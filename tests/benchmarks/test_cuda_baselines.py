@@ -50,11 +50,11 @@ def test_they_are_timed_and_one_that_fails_is_left_out_with_its_reason(installed
     monkeypatch.setattr(module, "selective_scan_fn", not_built)
     monkeypatch.setattr(kernels_gpu, "_LEAST_SECONDS", 0.0)
     settings = KernelsBenchmark(target="gpu", rows=1, length=4, channels=64)
-    timed = [(found.op, found.direction) for found in kernels_gpu._peer_timings(settings)]
+    timed = [(found.op, found.direction) for found in kernels_gpu._baseline_timings(settings)]
     assert timed == [(op, d) for op in ("ssd", "causal_conv1d") for d in ("forward", "forward and backward")]
     reason = "selective_scan, mamba_ssm: left out: RuntimeError: selective_scan_cuda is not installed.\n"
     assert reason in capsys.readouterr().out
 
 
 def test_without_the_package_that_is_said():
-    assert CUDA_BASELINES["ssd"].why_not() == "mamba_ssm not installed"
+    assert CUDA_BASELINES["ssd"].why_absent() == "mamba_ssm not installed"

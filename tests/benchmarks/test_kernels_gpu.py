@@ -60,7 +60,7 @@ def test_an_exception_of_one_implementation_leaves_the_others(a_gpu_that_is_a_cp
             raise ValueError("ptxas died\nwith this")
         return compiled(op, name, *rest)
 
-    monkeypatch.setattr(kernels_gpu, "_OPS", ("causal_conv1d",))
+    monkeypatch.setattr(kernels_gpu, "OPS", ("causal_conv1d",))
     monkeypatch.setattr(kernels_gpu, "_present", lambda op: ["triton", "xla"])
     monkeypatch.setattr(kernels_gpu, "_function", function)
     (_, _, failure), (_, name, errors) = kernels_gpu._errors()

@@ -1,4 +1,4 @@
-"""Candidates are timed in turns, each in a process of its own, under the allocator's setting that it names."""
+"""Contenders are timed in turns, each in a process of its own, under the allocator's setting that it names."""
 
 import functools
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paired_timing import ALLOCATORS, Candidate, Failed, Spread, alternate, fastest, try_out
+from benchmarks.paired_timing import ALLOCATORS, Contender, ContenderError, Spread, alternate, fastest, try_out
 from biomamba_jax.errors import UserError
 
 
@@ -31,12 +31,12 @@ def crash() -> Append:
     os._exit(1)
 
 
-def candidate(path: Path, name: str, allocator: str = "default", seconds: float = 0.0) -> Candidate:
-    return Candidate(name, allocator, functools.partial(Append, path, name, seconds))
+def contender(path: Path, name: str, allocator: str = "default", seconds: float = 0.0) -> Contender:
+    return Contender(name, allocator, functools.partial(Append, path, name, seconds))
 
 
-def test_candidates_take_turns_after_a_round_that_does_not_count(tmp_path):
-    pair = [candidate(tmp_path / "log", "a"), candidate(tmp_path / "log", "b", "huge-pages")]
+def test_contenders_take_turns_after_a_round_that_does_not_count(tmp_path):
+    pair = [contender(tmp_path / "log", "a"), contender(tmp_path / "log", "b", "huge-pages")]
     timings = alternate(pair, rounds=2, limit_seconds=60)
     lines = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert [name for name, _, _ in lines] == ["a", "b"] * 3
@@ -47,18 +47,18 @@ def test_candidates_take_turns_after_a_round_that_does_not_count(tmp_path):
 
 
 def test_a_candidate_that_cannot_be_prepared_says_why_in_one_line():
-    assert try_out(Candidate("x", "default", refuse), limit_seconds=60) == "RuntimeError: no such library"
-    assert "died" in try_out(Candidate("x", "default", crash), limit_seconds=60)
+    assert try_out(Contender("x", "default", refuse), limit_seconds=60) == "RuntimeError: no such library"
+    assert "died" in try_out(Contender("x", "default", crash), limit_seconds=60)
 
 
 def test_a_candidate_that_takes_too_long_is_given_up(tmp_path):
-    with pytest.raises(Failed, match="not ready within 1 s"):
-        alternate([candidate(tmp_path / "log", "slow", seconds=60)], rounds=1, limit_seconds=1)
+    with pytest.raises(ContenderError, match="not ready within 1 s"):
+        alternate([contender(tmp_path / "log", "slow", seconds=60)], rounds=1, limit_seconds=1)
 
 
 def test_the_fastest_is_the_one_with_the_shortest_median(tmp_path):
-    quick, slow = candidate(tmp_path / "log", "quick"), candidate(tmp_path / "log", "slow", seconds=0.3)
-    broken = Candidate("broken", "default", refuse)
+    quick, slow = contender(tmp_path / "log", "quick"), contender(tmp_path / "log", "slow", seconds=0.3)
+    broken = Contender("broken", "default", refuse)
     tried = {c: try_out(c, limit_seconds=60) for c in (slow, quick, broken)}
     assert fastest(tried, list(tried)) is quick
     with pytest.raises(UserError, match="broken: RuntimeError"):

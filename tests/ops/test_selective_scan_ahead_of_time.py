@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from biomamba_jax.ops import selective_scan
-from biomamba_jax.planning.ahead_of_time import Request, estimates, inner_loops
+from biomamba_jax.planning.ahead_of_time import Request, estimates
 from tests.compilers import needs_libtpu
+from tests.inner_loops import inner_loops
 
 pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 
@@ -22,7 +23,7 @@ pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 def gradient_request(topology: str, channels: int = 1536, length: int = 1024, segments: bool = True) -> Request:
     shape = {"rows": 1, "length": length, "channels": channels, "segments": segments}
     arguments = {"op": "selective_scan", "implementation": None, "gradient": True, **shape}
-    return Request(topology, "benchmarks.kernels:build", arguments)
+    return Request(topology, "biomamba_jax.planning.kernels:build", arguments)
 
 
 def test_the_inner_loops_stay_packed():

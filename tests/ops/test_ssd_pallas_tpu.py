@@ -170,7 +170,7 @@ def request(topology: str, heads: int, **changes: Any) -> Request:
     """The gradients of `ssd` in a batch of 8 x 1,024, or with `changes`."""
     arguments = {"op": "ssd", "implementation": "pallas_tpu", "rows": 8, "length": 1024, "channels": 64 * heads}
     arguments |= {"segments": True, "gradient": True} | changes
-    return Request(topology, "benchmarks.kernels:build", arguments)
+    return Request(topology, "biomamba_jax.planning.kernels:build", arguments)
 
 
 def compiled(*requests: Request, profile: bool = False) -> list[Estimate]:

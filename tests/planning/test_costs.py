@@ -34,12 +34,12 @@ def test_a_gradient_costs_three_products_and_recomputation_one_more(policy, prod
     assert program_costs(jax.make_jaxpr(gradient)(X, WEIGHTS)).flops == products * LAYERS * PRODUCT
 
 
-def test_kept_activations_are_what_the_loop_over_layers_stacks():
+def test_saved_activations_are_what_the_loop_over_layers_stacks():
     gradient = jax.grad(lambda x, w: stack(x, w, jax.checkpoint_policies.nothing_saveable), argnums=(0, 1))
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     whole = jax.shard_map(gradient, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
     costs = program_costs(jax.make_jaxpr(whole)(X, WEIGHTS), layers=LAYERS)
-    assert costs.kept_bytes == 4 * LAYERS * X.size  # each layer's input
+    assert costs.saved_bytes == 4 * LAYERS * X.size  # each layer's input
 
 
 def double(x_ref, y_ref):
@@ -115,7 +115,7 @@ def test_the_scan_on_hopper_moves_about_what_it_moves_on_tpu():
     assert [kernel.bytes for kernel in gpu] == pytest.approx([kernel.bytes for kernel in tpu], rel=0.2)
 
 
-def test_work_outside_of_shard_map_is_spread_over_the_devices_and_inside_is_one_devices():
+def test_work_outside_shard_map_is_divided_over_the_devices_and_work_inside_is_per_device():
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     spec = PartitionSpec("data")
     inside = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)

@@ -1,8 +1,12 @@
-"""`python -m biomamba_jax.plan`, with answers of the compiler that are written by hand and with the real compiler."""
+"""`python -m biomamba_jax.plan`, with results of the compiler that are written by hand and with the real compiler."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
+import math
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import GIB
 from biomamba_jax.planning import compile as compiling
 from biomamba_jax.planning import plan
+from biomamba_jax.planning.ahead_of_time import run_in_child
 from biomamba_jax.planning.compile import Compiled, Memory
 from biomamba_jax.planning.costs import Costs, KernelCall
 from biomamba_jax.planning.program import Collective, Work
@@ -34,21 +39,21 @@ FOUND = Compiled(
 
 @pytest.fixture
 def compiler(monkeypatch):
-    """Answers of the compiler, one a program; the last one stays."""
-    answers = [FOUND]
+    """Results of the compiler, one per program; the last one repeats."""
+    results = [FOUND]
     monkeypatch.setattr(plan, "check_compiler", lambda topology: None)
-    monkeypatch.setattr(plan, "compile_step", lambda config: answers.pop(0) if len(answers) > 1 else answers[0])
+    monkeypatch.setattr(plan, "compile_step", lambda config: results.pop(0) if len(results) > 1 else results[0])
     monkeypatch.setattr(plan, "kernel_rates", lambda *arguments: {})
-    return answers
+    return results
 
 
-def test_a_plan_shows_memory_exchanges_time_and_price(compiler, capsys):
+def test_a_plan_shows_memory_collectives_time_and_speed(compiler, capsys):
     command.main(SMALL)
     printed = capsys.readouterr().out
-    assert "nothing of this is measured" in printed
+    assert "nothing here is measured" in printed
     lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.count("│") > 2}
-    assert "10.000" in lines["together"]
-    assert "63.5%" in lines["together"]
+    assert "10.000" in lines["total"]
+    assert "63.5%" in lines["total"]
     assert "1,500.0" in lines["all-reduce"]  # 1 GB among four: each sends 3/4 of it twice
     assert "107.50" in lines["step"]  # 100 ms of products, 7.5 ms of links
     assert "about 38,102 tokens/s" in printed
@@ -68,11 +73,11 @@ def test_json_has_the_figures_exactly(compiler, capsys):
     assert "not measured" in found["estimate"]
 
 
-def test_a_plan_says_whose_time_is_only_a_floor(compiler, capsys):
+def test_a_plan_names_the_kernels_whose_time_is_only_a_lower_bound(compiler, capsys):
     kernels = [KernelCall("ssd_forward", 24, 0.0, 0.0, 1e6), KernelCall("conv", 24, 0.0, 0.0, 1e6)]
     compiler[:] = [dataclasses.replace(FOUND, costs=Costs(flops=197e12 / 10, kernels=kernels))]
     command.main(SMALL)
-    assert "a floor, for want of the compiler's profile: the time of conv, ssd_forward" in capsys.readouterr().out
+    assert "only a lower bound, without a static profile: the time of conv, ssd_forward" in capsys.readouterr().out
     command.main([*SMALL, "--json"])
     assert json.loads(capsys.readouterr().out)["unprofiled_kernels"] == ["conv", "ssd_forward"]
 
@@ -81,15 +86,15 @@ def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, capsys)
     compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB), FOUND]
     command.main([*SMALL, "--model.remat", "dots"])
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT: a device would need 20.00 GiB, and has 15.75 GiB" in printed
-    assert "the nearest setting tried that does: --model.remat full" in printed
+    assert "DOES NOT FIT: a device needs 20.00 GiB and has 15.75 GiB" in printed
+    assert "the nearest setting tried that fits: --model.remat full" in printed
     assert "tokens/s" in printed
 
 
 def test_where_nothing_fits_it_says_so(compiler, capsys):
     compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB)]
     command.main(SMALL)
-    assert "take more chips" in capsys.readouterr().out
+    assert "no setting tried fits" in capsys.readouterr().out
 
 
 def test_a_search_ranks_what_it_compiled(compiler, capsys):
@@ -148,22 +153,27 @@ def test_the_compilers_refusal_tells_how_much_it_needed(message):
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.46M of 16.00M vmem.", "an operation"),
     ],
 )
-def test_an_operation_too_large_for_the_chips_own_memory_is_refused_and_no_shortage_of_hbm(message, operation):
-    reason = compiling._no_room_on_chip(message)
-    assert reason.startswith(f"{operation} needs more vmem, the chip's own memory, than there is; mesh.tensor would")
+def test_an_operation_too_large_for_on_chip_memory_is_refused_and_not_a_shortage_of_hbm(message, operation):
+    reason = compiling._on_chip_shortage(message)
+    assert reason.startswith(f"{operation} needs more on-chip memory (vmem) than there is; mesh.tensor divides")
 
 
-def test_a_shortage_of_hbm_is_none_of_the_chips_own_memory():
+def test_a_shortage_of_hbm_is_not_one_of_on_chip_memory():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm."
-    assert compiling._no_room_on_chip(message) is None
+    assert compiling._on_chip_shortage(message) is None
 
 
 def test_a_refusal_without_figures_is_still_one():
     assert compiling._needed("RESOURCE_EXHAUSTED: no figures") == 0
 
 
-def test_findings_survive_the_way_out_of_the_compilers_process():
-    assert compiling._from_json(compiling._to_json(FOUND)) == FOUND
+def test_results_come_back_from_the_compilers_process_and_its_failures_are_one_line():
+    options = {"subject": "compiling for v5e-4", "environment": os.environ}
+    assert run_in_child(copy.copy, FOUND, timeout=60, **options) == FOUND
+    with pytest.raises(UserError, match=r"^compiling for v5e-4: the compiler's process ended: ValueError: math domain"):
+        run_in_child(math.log, -1.0, timeout=60, **options)
+    with pytest.raises(UserError, match=r"^compiling for v5e-4: not done after 0 s"):
+        run_in_child(time.sleep, 60, timeout=0.1, **options)
 
 
 # --- The real compiler ---------------------------------------------------------------------------------------------
@@ -215,12 +225,12 @@ def test_the_trace_and_the_compiled_program_agree_on_the_arithmetic():
 
 @pytest.mark.ahead_of_time
 @needs_libtpu
-def test_sparse_cores_exchange_weights_and_gradients_beside_the_products_where_the_options_say_so():
+def test_collectives_offloaded_to_sparse_cores_overlap_with_the_products():
     name = "xla_tpu_enable_sparse_core_collective_offload_{}"
     options = {name.format(kind): True for kind in ("all_gather", "reduce_scatter")}
     words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.compiler_options".split()
     config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)])
     kernel = 1024 * 2048  # elements of the smallest of a layer's large matrices
-    exchanged = [c for c in compiling.compile_step(config).collectives if c.bytes >= 2 * kernel]
-    assert {c.kind for c in exchanged} >= {"all-gather", "reduce-scatter"}
-    assert all(c.overlaps for c in exchanged if c.kind in ("all-gather", "reduce-scatter"))
+    collectives = [c for c in compiling.compile_step(config).collectives if c.bytes >= 2 * kernel]
+    assert {c.kind for c in collectives} >= {"all-gather", "reduce-scatter"}
+    assert all(c.overlaps for c in collectives if c.kind in ("all-gather", "reduce-scatter"))

@@ -1,4 +1,4 @@
-"""From bytes, operations and exchanges to seconds, worked by hand for chips of round figures."""
+"""From bytes, operations and collectives to seconds, worked by hand for chips of round figures."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def test_kernels_without_a_profile_are_named():
     assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).unprofiled == ()
 
 
-def test_a_profile_that_the_compiler_does_not_give_is_told_with_the_reason(monkeypatch, caplog):
+def test_a_missing_profile_is_logged_with_its_reason(monkeypatch, caplog):
     def aborted(*arguments, **options):
         raise UserError("the compiler's process ended: Aborted")
 
@@ -49,24 +49,24 @@ def test_a_profile_that_the_compiler_does_not_give_is_told_with_the_reason(monke
     kernels.kernel_rates.cache_clear()
     assert kernels.kernel_rates("mamba2", "v5e", 1.0) == {}
     assert caplog.messages == [
-        "ssd on v5e: no profile, so the time of its kernels is a floor: the compiler's process ended: Aborted"
+        "ssd on v5e: no profile, so the time of its kernels is a lower bound: the compiler's process ended: Aborted"
     ]
     kernels.kernel_rates.cache_clear()
 
 
-def exchange(seconds, between, overlaps):
+def collective(seconds, between, overlaps):
     speed = NETWORK if between else LINK
     return Collective("collective-permute", 1, int(seconds * speed), 2, between, overlaps)
 
 
-def test_exchanges_that_are_waited_for_add_up_and_the_others_hide():
-    collectives = [exchange(1, False, False), exchange(2, False, True), exchange(3, True, True)]
+def test_exposed_collectives_add_up_and_overlapped_ones_hide():
+    collectives = [collective(1, False, False), collective(2, False, True), collective(3, True, True)]
     times = step_times(dataclasses.replace(COMPILED, collectives=collectives), TOPOLOGY)
     assert (times.links, times.network) == (pytest.approx(3), pytest.approx(3))
     assert times.step == pytest.approx(7 + 1)
 
 
-def test_exchanges_longer_than_all_work_decide():
-    times = step_times(dataclasses.replace(COMPILED, collectives=[exchange(30, True, True)]), TOPOLOGY)
+def test_overlapped_collectives_longer_than_all_work_decide():
+    times = step_times(dataclasses.replace(COMPILED, collectives=[collective(30, True, True)]), TOPOLOGY)
     assert times.step == pytest.approx(30)
     assert times.bound == "network"

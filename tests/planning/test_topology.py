@@ -1,4 +1,4 @@
-"""Machines by the names that people order them by."""
+"""Machines by their Cloud TPU names."""
 
 import pytest
 
@@ -49,11 +49,11 @@ def test_each_generation_knows_its_chip():
     [
         ("v5e", "topology = 'v5e': unknown; give a generation"),
         ("v9-8", "unknown"),
-        ("v5e-2", "there is no slice of this size"),
-        ("v5e-512", "there is no slice of this size"),
-        ("v5p-129", "there is no slice of this size"),
-        ("v5p-384", "name its shape, as in v5p:4x4x12"),
-        ("v5e:4x4x4", "its shape must have 2 dimensions, as in v5e:4x8"),
+        ("v5e-2", "no slice has this default size"),
+        ("v5e-512", "no slice has this default size"),
+        ("v5p-129", "no slice has this default size"),
+        ("v5p-384", "give its shape, as in v5p:4x4x12"),
+        ("v5e:4x4x4", "the shape must have 2 dimensions, as in v5e:4x8"),
         ("h100-12", "GPUs come in nodes of 8"),
     ],
 )

@@ -117,21 +117,21 @@ def parameter_specs(blocks: Blocks) -> Parameters:
     return Parameters(parameter_spec(blocks, blocks.d_state), vector, vector)
 
 
-def vmem(*shape: int) -> pltpu.VMEM:
+def vmem(*shape: int) -> pl.MemoryRef:
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def spread_scratch(blocks: Blocks) -> pltpu.VMEM:
+def spread_scratch(blocks: Blocks) -> pl.MemoryRef:
     """For one value per time step and state, each in its own row of lanes."""
     return vmem(blocks.state_groups, blocks.chunk * STRIDE, LANES)
 
 
-def partial_scratch(blocks: Blocks) -> pltpu.VMEM:
+def partial_scratch(blocks: Blocks) -> pl.MemoryRef:
     """For sums over d_state that still have 8 terms, in sublanes, for each time step of each lane group."""
     return vmem(blocks.lane_groups, blocks.chunk * STRIDE, LANES)
 
 
-def step_scratch(blocks: Blocks) -> pltpu.VMEM:
+def step_scratch(blocks: Blocks) -> pl.MemoryRef:
     """For one value per time step and channel."""
     return vmem(blocks.lane_groups, blocks.chunk, LANES)
 
