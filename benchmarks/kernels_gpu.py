@@ -93,16 +93,8 @@ def measure_kernels_gpu(settings: KernelsBenchmark) -> None:
         else:
             faults.append(f"{op} by {name} is wrong by more than {_TOLERANCE:.0e}")
     columns = ("op", "implementation", "y", "worst gradient", "of")
-    print_tables(
-        [
-            Table(
-                columns,
-                checks,
-                "largest error over largest value of the float64 reference, bfloat16 inputs",
-                left=range(5),
-            )
-        ]
-    )
+    heading = "largest error over largest value of the float64 reference, bfloat16 inputs"
+    print_tables([Table(columns, checks, heading, left=range(5))])
     timings: list[Timing] = []
     for found in _timings(settings, right):
         if isinstance(found, Timing):
