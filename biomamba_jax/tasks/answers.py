@@ -1,53 +1,84 @@
-"""How a model answers: by the likeliest of given answers, or by text that it generates.
+"""Answers of a model: the most likely of given answers, or an answer read from generated text.
 
-Thresholds are numbers added to the scores of the answers. They are found on development questions only; how much they
-help is told by cross-validation there (found on nine folds, tried on the tenth), never by the test set.
+Thresholds are offsets added to the answers' scores. They are fitted on development questions only; how much they help
+is measured there by cross-validation (fitted on nine folds, applied to the tenth), never on the test set.
 """
 
 import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from biomamba_jax.tasks import measures
 from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 
+Objective = Literal["accuracy", "macro_f1"]
+
 UNANSWERED = "none"
-"""The label of a generated text that holds none of the answers."""
-_CUTS = 41
-"""Thresholds tried for each label."""
+"""Label of a generated text that contains none of the answers."""
+_QUANTILES = 41
+"""Quantiles of the score differences, between which thresholds are tried."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One question's answer, as it is saved."""
+    """The answer to one question, as it is saved."""
 
     key: str
+    """The question's identifier in its file."""
     truth: str | list[list[str]]
+    """The correct label, or the correct names with their synonyms."""
     prediction: str | list[str]
+    """The predicted label or names."""
     correct: bool | None
-    """None where an answer is not simply right or wrong."""
+    """None for list answers, which are partly correct."""
     scores: dict[str, float] | None = None
-    """Natural log of the probability of each answer behind the prompt, as it was compared but for thresholds."""
+    """Log-likelihood of each answer after the prompt, normalized as they were compared, without thresholds."""
     text: str | None = None
-    """What was generated."""
+    """Generated text."""
     batch: str | None = None
-    """File that the question is from, where there are several."""
+    """The question's file, where there are several."""
+
+
+def label_predictions(
+    keys: Sequence[str], truth: Sequence[str], predicted: Sequence[str], **columns: Sequence[Any] | None
+) -> list[Prediction]:
+    """Return the predictions of questions that have one correct label.
+
+    Args:
+      keys: the questions' identifiers.
+      truth: their correct labels.
+      predicted: their predicted labels.
+      **columns: further fields of `Prediction`, one value a question; None for a field that is not set.
+    """
+    given = {name: column for name, column in columns.items() if column is not None}
+    return [
+        Prediction(*each, each[1] == each[2], **{name: column[index] for name, column in given.items()})
+        for index, each in enumerate(zip(keys, truth, predicted, strict=True))
+    ]
+
+
+def score_table(labels: Sequence[str], scores: np.ndarray) -> list[dict[str, float]]:
+    """Return the score of each label, for each row of `scores` [questions, labels]."""
+    return [dict(zip(labels, row, strict=True)) for row in scores.tolist()]
 
 
 def likelihood_scores(
-    scorer: Scorer, prompts: Sequence[str], answers: Sequence[str], normalize: Literal["none", "bytes"]
+    scorer: Scorer, prompts: Sequence[str], answers: Sequence[str], normalize: Literal["none", "bytes"] = "none"
 ) -> np.ndarray:
-    """Log probability of each answer as a whole behind each prompt, float64 [prompts, answers].
+    """Return the log-likelihood of each whole answer after each prompt, float64 [prompts, answers], in nats.
 
     Args:
+      scorer: the model.
+      prompts: texts before the answer.
+      answers: possible answers, their leading space included.
       normalize: bytes divides by the answer's length in UTF-8, so that long answers are not at a disadvantage.
 
     Raises:
-      UserError: the model gives something else than log probabilities.
+      UserError: a log-likelihood is NaN or infinite.
     """
     requests = [Request(prompt, tuple(answers)) for prompt in prompts]
     totals = [[answer.total for answer in row] for row in scorer.continuations(requests)]
@@ -57,23 +88,26 @@ def likelihood_scores(
 
 
 def choose(scores: np.ndarray, offsets: np.ndarray | None = None) -> np.ndarray:
-    """The place of the best answer in each row; of equal ones, the first."""
+    """Return the index of the best answer in each row, the first of equal ones."""
     return (scores if offsets is None else scores + offsets).argmax(-1)
 
 
-def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Literal["accuracy", "macro_f1"]) -> np.ndarray:
-    """What to add to each answer's score, the first answer's 0, so that these questions are answered best.
+def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Objective) -> np.ndarray:
+    """Fit offsets of the answers' scores that maximize the objective on development questions.
 
-    Tries 0, values between quantiles of the differences to the first answer's score, and one beyond either end of
-    them; of equally good ones it takes the smallest.
+    The first answer's offset is 0. The others' candidates are 0, the midpoints between quantiles of the differences to
+    the first answer's score, and one value beyond either end; of equally good candidates the smallest is taken.
 
     Args:
       scores: [questions, answers] of development questions.
-      truth: [questions] places of the right answers.
+      truth: [questions] indices of the correct answers.
+      objective: what to maximize.
+
+    Returns:
+      Offsets [answers].
     """
-    classes = scores.shape[1]
     differences = scores[:, :1] - scores[:, 1:]
-    quantiles = [np.unique(np.quantile(column, np.linspace(0, 1, _CUTS))) for column in differences.T]
+    quantiles = [np.unique(np.quantile(column, np.linspace(0, 1, _QUANTILES))) for column in differences.T]
     cuts = [[0.0, q[0] - 1, *((q[1:] + q[:-1]) / 2), q[-1] + 1] for q in quantiles]
     candidates = np.array([(0.0, *rest) for rest in itertools.product(*cuts)])
     candidates = candidates[np.argsort(np.abs(candidates).sum(1), kind="stable")]
@@ -81,14 +115,14 @@ def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Literal["accur
     if objective == "accuracy":
         goodness = (predicted == truth).mean(-1)
     else:
-        goodness = measures.macro_f1(np.broadcast_to(truth, predicted.shape), predicted, classes)
+        goodness = measures.macro_f1(np.broadcast_to(truth, predicted.shape), predicted, scores.shape[1])
     return candidates[goodness.argmax()]
 
 
 def cross_validated(
-    scores: np.ndarray, truth: np.ndarray, folds: Sequence[Sequence[int]], objective: Literal["accuracy", "macro_f1"]
+    scores: np.ndarray, truth: np.ndarray, folds: Sequence[Sequence[int]], objective: Objective
 ) -> np.ndarray:
-    """Predictions [questions] of each fold with offsets fitted on the others."""
+    """Return predictions [questions]: those of each fold with offsets fitted on the other folds."""
     predicted = np.zeros(len(truth), np.int64)
     for fold in folds:
         others = np.setdiff1d(np.arange(len(truth)), fold)
@@ -97,12 +131,12 @@ def cross_validated(
 
 
 def read_label(text: str, labels: Sequence[str]) -> str:
-    """The first of the labels that occurs in a text as a word, in any case, or UNANSWERED."""
+    """Return the first label that occurs in the text as a whole word, in any case, or UNANSWERED."""
     found = re.search(rf"\b({'|'.join(map(re.escape, labels))})\b", text, re.IGNORECASE)
     return found[1].lower() if found else UNANSWERED
 
 
 def read_names(text: str) -> list[str]:
-    """The names in a generated line, divided by semicolons, without white space and full stops around them."""
+    """Return the names in a generated line: separated by semicolons, without white space and full stops around them."""
     names = [name.strip().rstrip(".").strip() for name in text.strip().partition("\n")[0].split(";")]
     return [name for name in dict.fromkeys(names) if name]

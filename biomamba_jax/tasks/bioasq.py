@@ -1,17 +1,17 @@
-"""BioASQ task B (Tsatsaronis et al. 2015): reading golden files of every year, and answering their questions.
+"""BioASQ task B (Tsatsaronis et al. 2015): reads golden files of every year.
 
-Registration is needed to get the files. What has changed over the years, and is read alike: the exact answer of a
-factoid question was a string, then a list of synonyms, then a list of such lists; that of a list question was a list of
-strings before it became a list of synonyms' lists; the ideal answer was a string before it became a list.
+The files need registration. Formats that have changed over the years are read alike: the exact answer of a factoid
+question was a string, then a list of synonyms, then a list of such lists; that of a list question was a list of strings
+before it became a list of lists of synonyms; the ideal answer was a string before it became a list.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_any_json
 from biomamba_jax.tasks import measures
 
 Kind = Literal["yesno", "factoid", "list", "summary"]
@@ -24,33 +24,40 @@ class Question:
     """One question of a golden file."""
 
     key: str
+    """BioASQ's id, or the question's number in its file."""
     kind: Kind
+    """Type of the question."""
     question: str
+    """The question."""
     snippets: tuple[str, ...]
+    """Quoted passages that answer it."""
     ideal_answers: tuple[str, ...]
+    """Answers in sentences."""
     golden: tuple[tuple[str, ...], ...]
-    """Right answers, each with its synonyms; (("yes",),) or (("no",),) for yes/no; () where the file has none."""
+    """Correct answers, each with its synonyms; (("yes",),) or (("no",),) for yes/no; () if the file has none."""
+    batch: str = ""
+    """The file."""
 
     def context(self, max_snippets: int) -> str:
-        """The first snippets, one a line."""
+        """Return the first snippets, one a line."""
         return "\n".join(self.snippets[:max_snippets])
 
     @property
     def text(self) -> str:
-        """All that BioASQ wrote and quoted: question, snippets, ideal answers, one a line; each text once."""
+        """All text of the entry, each once: question, snippets and ideal answers, one a line."""
         return clean_document("\n".join(dict.fromkeys([self.question, *self.snippets, *self.ideal_answers])))
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads a golden file, in its order.
+    """Read a golden file, in its order.
 
     Raises:
-      UserError: no such file, or a question that is not one; names the file and the question.
+      UserError: the file cannot be read, or an entry is not a question; names the file and the question.
     """
     try:
-        raw = json.loads(Path(path).read_text("utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); give a golden file of BioASQ task B") from None
+        raw = read_any_json(path)
+    except UserError as error:
+        raise UserError(f"{error}; give a golden file of BioASQ task B") from None
     entries = raw.get("questions") if isinstance(raw, dict) else raw
     if not isinstance(entries, list) or not entries:
         raise UserError(f'{path}: holds no list of "questions"; give a golden file of BioASQ task B')
@@ -70,25 +77,25 @@ def _question(path: str | Path, number: int, entry: Any) -> Question:
             f"{path}: question {number} has no type ({', '.join(_KINDS)}), no body, or a snippet or exact_answer of an "
             "unknown form; give a golden file of BioASQ task B"
         ) from None
-    return Question(key, kind, body, snippets, ideal, golden)
+    return Question(key, kind, body, snippets, ideal, golden, str(path))
 
 
 def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError("no list")
+        raise TypeError("not a list")
     return value
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """A text, or a list of them, as a tuple; numbers as they are written."""
+    """Return a text or a list of texts as a tuple; numbers are converted to text."""
     texts = [value] if isinstance(value, str) else _listed(value)
     if not all(isinstance(text, str) or type(text) in (int, float) for text in texts):
-        raise TypeError("no text")
+        raise TypeError("not a text")
     return tuple(map(str, texts))
 
 
 def _golden(kind: Kind, answer: Any) -> tuple[tuple[str, ...], ...]:
-    """An exact answer of any year as a tuple of tuples of synonyms."""
+    """Return an exact answer of any year as a tuple of tuples of synonyms."""
     if answer is None or answer == [] or answer == "" or kind == "summary":
         return ()
     if kind == "yesno":
@@ -98,6 +105,6 @@ def _golden(kind: Kind, answer: Any) -> tuple[tuple[str, ...], ...]:
         return () if read == "none" else ((read,),)
     if isinstance(answer, str):
         return ((answer,),)
-    if all(isinstance(item, str) for item in _listed(answer)):  # the years before lists of lists
+    if all(isinstance(item, str) for item in _listed(answer)):  # of years before lists of lists
         return (tuple(answer),) if kind == "factoid" else tuple((item,) for item in answer)
     return tuple(item for item in map(_texts, answer) if item)

@@ -1,9 +1,8 @@
-"""The documents of a text domain, the same text for every model whatever its tokenizer.
+"""Documents of a text domain: the same text for every model, whatever its tokenizer.
 
-Shards hold token ids; their own tokenizer spells the text again, and the bytes they state are checked against it.
+Shards hold token ids; their own tokenizer decodes them, and the recorded number of bytes is checked against the text.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,18 @@ from biomamba_jax.data.records import KEPT
 from biomamba_jax.data.shards import MANIFEST_NAME, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_any_json
 from biomamba_jax.tasks import bioasq
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it comes from."""
+    """One text of a domain."""
 
     key: str
-    """PMID, question or place in its file."""
+    """PMID, id of a question, or file and number."""
     text: str
+    """The text."""
 
     @property
     def bytes(self) -> int:
@@ -36,19 +37,20 @@ class Document:
 
     @property
     def words(self) -> int:
-        """Runs without white space."""
+        """Number of words, separated by white space."""
         return len(self.text.split())
 
 
 def read_domain(name: str, config: DomainConfig, seed: int = 0) -> list[Document]:
-    """The documents of a domain, in the order of its source.
+    """Read the documents of a domain, in the order of its source.
 
     Args:
-      name: of the domain, for messages.
-      seed: of the sample, where the config asks for one.
+      name: the domain's name, for errors.
+      config: source, split and number of documents.
+      seed: seed of the sample, if the config limits the number of documents.
 
     Raises:
-      UserError: a source that cannot be read, or no document in it.
+      UserError: a source that cannot be read, or contains no document.
     """
     documents = [document for path in config.paths for document in _read(Path(path), config.split)]
     if not documents:
@@ -72,10 +74,10 @@ def _read(path: Path, split: str) -> Iterator[Document]:
 
 
 def _is_bioasq(path: Path) -> bool:
-    """Whether the file is one JSON value and not JSON lines."""
+    """Return True if the file is one JSON value of questions, not JSON lines."""
     try:
-        raw = json.loads(path.read_text("utf-8-sig"))
-    except (OSError, ValueError):
+        raw = read_any_json(path)
+    except UserError:
         return False
     return isinstance(raw, list) or "questions" in raw
 
@@ -90,7 +92,7 @@ def _shards(folder: Path, split: str) -> Iterator[Document]:
         if document.bytes != stored.num_bytes:
             raise UserError(
                 f"{reader.folder}: document {index} has {stored.num_bytes} bytes, but tokenizer "
-                f"{manifest.tokenizer.name} spells {document.bytes}: it does not keep all of the text; give the text "
+                f"{manifest.tokenizer.name} decodes to {document.bytes}: it loses part of the text; give the text "
                 "itself as JSON lines"
             )
         yield document

@@ -1,18 +1,19 @@
-"""All models on all domains and tasks of a config, one model in memory at a time, and what they differ in."""
+"""Evaluates every model of a config on its text domains and tasks, one model in memory at a time, and compares them."""
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks import paper, pubmedqa
+from biomamba_jax.tasks import bioasq, paper, pubmedqa
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
 from biomamba_jax.tasks.load_scorer import load_scorer
@@ -20,78 +21,95 @@ from biomamba_jax.tasks.perplexity import Comparison, DomainMeasures, DomainScor
 from biomamba_jax.tasks.scoring import ModelFacts, Scorer
 from biomamba_jax.tasks.statistics import Resampling, mcnemar
 
-Say = Callable[[str], None]
-
 
 @dataclass
 class Domain:
-    """A text domain and what each model makes of it."""
+    """A text domain and the figures of each model."""
 
     sources: list[str]
+    """Paths of its text."""
     documents: int
+    """Number of documents."""
     bytes: int
+    """Their length in UTF-8."""
     words: int
+    """Their number of words."""
     models: dict[str, DomainMeasures] = field(default_factory=dict)
+    """Figures of each model."""
     comparisons: dict[str, Comparison] = field(default_factory=dict)
-    """Of each model with the reference."""
+    """Comparison of each model with the reference."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
-    """protocol paper: the published figures instead of `models`."""
+    """protocol paper: the published figures, instead of `models`."""
 
 
 @dataclass(frozen=True)
 class McNemar:
-    """A model against the reference on the same questions."""
+    """McNemar's test of a model against the reference on the same questions."""
 
     reference: str
+    """Name of the reference model."""
     only_this: int
-    """Questions that this model alone gets right."""
+    """Questions that only this model answers correctly."""
     only_reference: int
+    """Questions that only the reference answers correctly."""
     p_value: float
+    """Two-sided p-value."""
 
 
 @dataclass
 class Task:
-    """A task and each model's result."""
+    """A task and the result of each model."""
 
     title: str
+    """Heading in the report."""
     questions: int
+    """Number of questions."""
     majority: qa.TaskResult | None
-    """What always giving the commonest answer scores."""
+    """Result of always giving the most frequent answer."""
     models: dict[str, qa.TaskResult] = field(default_factory=dict)
+    """Result of each model."""
     comparisons: dict[str, McNemar] = field(default_factory=dict)
+    """Test of each model against the reference."""
 
 
 @dataclass
 class Evaluation:
-    """All results of a run."""
+    """All results of an evaluation."""
 
     config: EvaluateConfig
+    """The evaluation's settings."""
     reference: str
+    """Name of the model that the others are compared with."""
     models: dict[str, ModelFacts] = field(default_factory=dict)
+    """Facts about each model."""
     domains: dict[str, Domain] = field(default_factory=dict)
+    """Results on each text domain."""
     tasks: dict[str, Task] = field(default_factory=dict)
+    """Results of each task: pubmedqa, bioasq."""
     environment: dict[str, Any] = field(default_factory=environment)
+    """Versions, devices and command line."""
 
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What all models are given, read once and before the first model is loaded."""
+    """Texts and questions, read once and before the first model is loaded."""
 
     domains: dict[str, list[Document]]
-    questions: list[pubmedqa.Question]
     pubmedqa: pubmedqa.Split | None
-    bioasq: qa.Batches
-    bioasq_development: qa.Batches
+    development: list[bioasq.Question]
+    bioasq: list[bioasq.Question]
 
 
-def evaluate(config: EvaluateConfig, output: Path, say: Say = lambda line: None) -> Evaluation:
-    """Does what `config` says. Documents' and questions' results are in `output` as soon as a model has them.
+def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = lambda line: None) -> Evaluation:
+    """Run an evaluation; results of documents and questions are written as soon as a model has them.
 
     Args:
-      say: told of each figure as it comes.
+      config: models, domains, tasks and protocol.
+      output: folder of documents/ and predictions/.
+      say: called with a line about each figure as it is computed.
 
     Raises:
-      UserError: a model, a text or questions that cannot be read; nothing is measured before all texts are.
+      UserError: a model, text or question file cannot be read; all texts are read before anything is measured.
     """
     inputs = _read(config)
     resampling = Resampling(config.resamples, config.confidence, config.seed)
@@ -105,62 +123,56 @@ def evaluate(config: EvaluateConfig, output: Path, say: Say = lambda line: None)
         scorer = load_scorer(name, path, config)
         results.models[name] = scorer.facts
         say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
-        for domain, documents in inputs.domains.items():
+        for key, documents in inputs.domains.items():
+            domain = results.domains[key]
             if config.protocol == "paper":
-                figures = paper.domain_perplexity(scorer, documents, config.domains[domain].paper_rows)
-                results.domains[domain].paper[name] = figures
-                say(f"{name} on {domain}: perplexity {figures['perplexity']:.4f}, mean of batch means (protocol paper)")
+                domain.paper[name] = paper.domain_perplexity(scorer, documents, config.domains[key].paper_rows)
+                figure = domain.paper[name]["perplexity"]
+                say(f"{name} on {key}: perplexity {figure:.4f}, mean of batch means (protocol paper)")
                 continue
-            scores[domain][name] = of_domain = score_domain(scorer, documents)
-            results.domains[domain].models[name] = found = measure(of_domain, resampling)
-            _write_lines(output / "documents" / domain / f"{name}.jsonl", _document_lines(documents, of_domain))
-            say(f"{name} on {domain}: {_domain_line(scorer.facts, found)}")
+            scores[key][name] = score_domain(scorer, documents)
+            domain.models[name] = measure(scores[key][name], resampling)
+            _write_lines(output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores[key][name]))
+            say(f"{name} on {key}: {_domain_line(scorer.facts, domain.models[name])}")
         for key, task in results.tasks.items():
             task.models[name] = result = _answer(scorer, key, config, inputs, resampling)
-            lines = (dataclasses.asdict(prediction) for prediction in result.predictions)
-            _write_lines(output / "predictions" / key / f"{name}.jsonl", lines)
+            _write_lines(output / "predictions" / key / f"{name}.jsonl", map(dataclasses.asdict, result.predictions))
             shown = ", ".join(f"{m} {e.value:.4f}" for m, e in result.measures.items())
             say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
         del scorer
-    for domain, of_models in scores.items():
-        _compare_domain(results, results.domains[domain], of_models, resampling)
-    for task in results.tasks.values():
-        _compare_task(results.reference, task)
+    _compare(results, scores, resampling)
     return results
 
 
 def _read(config: EvaluateConfig) -> _Inputs:
-    domains = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
-    questions = pubmedqa.read_questions(config.pubmedqa.path) if config.pubmedqa.path else []
+    asked = config.bioasq
     return _Inputs(
-        domains=domains,
-        questions=questions,
-        pubmedqa=qa.read_pubmedqa(config.pubmedqa) if config.pubmedqa.path else None,
-        bioasq=qa.read_bioasq(config.bioasq, config.bioasq.path) if config.bioasq.path else {},
-        bioasq_development=qa.read_bioasq(config.bioasq, config.bioasq.development)
-        if config.bioasq.thresholds != "none"
-        else {},
+        domains={name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()},
+        pubmedqa=_protocol(config).read_pubmedqa(config.pubmedqa) if config.pubmedqa.path else None,
+        bioasq=qa.read_bioasq(asked, asked.path) if asked.path else [],
+        development=qa.read_bioasq(asked, asked.development) if asked.thresholds != "none" else [],
     )
 
 
+def _protocol(config: EvaluateConfig) -> ModuleType:
+    """Return the module that answers questions: both have the same functions."""
+    return paper if config.protocol == "paper" else qa
+
+
 def _tasks(config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> dict[str, Task]:
-    tasks = {}
-    published = config.protocol == "paper"
+    majorities, published = {}, config.protocol == "paper"
     if inputs.pubmedqa is not None:
+        title = "PubMedQA, official test set"
         if published:
-            subset = pubmedqa.random_test(inputs.questions)
-            majority = qa.pubmedqa_majority(inputs.pubmedqa._replace(test=subset), resampling)
-            title = f"PubMedQA, {len(subset)} random questions, thresholds chosen on them (protocol paper)"
-        else:
-            majority = qa.pubmedqa_majority(inputs.pubmedqa, resampling)
-            whole = config.pubmedqa.max_questions is None
-            title = "PubMedQA, official test set" if whole else "PubMedQA, part of the official test set"
-        tasks["pubmedqa"] = Task(title, majority.questions, majority)
+            count = len(inputs.pubmedqa.test)
+            title = f"PubMedQA, {count} random questions, thresholds chosen on them (protocol paper)"
+        elif config.pubmedqa.max_questions is not None:
+            title = "PubMedQA, part of the official test set"
+        majorities["pubmedqa"] = title, qa.pubmedqa_majority(inputs.pubmedqa, resampling)
     if inputs.bioasq:
-        majority = (paper if published else qa).bioasq_majority(inputs.bioasq, resampling)
         title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
-        tasks["bioasq"] = Task(title, majority.questions, majority)
-    return tasks
+        majorities["bioasq"] = title, _protocol(config).bioasq_majority(inputs.bioasq, resampling)
+    return {key: Task(title, majority.questions, majority) for key, (title, majority) in majorities.items()}
 
 
 def _domain_line(facts: ModelFacts, found: DomainMeasures) -> str:
@@ -170,46 +182,37 @@ def _domain_line(facts: ModelFacts, found: DomainMeasures) -> str:
 
 
 def _answer(scorer: Scorer, key: str, config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> qa.TaskResult:
-    published = config.protocol == "paper"
+    protocol = _protocol(config)
     if key == "pubmedqa":
-        if published:
-            return paper.answer_pubmedqa(scorer, config.pubmedqa, inputs.questions, resampling)
-        assert inputs.pubmedqa is not None
-        return qa.answer_pubmedqa(scorer, config.pubmedqa, inputs.pubmedqa, resampling)
-    if published:
-        return paper.answer_bioasq(scorer, config.bioasq, inputs.bioasq, resampling)
-    return qa.answer_bioasq(scorer, config.bioasq, inputs.bioasq, inputs.bioasq_development, resampling)
+        return protocol.answer_pubmedqa(scorer, config.pubmedqa, inputs.pubmedqa, resampling)
+    return protocol.answer_bioasq(scorer, config.bioasq, inputs.bioasq, inputs.development, resampling)
 
 
-def _compare_domain(
-    results: Evaluation, domain: Domain, scores: Mapping[str, DomainScores], resampling: Resampling
-) -> None:
-    """Probabilities with probabilities only: a masked model's figures are none."""
+def _compare(results: Evaluation, scores: Mapping[str, Mapping[str, DomainScores]], resampling: Resampling) -> None:
+    """Compare each model with the reference; on domains causal models only: a masked one has no probabilities."""
     reference = results.reference
-    if reference not in scores or results.models[reference].kind == "masked":
-        return
-    for name, of_model in scores.items():
-        if name != reference and results.models[name].kind == "causal":
-            domain.comparisons[name] = compare(reference, scores[reference], of_model, resampling)
-
-
-def _compare_task(reference: str, task: Task) -> None:
-    for name, result in task.models.items():
-        if name != reference and reference in task.models:
-            this, other = qa.shared_correctness(result, task.models[reference])
-            task.comparisons[name] = McNemar(reference, *mcnemar(this, other))
+    causal = [name for name, facts in results.models.items() if facts.kind == "causal"]
+    for key, by_model in scores.items():
+        for name in by_model:
+            if name != reference and {name, reference} <= set(causal):
+                found = compare(reference, by_model[reference], by_model[name], resampling)
+                results.domains[key].comparisons[name] = found
+    for task in results.tasks.values():
+        for name, result in task.models.items():
+            if name != reference:
+                correct = qa.shared_correctness(result, task.models[reference])
+                task.comparisons[name] = McNemar(reference, *mcnemar(*correct))
 
 
 # --- Files ---
 
 
-def _document_lines(documents: Sequence[Document], scores: DomainScores) -> Iterator[dict[str, Any]]:
+def _document_records(documents: Sequence[Document], scores: DomainScores) -> Iterable[dict[str, Any]]:
     for document, nats, tokens in zip(documents, scores.nats.tolist(), scores.tokens.tolist(), strict=True):
         yield {"key": document.key, "nats": nats, "tokens": tokens, "bytes": document.bytes, "words": document.words}
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """JSON lines, written whole or not at all."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
@@ -219,12 +222,11 @@ def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 def to_json(results: Evaluation) -> str:
-    """`report.json`: every figure, without the predictions, which have files of their own. Not finite: null."""
+    """Return `report.json`: every figure, with null for non-finite ones; predictions have their own files."""
 
     def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = [f.name for f in dataclasses.fields(value) if f.name != "predictions"]
-            return {name: plain(getattr(value, name)) for name in fields}
+        if dataclasses.is_dataclass(value):
+            value = {name: each for name, each in vars(value).items() if name != "predictions"}
         if isinstance(value, dict):
             return {key: plain(each) for key, each in value.items()}
         if isinstance(value, (list, tuple)):

@@ -1,7 +1,6 @@
 """python -m biomamba_jax.tasks.lm_eval_adapter --model biomamba_jax --model_args path=DIR --tasks TASK ...
 
-EleutherAI's lm-eval on our models: its own command line, to which this module adds the model type biomamba_jax. Or from
-Python:
+EleutherAI's lm-eval on our models: its own command line with the additional model type biomamba_jax. Or from Python:
 
     lm_eval.simple_evaluate(model=harness_model("DIR"), tasks=["pubmedqa"])
 
@@ -24,12 +23,17 @@ _MAX_GEN_TOKS = 256
 
 
 class HarnessMethods:
-    """The three kinds of requests of lm-eval's `LM`, answered by a scorer. See its docs/model_guide.md."""
+    """The three request types of lm-eval's `LM`, answered by a scorer; see its docs/model_guide.md."""
 
     scorer: Scorer
+    """The model."""
 
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """Log probability of each continuation behind its context, and whether greedy text would be the same."""
+        """Score the continuation of each (context, continuation) request.
+
+        Returns:
+          The log-likelihood in nats, and True if greedy decoding would produce the continuation, for each request.
+        """
         places: dict[str, list[int]] = {}
         for place, request in enumerate(requests):
             places.setdefault(request.args[0], []).append(place)
@@ -45,7 +49,7 @@ class HarnessMethods:
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Log probability of each whole text, from the start symbol; its end is not predicted."""
+        """Return the log-likelihood of each whole text after the start symbol, in nats; its end is not predicted."""
         results = [0.0] * len(requests)
         for place, nats in self.scorer.documents([request.args[0] for request in requests]):
             check_finite(self.scorer, nats)
@@ -53,17 +57,17 @@ class HarnessMethods:
         return results
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
-        """Greedy text up to the first of the strings `until`.
+        """Return greedy text up to the first of the strings `until`, for each request.
 
         Raises:
-          UserError: a request asks for draws.
+          UserError: a request wants sampling.
         """
         groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for place, request in enumerate(requests):
             settings = dict(request.args[1])
             if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
                 raise UserError(
-                    "lm-eval: a task asks for do_sample, but biomamba_jax generates greedily here; set it false"
+                    "lm-eval: a task sets do_sample, but biomamba_jax generates greedily here; set it to false"
                 )
             until = settings.get("until") or []
             stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
@@ -78,7 +82,7 @@ class HarnessMethods:
 
 @functools.cache
 def harness_class() -> type:
-    """The model class of lm-eval, registered there as biomamba_jax.
+    """Return the model class for lm-eval, registered there as biomamba_jax.
 
     Raises:
       UserError: lm-eval is not installed.
@@ -95,7 +99,7 @@ def harness_class() -> type:
         def __init__(self, path: str = "", batch_size: int | str = 8, dtype: Any = None, **_: Any):
             super().__init__()
             rows = int(batch_size) if str(batch_size).isdecimal() else 8
-            # What a scorer needs of a config: nothing of it names this text.
+            # The domain is a placeholder: a config without anything to measure is refused.
             config = EvaluateConfig(
                 models={NAME: path}, domains={"requests": DomainConfig("-")}, batch_size=rows, dtype=dtype or None
             )
@@ -103,7 +107,7 @@ def harness_class() -> type:
 
         @property
         def tokenizer_name(self) -> str:
-            """What lm-eval keeps cached requests apart by."""
+            """Key of lm-eval's cache of requests."""
             return self.scorer.facts.tokenizer
 
     registry.register_model(NAME)(BioMambaLM)
@@ -111,12 +115,18 @@ def harness_class() -> type:
 
 
 def harness_model(path: str, batch_size: int = 8, dtype: str | None = None) -> Any:
-    """A model of a folder for `lm_eval.simple_evaluate(model=...)`."""
+    """Return the model of a folder for `lm_eval.simple_evaluate(model=...)`.
+
+    Args:
+      path: the model's folder.
+      batch_size: rows in a batch.
+      dtype: type of matrices and activations; None: bfloat16 on TPU and GPU, float32 on CPU.
+    """
     return harness_class()(path=path, batch_size=batch_size, dtype=dtype)
 
 
 def main(_: Sequence[str] | None = None) -> None:
-    """lm-eval's own command, which reads this process's arguments, with our model type."""
+    """Run lm-eval's own command, which reads this process's arguments, with our model type."""
     harness_class()
     importlib.import_module("lm_eval.__main__").cli_evaluate()
 

@@ -1,11 +1,16 @@
-"""Chooses the scorer of a folder: this package for its own models, transformers for everybody else's."""
+"""Chooses the scorer of a folder: this package for its own models, transformers for all others."""
 
 from pathlib import Path
 
+import jax
+
 from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.interop import dialect_of
-from biomamba_jax.tasks import native_scorer, transformers_scorer
+from biomamba_jax.tasks import transformers_scorer
+from biomamba_jax.tasks.model import load
+from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.scoring import Scorer
 
 TRANSFORMERS_PREFIX = "hf:"
@@ -13,13 +18,21 @@ _OUR_TYPES = ("mamba", "mamba2")
 
 
 def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
-    """The scorer of a folder; `hf:FOLDER` asks for transformers where this program could read the folder too.
+    """Load the model of a folder for evaluation.
+
+    Args:
+      name: the model's name in the config.
+      path: its folder; `hf:FOLDER` requires transformers even if this package could read the folder.
+      config: window, batch size and dtype.
 
     Raises:
-      UserError: no model there, or the extra that it needs is not installed.
+      UserError: the folder holds no model, or the extra that it needs is not installed.
     """
     folder = Path(path.removeprefix(TRANSFORMERS_PREFIX))
     ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
-    if ours and not path.startswith(TRANSFORMERS_PREFIX):
-        return native_scorer.load(name, folder, config)
-    return transformers_scorer.load(name, folder, config)
+    if not ours or path.startswith(TRANSFORMERS_PREFIX):
+        return transformers_scorer.load(name, folder, config)
+    if jax.process_count() > 1:
+        raise UserError(f"evaluate runs on one host, not on {jax.process_count()}; start it on one of them")
+    generator = load(folder, config.dtype).generator
+    return NativeScorer(name, generator, str(folder), config.window, config.batch_size)

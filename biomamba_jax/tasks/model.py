@@ -1,4 +1,4 @@
-"""A trained model in three lines:
+"""A trained model in three lines.
 
 import biomamba_jax
 model = biomamba_jax.load("DIR")
@@ -8,7 +8,6 @@ print(model.generate(["Patients with type 2 diabetes"])[0])
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -23,72 +22,80 @@ from biomamba_jax.interop import read_model
 from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
-from biomamba_jax.tasks.generation import Generation, Generator, round_up
+from biomamba_jax.tasks.generation import Generation, Generator
+from biomamba_jax.tasks.native_scorer import NativeScorer
+from biomamba_jax.tasks.padding import batched, bucket_length, pad_right
 from biomamba_jax.tasks.sampling import Sampling
 
 _ROWS = 8
-"""Texts scored or classified at one time."""
+"""Texts that are scored or classified together."""
+_WINDOW = 1024
+"""Tokens of a row when texts are scored; longer ones continue with the recurrent state."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How likely a text is."""
+    """Log-likelihood of a text."""
 
     tokens: list[int]
-    """Its ids."""
+    """Token ids of the text."""
     logprobs: list[float]
-    """Natural log of the probability of each token, given the end-of-text token and the tokens before it."""
+    """Log probability of each token in nats, given the end-of-text token and the tokens before it."""
 
     @property
     def total(self) -> float:
-        """Natural log of the probability of the whole text, its end not included."""
+        """Log-likelihood of the whole text in nats; its end is not included."""
         return sum(self.logprobs)
 
 
 @dataclass(frozen=True)
 class TextClass:
-    """The class of a text."""
+    """Predicted class of a text."""
 
     label: str
-    """The likeliest class."""
+    """The most likely class."""
     probabilities: dict[str, float]
     """Probability of each class."""
 
 
 def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | None = None) -> "Model":
-    """Loads a model from a folder of any format: native, Hugging Face, mamba_ssm, or a run directory of `pretrain`.
+    """Load a model of any format.
 
     Args:
-      dtype: of matrices and activations; left out: bfloat16 on TPU and GPU, float32 on CPU.
+      path: a folder in native, Hugging Face or mamba_ssm format, or a run directory of `pretrain` or `finetune`.
+      dtype: type of matrices and activations; None: bfloat16 on TPU and GPU, float32 on CPU.
+
+    Returns:
+      The model, ready to use.
 
     Raises:
-      UserError: no model there, damaged files, or a dtype that is none of these.
+      UserError: no model there, damaged files, or an unknown dtype.
     """
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype = {dtype!r}: give float32 or bfloat16")
     weights = read_model(path)
     tokenizer = load_tokenizer(weights.tokenizer_file) if weights.tokenizer_file else None
     model = InferenceModel.from_params(weights.config, weights.params, dtype)
-    return Model(model, tokenizer, os.fspath(path), weights.classifier)
+    return Model(Generator(model, tokenizer, os.fspath(path)), weights.classifier)
 
 
 class Model:
-    """A model and its tokenizer, ready to use. See `load`."""
+    """A model with its tokenizer and, if it was fine-tuned with one, its classifier; see `load`."""
 
-    def __init__(
-        self,
-        model: InferenceModel,
-        tokenizer: Tokenizer | None,
-        path: str,
-        classifier: Classifier | None = None,
-    ):
-        self._model, self._tokenizer, self._path, self._classifier = model, tokenizer, path, classifier
-        self.generator = Generator(model, tokenizer, path)
+    def __init__(self, generator: Generator, classifier: Classifier | None = None):
+        """Wrap a loaded model.
+
+        Args:
+          generator: the model and its tokenizer.
+          classifier: a linear layer on the hidden state after a text's last token.
+        """
+        self.generator = generator
+        """Continues prompts; `generate` with more control."""
+        self._model, self._path, self._classifier = generator.model, generator.name, classifier
 
     @property
     def config(self) -> ModelConfig:
-        """The sizes of the model."""
+        """The model's configuration."""
         return self._model.config
 
     @property
@@ -98,21 +105,19 @@ class Model:
         Raises:
           UserError: the folder has none.
         """
-        if self._tokenizer is None:
-            raise UserError(f"{self._path}: has no tokenizer.json or tokenizer.model; put the model's one there")
-        return self._tokenizer
+        return self.generator.tokenizer
 
     def logits(self, token_ids: ArrayLike) -> np.ndarray:
-        """Logits of the next token after each token.
+        """Return the logits of the next token after each token.
 
         Args:
-          token_ids: [B L] ids.
+          token_ids: integers [B L].
 
         Returns:
-          Float32 [B L V] over the padded vocabulary; ids from `config.vocab_size` on stand for nothing.
+          Float32 [B L V] over the padded vocabulary; ids from `config.vocab_size` on are padding.
 
         Raises:
-          UserError: another shape or type, or an id that the model does not know.
+          UserError: another shape or type, or an id outside the vocabulary.
         """
         try:
             ids = np.asarray(token_ids)
@@ -122,74 +127,83 @@ class Model:
             raise UserError(f"logits: token_ids must be integers [rows, length], not {ids.dtype} {list(ids.shape)}")
         if ids.min() < 0 or ids.max() >= self.config.padded_vocab:
             raise UserError(f"logits: ids must be in 0..{self.config.padded_vocab - 1}, not {ids.min()}..{ids.max()}")
-        return np.asarray(_logits(self._model, _padded(ids))[:, : ids.shape[1]], np.float32)
+        rows, length = ids.shape
+        return np.asarray(_logits(self._model, pad_right(ids, (rows, bucket_length(length))))[:, :length], np.float32)
 
     def generate(
         self, prompts: str | Sequence[str], sampling: Sampling | None = None, **settings: Any
     ) -> list[Generation]:
-        """Continues each prompt: results with `.text`, `.tokens` and `.finish_reason`; `str` of one is its text.
+        """Continue each prompt.
 
         Args:
-          settings: fields of `Sampling`, instead of `sampling`: max_new_tokens=64, temperature=0.8, stop=["\\n"], ...
-        """
-        self.tokenizer  # noqa: B018 - says what is missing
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        return list(self.generator(prompts, sampling or Sampling(**settings)))
+          prompts: a text or several.
+          sampling: how tokens are chosen and when to stop.
+          **settings: fields of `Sampling`, instead of `sampling`: max_new_tokens=64, temperature=0.8, stop=["\\n"], ...
 
-    def logprobs(self, texts: str | Sequence[str]) -> list[TextScore]:
-        """The log probability of each text and of each of its tokens, in nats.
-
-        Like a document in training, a text follows an end-of-text token, so that its first token is predicted too.
-        """
-        texts = [texts] if isinstance(texts, str) else texts
-        ids, scores = self.tokenizer.encode_batch(texts), []
-        for first in range(0, len(ids), _ROWS):
-            rows = ids[first : first + _ROWS]
-            inputs = np.zeros((len(rows), max(1, *map(len, rows))), np.int32)
-            targets = inputs.copy()
-            for row, tokens in enumerate(rows):
-                targets[row, : len(tokens)] = tokens
-                inputs[row, : len(tokens)] = [self.tokenizer.eos_id, *tokens][: len(tokens)]
-            nll = _negative_log_likelihoods(self._model, _padded(inputs), _padded(targets), self.generator.vocab_size)
-            values = (-np.asarray(nll, np.float64)).tolist()
-            scores += [TextScore(tokens, row[: len(tokens)]) for tokens, row in zip(rows, values, strict=False)]
-        return scores
-
-    def classify(self, texts: str | Sequence[str]) -> list[TextClass]:
-        """The class of each text, by the classifier that was fine-tuned with the model.
+        Returns:
+          For each prompt `.text`, `.tokens` and `.finish_reason`; `str` of a result is its text.
 
         Raises:
-          UserError: the model has no classifier, or its weights give no probabilities.
+          UserError: the model has no tokenizer, a setting is out of range, or the logits are NaN.
+        """
+        return list(self.generator(_as_list(prompts), sampling or Sampling(**settings)))
+
+    def logprobs(self, texts: str | Sequence[str]) -> list[TextScore]:
+        """Return the log-likelihood of each text and the log probability of each of its tokens.
+
+        As in training, a text follows an end-of-text token, so its first token is predicted as well.
+
+        Args:
+          texts: a text or several.
+
+        Returns:
+          Token ids and log probabilities in nats, for each text.
+
+        Raises:
+          UserError: the model has no tokenizer.
+        """
+        ids = self.tokenizer.encode_batch(_as_list(texts))
+        scorer = NativeScorer(self._path, self.generator, self._path, _WINDOW, max(1, min(_ROWS, len(ids))))
+        nats = dict(scorer.rows([[self.tokenizer.eos_id, *tokens] for tokens in ids]))
+        return [TextScore(tokens, (-nats[index]).tolist()) for index, tokens in enumerate(ids)]
+
+    def classify(self, texts: str | Sequence[str]) -> list[TextClass]:
+        """Predict the class of each text with the classifier that was fine-tuned with the model.
+
+        Args:
+          texts: a text or several.
+
+        Returns:
+          The most likely class and the probability of every class, for each text.
+
+        Raises:
+          UserError: the model has no classifier, or its probabilities are NaN.
         """
         if self._classifier is None:
             raise UserError(f"{self._path}: has no classifier.safetensors; fine-tune with --head classifier to get one")
-        texts = [texts] if isinstance(texts, str) else texts
-        ids, classes = self.tokenizer.encode_batch(texts), []
+        ids, classes = self.tokenizer.encode_batch(_as_list(texts)), []
         weight = jnp.asarray(self._classifier.weight)
-        for first in range(0, len(ids), _ROWS):
-            rows = [[self.tokenizer.eos_id, *tokens] for tokens in ids[first : first + _ROWS]]
-            inputs = np.zeros((len(rows), max(map(len, rows))), np.int32)
-            for row, tokens in zip(inputs, rows, strict=True):
-                row[: len(tokens)] = tokens
+        for batch in batched(ids, _ROWS):
+            rows = [[self.tokenizer.eos_id, *tokens] for tokens in batch]
             last = np.array([len(tokens) - 1 for tokens in rows])
-            for row in np.asarray(_class_probabilities(self._model, weight, _padded(inputs), last), np.float64):
+            inputs = pad_right(rows, (len(rows), bucket_length(last.max() + 1)))
+            for row in np.asarray(_class_probabilities(self._model, weight, inputs, last), np.float64):
                 if not np.isfinite(row).all():
                     raise UserError(f"{self._path}: its class probabilities are NaN: damaged weights, or an overflow")
-                named = dict(zip(self._classifier.labels, row.tolist(), strict=True))
-                classes.append(TextClass(max(named, key=named.__getitem__), named))
+                probabilities = dict(zip(self._classifier.labels, row.tolist(), strict=True))
+                classes.append(TextClass(max(probabilities, key=probabilities.__getitem__), probabilities))
         return classes
 
 
-def _padded(rows: np.ndarray) -> np.ndarray:
-    """Zeros behind the tokens, where nothing before them sees them, up to one of a few lengths."""
-    return np.pad(rows.astype(np.int32), ((0, 0), (0, round_up(rows.shape[1]) - rows.shape[1])))
+def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 @jax.jit
 def _class_probabilities(
     model: InferenceModel, weight: Float[Array, "K D"], tokens: Int[Array, "B L"], last: Int[Array, " B"]
 ) -> Float[Array, "B K"]:
-    """Of texts whose last token stands at `last`."""
+    """Return the class probabilities of right-padded texts whose last token is at index `last`."""
     hidden, _ = model.hidden(tokens)
     state = hidden[jnp.arange(tokens.shape[0]), last].astype(jnp.float32)
     return jax.nn.softmax(jnp.matmul(state, weight.T, precision=jax.lax.Precision.HIGHEST))
@@ -198,13 +212,3 @@ def _class_probabilities(
 @jax.jit
 def _logits(model: InferenceModel, tokens: Int[Array, "B L"]) -> Float[Array, "B L V"]:
     return model.logits(model.hidden(tokens)[0])
-
-
-@partial(jax.jit, static_argnames="vocab_size")
-def _negative_log_likelihoods(
-    model: InferenceModel, inputs: Int[Array, "B L"], targets: Int[Array, "B L"], vocab_size: int
-) -> Float[Array, "B L"]:
-    hidden, _ = model.hidden(inputs)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    nll = token_negative_log_likelihoods(flat, model.head, targets.reshape(-1), valid_vocab_size=vocab_size)
-    return nll.reshape(targets.shape)

@@ -1,22 +1,22 @@
 """PubMedQA (Jin et al. 2019, arXiv 1909.06146): its questions, its official test set and its authors' ten folds.
 
 The authors split the 1,000 labelled questions with Python's random numbers from seed 0: 500 for the test, 500 for
-ten-fold cross-validation, every label spread evenly. `official_split` draws the same numbers, so that test set and
-folds are theirs without their files.
+ten-fold cross-validation, both stratified by label. `official_split` draws the same numbers, so it reproduces the
+authors' test set and folds without their files.
 """
 
-import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from biomamba_jax.config.evaluate import YES_NO_MAYBE
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
 
 FOLDS = 10
 _SEED = 0
@@ -29,41 +29,42 @@ class Question:
     key: str
     """PMID of the article whose title it was."""
     question: str
+    """The question."""
     contexts: tuple[tuple[str, str], ...]
-    """Label and text of each section of the abstract but its conclusion."""
+    """Label and text of each section of the abstract except its conclusion."""
     answer: str
     """yes, no or maybe."""
     long_answer: str
-    """The conclusion: not shown to a model that is tested."""
+    """The conclusion; never part of a prompt."""
 
     @property
     def context(self) -> str:
-        """The sections, one a paragraph, each behind its label."""
+        """The sections, one paragraph each, with their labels in front."""
         return "\n".join(f"{label}: {text}" if label else text for label, text in self.contexts)
 
 
 class Split(NamedTuple):
-    """The authors' division."""
+    """The authors' split of the questions."""
 
     folds: list[list[Question]]
-    """Ten folds of the 500 development questions. Fold i is trained on the nine others."""
+    """Ten folds of the 500 development questions; fold i is predicted by what is trained on the nine others."""
     test: list[Question]
     """The official test set."""
 
     @property
     def development(self) -> list[Question]:
-        """All folds, one after another."""
+        """The questions of all folds."""
         return [question for fold in self.folds for question in fold]
 
 
 def read_questions(path: str | Path) -> list[Question]:
-    """Reads `ori_pqal.json` as the authors publish it, in the order of the file.
+    """Read `ori_pqal.json` as the authors publish it, in the order of the file.
 
     Raises:
-      UserError: no such file, or an entry without a question, contexts or a decision; names it.
+      UserError: the file cannot be read, or an entry has no question, contexts or decision; names it.
     """
     questions = []
-    for key, entry in _read_mapping(path).items():
+    for key, entry in read_json(path).items():
         try:
             texts, labels = entry["CONTEXTS"], entry.get("LABELS") or []
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -79,44 +80,44 @@ def read_questions(path: str | Path) -> list[Question]:
                 "give ori_pqal.json of PubMedQA"
             ) from None
         questions.append(Question(key, entry["QUESTION"], contexts, answer, str(entry.get("LONG_ANSWER") or "")))
+    if not questions:
+        raise UserError(f"{path}: holds no questions; give ori_pqal.json of PubMedQA")
     return questions
 
 
 def official_split(questions: Sequence[Question], test_ids: str | Path | None = None) -> Split:
-    """The authors' test set and folds.
+    """Return the authors' test set and folds.
 
     Args:
-      questions: all of them, in the order of the authors' file, which the draws depend on.
-      test_ids: their test_ground_truth.json, if the test set is to be checked against it.
+      questions: all questions, in the order of the authors' file, which the split depends on.
+      test_ids: the authors' test_ground_truth.json, to check the test set against.
 
     Raises:
-      UserError: the test set is not that of `test_ids`, or there are too few questions.
+      UserError: the test set differs from `test_ids`, or there are too few questions.
     """
     draw = random.Random(_SEED)
     development, test = _stratified(questions, 2, draw)
-    if test_ids is not None:
-        truth = _read_mapping(test_ids)
-        if truth != {question.key: question.answer for question in test}:
-            raise UserError(
-                f"{test_ids}: is not the test set that the authors' procedure gives for these {len(questions)} "
-                "questions; give ori_pqal.json and test_ground_truth.json of the same release, unchanged"
-            )
+    if test_ids is not None and read_json(test_ids) != {question.key: question.answer for question in test}:
+        raise UserError(
+            f"{test_ids}: is not the test set that the authors' procedure gives for these {len(questions)} "
+            "questions; give ori_pqal.json and test_ground_truth.json of the same release, unchanged"
+        )
     if len(development) < FOLDS:
         raise UserError(f"PubMedQA: {len(questions)} questions are too few for a test set and ten folds")
     return Split(_stratified(development, FOLDS, draw), test)
 
 
 def random_test(questions: Sequence[Question], seed: int = 42, share: float = 0.2) -> list[Question]:
-    """The random subset that the published BioMamba code tests on: a permutation of NumPy's default generator.
+    """Return the random subset that the published BioMamba code tests on: a permutation of NumPy's default generator.
 
-    That is `train_test_split(test_size=share, seed=seed)["test"]` of Hugging Face's datasets.
+    It is `train_test_split(test_size=share, seed=seed)["test"]` of Hugging Face's datasets.
     """
     order = np.random.default_rng(seed).permutation(len(questions))
     return [questions[index] for index in order[: math.ceil(share * len(questions))]]
 
 
 def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) -> list[list[Question]]:
-    """`parts` lists of questions with labels in equal shares, drawn as the authors draw."""
+    """Return `parts` stratified lists of questions, drawn as the authors draw them."""
     divided: list[list[Question]] = [[] for _ in range(parts)]
     for label in YES_NO_MAYBE:
         chosen = [question for question in questions if question.answer == label]
@@ -125,7 +126,7 @@ def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) 
         for index, part in enumerate(divided):
             part += chosen[index * size : (index + 1) * size]
     last = divided[-1]
-    if len(last) != len(divided[0]):  # rounding up left the last one short: it gets one of each other part
+    if len(last) != len(divided[0]):  # rounding up left it short: it takes one question of each other part
         for part in divided[:-1]:
             if not part:
                 raise UserError(f"PubMedQA: {len(questions)} questions are too few to be divided into {parts} parts")
@@ -133,13 +134,3 @@ def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) 
             part.remove(moved)
             last.append(moved)
     return divided
-
-
-def _read_mapping(path: str | Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); give the file of PubMedQA's authors") from None
-    if not isinstance(raw, dict) or not raw:
-        raise UserError(f"{path}: is no JSON object of questions by PMID; give the file of PubMedQA's authors")
-    return raw

@@ -1,73 +1,92 @@
-"""PubMedQA and BioASQ answered by one model, and what the official measures make of the answers."""
+"""PubMedQA and BioASQ answered by one model, scored with the official measures."""
 
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks import bioasq, measures, pubmedqa
-from biomamba_jax.tasks.answers import (
-    Prediction,
-    choose,
-    cross_validated,
-    fit_offsets,
-    likelihood_scores,
-    read_label,
-    read_names,
-)
+from biomamba_jax.tasks import answers, bioasq, measures, pubmedqa
+from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
+from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
 from biomamba_jax.tasks.scoring import Scorer
-from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, mean, wilson
+from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, wilson
 
 Measures = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """A model's answers to the questions of a task."""
+    """A model's answers to the questions of a task, and their measures."""
 
     measures: Measures
+    """Value and interval of each measure."""
     predictions: list[Prediction]
+    """The answer to each question."""
     questions: int
+    """Number of questions that the measures are of."""
     seconds: float
-    """What answering took, thresholds' development questions included; 0 for a baseline."""
+    """Time to answer, including the development questions of thresholds; 0 for a baseline."""
     answered: int
-    """Questions answered in that time."""
+    """Number of questions answered in that time."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Confusion, thresholds, batches: whatever else there is to say, as JSON has it."""
+    """Confusion matrix, thresholds, batches and the like, as JSON values."""
 
 
 def classification_measures(truth: Sequence[str], predicted: Sequence[str], resampling: Resampling) -> Measures:
-    """Accuracy with Wilson's interval, macro F1 with that of the bootstrap."""
-    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    """Return accuracy with its Wilson interval and macro-F1 with its bootstrap interval."""
+    correct = sum(t == p for t, p in zip(truth, predicted, strict=True))
     labels = list(dict.fromkeys([*truth, *predicted]))
     columns = measures.encode(labels, truth, predicted)
-
-    def macro_f1(truth: np.ndarray, predicted: np.ndarray, axis: int = -1) -> np.ndarray:
-        return measures.macro_f1(truth, predicted, len(labels))
-
     return {
-        "accuracy": wilson(right, len(truth), resampling.confidence),
-        "macro_f1": bootstrap(macro_f1, *columns, resampling=resampling),
+        "accuracy": wilson(correct, len(truth), resampling.confidence),
+        "macro_f1": bootstrap(partial(measures.macro_f1, classes=len(labels)), *columns, resampling=resampling),
     }
+
+
+def _fit_thresholds(
+    labels: Sequence[str],
+    scores: np.ndarray,
+    truth: Sequence[str],
+    objective: answers.Objective,
+    folds: Sequence[Sequence[int]] = (),
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return offsets fitted on development questions, and what a report says of them."""
+    (indices,) = measures.encode(labels, truth)
+    offsets = answers.fit_offsets(scores, indices, objective)
+    details: dict[str, Any] = {
+        "offsets": dict(zip(labels, offsets.tolist(), strict=True)),
+        "chosen_by": objective,
+        "development_questions": len(truth),
+    }
+    if folds:
+        held_out = [labels[index] for index in answers.cross_validated(scores, indices, folds, objective)]
+        found = measures.classification(truth, held_out)
+        details |= {"cross_validated_accuracy": found.accuracy, "cross_validated_macro_f1": found.macro_f1}
+    return offsets, details
 
 
 # --- PubMedQA ---
 
 
 def read_pubmedqa(config: PubMedQAConfig) -> pubmedqa.Split:
-    """The test set, shortened if the config says so, and the development folds."""
+    """Read the official split; its test set is shortened if the config says so.
+
+    Raises:
+      UserError: a file that cannot be read, is damaged or is of another release.
+    """
     assert config.path is not None
     split = pubmedqa.official_split(pubmedqa.read_questions(config.path), config.test_ids)
     return split._replace(test=split.test[: config.max_questions])
 
 
 def pubmedqa_majority(split: pubmedqa.Split, resampling: Resampling) -> TaskResult:
-    """Always the answer that most development questions have."""
+    """Return the result of always giving the most frequent answer of the development questions."""
     ((label, _),) = Counter(question.answer for question in split.development).most_common(1)
     return _pubmedqa_result(split.test, [label] * len(split.test), resampling, 0.0, 0, {"answer": label})
 
@@ -75,42 +94,40 @@ def pubmedqa_majority(split: pubmedqa.Split, resampling: Resampling) -> TaskResu
 def answer_pubmedqa(
     scorer: Scorer, config: PubMedQAConfig, split: pubmedqa.Split, resampling: Resampling
 ) -> TaskResult:
-    """Answers the test questions as `config` says."""
+    """Answer the test questions.
+
+    Args:
+      scorer: the model.
+      config: prompt, answers, method and thresholds.
+      split: test questions, and the development folds that thresholds are fitted on.
+      resampling: of the intervals.
+
+    Raises:
+      UserError: log-likelihoods are NaN, or the model cannot generate.
+    """
     labels, start = list(config.answers), time.perf_counter()
-
-    def prompts(questions: Sequence[pubmedqa.Question]) -> list[str]:
-        return [config.prompt.format(question=q.question, context=q.context) for q in questions]
-
     if config.method == "generation":
-        texts = scorer.generate(prompts(split.test), config.max_new_tokens, ["\n"])
-        predicted = [read_label(text, labels) for text in texts]
+        prompts = [pubmedqa_prompt(config, question) for question in split.test]
+        texts = scorer.generate(prompts, config.max_new_tokens, ["\n"])
+        predicted = [answers.read_label(text, labels) for text in texts]
         seconds = time.perf_counter() - start
-        return _pubmedqa_result(split.test, predicted, resampling, seconds, len(texts), texts=texts)
+        return _pubmedqa_result(split.test, predicted, resampling, seconds, len(texts), text=texts)
 
     def score(questions: Sequence[pubmedqa.Question]) -> np.ndarray:
-        return likelihood_scores(scorer, prompts(questions), list(config.answers.values()), config.normalize)
+        prompts = [pubmedqa_prompt(config, question) for question in questions]
+        return likelihood_scores(scorer, prompts, list(config.answers.values()), config.normalize)
 
     scores, offsets, details, answered = score(split.test), None, {}, len(split.test)
     if config.thresholds != "none":
-        development = split.development
-        on_development = score(development)
-        truth = measures.encode(labels, [question.answer for question in development])[0]
-        ends = np.cumsum([len(fold) for fold in split.folds])
-        folds = [range(end - len(fold), end) for fold, end in zip(split.folds, ends.tolist(), strict=True)]
-        offsets = fit_offsets(on_development, truth, config.thresholds)
-        held_out = cross_validated(on_development, truth, folds, config.thresholds)
-        tried = measures.classification([labels[i] for i in truth], [labels[i] for i in held_out])
-        answered += len(development)
-        details["thresholds"] = {
-            "offsets": dict(zip(labels, offsets.tolist(), strict=True)),
-            "chosen_by": config.thresholds,
-            "development_questions": len(development),
-            "cross_validated_accuracy": tried.accuracy,
-            "cross_validated_macro_f1": tried.macro_f1,
-        }
-    predicted = [labels[place] for place in choose(scores, offsets)]
-    seconds = time.perf_counter() - start
-    return _pubmedqa_result(split.test, predicted, resampling, seconds, answered, details, labels=labels, scores=scores)
+        ends = np.cumsum([len(fold) for fold in split.folds]).tolist()
+        folds = [range(end - len(fold), end) for fold, end in zip(split.folds, ends, strict=True)]
+        truth = [question.answer for question in split.development]
+        offsets, fitted = _fit_thresholds(labels, score(split.development), truth, config.thresholds, folds)
+        details["thresholds"] = fitted
+        answered += len(truth)
+    predicted = [labels[index] for index in answers.choose(scores, offsets)]
+    seconds, table = time.perf_counter() - start, score_table(labels, scores)
+    return _pubmedqa_result(split.test, predicted, resampling, seconds, answered, details, scores=table)
 
 
 def _pubmedqa_result(
@@ -120,27 +137,14 @@ def _pubmedqa_result(
     seconds: float,
     answered: int,
     details: dict[str, Any] | None = None,
-    texts: Sequence[str] | None = None,
-    labels: Sequence[str] = (),
-    scores: np.ndarray | None = None,
+    **columns: Any,
 ) -> TaskResult:
     truth = [question.answer for question in questions]
     found = measures.classification(truth, predicted)
-    predictions = [
-        Prediction(
-            question.key,
-            question.answer,
-            answer,
-            question.answer == answer,
-            scores=None if scores is None else dict(zip(labels, scores[index].tolist(), strict=True)),
-            text=None if texts is None else texts[index],
-        )
-        for index, (question, answer) in enumerate(zip(questions, predicted, strict=True))
-    ]
     classes = {label: values._asdict() for label, values in found.classes.items()}
     return TaskResult(
         classification_measures(truth, predicted, resampling),
-        predictions,
+        label_predictions([question.key for question in questions], truth, predicted, **columns),
         len(truth),
         seconds,
         answered,
@@ -150,144 +154,132 @@ def _pubmedqa_result(
 
 # --- BioASQ ---
 
-Batches = dict[str, list[bioasq.Question]]
 
-
-def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> Batches:
-    """The questions of each file that have a golden answer and are of a kind that is asked for.
+def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> list[bioasq.Question]:
+    """Read the questions of golden files that have a golden answer and are of one of `config.types`.
 
     Raises:
-      UserError: a broken file, or files without such a question.
+      UserError: a damaged file, or files without such a question.
     """
-    batches = {path: [q for q in bioasq.read_questions(path) if q.kind in config.types and q.golden] for path in paths}
-    if not any(batches.values()):
+    questions = [q for path in paths for q in bioasq.read_questions(path) if q.kind in config.types and q.golden]
+    if not questions:
         kinds = ", ".join(config.types)
         raise UserError(f"{', '.join(paths)}: no question of bioasq.types ({kinds}) with a golden answer; give others")
-    return batches
+    return questions
 
 
-def bioasq_majority(batches: Batches, resampling: Resampling) -> TaskResult:
-    """Always yes, which most questions of BioASQ have as their answer, and no names."""
-    answers = {path: [["yes"] if q.kind == "yesno" else [] for q in questions] for path, questions in batches.items()}
-    return _bioasq_result(batches, answers, {}, resampling, 0.0, {"answer": "yes"})
+def bioasq_majority(questions: Sequence[bioasq.Question], resampling: Resampling) -> TaskResult:
+    """Return the result of always answering yes, the most frequent answer in BioASQ, and naming nothing."""
+    given = {question: ["yes"] if question.kind == "yesno" else [] for question in questions}
+    return _bioasq_result(questions, given, {}, resampling, 0.0, {"answer": "yes"})
 
 
 def answer_bioasq(
-    scorer: Scorer, config: BioASQConfig, batches: Batches, development: Batches, resampling: Resampling
+    scorer: Scorer,
+    config: BioASQConfig,
+    questions: Sequence[bioasq.Question],
+    development: Sequence[bioasq.Question],
+    resampling: Resampling,
 ) -> TaskResult:
-    """Answers the questions as `config` says: yes/no by likelihood or in text, names in text."""
+    """Answer the questions: yes/no by likelihood or in generated text, names in generated text.
+
+    Args:
+      scorer: the model.
+      config: prompts, answers, method and thresholds.
+      questions: questions of all files.
+      development: questions that thresholds are fitted on.
+      resampling: of the intervals.
+
+    Raises:
+      UserError: log-likelihoods are NaN, the model cannot generate, or thresholds lack a yes/no question to fit on.
+    """
     start, labels = time.perf_counter(), list(config.answers)
     extras: dict[bioasq.Question, dict[str, Any]] = {}
     details: dict[str, Any] = {}
-    answers: dict[bioasq.Question, list[str]] = {}
-    every = [question for questions in batches.values() for question in questions]
-    yesno = [question for question in every if question.kind == "yesno"]
-    names = [question for question in every if question.kind != "yesno"]
-    if yesno and config.method == "likelihood":
-        scores = _yesno_scores(scorer, config, yesno)
-        offsets = None
+    given: dict[bioasq.Question, list[str]] = {}
+
+    def score(questions: Sequence[bioasq.Question]) -> np.ndarray:
+        prompts = [bioasq_prompt(config, question) for question in questions]
+        return likelihood_scores(scorer, prompts, list(config.answers.values()))
+
+    yesno = [question for question in questions if question.kind == "yesno" and config.method == "likelihood"]
+    if yesno:
+        scores, offsets = score(yesno), None
         if config.thresholds != "none":
-            known = [q for questions in development.values() for q in questions if q.kind == "yesno"]
+            known = [question for question in development if question.kind == "yesno"]
             if not known:
-                raise UserError("bioasq.development: holds no yes/no question to fit thresholds on")
-            (truth,) = measures.encode(labels, [question.golden[0][0] for question in known])
-            offsets = fit_offsets(_yesno_scores(scorer, config, known), truth, config.thresholds)
-            fitted = {"offsets": dict(zip(labels, offsets.tolist(), strict=True)), "chosen_by": config.thresholds}
-            details["thresholds"] = fitted | {"development_questions": len(known)}
-        for question, place, row in zip(yesno, choose(scores, offsets), scores.tolist(), strict=True):
-            answers[question] = [labels[place]]
-            extras[question] = {"scores": dict(zip(labels, row, strict=True))}
-        asked = names
-    else:
-        asked = every
-    if asked:
-        texts = scorer.generate([_prompt(config, q) for q in asked], config.max_new_tokens, ["\n"])
-        for question, text in zip(asked, texts, strict=True):
-            answers[question] = [text] if question.kind == "yesno" else read_names(text)
+                raise UserError("bioasq.development: has no yes/no question to fit thresholds on; give other files")
+            truth = [question.golden[0][0] for question in known]
+            offsets, details["thresholds"] = _fit_thresholds(labels, score(known), truth, config.thresholds)
+        chosen, table = answers.choose(scores, offsets), score_table(labels, scores)
+        for question, index, row in zip(yesno, chosen, table, strict=True):
+            given[question], extras[question] = [labels[index]], {"scores": row}
+    if generated := [question for question in questions if question not in given]:
+        prompts = [bioasq_prompt(config, question) for question in generated]
+        texts = scorer.generate(prompts, config.max_new_tokens, ["\n"])
+        for question, text in zip(generated, texts, strict=True):
+            given[question] = [text] if question.kind == "yesno" else answers.read_names(text)
             extras[question] = {"text": text}
-    given = {path: [answers[question] for question in questions] for path, questions in batches.items()}
-    seconds = time.perf_counter() - start
-    return _bioasq_result(batches, given, extras, resampling, seconds, details)
-
-
-def _prompt(config: BioASQConfig, question: bioasq.Question) -> str:
-    templates = {"yesno": config.yesno_prompt, "factoid": config.factoid_prompt, "list": config.list_prompt}
-    return templates[question.kind].format(question=question.question, context=question.context(config.max_snippets))
-
-
-def _yesno_scores(scorer: Scorer, config: BioASQConfig, questions: Sequence[bioasq.Question]) -> np.ndarray:
-    prompts = [_prompt(config, question) for question in questions]
-    return likelihood_scores(scorer, prompts, list(config.answers.values()), "none")
+    return _bioasq_result(questions, given, extras, resampling, time.perf_counter() - start, details)
 
 
 def bioasq_measures(pairs: Sequence[tuple[bioasq.Question, list[str]]], resampling: Resampling) -> Measures:
-    """The official measures of questions and answers, those of each kind that occurs."""
+    """Return the official measures of (question, answer) pairs, for each kind of question that occurs."""
     found: Measures = {}
     if yesno := [(q.golden[0][0], "".join(answer)) for q, answer in pairs if q.kind == "yesno"]:
         truth, given = zip(*yesno, strict=True)
         official = measures.yesno(truth, given)
-        # As the official program counts: what is neither yes nor no is the wrong one of the two.
-        wrong = {"yes": "no", "no": "yes"}
-        read = [t if measures.read_yesno(g) == t else wrong[t] for t, g in yesno]
-        columns = measures.encode(("yes", "no"), truth, read)
-
-        def macro_f1(truth: np.ndarray, read: np.ndarray, axis: int = -1) -> np.ndarray:
-            return measures.macro_f1(truth, read, 2)
-
+        columns = measures.encode(("yes", "no"), truth, measures.yesno_predictions(truth, given))
         found["yesno_accuracy"] = wilson(round(official["accuracy"] * len(truth)), len(truth), resampling.confidence)
-        found["yesno_macro_f1"] = bootstrap(macro_f1, *columns, resampling=resampling)
+        found["yesno_macro_f1"] = bootstrap(partial(measures.macro_f1, classes=2), *columns, resampling=resampling)
         found["yesno_f1_yes"], found["yesno_f1_no"] = Estimate(official["f1_yes"]), Estimate(official["f1_no"])
     if factoids := [measures.factoid(q.golden, answer) for q, answer in pairs if q.kind == "factoid"]:
         for name in ("strict", "lenient"):
-            right = int(sum(getattr(each, name) for each in factoids))
-            found[f"factoid_{name}_accuracy"] = wilson(right, len(factoids), resampling.confidence)
+            correct = int(sum(getattr(each, name) for each in factoids))
+            found[f"factoid_{name}_accuracy"] = wilson(correct, len(factoids), resampling.confidence)
         ranks = np.array([each.reciprocal_rank for each in factoids])
-        found["factoid_mrr"] = bootstrap(mean, ranks, resampling=resampling)
+        found["factoid_mrr"] = bootstrap(np.mean, ranks, resampling=resampling)
     if lists := [measures.list_measures(q.golden, answer) for q, answer in pairs if q.kind == "list"]:
-        for name in ("precision", "recall", "f1"):
-            values = np.array([getattr(each, name) for each in lists])
-            found[f"list_{name}"] = bootstrap(mean, values, resampling=resampling)
+        for name, values in zip(measures.ListMeasures._fields, np.array(lists).T, strict=True):
+            found[f"list_{name}"] = bootstrap(np.mean, values, resampling=resampling)
     return found
 
 
 def _bioasq_result(
-    batches: Batches,
-    answers: dict[str, list[list[str]]],
+    questions: Sequence[bioasq.Question],
+    given: dict[bioasq.Question, list[str]],
     extras: dict[bioasq.Question, dict[str, Any]],
     resampling: Resampling,
     seconds: float,
     details: dict[str, Any],
 ) -> TaskResult:
-    pairs = {path: list(zip(questions, answers[path], strict=True)) for path, questions in batches.items()}
-    pooled = [pair for of_batch in pairs.values() for pair in of_batch]
-    predictions = [
-        _bioasq_prediction(path, question, answer, extras.get(question, {}))
-        for path, of_batch in pairs.items()
-        for question, answer in of_batch
-    ]
-    of_batches = {path: bioasq_measures(of_batch, resampling) for path, of_batch in pairs.items() if of_batch}
-    counts = Counter(question.kind for question, _ in pooled)
+    pairs = [(question, given[question]) for question in questions]
+    batches: dict[str, list[tuple[bioasq.Question, list[str]]]] = {}
+    for question, answer in pairs:
+        batches.setdefault(question.batch, []).append((question, answer))
+    counts = Counter(question.kind for question in questions)
+    by_batch = {batch: bioasq_measures(of_batch, resampling) for batch, of_batch in batches.items()}
     return TaskResult(
-        bioasq_measures(pooled, resampling),
-        predictions,
-        len(pooled),
+        bioasq_measures(pairs, resampling),
+        [_bioasq_prediction(question, answer, extras.get(question, {})) for question, answer in pairs],
+        len(pairs),
         seconds,
-        len(pooled) if seconds else 0,
-        {"questions_by_kind": dict(counts), "batches": of_batches} | details,
+        len(pairs) if seconds else 0,
+        {"questions_by_kind": dict(counts), "batches": by_batch} | details,
     )
 
 
-def _bioasq_prediction(path: str, question: bioasq.Question, answer: list[str], extra: dict[str, Any]) -> Prediction:
+def _bioasq_prediction(question: bioasq.Question, answer: list[str], extra: dict[str, Any]) -> Prediction:
     if question.kind == "yesno":
         truth, read = question.golden[0][0], measures.read_yesno("".join(answer))
-        return Prediction(question.key, truth, read, truth == read, batch=path, **extra)
+        return Prediction(question.key, truth, read, truth == read, batch=question.batch, **extra)
     golden = [list(synonyms) for synonyms in question.golden]
     correct = bool(measures.factoid(question.golden, answer).strict) if question.kind == "factoid" else None
-    return Prediction(question.key, golden, answer, correct, batch=path, **extra)
+    return Prediction(question.key, golden, answer, correct, batch=question.batch, **extra)
 
 
 def shared_correctness(first: TaskResult, second: TaskResult) -> tuple[list[bool], list[bool]]:
-    """Whether each of two models is right, on the questions whose answers are simply right or wrong."""
+    """Return the correctness of two models' answers to the questions that have a correct or incorrect answer."""
     pairs = [
         (a.correct, b.correct)
         for a, b in zip(first.predictions, second.predictions, strict=True)

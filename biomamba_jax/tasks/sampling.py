@@ -1,8 +1,8 @@
-"""How the next token is chosen from its logits: greedily, or drawn after the usual filters.
+"""Choice of the next token from its logits: greedy, or sampled after the usual filters.
 
 The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. Each filter keeps the tokens
-whose logit reaches a threshold. It is found by bisection, not by sorting: a sort of 50,000 logits takes half as long as
-the model's own step at the 130m shape on CPU, and more at larger batches.
+whose logit reaches a threshold, found by bisection instead of sorting: sorting 50,000 logits takes half as long as the
+model's own step at the 130m shape on CPU, and more at larger batches.
 """
 
 import dataclasses
@@ -11,63 +11,53 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
-from biomamba_jax.errors import UserError
+from biomamba_jax.config.checks import check
 from biomamba_jax.ops.array_typing import Array, Float, Int
 
 _SMALLEST = 1e-30
-"""Logits divided by less are no float32."""
+"""Smallest divisor of logits: below it quotients overflow float32."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when to stop."""
+    """Settings of how tokens are chosen and when generation stops."""
 
     max_new_tokens: int = 128
-    """Most tokens to generate for each prompt."""
+    """Maximum number of tokens to generate for each prompt."""
     temperature: float = 0.0
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0 is greedy: always the most likely token."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
+    """Sample from the k most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the fewest likeliest tokens that have this probability together; 1: from all."""
+    """Sample from the fewest most likely tokens whose probabilities sum to at least this; 1: from all."""
     min_p: float = 0.0
-    """Draw from tokens at least this probable relative to the likeliest; 0: from all."""
+    """Sample from tokens at least this probable relative to the most likely one; 0: from all."""
     repetition_penalty: float = 1.0
-    """Logits of tokens that the prompt or the text has already: divided by this if positive, else multiplied."""
+    """Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or the text contains."""
     seed: int = 0
-    """Seed of the draws. A prompt's text does not depend on the prompts beside it; the same prompt again differs."""
+    """Random seed. A prompt's text does not depend on the rest of its batch; a repeated prompt is sampled anew."""
     stop: list[str] = dataclasses.field(default_factory=list)
-    """Strings that end the text; it is cut before the one that is complete first."""
+    """Strings that end the text; it is truncated before the one that is completed first."""
 
     def __post_init__(self) -> None:
-        checks = {
-            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
-            "temperature": (
-                self.temperature == 0 or _SMALLEST <= self.temperature < math.inf,
-                f"must be 0, or finite and at least {_SMALLEST:g}",
-            ),
-            "top_k": (0 <= self.top_k < 2**31, "must be 0 or more, and less than 2^31"),
-            "top_p": (0 < self.top_p <= 1, "must be in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "must be in [0, 1]"),
-            "repetition_penalty": (
-                _SMALLEST <= self.repetition_penalty <= 1 / _SMALLEST,
-                f"must be in [{_SMALLEST:g}, {1 / _SMALLEST:g}]",
-            ),
-            "seed": (0 <= self.seed < 2**32, "must be in 0..2^32 - 1"),
-            "stop": (
-                not isinstance(self.stop, str) and all(self.stop),
-                "must be a list of strings, none of them empty",
-            ),
-        }
-        for key, (good, remedy) in checks.items():
-            if not good:
-                raise UserError(f"{key} = {getattr(self, key)!r}: {remedy}")
+        low, high = _SMALLEST, 1 / _SMALLEST
+        temperature, penalty, stop = self.temperature, self.repetition_penalty, self.stop
+        for key, valid, remedy in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            ("temperature", temperature == 0 or low <= temperature < math.inf, f"must be 0, or finite and >= {low:g}"),
+            ("top_k", 0 <= self.top_k < 2**31, "must be in 0..2^31 - 1"),
+            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "must be in [0, 1]"),
+            ("repetition_penalty", low <= penalty <= high, f"must be in [{low:g}, {high:g}]"),
+            ("seed", 0 <= self.seed < 2**32, "must be in 0..2^32 - 1"),
+            ("stop", not isinstance(stop, str) and all(stop), "must be a list of non-empty strings"),
+        ):
+            check(valid, key, getattr(self, key), remedy)
 
 
 class Steps(NamedTuple):
-    """What has to be computed to choose a token; static, so that what is off costs nothing."""
+    """Steps that a `Sampling` needs; static under jit, so that a disabled one costs nothing."""
 
     draw: bool
     top_k: bool
@@ -75,14 +65,13 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Steps":
-        """The steps that `sampling` needs."""
+        """Return the steps that `sampling` needs."""
         draw = sampling.temperature > 0
         return cls(draw, draw and sampling.top_k > 0, draw and sampling.top_p < 1)
 
 
-@struct.dataclass
-class Values:
-    """The numbers of a `Sampling` as arrays, so that changing one compiles nothing."""
+class Values(NamedTuple):
+    """The numbers of a `Sampling` as scalar arrays, so that changing one recompiles nothing."""
 
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
@@ -92,29 +81,29 @@ class Values:
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Values":
-        """The numbers of `sampling`."""
-        return cls(
-            temperature=jnp.float32(sampling.temperature),
-            top_k=jnp.int32(sampling.top_k),
-            top_p=jnp.float32(sampling.top_p),
-            min_p=jnp.float32(sampling.min_p),
-            repetition_penalty=jnp.float32(sampling.repetition_penalty),
-        )
+        """Return the numbers of `sampling`: top_k as int32, the others as float32."""
+        types = [jnp.int32 if name == "top_k" else jnp.float32 for name in cls._fields]
+        return cls(*(dtype(getattr(sampling, name)) for name, dtype in zip(cls._fields, types, strict=True)))
 
 
 def next_tokens(
     logits: Float[Array, "B V"], seen: Array | None, keys: Array, values: Values, steps: Steps
 ) -> Int[Array, " B"]:
-    """One token for each row; -1 where the logits hold a NaN, of which there is no likeliest.
+    """Choose one token for each row.
 
     Args:
-      logits: minus infinity where a token must not be chosen.
-      seen: [B V] bool, tokens that the penalty falls on; None where there is none.
-      keys: [B] random keys, used once.
+      logits: [B V], minus infinity for tokens that must not be chosen.
+      seen: bool [B V], tokens that the repetition penalty applies to; None without a penalty.
+      keys: [B] random keys, each used once.
+      values: the numbers of a `Sampling`.
+      steps: its steps.
+
+    Returns:
+      Token ids [B]; -1 for a row whose logits contain a NaN, which has no most likely token.
     """
     if seen is not None:
         logits = penalized(logits, seen, values.repetition_penalty)
-    broken = jnp.isnan(jnp.max(logits, axis=1))  # asked before the filters, which rule a NaN out
+    broken = jnp.isnan(jnp.max(logits, axis=1))  # before the filters, which would remove a NaN
     if steps.draw:
         logits = filtered(logits / values.temperature, values, steps)
         logits += jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
@@ -122,10 +111,10 @@ def next_tokens(
 
 
 def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
-    """The first of the likeliest tokens of each row; 0 in a row with a NaN.
+    """Return the first most likely token of each row; 0 for a row with a NaN.
 
-    In two reductions of whole vectors: XLA's CPU backend compares pairs of value and index one by one, which took 3 %
-    of the time of the 130m model's step.
+    Two vectorized reductions: XLA's CPU backend reduces (value, index) pairs one by one, which took 3 % of the time of
+    the 130m model's step.
     """
     vocabulary = logits.shape[1]
     best = logits == jnp.max(logits, axis=1, keepdims=True)
@@ -133,30 +122,30 @@ def _argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 
 
 def penalized(logits: Float[Array, "B V"], seen: Array, penalty: Float[Array, ""]) -> Float[Array, "B V"]:
-    """The repetition penalty of CTRL (Keskar et al. 2019, arXiv 1909.05858), with the sign's care of transformers."""
+    """Apply CTRL's repetition penalty (Keskar et al. 2019, arXiv 1909.05858), sign-aware as in transformers."""
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def filtered(logits: Float[Array, "B V"], values: Values, steps: Steps) -> Float[Array, "B V"]:
-    """Minus infinity for every token that top-k, top-p (Holtzman et al. 2020) or min-p (Nguyen et al. 2024) leaves out.
+    """Mask with minus infinity what top-k, top-p (Holtzman et al. 2020) or min-p (Nguyen et al. 2024) removes.
 
-    Tokens whose logits equal the last one kept are kept as well.
+    Tokens whose logits tie with the last one kept are kept as well.
     """
-    # min-p compares with the likeliest token: the normalisation cancels.
+    # min-p is relative to the most likely token, so the softmax's normalizer cancels.
     likely = logits >= jnp.max(logits, axis=-1, keepdims=True) + jnp.log(values.min_p)
     if steps.top_k:
-        logits = jnp.where(_among_the_first(logits, jnp.ones_like(logits), values.top_k), logits, -jnp.inf)
+        logits = jnp.where(_in_leading_mass(logits, jnp.ones_like(logits), values.top_k), logits, -jnp.inf)
     if steps.top_p:
         p = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(_among_the_first(logits, p, values.top_p), logits, -jnp.inf)
+        logits = jnp.where(_in_leading_mass(logits, p, values.top_p), logits, -jnp.inf)
     return jnp.where(likely, logits, -jnp.inf)
 
 
-def _among_the_first(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit: Array) -> Array:
-    """Which elements of a row have less than `limit` of weight on the elements greater than them, exactly.
+def _in_leading_mass(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit: Array) -> Array:
+    """Return bool [B V]: true where the weights of a row's greater elements sum to less than `limit`, exactly.
 
-    Bisects the threshold over the 2^32 float32 values in their order, which is that of integers once the negative ones
-    are turned around.
+    Bisects the threshold over the 2^32 float32 values in their order, which is the order of their bits as integers once
+    the negative ones are flipped.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     order = jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)

@@ -1,9 +1,9 @@
-"""What a model must be able to do to be evaluated, and which program runs which folder.
+"""The scorer protocol: what a model must compute to be evaluated.
 
-A scorer gives log probabilities of text as its own tokenizer cuts it; everything that is measured is built on that.
+A scorer returns log-likelihoods of text under its own tokenizer; every figure of an evaluation is derived from them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -12,78 +12,114 @@ from numpy.typing import ArrayLike
 
 from biomamba_jax.errors import UserError
 
+Tokens = list[int]
+
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a report says of a model."""
+    """Facts about a model that a report shows."""
 
     name: str
+    """The model's name in the config."""
     path: str
+    """Its folder."""
     kind: Literal["causal", "masked"]
-    """masked: its figures are pseudo-likelihoods (each token given all others), not probabilities of the text."""
+    """masked: its figures are pseudo-log-likelihoods (each token given all others), not probabilities of the text."""
     run_by: str
     """biomamba-jax or transformers."""
     parameters: int
+    """Number of parameters."""
     tokenizer: str
+    """The tokenizer's name and size."""
     context: str
     """How much text a token is predicted from."""
     dtype: str
+    """Type of matrices and activations."""
 
 
 class Request(NamedTuple):
-    """Texts that may go on from one context."""
+    """Continuations to score after one context."""
 
     context: str
+    """The text before each continuation."""
     continuations: tuple[str, ...]
+    """Texts that may follow it."""
 
 
 class Continuation(NamedTuple):
-    """How likely one of them is."""
+    """Log-likelihood of one continuation."""
 
     logprobs: tuple[float, ...]
-    """Natural log of the probability of each of its tokens, in order."""
+    """Log probability of each of its tokens, in nats."""
     greedy: bool
-    """Whether each token was the model's first guess."""
+    """True if each token was the model's most likely one."""
 
     @property
     def total(self) -> float:
-        """Natural log of the probability of the whole."""
+        """Log-likelihood of the whole continuation, in nats."""
         return sum(self.logprobs)
 
 
 class Scorer(Protocol):
-    """A model that is evaluated."""
+    """A model under evaluation."""
 
     facts: ModelFacts
+    """What a report shows of the model."""
     ends_documents: bool
-    """Whether the last token of every document is the end of the text."""
+    """True if the final token of every document is the end-of-text token."""
 
     def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
-        """Scores whole documents, in any order.
+        """Score whole documents, in any order.
+
+        Args:
+          texts: the documents. The first token of each is predicted from the start symbol.
 
         Yields:
-          The place of a text in `texts`, and float64 [its tokens, its end included]: nats of each token. The first
-          token is predicted from the start symbol.
+          The index of a text, and the negative log-likelihood in nats of each of its tokens, its end included, as
+          float64 [tokens].
         """
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of each text, nothing added at its ends."""
+    def encode(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the token ids of each text, without special tokens at its ends."""
 
-    def rows(self, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, np.ndarray]]:
-        """Scores rows of tokens as they are, in any order: nats of each token but the first, given those before it."""
+    def rows(self, rows: Sequence[Tokens]) -> Iterator[tuple[int, np.ndarray]]:
+        """Score rows of token ids as they are, in any order.
+
+        Args:
+          rows: token ids of each row.
+
+        Yields:
+          The index of a row, and the negative log-likelihood in nats of each of its tokens but the first, given the
+          tokens before it, as float64 [tokens - 1].
+        """
 
     def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
-        """Scores every continuation of every request."""
+        """Score every continuation of every request.
+
+        Args:
+          requests: contexts and continuations; white space at a context's end counts as part of the continuations.
+
+        Returns:
+          For each request, one result for each of its continuations.
+        """
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
-        """The likeliest text behind each prompt, greedily, up to the first of the strings `stop`."""
+        """Continue each prompt greedily.
+
+        Args:
+          prompts: texts to continue.
+          max_new_tokens: maximum number of tokens for each.
+          stop: strings that end a text.
+
+        Returns:
+          The generated texts, without the stop string.
+        """
 
 
 def check_finite(scorer: Scorer, values: ArrayLike) -> None:
-    """Refuses what a model cannot mean: with NaN, the first answer is the best of all and no figure says why.
+    """Raise UserError, naming the model, if a log-likelihood is NaN or infinite.
 
-    Raises:
-      UserError: one of the values is NaN or infinite; names the model.
+    With NaN, argmax picks the first answer and the figures would look plausible.
     """
     if not np.isfinite(values).all():
         facts = scorer.facts
@@ -93,20 +129,45 @@ def check_finite(scorer: Scorer, values: ArrayLike) -> None:
         )
 
 
-def split_continuation(whole: Sequence[int], context: Sequence[int], alone: Sequence[int]) -> list[int]:
-    """The tokens of a continuation behind its context.
+def split_continuation(whole: Sequence[int], context: Sequence[int], alone: Sequence[int]) -> Tokens:
+    """Return the tokens of a continuation after its context.
 
     Args:
-      whole: tokens of context and continuation together.
+      whole: tokens of context and continuation encoded together.
       context: tokens of the context.
-      alone: tokens of the continuation by itself: taken where the two together are cut otherwise at their border.
+      alone: tokens of the continuation encoded by itself, used where `whole` does not begin with `context`.
     """
     fits = list(whole[: len(context)]) == list(context) and len(whole) > len(context)
     return list(whole[len(context) :] if fits else alone)
 
 
 def move_spaces(request: Request) -> Request:
-    """White space at the end of a context belongs to what follows it: tokenizers keep it with the next word."""
+    """Move white space from the context's end to the continuations: tokenizers merge it with the following word."""
     context = request.context.rstrip()
     spaces = request.context[len(context) :]
     return Request(context, tuple(spaces + continuation for continuation in request.continuations))
+
+
+def encode_requests(
+    requests: Sequence[Request],
+    encode: Callable[[Sequence[str]], list[Tokens]],
+    encode_context: Callable[[Sequence[str]], list[Tokens]],
+) -> list[tuple[Tokens, list[Tokens]]]:
+    """Tokenize requests.
+
+    Args:
+      requests: contexts and continuations.
+      encode: encodes text without special tokens.
+      encode_context: encodes text together with the special tokens that precede it.
+
+    Returns:
+      The context's tokens and each continuation's, for each request.
+    """
+    requests = [move_spaces(request) for request in requests]
+    contexts = encode_context([request.context for request in requests])
+    wholes = iter(encode_context([each.context + text for each in requests for text in each.continuations]))
+    alone = iter(encode([text for request in requests for text in request.continuations]))
+    return [
+        (context, [split_continuation(next(wholes), context, next(alone)) for _ in request.continuations])
+        for request, context in zip(requests, contexts, strict=True)
+    ]

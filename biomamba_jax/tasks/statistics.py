@@ -1,4 +1,4 @@
-"""How sure a figure is: bootstrap over documents or questions, Wilson's interval, McNemar's test. Computed by SciPy."""
+"""Uncertainty of figures, computed by SciPy: bootstrap intervals, Wilson intervals, McNemar's test."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-_NUMBERS_AT_ONCE = 2_000_000
+_BATCH_VALUES = 2_000_000
 """Resampled values in memory at one time."""
 
 Statistic = Callable[..., np.ndarray]
@@ -14,35 +14,43 @@ Statistic = Callable[..., np.ndarray]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure and its interval."""
+    """A figure and its confidence interval."""
 
     value: float
+    """The figure of the sample itself."""
     low: float | None = None
-    """Lower end; None where there is too little to resample."""
+    """Lower end; None without an interval."""
     high: float | None = None
-    """Upper end."""
+    """Upper end; None without an interval."""
 
     def map(self, function: Callable[[float], float]) -> "Estimate":
-        """The estimate of an increasing function of the figure."""
+        """Return the estimate of an increasing function of the figure."""
         ends = (None if end is None else function(end) for end in (self.low, self.high))
         return Estimate(function(self.value), *ends)
 
 
 @dataclass(frozen=True)
 class Resampling:
-    """How intervals are made."""
+    """Settings of confidence intervals."""
 
     resamples: int = 2000
+    """Bootstrap resamples."""
     confidence: float = 0.95
+    """Confidence level."""
     seed: int = 0
+    """Seed of the resamples."""
 
 
 def bootstrap(statistic: Statistic, *samples: np.ndarray, resampling: Resampling) -> Estimate:
-    """A statistic of whole items and its percentile bootstrap interval (Efron 1979): items are drawn with return.
+    """Return a statistic and its percentile bootstrap interval (Efron 1979): items are drawn with replacement.
 
     Args:
-      statistic: takes arrays [..., items] and `axis`, and reduces that axis; for instance `ratio_of_sums`.
-      samples: arrays [items], whose values at one place belong to the same item and are drawn together.
+      statistic: reduces `axis` of arrays [..., items]; for instance `ratio_of_sums`.
+      samples: arrays [items]; the values at one index belong to the same item and are drawn together.
+      resampling: number of resamples, confidence level and seed.
+
+    Returns:
+      The estimate; without an interval if there are fewer than two items or the value is not finite.
     """
     columns = [np.asarray(sample) for sample in samples]
     value = float(statistic(*columns, axis=-1))
@@ -53,7 +61,7 @@ def bootstrap(statistic: Statistic, *samples: np.ndarray, resampling: Resampling
         columns,
         statistic,
         n_resamples=resampling.resamples,
-        batch=max(1, _NUMBERS_AT_ONCE // items),
+        batch=max(1, _BATCH_VALUES // items),
         vectorized=True,
         paired=True,
         axis=-1,
@@ -65,22 +73,17 @@ def bootstrap(statistic: Statistic, *samples: np.ndarray, resampling: Resampling
 
 
 def ratio_of_sums(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Sum over sum: a mean weighted by the denominator, such as nats per token, however long the documents are."""
+    """Return sum over sum: a mean weighted by the denominator, such as nats per token over documents of any length."""
     return numerator.sum(axis) / denominator.sum(axis)
 
 
 def difference_of_ratios(first: np.ndarray, second: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The ratio of `first` minus that of `second`, of the same items."""
+    """Return the ratio of `first` minus that of `second`, of the same items."""
     return (first.sum(axis) - second.sum(axis)) / denominator.sum(axis)
 
 
-def mean(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The plain mean over items."""
-    return values.mean(axis)
-
-
 def wilson(successes: int, trials: int, confidence: float) -> Estimate:
-    """A share and its interval by Wilson (1927), which stays inside [0, 1] and holds for small counts."""
+    """Return a proportion and its Wilson (1927) interval, which stays inside [0, 1] and holds for small counts."""
     if trials == 0:
         return Estimate(float("nan"))
     interval = stats.binomtest(successes, trials).proportion_ci(confidence, method="wilson")
@@ -88,14 +91,15 @@ def wilson(successes: int, trials: int, confidence: float) -> Estimate:
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
-    """The exact test of McNemar (1947): do two models err equally often on the same questions?
+    """Run the exact test of McNemar (1947): do two models err equally often on the same questions?
 
     Args:
-      first: whether each answer of one model is right.
-      second: the same of the other.
+      first: correctness of each answer of one model.
+      second: correctness of the other model's answers to the same questions.
 
     Returns:
-      Questions that only the first got right, that only the second did, and the two-sided p value.
+      The number of questions that only the first answered correctly, the number that only the second did, and the
+      two-sided p-value.
     """
     pairs = list(zip(first, second, strict=True))
     only_first, only_second = pairs.count((True, False)), pairs.count((False, True))

@@ -1,6 +1,6 @@
-"""Question answering as supervised examples, asked with the prompts that `evaluate` asks with, and answered again.
+"""Question answering as supervised examples, with the prompts that `evaluate` uses, and their predictions.
 
-Each task is divided into examples to train on, to stop early by and, where there are any, to predict at the end.
+Each task is split into examples to train on, to stop early by (development) and, where there are any, to test on.
 """
 
 from collections import Counter
@@ -11,10 +11,11 @@ from typing import Any
 from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
 from biomamba_jax.tasks import bioasq, pubmedqa
-from biomamba_jax.tasks.answers import Prediction, likelihood_scores
+from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
 from biomamba_jax.tasks.measures import classification
 from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
+from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
 
 _MAX_NEW_TOKENS = 64
 
@@ -24,27 +25,27 @@ class Task:
     """Examples of one source."""
 
     name: str
+    """The task's name in results and file names."""
     train: list[Example]
+    """Examples to train on."""
     development: list[Example]
+    """Examples to stop early by."""
     test: list[Example] = field(default_factory=list)
+    """Examples to predict with the final weights."""
     answers: Mapping[str, str] = field(default_factory=dict)
-    """The text of each class behind a prompt; {} where answers are free text."""
+    """Text of each class after a prompt; {} if answers are free text."""
 
 
 def read_tasks(config: FinetuneConfig) -> list[Task]:
-    """The tasks that `config` names.
+    """Read the tasks that `config` names.
 
     Raises:
       UserError: a file that cannot be read or is of another kind.
     """
-    tasks = []
-    if config.data.files:
-        tasks.append(_json_lines(config.data))
-    if config.pubmedqa.path:
-        tasks.append(_pubmedqa(config.pubmedqa, config.fold, config.data.development_fraction))
-    if config.bioasq.path:
-        tasks += _bioasq(config.bioasq, config.data.development_fraction)
-    return tasks
+    fraction = config.data.development_fraction
+    tasks = [_json_lines(config.data)] if config.data.files else []
+    tasks += [_pubmedqa(config.pubmedqa, config.fold, fraction)] if config.pubmedqa.path else []
+    return tasks + (_bioasq(config.bioasq, fraction) if config.bioasq.path else [])
 
 
 def _json_lines(config: ExamplesConfig) -> Task:
@@ -58,16 +59,15 @@ def _json_lines(config: ExamplesConfig) -> Task:
 
 
 def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) -> Task:
-    """The authors' folds and test set of the labelled questions (PQA-L). The artificial ones (PQA-A: ori_pqaa.json),
-    which are never answered with maybe, are all for training, but for a share to stop by."""
+    """Split PubMedQA.
+
+    The labelled questions (PQA-L) have the authors' folds and test set. The artificial ones (PQA-A: ori_pqaa.json),
+    whose answer is never maybe, are all training examples except for a development share.
+    """
     assert config.path is not None
 
     def examples(questions: Sequence[pubmedqa.Question]) -> list[Example]:
-        texts = [config.prompt.format(question=each.question, context=each.context) for each in questions]
-        return [
-            Example(text, config.answers[each.answer], each.answer, each.key)
-            for text, each in zip(texts, questions, strict=True)
-        ]
+        return [Example(pubmedqa_prompt(config, q), config.answers[q.answer], q.answer, q.key) for q in questions]
 
     questions = pubmedqa.read_questions(config.path)
     if not any(question.answer == "maybe" for question in questions):
@@ -79,18 +79,12 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
 
 
 def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
-    """A task of yes/no questions and one of all others: a name is the first of its synonyms, lists as prompts ask."""
+    """Return a task of yes/no questions and one of all others, whose answers are the first synonym of each name."""
 
     def example(question: bioasq.Question) -> Example:
-        prompts = {"yesno": config.yesno_prompt, "factoid": config.factoid_prompt, "list": config.list_prompt}
-        prompt = prompts[question.kind].format(
-            question=question.question, context=question.context(config.max_snippets)
-        )
-        if question.kind == "yesno":
-            label = question.golden[0][0]
-            return Example(prompt, config.answers[label], label, question.key)
-        names = "; ".join(synonyms[0] for synonyms in question.golden)
-        return Example(prompt, f" {names}", names, question.key)
+        label = "; ".join(synonyms[0] for synonyms in question.golden)
+        text = config.answers[label] if question.kind == "yesno" else f" {label}"
+        return Example(bioasq_prompt(config, question), text, label, question.key)
 
     def read(files: Sequence[str], kinds: Sequence[str]) -> list[Example]:
         questions = [question for path in files for question in bioasq.read_questions(path)]
@@ -113,43 +107,39 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
 def predict(
     model: Model, task: Task, examples: Sequence[Example], *, classifier: bool, window: int, batch_size: int
 ) -> list[Prediction]:
-    """What `model` answers to each example.
+    """Predict the answer of each example.
 
     Args:
-      classifier: take the model's classifier; otherwise the likeliest text of a class, or greedy text up to a line end.
+      model: the fine-tuned model.
+      task: the examples' task.
+      examples: what to predict.
+      classifier: use the model's classifier; otherwise the most likely answer of the task, or greedy text up to a line
+        end where answers are free text.
+      window: tokens in a row.
+      batch_size: rows in a batch.
     """
     prompts, labels = [example.prompt for example in examples], list(task.answers)
+    scorer = NativeScorer(task.name, model.generator, task.name, window, batch_size)
     texts: list[str] | None = None
     scores: list[dict[str, float]] | None = None
     if classifier:
         scores = [found.probabilities for found in model.classify(prompts)]
+    elif labels:
+        scores = score_table(labels, likelihood_scores(scorer, prompts, list(task.answers.values())))
     else:
-        scorer = NativeScorer(task.name, model, task.name, window, batch_size)
-        if labels:
-            rows = likelihood_scores(scorer, prompts, list(task.answers.values()), "none").tolist()
-            scores = [dict(zip(labels, row, strict=True)) for row in rows]
-        else:
-            texts = scorer.generate(prompts, _MAX_NEW_TOKENS, ["\n"])
-    if scores is not None:
-        predicted = [max(row, key=row.__getitem__) for row in scores]
-    else:
-        predicted = [text.strip() for text in texts or []]
-    return [
-        Prediction(
-            example.key,
-            example.label,
-            answer,
-            example.label == answer,
-            scores=None if scores is None else scores[index],
-            text=None if texts is None else texts[index],
-        )
-        for index, (example, answer) in enumerate(zip(examples, predicted, strict=True))
-    ]
+        texts = scorer.generate(prompts, _MAX_NEW_TOKENS, ["\n"])
+    predicted = [text.strip() for text in texts or []] or [max(row, key=row.__getitem__) for row in scores or []]
+    keys, truth = [example.key for example in examples], [example.label for example in examples]
+    return label_predictions(keys, truth, predicted, scores=scores, text=texts)
 
 
 def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str, Any]:
-    """Measures of predictions beside those of always giving the answer `majority`; of free text (None) accuracy alone,
-    which counts what is the same letter by letter."""
+    """Return the measures of predictions next to those of always predicting `majority`.
+
+    Args:
+      predictions: at least one.
+      majority: the most frequent label; None for free text, of which only the accuracy (exact match) is measured.
+    """
     truth = [str(prediction.truth) for prediction in predictions]
     found = classification(truth, [str(prediction.prediction) for prediction in predictions])
     values: dict[str, Any] = {"questions": len(truth), "accuracy": found.accuracy}
@@ -165,5 +155,5 @@ def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str
 
 
 def most_frequent(examples: Sequence[Example]) -> str:
-    """The label that most examples have; of several, the first."""
+    """Return the label that most examples have, the first of equally frequent ones."""
     return Counter(example.label for example in examples).most_common(1)[0][0]

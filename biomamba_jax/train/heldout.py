@@ -12,7 +12,7 @@ from biomamba_jax.config import DataConfig, LossConfig
 from biomamba_jax.data.pipeline import Batch, evaluation_batches
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops.cross_entropy import LossSums
+from biomamba_jax.ops.cross_entropy import LossSums, perplexity
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import host_batch, shard_batch
 from biomamba_jax.train.step import LossFunction, language_model_loss
@@ -84,8 +84,3 @@ def held_out_evaluator(graph: nnx.GraphDef, data: DataConfig, layout: Layout, co
         }
 
     return LossEvaluator(language_model_loss(graph, LossConfig(), layout.collectives), layout, batches, metrics)
-
-
-def perplexity(loss: float) -> float:
-    """Return exp(loss), infinity where that overflows."""
-    return math.exp(loss) if loss < 700 else math.inf

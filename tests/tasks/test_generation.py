@@ -16,7 +16,8 @@ from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.tasks.generation import Generator, Spelling, encode_prompts, left_padded, prefill, round_up
+from biomamba_jax.tasks.generation import Detokenizer, Generator, encode_prompts, prefill
+from biomamba_jax.tasks.padding import bucket_length, pad_left
 from biomamba_jax.tasks.sampling import Sampling
 
 RAGGED = [[5, 9, 200, 31], [7], list(range(3, 40)), [11, 11, 11, 12, 13, 14], [300, 2]]
@@ -86,7 +87,7 @@ def test_greedy_text_is_the_argmax_of_full_forward_passes(models, generator):
 
 
 def test_a_ragged_batch_gives_the_logits_of_each_prompt_alone(models):
-    together, _ = prefill(models[1], *left_padded(RAGGED))
+    together, _ = prefill(models[1], *pad_left(RAGGED))
     for row, prompt in enumerate(RAGGED):
         assert_close(together[row], logits_alone(models[0], prompt)[-1])
 
@@ -138,7 +139,7 @@ def test_looking_in_between_changes_nothing(generator):
         seen.append(len(rows[0]))
         return [False] * len(rows)
 
-    assert generator.decode(RAGGED, sampling, look=look, look_every=7) == generator.decode(RAGGED, sampling)
+    assert generator.decode(RAGGED, sampling, should_stop=look, check_every=7) == generator.decode(RAGGED, sampling)
     assert seen == [1, 8, 15, 22]
 
 
@@ -171,11 +172,11 @@ def test_pieces_shown_as_the_text_grows_make_up_the_text(generator):
 
 def test_part_of_a_character_and_of_a_stop_string_is_held_back(tokenizer):
     ids = tokenizer.encode_batch(["glucose日 END insulin"])[0]
-    spelling = Spelling(tokenizer, [tokenizer.eos_id], ["END"])
-    shown = [spelling.extend(ids[:count], ended=False) for count in range(1, len(ids) + 1)]
+    detokenizer = Detokenizer(tokenizer, [tokenizer.eos_id], ["END"])
+    shown = [detokenizer.update(ids[:count], ended=False) for count in range(1, len(ids) + 1)]
     assert "".join(shown) == "glucose日 "
     assert not any("\ufffd" in piece for piece in shown)
-    assert tokenizer.decode(ids[: spelling.stopped_at]).endswith("END")
+    assert tokenizer.decode(ids[: detokenizer.stopped_at]).endswith("END")
 
 
 def test_prompts_begin_as_documents_did_in_training(tokenizer, shared_data):
@@ -185,7 +186,7 @@ def test_prompts_begin_as_documents_did_in_training(tokenizer, shared_data):
 
 
 def test_lengths_are_rounded_to_few_sizes():
-    sizes = [round_up(length) for length in range(1, 2000)]
+    sizes = [bucket_length(length) for length in range(1, 2000)]
     assert all(length <= size <= max(16, 1.5 * length) for length, size in enumerate(sizes, 1))
     assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
 
@@ -211,7 +212,7 @@ def test_logits_of_nan_are_an_error_and_no_end_of_the_text(models, tokenizer, te
     with pytest.raises(UserError, match="some/folder: its logits are NaN in float32"):
         generator.decode(RAGGED, sampling, eos_id=tokenizer.eos_id)
     with pytest.raises(UserError, match="some/folder: its logits are NaN"):
-        generator.decode(RAGGED, sampling, look=lambda rows, ended: [False] * len(rows))
+        generator.decode(RAGGED, sampling, should_stop=lambda rows, ended: [False] * len(rows))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +221,9 @@ def test_logits_of_nan_are_an_error_and_no_end_of_the_text(models, tokenizer, te
 )
 def test_which_stop_string_ends_a_text_does_not_depend_on_when_it_is_looked_at(tokenizer, stops, text):
     (ids,) = tokenizer.encode_batch(["xabcXyz"])
-    together, growing = Spelling(tokenizer, [0], stops), Spelling(tokenizer, [0], stops)
-    together.extend(ids, True)
-    pieces = [growing.extend(ids[:count], count == len(ids)) for count in range(1, len(ids) + 1)]
+    together, growing = Detokenizer(tokenizer, [0], stops), Detokenizer(tokenizer, [0], stops)
+    together.update(ids, True)
+    pieces = [growing.update(ids[:count], count == len(ids)) for count in range(1, len(ids) + 1)]
     assert together.text == growing.text == "".join(pieces) == text
     assert together.stopped_at == growing.stopped_at
 
@@ -244,4 +245,4 @@ def test_new_tokens_are_spelled_behind_the_prompt(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "spaced.model")
     prompt, whole = tokenizer.encode_batch(["insulin and", "insulin and glucose"])
     assert whole[: len(prompt)] == prompt and tokenizer.decode(whole[len(prompt) :]) == "glucose"
-    assert Spelling(tokenizer, prompt, []).extend(whole[len(prompt) :], ended=True) == " glucose"
+    assert Detokenizer(tokenizer, prompt, []).update(whole[len(prompt) :], ended=True) == " glucose"

@@ -8,7 +8,7 @@ import pytest
 from biomamba_jax.config import PubMedQAConfig
 from biomamba_jax.tasks import paper
 from biomamba_jax.tasks.documents import Document
-from biomamba_jax.tasks.pubmedqa import Question
+from biomamba_jax.tasks.pubmedqa import Question, Split, random_test
 from biomamba_jax.tasks.scoring import Continuation
 from biomamba_jax.tasks.statistics import Resampling
 
@@ -60,7 +60,8 @@ def test_rows_end_after_1024_tokens_and_a_stream_drops_its_rest():
 
 def test_close_answers_become_maybe_where_that_pays_on_the_very_questions_that_are_reported():
     questions = [Question(str(i), "?", (("", "c"),), "maybe", "") for i in range(50)]
-    result = paper.answer_pubmedqa(Counting(), PubMedQAConfig(), questions, Resampling(resamples=20))
+    split = Split([], random_test(questions))
+    result = paper.answer_pubmedqa(Counting(), PubMedQAConfig(), split, Resampling(resamples=20))
     assert result.questions == 10 and result.measures["accuracy"].value == 1
     assert {prediction.prediction for prediction in result.predictions} == {"maybe"}
 

@@ -70,7 +70,7 @@ def test_the_published_subset_is_a_fifth_drawn_by_numpy(questions):
 
 @pytest.mark.parametrize("broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, [], {"7": 1}])
 def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, broken):
-    with pytest.raises(UserError, match=r"q\.json: .*(7|no JSON object)"):
+    with pytest.raises(UserError, match=r"q\.json: .*(7|not a mapping)"):
         read_questions(write(tmp_path / "q.json", broken))
 
 

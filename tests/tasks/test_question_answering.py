@@ -79,28 +79,25 @@ def test_the_majority_of_the_real_questions_scores_55_2_and_23_7_percent(shared_
     assert found.measures["accuracy"].low == pytest.approx(0.508, abs=1e-3)
 
 
-def bioasq_question(kind, golden, key="1"):
-    return bioasq.Question(key, kind, "?", ("it is no .",), (), golden)
+def bioasq_question(kind, golden, key="1", batch="a"):
+    return bioasq.Question(key, kind, "?", ("it is no .",), (), golden, batch)
 
 
 def test_bioasq_pools_questions_and_not_the_figures_of_files():
-    yes, no = bioasq_question("yesno", (("yes",),)), bioasq_question("yesno", (("no",),))
-    batches = {"a": [yes, yes, yes], "b": [no]}
-    found = qa.bioasq_majority(batches, QUICK)
+    yes, no = bioasq_question("yesno", (("yes",),)), bioasq_question("yesno", (("no",),), batch="b")
+    found = qa.bioasq_majority([yes, yes, yes, no], QUICK)
     assert found.measures["yesno_accuracy"].value == 0.75
     assert [m["yesno_accuracy"].value for m in found.details["batches"].values()] == [1.0, 0.0]
     assert found.measures["yesno_macro_f1"].value == pytest.approx((6 / 7 + 0) / 2)
 
 
 def test_bioasq_s_names_are_read_from_text_and_yes_no_from_likelihood():
-    batches = {
-        "a": [
-            bioasq_question("yesno", (("yes",),)),
-            bioasq_question("factoid", (("TP53", "P53"),)),
-            bioasq_question("list", (("brca1",), ("EGFR",))),
-        ]
-    }
-    found = qa.answer_bioasq(Reader(), BioASQConfig(path=["a"]), batches, {}, QUICK)
+    questions = [
+        bioasq_question("yesno", (("yes",),)),
+        bioasq_question("factoid", (("TP53", "P53"),)),
+        bioasq_question("list", (("brca1",), ("EGFR",))),
+    ]
+    found = qa.answer_bioasq(Reader(), BioASQConfig(path=["a"]), questions, [], QUICK)
     assert found.measures["yesno_accuracy"].value == 1
     assert found.measures["factoid_mrr"].value == 0.5 and found.measures["factoid_strict_accuracy"].value == 0
     assert found.measures["list_precision"].value == 0.5 and found.measures["list_recall"].value == 0.5
@@ -111,12 +108,12 @@ def test_bioasq_s_names_are_read_from_text_and_yes_no_from_likelihood():
 def test_bioasq_s_thresholds_come_from_development_files():
     no = bioasq_question("yesno", (("no",),))
     config = BioASQConfig(path=["a"], development=["d"], thresholds="accuracy")
-    found = qa.answer_bioasq(Reader(), config, {"a": [no]}, {"d": [no, no]}, QUICK)
+    found = qa.answer_bioasq(Reader(), config, [no], [no, no], QUICK)
     assert found.measures["yesno_accuracy"].value == 1
     assert found.details["thresholds"]["development_questions"] == 2
 
 
 def test_only_answers_that_are_right_or_wrong_are_compared_between_models():
-    batches = {"a": [bioasq_question("yesno", (("yes",),)), bioasq_question("list", (("x",),))]}
-    one, two = qa.bioasq_majority(batches, QUICK), qa.bioasq_majority(batches, QUICK)
+    questions = [bioasq_question("yesno", (("yes",),)), bioasq_question("list", (("x",),))]
+    one, two = qa.bioasq_majority(questions, QUICK), qa.bioasq_majority(questions, QUICK)
     assert qa.shared_correctness(one, two) == ([True], [True])

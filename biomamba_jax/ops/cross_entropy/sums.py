@@ -1,5 +1,6 @@
 """What a loss over tokens adds up to."""
 
+import math
 from typing import NamedTuple
 
 from biomamba_jax.ops.array_typing import Array, Float
@@ -16,3 +17,11 @@ class LossSums(NamedTuple):
     """Tokens whose target has the largest logit."""
     weight: Float[Array, ""]
     """The weights themselves: divide by it for a mean."""
+
+
+def perplexity(nats: float) -> float:
+    """Return exp of a mean cross-entropy in nats per token: infinity where it overflows, NaN for NaN."""
+    try:
+        return math.exp(nats)
+    except OverflowError:
+        return math.inf
