@@ -7,53 +7,45 @@ model's own step at the 130m shape on CPU, and more at larger batches.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from biomamba_jax.config.checks import check
+from biomamba_jax.config.checks import Fraction, Limit, PositiveFraction, PositiveInt, Seed, Settings, check
 from biomamba_jax.ops.array_typing import Array, Float, Int
 
 _SMALLEST = 1e-30
 """Smallest divisor of logits: below it quotients overflow float32."""
+_TEMPERATURES = Limit(f"0, or finite and at least {_SMALLEST:g}", lambda t: t == 0 or _SMALLEST <= t < math.inf)
+_PENALTIES = Limit(f"in [{_SMALLEST:g}, {1 / _SMALLEST:g}]", lambda x: _SMALLEST <= x <= 1 / _SMALLEST)
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class Sampling(Settings):
     """Settings of how tokens are chosen and when generation stops."""
 
-    max_new_tokens: int = 128
+    max_new_tokens: PositiveInt = 128
     """Maximum number of tokens to generate for each prompt."""
-    temperature: float = 0.0
+    temperature: Annotated[float, _TEMPERATURES] = 0.0
     """Divides the logits; 0 is greedy: always the most likely token."""
-    top_k: int = 0
+    top_k: Annotated[int, Limit("in 0..2^31 - 1", lambda k: 0 <= k < 2**31)] = 0
     """Sample from the k most likely tokens; 0: from all."""
-    top_p: float = 1.0
+    top_p: PositiveFraction = 1.0
     """Sample from the fewest most likely tokens whose probabilities sum to at least this; 1: from all."""
-    min_p: float = 0.0
+    min_p: Fraction = 0.0
     """Sample from tokens at least this probable relative to the most likely one; 0: from all."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, _PENALTIES] = 1.0
     """Divides the positive logits, and multiplies the negative ones, of tokens that the prompt or the text contains."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed. A prompt's text does not depend on the rest of its batch; a repeated prompt is sampled anew."""
     stop: list[str] = dataclasses.field(default_factory=list)
     """Strings that end the text; it is truncated before the one that is completed first."""
 
     def __post_init__(self) -> None:
-        low, high = _SMALLEST, 1 / _SMALLEST
-        temperature, penalty, stop = self.temperature, self.repetition_penalty, self.stop
-        for key, valid, remedy in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            ("temperature", temperature == 0 or low <= temperature < math.inf, f"must be 0, or finite and >= {low:g}"),
-            ("top_k", 0 <= self.top_k < 2**31, "must be in 0..2^31 - 1"),
-            ("top_p", 0 < self.top_p <= 1, "must be in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "must be in [0, 1]"),
-            ("repetition_penalty", low <= penalty <= high, f"must be in [{low:g}, {high:g}]"),
-            ("seed", 0 <= self.seed < 2**32, "must be in 0..2^32 - 1"),
-            ("stop", not isinstance(stop, str) and all(stop), "must be a list of non-empty strings"),
-        ):
-            check(valid, key, getattr(self, key), remedy)
+        super().__post_init__()
+        valid = not isinstance(self.stop, str) and all(self.stop)
+        check(valid, "stop", self.stop, "must be a list of non-empty strings")
 
 
 class Steps(NamedTuple):
