@@ -1,4 +1,4 @@
-"""The heavy computations, one folder each: a public function, a plain-loop reference and its fast implementations."""
+"""The compute-heavy ops, one folder each: a public function, a plain-loop reference and its fast implementations."""
 
 from biomamba_jax.ops.causal_conv1d import causal_conv1d
 from biomamba_jax.ops.cross_entropy import linear_cross_entropy

@@ -1,12 +1,12 @@
-"""The legend of shape letters used in every signature of `ops` and `model`.
+"""Legend of the axis names in the shape annotations of `ops` and `model`.
 
 B  batch (rows)                     H  heads of Mamba-2 (d_inner / headdim)
-L  length (time steps)              P  headdim, channels of one head
-D  d_model                          G  groups that share B and C in Mamba-2
+L  length (time steps)              P  headdim, channels of a head
+D  d_model                          G  groups of heads that share B and C in Mamba-2
 E  d_inner = expand * d_model       C  channels of the causal convolution
 N  d_state                          K  d_conv, width of the convolution
 R  dt_rank (Mamba-1)                V  vocabulary, padded
-T  tokens (B * L, flattened)
+T  tokens (B * L, flattened)        past  K - 1, inputs before a token that its output depends on
 """
 
 from jax import Array

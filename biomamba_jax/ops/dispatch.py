@@ -1,7 +1,7 @@
-"""Choosing the implementation of an op: the best for the platform, or exactly the one that was asked for.
+"""Selection of an op's implementation: the fastest for the platform, or exactly the one that the caller names.
 
 Every op registers its implementations in its `api.py`. There is no silent fallback: a named implementation that does
-not exist or cannot run here raises `UserError` with the reason, and what None chooses is logged once.
+not exist or cannot run here raises `UserError` with the reason, and the choice for None is logged once.
 """
 
 import contextlib
@@ -19,12 +19,18 @@ from biomamba_jax.errors import UserError
 Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton", "reference"]
 Platform = Literal["cpu", "gpu", "tpu"]
 
-# NVIDIA architectures that the kernels for GPU are written for, as compute capabilities: first, and first beyond.
+# Implementations by platform, the fastest first. Those that an op does not have are skipped; xla runs everywhere.
+_PREFERENCE: Mapping[Platform, Sequence[Implementation]] = {
+    "cpu": ("xla",),
+    "gpu": ("pallas_gpu", "triton", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+}
+# Compute capabilities of the NVIDIA GPUs that the kernels support, as [first, end).
 _CAPABILITIES: Mapping[str, tuple[int, int]] = {
     "triton": (80, 1000),
-    "pallas_gpu": (90, 100),  # wgmma, which Hopper alone has
+    "pallas_gpu": (90, 100),  # wgmma exists on Hopper only
 }
-# jax-triton calls jax's inner interfaces: (first jax, first beyond, first jax-triton, first beyond), as tried.
+# jax-triton calls jax's private interfaces. Tested pairs: jax in [first, end), jax-triton in [first, end).
 _JAX_TRITON = (
     ((0, 10), (0, 11), (0, 3, 1), (0, 4)),
     ((0, 11), (0, 12), (0, 4, 1), (0, 5)),
@@ -35,14 +41,14 @@ _target: contextvars.ContextVar[tuple[Platform, int | None] | None] = contextvar
 
 
 def platform() -> Platform:
-    """The platform that programs are being built for: that of `target_platform`, else JAX's default backend."""
+    """Return the platform that programs are traced for: that of `target_platform`, else JAX's default backend."""
     target = _target.get()
     name = target[0] if target else jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name  # type: ignore[return-value]
 
 
 def compute_capability() -> int | None:
-    """Of the NVIDIA GPU that programs are being built for: 90 for sm_90. None where there is none or it is unknown."""
+    """Return the compute capability of the target NVIDIA GPU (90 for sm_90), or None if there is none or unknown."""
     if target := _target.get():
         return target[1]
     if jax.default_backend() not in ("gpu", "cuda"):
@@ -57,7 +63,7 @@ def _capability_number(version: str) -> int | None:
 
 @contextlib.contextmanager
 def target_platform(name: Platform, compute_capability: int | None = None) -> Iterator[None]:
-    """Traces inside the context choose implementations for `name`, whatever device this process has.
+    """Select implementations for `name` in programs traced inside the context, whatever devices this process has.
 
     Needed to compile ahead of time for a chip that is not present.
 
@@ -72,24 +78,26 @@ def target_platform(name: Platform, compute_capability: int | None = None) -> It
         _target.reset(token)
 
 
-def unavailable(implementation: str) -> str | None:
-    """Why the GPU kernels of that name cannot be in the program that is being built, or None if they can."""
+def unavailable_reason(implementation: str) -> str | None:
+    """Return why the kernels of that name cannot run on the target, or None if they can."""
+    if implementation == "pallas_tpu" and platform() != "tpu":
+        return f"it needs a TPU, and this program is for {platform()}"
     if implementation not in _CAPABILITIES:
         return None
     if platform() != "gpu":
         return f"it needs a GPU, and this program is for {platform()}"
     capability = compute_capability()
-    first, beyond = _CAPABILITIES[implementation]
+    first, end = _CAPABILITIES[implementation]
     if capability is None:
         return "the compute capability of the GPU is unknown"
-    if not first <= capability < beyond:
-        wanted = f"sm_{first} or newer" if beyond == 1000 else f"sm_{first} to below sm_{beyond}"
-        return f"it needs a GPU of {wanted}, and this one is sm_{capability}"
-    return _why_no_triton() if implementation == "triton" else None
+    if not first <= capability < end:
+        supported = f"sm_{first} or newer" if end == 1000 else f"sm_{first} to below sm_{end}"
+        return f"it needs a GPU of {supported}, and this one is sm_{capability}"
+    return _triton_unavailable_reason() if implementation == "triton" else None
 
 
 @functools.cache
-def _why_no_triton() -> str | None:
+def _triton_unavailable_reason() -> str | None:
     remedy = "pip install 'biomamba-jax[gpu]'"
     versions = {}
     for package in ("jax-triton", "triton"):
@@ -97,14 +105,14 @@ def _why_no_triton() -> str | None:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             return f"it needs {package}: {remedy}"
-    return _why_not_together(jax.__version__, versions["jax-triton"], remedy)
+    return _version_mismatch(jax.__version__, versions["jax-triton"], remedy)
 
 
-def _why_not_together(jax_version: str, jax_triton_version: str, remedy: str) -> str | None:
+def _version_mismatch(jax_version: str, jax_triton_version: str, remedy: str) -> str | None:
     have, triton_have = _numbers(jax_version), _numbers(jax_triton_version)
-    for first_jax, beyond_jax, first, beyond in _JAX_TRITON:
-        if first_jax <= have < beyond_jax:
-            if first <= triton_have < beyond:
+    for first_jax, end_jax, first, end in _JAX_TRITON:
+        if first_jax <= have < end_jax:
+            if first <= triton_have < end:
                 return None
             wanted = ".".join(map(str, first))
             return f"jax {jax_version} needs jax-triton {wanted}, and {jax_triton_version} is installed: {remedy}"
@@ -117,32 +125,33 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def choose(
     op: str,
-    implementation: Implementation | None,
+    implementation: str | None,
     implementations: Mapping[str, Callable[..., Any]],
-    preferred: Mapping[Platform, Sequence[str]],
-    unsuited: Mapping[str, str | None] | None = None,
+    unsupported: Mapping[str, str | None] | None = None,
+    *,
+    prefer_xla: bool = False,
 ) -> Callable[..., Any]:
-    """The function that computes `op`.
+    """Return the function that computes `op`.
 
     Args:
       op: the op's public name, for messages.
-      implementation: the user's choice, or None for the first of `preferred[platform()]` that exists and can run.
-      implementations: name -> function; what exists for this op.
-      preferred: platform -> names, the best first; the last one runs anywhere.
-      unsuited: name -> why it cannot compute these arrays.
+      implementation: the caller's choice, or None for the platform's fastest that exists and can run.
+      implementations: name -> function; the implementations of this op.
+      unsupported: name -> why it cannot compute these arrays, or None if it can.
+      prefer_xla: for None, choose "xla" also where kernels could run: they would be slower on these arrays.
 
     Raises:
-      UserError: `implementation` is not one of `implementations`, or is one for GPU that cannot run here.
+      UserError: `implementation` is not one of `implementations`, or cannot run on the target or on these arrays.
     """
 
-    def why_not(name: str) -> str | None:
-        return unavailable(name) or (unsuited or {}).get(name)
+    def reason_against(name: str) -> str | None:
+        return unavailable_reason(name) or (unsupported or {}).get(name)
 
     if implementation is None:
         reasons: list[str] = []
-        for name in preferred[platform()]:
+        for name in ("xla",) if prefer_xla else _PREFERENCE[platform()]:
             if name in implementations:
-                reason = why_not(name)
+                reason = reason_against(name)
                 if reason is None:
                     _log_once(op, name, platform(), "; ".join(reasons))
                     return implementations[name]
@@ -151,7 +160,7 @@ def choose(
     if implementation not in implementations:
         have = ", ".join(sorted(implementations))
         raise UserError(f"{op}: implementation {implementation!r} does not exist; choose one of: {have}")
-    if reason := why_not(implementation):
+    if reason := reason_against(implementation):
         raise UserError(
             f"{op}: implementation {implementation!r} cannot run: {reason}; give implementation=None for the best here"
         )
@@ -159,5 +168,5 @@ def choose(
 
 
 @functools.cache
-def _log_once(op: str, name: str, where: str, reasons: str) -> None:
-    logger.info("%s: using implementation %r on %s%s", op, name, where, f" ({reasons})" if reasons else "")
+def _log_once(op: str, name: str, platform_name: str, reasons: str) -> None:
+    logger.info("%s: using implementation %r on %s%s", op, name, platform_name, f" ({reasons})" if reasons else "")

@@ -1,7 +1,7 @@
-"""What the Mosaic GPU kernels of all ops share: how they are called, where values lie, and small arithmetic.
+"""Launching, layouts and arithmetic of the Mosaic GPU kernels of all ops.
 
-A kernel's arrays lie in the registers of a warpgroup, 128 threads, as a layout says; `plgpu.TilingTransform` and
-`SwizzleTransform` say how they lie in shared memory.
+A layout maps an array to the registers of a warpgroup (128 threads); `plgpu.TilingTransform` and `SwizzleTransform` map
+it to shared memory.
 """
 
 import contextvars
@@ -15,9 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxpr_as_fun
 
 from biomamba_jax.ops.array_typing import Array
-
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
+from biomamba_jax.ops.kernel_arrays import LOG2_E
 
 _interpreted: contextvars.ContextVar[bool] = contextvars.ContextVar("interpreted", default=False)
 
@@ -33,15 +31,17 @@ def call(
     interpret: Any,
     warpgroups: int = 1,
 ) -> Any:
-    """Runs kernel(inputs, outputs, scratch), called with trees of references in place of what is given here.
+    """Run kernel(inputs, outputs, scratch), which receives trees of refs in place of the arguments given here.
 
     Args:
-      inputs: tree of arrays; inside `shard_map` all varying over the same mesh axes.
+      kernel: the body of one block.
+      inputs: tree of arrays; inside `shard_map` all must vary over the same mesh axes.
       outputs: tree of `jax.ShapeDtypeStruct`.
-      scratch: tree of shared memory and barriers of a block.
-      grid: sizes by the names that the kernel asks `lax.axis_index` for.
+      scratch: tree of a block's shared memory and barriers.
+      grid: axis name -> size; the kernel reads its index with `lax.axis_index`.
+      name: the kernel's name in profiles.
       interpret: falsy, or parameters of the interpreter.
-      warpgroups: of a block; above 1 the kernel finds its own with `lax.axis_index("warpgroup")`.
+      warpgroups: warpgroups of a block; above 1 the kernel reads its own index with `lax.axis_index("warpgroup")`.
 
     Returns:
       The arrays, as a tree like `outputs`.
@@ -69,7 +69,7 @@ def call(
             grid_names=tuple(grid),
             compiler_params=plgpu.CompilerParams(
                 approx_math=True,
-                # Barriers stand where memory changes hands: one at every store would take most of the time.
+                # The kernels place barriers where memory is reused: one at every store would take most of the time.
                 unsafe_no_auto_barriers=True,
                 # Layouts are chosen by hand.
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
@@ -85,9 +85,9 @@ def call(
 
 
 def _hide_varying(run: Callable[..., Any], arrays: list[Array]) -> Any:
-    """run(*arrays), where `shard_map` follows which values vary: inside a kernel none of that is known.
+    """Return run(*arrays), traced without the varying mesh axes that `shard_map` tracks.
 
-    References to arrays that vary would give values that vary, and scratch memory would not.
+    Inside the kernel, values read from refs of varying arrays would vary, and those from scratch would not.
     """
     axes = jax.typeof(arrays[0]).manual_axis_type.varying
     if not axes:
@@ -97,46 +97,53 @@ def _hide_varying(run: Callable[..., Any], arrays: list[Array]) -> Any:
 
 
 def interpreted() -> bool:
-    """Whether the kernel being traced is for the interpreter."""
+    """Return True if the kernel being traced is for the interpreter."""
     return _interpreted.get()
 
 
-def lay(v: Array, layout: Any) -> Array:
-    """v laid out in registers as said; right where it is loaded or made, the layout in which that is done."""
+def slot(buffers: Any, index: Any) -> Any:
+    """Return the refs of one slot of a tree of multi-buffered allocations; None stays None."""
+    return type(buffers)(*(None if buffer is None else buffer.at[index] for buffer in buffers))
+
+
+def to_layout(v: Array, layout: Any) -> Array:
+    """Cast v to a register layout; directly after a load or a constructor, it is materialized in that layout."""
     return v if _interpreted.get() else plgpu.layout_cast(v, layout)  # the interpreter knows no layouts
 
 
 def read(ref: Any, layout: Any = None) -> Array:
-    """A reference's values in registers, of global memory too; a scalar needs no layout."""
+    """Load a ref, of global memory too, to registers; a scalar needs no layout."""
     return ref[...] if _interpreted.get() else plgpu.load(ref, (), layout=layout, optimized=False)
 
 
 def broadcast(v: Array, shape: tuple[int, ...], axes: tuple[int, ...], layout: Any) -> Array:
-    """v along `axes` of an array of `shape`; `layout` is that of the result."""
-    return lay(jax.lax.broadcast_in_dim(v, shape, axes), layout)
+    """Broadcast v, whose axes are `axes` of the result, to `shape` in `layout`."""
+    return to_layout(jax.lax.broadcast_in_dim(v, shape, axes), layout)
 
 
 def zeros(shape: tuple[int, ...], layout: Any) -> Array:
-    return lay(jnp.zeros(shape, jnp.float32), layout)
+    """Return float32 zeros in a register layout."""
+    return to_layout(jnp.zeros(shape, jnp.float32), layout)
 
 
 def ds(index: Any, size: int) -> Any:
-    """Block number `index` of blocks of `size`."""
+    """Return the slice of block `index` of blocks of `size`."""
     return pl.ds(index * size, size)
 
 
 def reciprocal(v: Array) -> Array:
-    """1 / v of positive v, to 3e-7 relative: an exact division takes several times as long."""
+    """Return 1 / v of positive v to 3e-7 relative; an exact division takes several times as long."""
     root = jax.lax.rsqrt(v)
     return root * root
 
 
 def sigmoid(v: Array) -> Array:
+    """Return 1 / (1 + exp(-v))."""
     return reciprocal(1 + jnp.exp2(v * -LOG2_E))
 
 
 def softplus(raw: Array) -> Array:
-    """log(1 + exp(raw)), to 4e-7 relative: log(1 + e) = 2 atanh(e / (2 + e)), as a series. Small steps keep digits."""
+    """Return log(1 + exp(raw)) to 4e-7 relative, small steps included: log(1 + e) = 2 atanh(e / (2 + e)), a series."""
     e = jnp.exp2(jnp.abs(raw) * -LOG2_E)
     s = e * reciprocal(2 + e)
     square = s * s

@@ -1,8 +1,4 @@
-"""RMSNorm, plain and gated, with its own backward pass.
-
-Zhang and Sennrich 2019 (arXiv 1910.07467); the gated form is Mamba-2's (arXiv 2405.21060): the norm of x * silu(gate),
-with statistics per group of channels. Statistics and gradients of the weight are kept in float32.
-"""
+"""RMSNorm, plain and gated, with its own backward pass."""
 
 from functools import partial
 from typing import NamedTuple
@@ -24,21 +20,30 @@ def rms_norm(
     axis: str | None = None,
     peers: tuple[tuple[int, ...], ...] | None = None,
 ) -> Float[Array, "*batch C"]:
-    """RMSNorm over the last axis: u * rsqrt(mean(u^2) + eps) * weight, with u = x, or x * silu(gate).
+    """Normalize the last axis: u * rsqrt(mean(u^2) + eps) * weight, with u = x, or x * silu(gate).
+
+    Statistics and the gradient of the weight are computed in float32 (float64 for float64 x).
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467); the gated form, with statistics per group of channels: Dao and
+    Gu 2024 (arXiv 2405.21060), `RMSNormGated` of the authors' code (github.com/state-spaces/mamba).
 
     Args:
-      groups: the mean is taken within each of this many equal parts of the channels.
-      axis: mesh axis that the channels are spread over: the mean is of all devices' channels.
-      peers: with axis: the mean is of the channels of each of these sets of devices, all of one size.
+      x: input [... C], any float dtype.
+      weight: scale of each channel [C].
+      gate: [... C], or None for no gate.
+      eps: added to the mean square.
+      groups: number of equal groups of channels, each with its own mean; 1 if the channels are sharded.
+      axis: mesh axis that the channels are sharded over: the mean is over all devices' channels.
+      peers: with axis, groups of its device indices of equal size: the mean is over each group's channels.
 
     Returns:
-      An array of x's shape, in float32 (float64 for float64 inputs): the caller casts it to its compute type.
+      An array of x's shape in float32 (float64 for float64 x), which the caller casts to its compute dtype.
     """
     return _rms_norm(x, weight, gate, eps, _Means(groups, axis, peers))
 
 
 class _Means(NamedTuple):
-    """What a mean is taken over."""
+    """The channels that a mean is over."""
 
     groups: int
     axis: str | None
@@ -51,7 +56,7 @@ def _gated(x: Array, gate: Array | None) -> Array:
 
 
 def _mean(x: Array, means: _Means) -> Array:
-    """Mean within each group of channels, spread back over them."""
+    """Return the mean of each group of channels, broadcast to them."""
     groups = means.groups
     if groups == 1:
         mean = jnp.mean(x, axis=-1, keepdims=True)

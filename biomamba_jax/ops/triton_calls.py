@@ -1,6 +1,6 @@
-"""Calling Triton kernels from JAX through jax-triton, whose two versions in use differ; all that is common to the ops.
+"""Calls of Triton kernels from JAX programs through jax-triton, whose two supported versions differ.
 
-Nothing here or in the modules of the ops imports triton until a kernel is called: the package works without it.
+Neither this module nor the ops import triton before a kernel is called: the package works without it.
 """
 
 import contextlib
@@ -8,7 +8,7 @@ import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +18,34 @@ from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.kernel_arrays import vary_over, varying_axes
 
-Sizes = TypeVar("Sizes")
-
 PTX_VERSION = 88
-"""The newest that the assembler of CUDA 12.9 knows. Triton 3.9 would write 9.4 for sm_90 and newer."""
+"""Newest PTX ISA that the assembler of CUDA 12.9 accepts. Triton 3.9 would emit 9.4 for sm_90 and newer."""
 
 
 class Launch(NamedTuple):
-    """How a kernel is spread over the GPU; `stages` is the depth of Triton's own pipelines of loads."""
+    """Launch parameters of a kernel."""
 
     warps: int
+    """Warps of a program."""
     stages: int = 1
+    """Depth of Triton's software pipelines of loads."""
 
 
 class Call(NamedTuple):
-    """One kernel at one set of sizes, as `call` takes it; arrays stand as shapes and dtypes."""
+    """One recorded `call`."""
 
     kernel: Any
+    """The function under `triton.jit`."""
     arguments: tuple[jax.ShapeDtypeStruct | int, ...]
+    """Arrays by shape and dtype, and integers."""
     outputs: tuple[jax.ShapeDtypeStruct, ...]
+    """Shapes and dtypes."""
     grid: tuple[int, ...]
+    """Programs along each axis."""
     launch: Launch
+    """Warps and stages."""
     constants: Mapping[str, Any]
+    """Values of the constexpr parameters."""
 
 
 _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("recorded", default=None)
@@ -47,7 +53,7 @@ _recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Call]]:
-    """Inside, kernels are not called but listed, and their outputs are zeros: to compile them by themselves."""
+    """Record kernel calls inside the context instead of running them, to compile them separately; outputs are zeros."""
     calls: list[Call] = []
     token = _recorded.set(calls)
     try:
@@ -56,14 +62,19 @@ def recording() -> Iterator[list[Call]]:
         _recorded.reset(token)
 
 
+def unsupported_reason(x: Array) -> str | None:
+    """Return why no Triton kernel can compute with x, or None."""
+    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
+
+
 def kernels(module: str) -> Any:
-    """The module of Triton kernels of that name.
+    """Import and return the module of Triton kernels of that name.
 
     Raises:
       UserError: triton is not installed.
     """
     try:
-        _keep_to_ptx_version()
+        _use_bundled_assembler()
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name != "triton":
@@ -71,10 +82,11 @@ def kernels(module: str) -> Any:
         raise UserError("Triton kernels need triton and jax-triton: pip install 'biomamba-jax[gpu]'") from None
 
 
-def _keep_to_ptx_version() -> None:
-    """Triton writes PTX for the assembler that it would call: let that be the bundled one of CUDA 12.9 everywhere.
+def _use_bundled_assembler() -> None:
+    """Make Triton emit PTX for the bundled assembler of CUDA 12.9 on every architecture.
 
-    jax-triton 0.3 has no other way to choose the version. The environment's own choice is kept.
+    Triton chooses the PTX version by the assembler that it would call, and jax-triton 0.3 cannot override the version.
+    A path set in the environment is kept.
     """
     from triton import knobs
 
@@ -83,24 +95,25 @@ def _keep_to_ptx_version() -> None:
 
 def call(
     kernel: Any,
-    *arguments: Array | int,
+    arguments: Sequence[Array | int],
+    *,
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     launch: Launch,
     constants: Mapping[str, Any],
 ) -> list[Array]:
-    """Runs a Triton kernel inside a JAX program.
+    """Run a Triton kernel inside a JAX program.
 
     Args:
       kernel: a function under `triton.jit`; its parameters are the arguments, the outputs and the constants, in order.
       arguments: arrays, passed as pointers, and integers.
-      outputs: shapes and dtypes; a kernel writes all of each.
+      outputs: shapes and dtypes; a kernel writes every element.
       grid: programs along each of up to three axes.
       launch: warps and stages.
-      constants: values of the parameters that are `tl.constexpr`.
+      constants: values of the constexpr parameters.
 
     Returns:
-      The outputs, inside `shard_map` varying over all mesh axes that any argument varies over.
+      The outputs; inside `shard_map` they vary over all mesh axes that any argument varies over.
     """
     calls = _recorded.get()
     if calls is not None:
@@ -124,7 +137,7 @@ def call(
 
 
 def _triton_call() -> tuple[Callable[..., Any], Callable[[list[jax.ShapeDtypeStruct]], dict[str, Any]]]:
-    """jax-triton's function, and what its version wants to be told besides."""
+    """Return jax-triton's `triton_call` and the version-specific keyword arguments for given outputs."""
     jax_triton = importlib.import_module("jax_triton")
 
     def new(outputs: list[jax.ShapeDtypeStruct]) -> dict[str, Any]:
@@ -135,9 +148,3 @@ def _triton_call() -> tuple[Callable[..., Any], Callable[[list[jax.ShapeDtypeStr
         return {"out_shape": outputs}
 
     return jax_triton.triton_call, old if jax_triton.__version__.startswith("0.3.") else new
-
-
-def for_device(table: Mapping[int, Sizes]) -> Sizes:
-    """The entry of a table by least compute capability, for the GPU that programs are being built for."""
-    capability = dispatch.compute_capability() or 0
-    return table[max((least for least in table if least <= capability), default=min(table))]

@@ -43,9 +43,9 @@ def losses(
     """
     choose = dispatch.choose
 
-    def forced(op: str, _: Any, implementations: Mapping[str, Any], *rest: Any) -> Any:
+    def forced(op: str, _: Any, implementations: Mapping[str, Any], *rest: Any, **options_of_choice: Any) -> Any:
         if op == "linear_cross_entropy" or implementation not in implementations:
-            return choose(op, None, implementations, *rest)
+            return choose(op, None, implementations, *rest, **options_of_choice)
         return functools.partial(implementations[implementation], **(options or {}))
 
     dispatch.choose = forced

@@ -204,16 +204,16 @@ def test_the_logits_of_the_whole_batch_never_exist():
     ("change", "message"),
     [
         ({"hidden": np.zeros((13, 7), np.float32)}, "hidden must be"),
-        ({"targets": np.zeros(12, np.int32)}, "targets must have shape"),
-        ({"weights": np.zeros(12, np.float32)}, "weights must have shape"),
-        ({"valid_vocab_size": 41}, "valid_vocab_size must lie in 1..40, not 41"),
-        ({"label_smoothing": 1.5}, "label_smoothing must lie in"),
+        ({"targets": np.zeros(12, np.int32)}, r"targets has shape \(12,\), expected \(13,\)"),
+        ({"weights": np.zeros(12, np.float32)}, r"weights has shape \(12,\), expected \(13,\)"),
+        ({"valid_vocab_size": 41}, "valid_vocab_size must be in 1..40, not 41"),
+        ({"label_smoothing": 1.5}, "label_smoothing must be in"),
         ({"chunk_size": 0}, "chunk_size must be at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
     inputs = in_dtype(random_inputs(CASES[0], 8), "float32")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         linear_cross_entropy(**(inputs | change))
 
 

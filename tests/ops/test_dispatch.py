@@ -11,17 +11,16 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan
 
 IMPLEMENTATIONS = {name: (lambda name=name: name) for name in ("xla", "pallas_tpu", "pallas_gpu", "triton")}
-PREFERRED = {"cpu": ("xla",), "gpu": ("pallas_gpu", "triton", "xla"), "tpu": ("pallas_tpu", "xla")}
 
 
 @pytest.fixture(autouse=True)
 def triton_is_there(monkeypatch):
-    monkeypatch.setattr(dispatch, "_why_no_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "_triton_unavailable_reason", lambda: None)
 
 
 def chosen(platform, capability=None, implementation=None, **rest) -> str:
     with dispatch.target_platform(platform, capability):
-        return dispatch.choose("op", implementation, IMPLEMENTATIONS, PREFERRED, **rest)()
+        return dispatch.choose("op", implementation, IMPLEMENTATIONS, **rest)()
 
 
 @pytest.mark.parametrize(
@@ -42,10 +41,10 @@ def test_none_is_the_best_that_runs_on_the_device(platform, capability, name):
 
 
 def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
-    unsuited = {"pallas_gpu": "headdim is 32, not 64"}
-    assert chosen("gpu", 90, unsuited=unsuited) == "triton"
+    unsupported = {"pallas_gpu": "headdim is 32, not 64"}
+    assert chosen("gpu", 90, unsupported=unsupported) == "triton"
     with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot run: headdim is 32, not 64; give"):
-        chosen("gpu", 90, "pallas_gpu", unsuited=unsuited)
+        chosen("gpu", 90, "pallas_gpu", unsupported=unsupported)
 
 
 def scan_of(channels, states, dtype=jnp.bfloat16):
@@ -62,7 +61,7 @@ def convolution_of(width, dtype=jnp.bfloat16):
     [
         (scan_of(5120, 48), None),
         (scan_of(2560, 128), "d_state is 128, more than 48"),
-        (scan_of(10240, 48), "a state of 10240 x 48 is of more than 262,144 values, which VMEM may not hold"),
+        (scan_of(10240, 48), "a state of 10240 x 48 has more than 262,144 values, which VMEM may not hold"),
         (scan_of(256, 16, jnp.float64), "it computes in float32, and x is float64"),
         (convolution_of(9), None),
         (convolution_of(10), "it is made for widths up to 9, not 10"),
@@ -83,6 +82,7 @@ def test_on_tpu_arrays_that_do_not_suit_the_kernels_go_to_xla_and_are_refused_by
     ("platform", "capability", "name", "reason"),
     [
         ("cpu", None, "triton", "it needs a GPU, and this program is for cpu"),
+        ("cpu", None, "pallas_tpu", "it needs a TPU, and this program is for cpu"),
         ("gpu", 75, "triton", "it needs a GPU of sm_80 or newer, and this one is sm_75"),
         ("gpu", 80, "pallas_gpu", "it needs a GPU of sm_90 to below sm_100, and this one is sm_80"),
         ("gpu", None, "triton", "the compute capability of the GPU is unknown"),
@@ -115,7 +115,7 @@ def test_the_choice_is_logged_once_with_what_was_passed_over(caplog):
     ],
 )
 def test_only_pairs_of_jax_and_jax_triton_that_work_are_taken(jax, jax_triton, reason):
-    assert dispatch._why_not_together(jax, jax_triton, "remedy") == reason
+    assert dispatch._version_mismatch(jax, jax_triton, "remedy") == reason
 
 
 @pytest.mark.parametrize(("version", "number"), [("9.0", 90), ("12.1", 121), ("gfx942", None), ("", None)])

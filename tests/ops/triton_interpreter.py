@@ -112,7 +112,7 @@ class _Pointer:
 _one_kernel = threading.Lock()
 
 
-def _call(kernel: Any, *arguments: Any, outputs: Any, grid: Any, launch: Any, constants: Mapping[str, Any]) -> Any:
+def _call(kernel: Any, arguments: Any, *, outputs: Any, grid: Any, launch: Any, constants: Mapping[str, Any]) -> Any:
     """As `triton_calls.call`; what a kernel leaves unwritten is NaN."""
 
     def interpret(*arrays: Any) -> list[np.ndarray]:

@@ -1,27 +1,24 @@
-"""The causal convolution on TPU: one Pallas kernel in each direction, which read every input once.
+"""The causal convolution on TPU: one Pallas kernel per direction, which reads every input once.
 
-XLA's form is compiled to several passes in float32: for batch 8 x 1,024 of 1,536 channels on v5e its own estimate is
-0.44 ms forward and 1.37 ms backward with 252 MB beside them, where reading and writing takes 0.06 and 0.12 ms.
+XLA compiles `xla` to several passes in float32: for batch 8 x 1,024 of 1,536 channels on v5e its own estimate is
+0.44 ms forward and 1.37 ms backward with 252 MB of temporaries, where memory traffic alone takes 0.06 and 0.12 ms.
 """
 
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
-from biomamba_jax.ops.causal_conv1d.xla import last_inputs
-from biomamba_jax.ops.kernel_arrays import pad, vary_alike
+from biomamba_jax.ops.causal_conv1d.xla import last_inputs, reach
+from biomamba_jax.ops.kernel_arrays import crop_like, differentiable, out_struct, pad, round_up, vary_alike
 
 _LANES = 128
-_EDGE = 8  # rows kept of the chunk before: all that a width of up to 9 reaches
-_TAIL = 16  # the smallest block of bfloat16 rows
+_EDGE = 8  # rows kept of the previous chunk: as far as a width of 9 reaches
+_TAIL = 16  # sublanes of the smallest bfloat16 block
 _CHUNK = 256
 _TILE = 512
 
@@ -31,7 +28,7 @@ class _Filled(NamedTuple):
     weight: Float[Array, "C K"]
     bias: Float[Array, " C"]
     segment_ids: Int[Array, "B L"] | None
-    initial_state: Float[Array, "B K-1 C"]
+    initial_state: Float[Array, "B past C"]
 
 
 class _Blocks(NamedTuple):
@@ -46,24 +43,28 @@ class _Blocks(NamedTuple):
     silu: bool
 
     @property
+    def taps(self) -> int:
+        return round_up(self.width, 8)
+
+    @property
     def grid(self) -> tuple[int, int, int]:
         return self.rows, self.channels // self.tile, self.length // self.chunk
 
 
 class _Padded(NamedTuple):
     x: Any  # [B L C]
-    tail: Any  # x again: its last rows before the chunk
-    initial: Any  # [B 8 C] float32, the K-1 inputs before the first at its end
+    tail: Any  # x again, blocked for the last rows before the chunk
+    initial: Any  # [B 8 C] float32; ends with the K-1 inputs before the first token
     reach: Any | None  # [B L 1] float32: how many steps back a token may look
-    weight: Any  # [8 or more, C] float32, a row for each tap
+    weight: Any  # [taps C] float32, taps padded to a multiple of 8
     bias: Any  # [1 C] float32
 
 
 class _Gradients(NamedTuple):
     x: Any  # [B L C]
-    initial: Any  # [B 8 C]; carries what a chunk's taps owe to the chunk before
-    weight: Any  # [B taps C], of each row
-    bias: Any  # [B 1 C], of each row
+    initial: Any  # [B 8 C]; carries the cotangent of the previous chunk's last rows from chunk to chunk
+    weight: Any  # [B taps C], per row
+    bias: Any  # [B 1 C], per row
 
 
 def causal_conv1d(
@@ -71,32 +72,25 @@ def causal_conv1d(
     activation: str | None,
     *,
     interpret: Any = False,
-) -> tuple[Float[Array, "B L C"], Float[Array, "B K-1 C"]]:
-    """All outputs and the last K-1 inputs; see `api.causal_conv1d`.
+) -> tuple[Float[Array, "B L C"], Float[Array, "B past C"]]:
+    """Return all outputs and the last K-1 inputs; see `api.causal_conv1d`.
 
     Args:
+      inputs: the arrays.
+      activation: "silu" or None.
       interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
-
-    Raises:
-      UserError: this is no TPU program.
     """
     x, weight, bias, segment_ids, initial_state = inputs
-    rows, _, channels = x.shape
-    width = weight.shape[1]
-    if not interpret and dispatch.platform() != "tpu":
-        raise UserError(
-            f"causal_conv1d: implementation 'pallas_tpu' needs a TPU, and this program is for {dispatch.platform()};"
-            " give implementation=None for the best one here"
-        )
-    past = jnp.zeros((rows, width - 1, channels), x.dtype) if initial_state is None else initial_state
-    bias = jnp.zeros(channels, jnp.float32) if bias is None else bias
-    filled = vary_alike(_Filled(x, weight, bias, segment_ids, past))
-    # The last inputs are a copy of a few rows, whose gradient XLA adds in place.
-    return _conv(filled, activation == "silu", interpret), last_inputs(x, width - 1, segment_ids, initial_state)
+    past = weight.shape[1] - 1
+    before = jnp.zeros((x.shape[0], past, x.shape[2]), x.dtype) if initial_state is None else initial_state
+    bias = jnp.zeros(x.shape[2], jnp.float32) if bias is None else bias
+    filled = vary_alike(_Filled(x, weight, bias, segment_ids, before))
+    # The final state is a copy of a few rows, whose cotangent XLA adds in place.
+    return _conv(filled, (activation == "silu", interpret)), last_inputs(x, past, segment_ids, initial_state)
 
 
-def why_not(x: Array, weight: Array) -> str | None:
-    """Why the kernels can't compute these arrays, if so."""
+def unsupported_reason(x: Array, weight: Array) -> str | None:
+    """Return why the kernels cannot compute these arrays, or None if they can."""
     width = weight.shape[1]
     if x.dtype == jnp.float64:
         return "it computes in float32, and x is float64"
@@ -105,83 +99,51 @@ def why_not(x: Array, weight: Array) -> str | None:
     return None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _conv(inputs: _Filled, silu: bool, interpret: Any) -> Array:
+def _run(inputs: _Filled, static: tuple[bool, Any], save: bool) -> tuple[Array, None]:
+    del save  # the inputs are all that the backward pass needs
+    silu, interpret = static
     blocks = _blocks(inputs, silu)
     y = _call(_forward_kernel, blocks, (_padded(inputs, blocks),), (_padded_specs(blocks, inputs, False),), interpret)
-    return _cut(y, inputs.x)
+    return crop_like(y, inputs.x), None
 
 
-def _forward(inputs: _Filled, silu: bool, interpret: Any):
-    return _conv(inputs, silu, interpret), inputs
-
-
-def _backward(silu: bool, interpret: Any, inputs: _Filled, dy: Array):
+def _backward(inputs: _Filled, _: None, dy: Array, static: tuple[bool, Any]) -> _Filled:
+    silu, interpret = static
     blocks = _blocks(inputs, silu)
     dy = pad(dy, (blocks.rows, blocks.length, blocks.channels))
     arguments = (_padded(inputs, blocks), dy)
     specs = (_padded_specs(blocks, inputs, True), _token_spec(blocks, True))
     g = _call(_backward_kernel, blocks, arguments, specs, interpret)
-    past, channels = blocks.width - 1, inputs.x.shape[2]
-    return (
-        _Filled(
-            x=_cut(g.x, inputs.x),
-            weight=jnp.sum(g.weight, axis=0)[: blocks.width, :channels].T.astype(inputs.weight.dtype),
-            bias=jnp.sum(g.bias, axis=(0, 1))[:channels].astype(inputs.bias.dtype),
-            segment_ids=None,
-            initial_state=g.initial[:, _EDGE - past :, :channels].astype(inputs.initial_state.dtype),
-        ),
+    return _Filled(
+        x=crop_like(g.x, inputs.x),
+        weight=crop_like(jnp.sum(g.weight, axis=0).T, inputs.weight),
+        bias=crop_like(jnp.sum(g.bias, axis=(0, 1)), inputs.bias),
+        segment_ids=None,
+        initial_state=crop_like(g.initial[:, _EDGE - blocks.width + 1 :], inputs.initial_state),
     )
 
 
-_conv.defvjp(_forward, _backward)
+_conv = differentiable(_run, _backward)
 
 
 def _blocks(inputs: _Filled, silu: bool) -> _Blocks:
     rows, length, channels = inputs.x.shape
-    chunk = min(_CHUNK, pl.cdiv(length, _TAIL) * _TAIL)
-    tile = min(_TILE, pl.cdiv(channels, _LANES) * _LANES)
-    return _Blocks(
-        rows=rows,
-        length=pl.cdiv(length, chunk) * chunk,
-        channels=pl.cdiv(channels, tile) * tile,
-        width=inputs.weight.shape[1],
-        chunk=chunk,
-        tile=tile,
-        silu=silu,
-    )
-
-
-def _cut(v: Array, like: Array) -> Array:
-    return v[:, : like.shape[1], : like.shape[2]]
+    chunk = min(_CHUNK, round_up(length, _TAIL))
+    tile = min(_TILE, round_up(channels, _LANES))
+    width = inputs.weight.shape[1]
+    return _Blocks(rows, round_up(length, chunk), round_up(channels, tile), width, chunk, tile, silu)
 
 
 def _padded(inputs: _Filled, blocks: _Blocks) -> _Padded:
     x = pad(inputs.x, (blocks.rows, blocks.length, blocks.channels))
-    past = inputs.initial_state.astype(jnp.float32)
-    initial = jnp.pad(past, ((0, 0), (_EDGE - blocks.width + 1, 0), (0, blocks.channels - past.shape[2])))
-    weight = pad(inputs.weight.astype(jnp.float32).T, (_taps(blocks), blocks.channels))
+    before = inputs.initial_state.astype(jnp.float32)
+    initial = jnp.pad(before, ((0, 0), (_EDGE - blocks.width + 1, 0), (0, blocks.channels - before.shape[2])))
+    within = reach(inputs.segment_ids, blocks.width - 1)
+    if within is not None:
+        within = pad(within[:, :, None].astype(jnp.float32), (blocks.rows, blocks.length, 1))
+    weight = pad(inputs.weight.astype(jnp.float32).T, (blocks.taps, blocks.channels))
     bias = pad(inputs.bias.astype(jnp.float32), (blocks.channels,))[None]
-    return _Padded(x, x, initial, _reach(inputs.segment_ids, blocks), weight, bias)
-
-
-def _taps(blocks: _Blocks) -> int:
-    return pl.cdiv(blocks.width, 8) * 8
-
-
-def _reach(segment_ids: Array | None, blocks: _Blocks) -> Array | None:
-    """How many steps back each token may look, up to K-1; what comes before the first is of its segment."""
-    if segment_ids is None:
-        return None
-    length = segment_ids.shape[1]
-    past = blocks.width - 1
-    same = jnp.pad(segment_ids[:, 1:] == segment_ids[:, :-1], ((0, 0), (past, 0)), constant_values=True)
-    unbroken = jnp.ones(segment_ids.shape, bool)
-    reach = jnp.zeros(segment_ids.shape, jnp.float32)
-    for j in range(1, past + 1):
-        unbroken = unbroken & same[:, past - j : past - j + length]
-        reach = reach + unbroken
-    return pad(reach[:, :, None], (blocks.rows, blocks.length, 1))
+    return _Padded(x, x, initial, within, weight, bias)
 
 
 def _token_spec(blocks: _Blocks, reverse: bool) -> pl.BlockSpec:
@@ -210,25 +172,22 @@ def _padded_specs(blocks: _Blocks, inputs: _Filled, reverse: bool) -> _Padded:
         reach=None
         if inputs.segment_ids is None
         else pl.BlockSpec((None, blocks.chunk, 1), lambda row, tile, chunk: (row, order(chunk), 0)),
-        weight=pl.BlockSpec((_taps(blocks), blocks.tile), lambda row, tile, chunk: (0, tile)),
+        weight=pl.BlockSpec((blocks.taps, blocks.tile), lambda row, tile, chunk: (0, tile)),
         bias=pl.BlockSpec((1, blocks.tile), lambda row, tile, chunk: (0, tile)),
     )
 
 
 def _call(kernel, blocks: _Blocks, arguments, specs, interpret: Any):
     x = arguments[0].x
-
-    def out(shape: tuple[int, ...], dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
+    x_like = out_struct(x.shape, x.dtype, x)
     extended = pltpu.VMEM((_EDGE + blocks.chunk, _LANES), jnp.float32)
     if kernel is _forward_kernel:
-        out_specs, out_shape, scratch = [_token_spec(blocks, False)], [out(x.shape, x.dtype)], [extended]
+        out_specs, out_shape, scratch = [_token_spec(blocks, False)], [x_like], [extended]
     else:
-        heights = (_EDGE, _taps(blocks), 1)
-        sums = [out((blocks.rows, height, blocks.channels)) for height in heights]
+        heights = (_EDGE, blocks.taps, 1)
+        sums = [out_struct((blocks.rows, height, blocks.channels), jnp.float32, x) for height in heights]
         out_specs = [_Gradients(_token_spec(blocks, True), *(_row_spec(blocks, height) for height in heights))]
-        out_shape, scratch = [_Gradients(out(x.shape, x.dtype), *sums)], [extended, extended]
+        out_shape, scratch = [_Gradients(x_like, *sums)], [extended, extended]
     backward = kernel is _backward_kernel
     return pl.pallas_call(
         functools.partial(kernel, blocks),
@@ -253,7 +212,7 @@ def _groups(blocks: _Blocks) -> list[slice]:
 
 
 def _linear(blocks: _Blocks, first, inputs: _Padded, extended, lanes: slice) -> Array:
-    """The convolution before its activation; leaves the inputs from 8 steps before the chunk on in `extended`."""
+    """Return the convolution before its activation; store the chunk's inputs and the 8 before them in `extended`."""
     edge = inputs.tail[_TAIL - _EDGE :, lanes].astype(jnp.float32)
     extended[:_EDGE] = jnp.where(first, inputs.initial[:, lanes], edge)
     extended[_EDGE:] = inputs.x[:, lanes].astype(jnp.float32)
@@ -287,8 +246,8 @@ def _forward_kernel(blocks: _Blocks, inputs: _Padded, y_ref, extended) -> None:
         y_ref[:, lanes] = y.astype(y_ref.dtype)
 
 
-def _backward_kernel(blocks: _Blocks, inputs: _Padded, dy_ref, gradients: _Gradients, extended, owed) -> None:
-    """Chunks come last first. `owed` is the gradient of `extended`: a tap's share lies `back` rows before its token."""
+def _backward_kernel(blocks: _Blocks, inputs: _Padded, dy_ref, gradients: _Gradients, extended, d_extended) -> None:
+    """Visit the chunks in reverse. `d_extended` is the cotangent of `extended`: a tap adds to the row `back` before."""
     chunk = pl.program_id(2)
 
     @pl.when(chunk == 0)
@@ -303,16 +262,16 @@ def _backward_kernel(blocks: _Blocks, inputs: _Padded, dy_ref, gradients: _Gradi
             s = _sigmoid(y)
             g = g * (s + y * s * (1 - s))
         gradients.bias[:, lanes] += jnp.sum(g, axis=0, keepdims=True)
-        owed[:_EDGE] = jnp.zeros((_EDGE, _LANES), jnp.float32)
-        owed[_EDGE:] = g * _tap(blocks, inputs, 0, lanes)
-        # What the chunk after this one owes to the last rows of this one.
-        owed[blocks.chunk :] += gradients.initial[:, lanes]
+        d_extended[:_EDGE] = jnp.zeros((_EDGE, _LANES), jnp.float32)
+        d_extended[_EDGE:] = g * _tap(blocks, inputs, 0, lanes)
+        # The next chunk's contribution to the last rows of this one.
+        d_extended[blocks.chunk :] += gradients.initial[:, lanes]
         for back in range(blocks.width):
             seen = pl.ds(_EDGE - back, blocks.chunk)
             reached = _within_reach(inputs, back, g)
             k = blocks.width - 1 - back
             gradients.weight[k : k + 1, lanes] += jnp.sum(reached * extended[seen, :], axis=0, keepdims=True)
             if back:
-                owed[seen, :] += reached * _tap(blocks, inputs, back, lanes)
-        gradients.x[:, lanes] = owed[_EDGE:].astype(gradients.x.dtype)
-        gradients.initial[:, lanes] = owed[:_EDGE]
+                d_extended[seen, :] += reached * _tap(blocks, inputs, back, lanes)
+        gradients.x[:, lanes] = d_extended[_EDGE:].astype(gradients.x.dtype)
+        gradients.initial[:, lanes] = d_extended[:_EDGE]

@@ -1,8 +1,8 @@
 """Linear cross-entropy in chunks of tokens, for any XLA backend.
 
-Where a gradient is wanted, the forward pass computes it in the same loop, while a chunk's logits are at hand: three
-products with the vocabulary instead of four with logits computed again. It costs no memory: the gradient of the weight,
-all that is large, is needed from then on anyway. The backward pass only multiplies by the loss's cotangent.
+Under differentiation the forward pass computes the gradients in the same loop, while a chunk's logits are available:
+three products with the vocabulary instead of four with recomputed logits. It costs no memory: the gradient of the
+weight, the only large residual, is needed from then on anyway. The backward pass only scales by the loss's cotangent.
 """
 
 from functools import partial
@@ -13,19 +13,12 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.cross_entropy.sums import LossSums
+from biomamba_jax.ops.cross_entropy.loss import LossOptions, LossSums
+from biomamba_jax.ops.kernel_arrays import cdiv
 from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
 
 # Each chunk reads and writes the gradient of the weight once, so it should be long; its logits take 4 V bytes a token.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 512, "gpu": 2048, "tpu": 2048}
-
-
-class _Options(NamedTuple):
-    valid: int
-    smoothing: float
-    z_loss: float
-    chunk: int
-    axis: str | None  # mesh axis that the vocabulary is spread over
 
 
 class _Tokens(NamedTuple):
@@ -55,45 +48,31 @@ class _Softmax(NamedTuple):
 
 
 def linear_cross_entropy(
-    hidden: Array,
-    weight: Array,
-    targets: Array,
-    weights: Array,
-    valid_vocab_size: int,
-    label_smoothing: float,
-    z_loss: float,
-    chunk_size: int | None,
-    axis: str | None = None,
+    hidden: Array, weight: Array, targets: Array, weights: Array, options: LossOptions
 ) -> LossSums:
-    """See `biomamba_jax.ops.linear_cross_entropy`."""
-    chunk = _chunk_size(chunk_size, targets.size)
+    """Return the sums; see `biomamba_jax.ops.linear_cross_entropy`."""
     weights = jax.lax.stop_gradient(weights.astype(accumulator_dtype(hidden.dtype)))
-    options = _Options(valid_vocab_size, label_smoothing, z_loss, chunk, axis)
     return _loss_sums(hidden, weight, targets, weights, options)
 
 
 def token_negative_log_likelihoods(
     hidden: Array, weight: Array, targets: Array, valid_vocab_size: int, chunk_size: int | None
 ) -> Array:
-    """See `biomamba_jax.ops.cross_entropy`."""
-    chunk = _chunk_size(chunk_size, targets.size)
+    """Return -log p of each target [T]; see `biomamba_jax.ops.cross_entropy`."""
     head = weight.astype(hidden.dtype)
-    chunks = _chunks(_Tokens(hidden, targets, jnp.ones(targets.shape)), chunk)
-    nll = jax.lax.map(lambda part: _softmax(part, head, valid_vocab_size).nll, chunks)
+    options = LossOptions(valid_vocab_size, chunk_size=chunk_size)
+    chunks = _chunks(_Tokens(hidden, targets, jnp.ones(targets.shape)), options)
+    nll = jax.lax.map(lambda part: _softmax(part, head, options).nll, chunks)
     return _unchunk(nll, targets.size)
 
 
-def _chunk_size(chunk_size: int | None, tokens: int) -> int:
-    """At most `chunk_size`, and such that hardly any tokens have to be added to fill the last chunk."""
-    chunks = -(-tokens // (chunk_size or _CHUNK_SIZE[dispatch.platform()]))
-    return -(-tokens // chunks)
+def _chunks(tokens: _Tokens, options: LossOptions) -> _Tokens:
+    """Stack the tokens into chunks [n t ...], all of one length with as little padding as possible, of weight 0.
 
-
-def _chunks(tokens: _Tokens, chunk: int) -> _Tokens:
-    """Stacked chunks [n t ...]; the tokens added at the end have weight 0.
-
-    Chunk i takes the tokens i, i + n, i + 2n ... so that tokens sharded over devices stay so in each chunk.
+    Chunk i takes the tokens i, i + n, i + 2n ... so that tokens sharded over devices stay sharded in each chunk.
     """
+    count = tokens.targets.size
+    chunk = cdiv(count, cdiv(count, options.chunk_size or _CHUNK_SIZE[dispatch.platform()]))
 
     def split(v: Array) -> Array:
         v = jnp.pad(v, [(0, -v.shape[0] % chunk)] + [(0, 0)] * (v.ndim - 1))
@@ -103,17 +82,18 @@ def _chunks(tokens: _Tokens, chunk: int) -> _Tokens:
 
 
 def _unchunk(v: Array, tokens: int) -> Array:
-    """[n t ...] back to [T ...]."""
+    """Undo `_chunks`: [n t ...] -> [T ...]."""
     return v.swapaxes(0, 1).reshape(-1, *v.shape[2:])[:tokens]
 
 
 def _ids(rows: int, axis: str | None) -> Array:
-    """The ids that the head's rows on this device stand for."""
+    """Return the vocabulary ids of this device's rows of the weight."""
     ids = jnp.arange(rows)
     return ids if axis is None else ids + jax.lax.axis_index(axis) * rows
 
 
-def _softmax(part: _Tokens, head: Array, valid: int, axis: str | None = None) -> _Softmax:
+def _softmax(part: _Tokens, head: Array, options: LossOptions) -> _Softmax:
+    valid, axis = options.valid_vocab_size, options.axis
     dtype = accumulator_dtype(part.hidden.dtype)
     logits = jnp.einsum("td,vd->tv", part.hidden, head, preferred_element_type=dtype)
     ids = _ids(logits.shape[1], axis)
@@ -131,79 +111,76 @@ def _softmax(part: _Tokens, head: Array, valid: int, axis: str | None = None) ->
     return _Softmax(logits, shifted, total, largest, target)
 
 
-def _add_up(part: _Tokens, softmax: _Softmax, mean_row: Array, options: _Options) -> LossSums:
-    """The sums of one chunk. `mean_row` [D], the mean of the head's valid rows, gives the mean logit as one dot."""
+def _chunk_sums(part: _Tokens, softmax: _Softmax, mean_row: Array, options: LossOptions) -> LossSums:
+    """Return the sums of a chunk; `mean_row` [D] is the mean of the weight's valid rows, and yields the mean logit."""
     nll, log_partition = softmax.nll, softmax.log_partition
     loss = nll + options.z_loss * log_partition**2
-    if options.smoothing:
+    if options.label_smoothing:
         mean_logit = jnp.dot(part.hidden.astype(nll.dtype), mean_row, precision="highest")
-        loss += options.smoothing * (softmax.target - mean_logit)
+        loss += options.label_smoothing * (softmax.target - mean_logit)
     correct = softmax.target >= softmax.largest
     w = part.weights
     return LossSums(jnp.sum(w * loss), jnp.sum(w * nll), jnp.sum(w * correct), jnp.sum(w))
 
 
-def _d_logits(part: _Tokens, softmax: _Softmax, options: _Options) -> Array:
-    """Gradient of the chunk's loss in its logits [t V], in hidden's dtype."""
+def _d_logits(part: _Tokens, softmax: _Softmax, options: LossOptions) -> Array:
+    """Return the gradient of the chunk's loss with respect to its logits [t V], in hidden's dtype."""
     scale = part.weights * (1 + 2 * options.z_loss * softmax.log_partition)
     ids = _ids(softmax.shifted.shape[1], options.axis)
-    spread = part.weights * (options.smoothing / options.valid)
-    hit = part.weights * (1 - options.smoothing)
+    uniform = part.weights * (options.label_smoothing / options.valid_vocab_size)
+    hit = part.weights * (1 - options.label_smoothing)
     gradient = softmax.shifted * (scale / softmax.total)[:, None]
     gradient -= jnp.where(ids == part.targets[:, None], hit[:, None], 0)
-    if options.smoothing:
-        gradient -= jnp.where(ids < options.valid, spread[:, None], 0)
+    if options.label_smoothing:
+        gradient -= jnp.where(ids < options.valid_vocab_size, uniform[:, None], 0)
     return gradient.astype(part.hidden.dtype)
 
 
-def _zeros(dtype: jnp.dtype) -> LossSums:
-    return LossSums(*(jnp.zeros((), dtype) for _ in LossSums._fields))
-
-
-def _mean_row(weight: Array, options: _Options, dtype: jnp.dtype) -> Array:
-    if not options.smoothing:
-        return jnp.zeros(weight.shape[1], dtype)  # nobody asks for it
+def _mean_row(weight: Array, options: LossOptions, dtype: jnp.dtype) -> Array:
+    valid_vocab_size = options.valid_vocab_size
+    if not options.label_smoothing:
+        return jnp.zeros(weight.shape[1], dtype)  # unused
     if options.axis is None:
-        return sum_leading(weight[: options.valid].astype(dtype)) / options.valid
-    valid = _ids(weight.shape[0], options.axis) < options.valid
+        return sum_leading(weight[:valid_vocab_size].astype(dtype)) / valid_vocab_size
+    valid = _ids(weight.shape[0], options.axis) < valid_vocab_size
     rows = jnp.where(valid[:, None], weight.astype(dtype), 0)
-    return jax.lax.psum(sum_leading(rows), options.axis) / options.valid
+    return jax.lax.psum(sum_leading(rows), options.axis) / valid_vocab_size
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _loss_sums(hidden: Array, weight: Array, targets: Array, weights: Array, options: _Options) -> LossSums:
-    head = weight.astype(hidden.dtype)
-    mean_row = _mean_row(head, options, weights.dtype)
-
-    def body(sums: LossSums, part: _Tokens) -> tuple[LossSums, None]:
-        more = _add_up(part, _softmax(part, head, options.valid, options.axis), mean_row, options)
-        return jax.tree.map(jnp.add, sums, more), None
-
-    chunks = _chunks(_Tokens(hidden, targets, weights), options.chunk)
-    return jax.lax.scan(body, _zeros(weights.dtype), chunks)[0]
-
-
-def _forward(hidden: Array, weight: Array, targets: Array, weights: Array, options: _Options):
+def _run(hidden: Array, weight: Array, targets: Array, weights: Array, options: LossOptions, *, gradients: bool):
+    """Return the sums and, with `gradients`, those of loss with respect to hidden and weight, else None and None."""
     head = weight.astype(hidden.dtype)
     dtype = weights.dtype
     mean_row = _mean_row(head, options, dtype)
 
-    def body(carry: tuple[LossSums, Array], part: _Tokens) -> tuple[tuple[LossSums, Array], Array]:
+    def body(carry: tuple[LossSums, Array | None], part: _Tokens) -> tuple[tuple[LossSums, Array | None], Array | None]:
         sums, d_weight = carry
-        softmax = _softmax(part, head, options.valid, options.axis)
+        softmax = _softmax(part, head, options)
+        sums = jax.tree.map(jnp.add, sums, _chunk_sums(part, softmax, mean_row, options))
+        if d_weight is None:
+            return (sums, None), None
         d_logits = _d_logits(part, softmax, options)
-        sums = jax.tree.map(jnp.add, sums, _add_up(part, softmax, mean_row, options))
         d_weight += jnp.einsum("tv,td->vd", d_logits, part.hidden, preferred_element_type=dtype)
         d_hidden = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=dtype)
         return (sums, d_weight), d_hidden.astype(hidden.dtype)
 
-    chunks = _chunks(_Tokens(hidden, targets, weights), options.chunk)
-    first = _zeros(dtype), jnp.zeros(weight.shape, dtype)
-    (sums, d_weight), d_hidden = jax.lax.scan(body, first, chunks)
+    zero_sums = LossSums(*(jnp.zeros((), dtype) for _ in LossSums._fields))
+    first = zero_sums, jnp.zeros(weight.shape, dtype) if gradients else None
+    (sums, d_weight), d_hidden = jax.lax.scan(body, first, _chunks(_Tokens(hidden, targets, weights), options))
+    return sums, d_hidden, d_weight
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _loss_sums(hidden: Array, weight: Array, targets: Array, weights: Array, options: LossOptions) -> LossSums:
+    return _run(hidden, weight, targets, weights, options, gradients=False)[0]
+
+
+def _forward(hidden: Array, weight: Array, targets: Array, weights: Array, options: LossOptions):
+    sums, d_hidden, d_weight = _run(hidden, weight, targets, weights, options, gradients=True)
     return sums, (_unchunk(d_hidden, hidden.shape[0]), d_weight.astype(weight.dtype))
 
 
-def _backward(options: _Options, residuals: tuple[Array, Array], cotangent: LossSums):
+def _backward(options: LossOptions, residuals: tuple[Array, Array], cotangent: LossSums):
     d_hidden, d_weight = ((cotangent.loss * d).astype(d.dtype) for d in residuals)
     return d_hidden, d_weight, None, None
 

@@ -1,10 +1,11 @@
-"""The public selective scan: checks the arguments and hands them to the implementation that was chosen."""
+"""The public function `selective_scan`: argument checks and dispatch to an implementation."""
 
 from collections.abc import Callable, Mapping
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch
+from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.kernel_arrays import check_shapes
 from biomamba_jax.ops.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
@@ -15,13 +16,6 @@ _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "triton": triton.selective_scan,
     "reference": reference.selective_scan,
 }
-_PREFERRED: Mapping[dispatch.Platform, tuple[str, ...]] = {
-    "cpu": ("xla",),
-    "gpu": ("pallas_gpu", "triton", "xla"),
-    "tpu": ("pallas_tpu", "xla"),
-}
-# One token is one elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
-_PREFERRED_FOR_ONE_TOKEN: Mapping[dispatch.Platform, tuple[str, ...]] = {p: ("xla",) for p in _PREFERRED}
 
 
 def selective_scan(
@@ -39,13 +33,16 @@ def selective_scan(
     return_final_state: bool = False,
     implementation: dispatch.Implementation | None = None,
 ) -> Float[Array, "B L E"] | tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """The selective state space model of Mamba-1 (arXiv 2312.00752, equation 2 and algorithm 2).
+    """Compute Mamba-1's selective state space model, a gated linear recurrence over time.
 
         delta_t = softplus(dt_t + dt_bias)
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t
         y_t = (C_t h_t + D x_t) silu(z_t)
 
-    It is differentiable in every floating-point argument. Inside, all is computed in float32 (float64 where x is).
+    Differentiable in every floating-point argument. Everything is computed in float32 (float64 for float64 x).
+
+    Source: Gu and Dao 2023 (arXiv 2312.00752, equation 2 and algorithm 2); `selective_scan_fn` of the authors' code
+    (github.com/state-spaces/mamba).
 
     Args:
       x: input [B L E], any float dtype.
@@ -56,46 +53,44 @@ def selective_scan(
       D: skip weight of each channel [E], or None for no skip.
       z: gate [B L E], or None for no gate.
       dt_bias: added to `dt` before the softplus [E].
-      segment_ids: document of each token [B L]. The state is zeroed wherever the id differs from that of the token
-        before, so packed documents do not see each other.
-      initial_state: state before the first token [B E N], belonging to the segment of that token; None is zero.
+      segment_ids: document of each token [B L]. The state is reset to zero wherever the id differs from that of the
+        token before, so packed documents do not affect each other.
+      initial_state: state before the first token [B E N], which continues that token's segment; None is zero.
       return_final_state: also return the state after the last token.
-      implementation: "xla", "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the best on this platform.
+      implementation: "xla", "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the platform's fastest.
 
     Returns:
       y [B L E] of x's dtype; with `return_final_state` a pair (y, state [B E N] in float32).
 
     Raises:
-      UserError: shapes do not fit together, or the implementation does not exist or cannot run here.
+      UserError: shapes do not match, or the implementation does not exist or cannot run here.
     """
     if x.ndim != 3 or A.ndim != 2:
         raise UserError(f"selective_scan: x must be [B L E] and A [E N], not {x.shape} and {A.shape}")
     rows, length, channels = x.shape
     states = A.shape[1]
-    expected = {
-        "dt": (dt, (rows, length, channels)),
-        "A": (A, (channels, states)),
-        "B": (B, (rows, length, states)),
-        "C": (C, (rows, length, states)),
-        "D": (D, (channels,)),
-        "z": (z, (rows, length, channels)),
-        "dt_bias": (dt_bias, (channels,)),
-        "segment_ids": (segment_ids, (rows, length)),
-        "initial_state": (initial_state, (rows, channels, states)),
-    }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise UserError(
-                f"selective_scan: {name} has shape {array.shape}, expected {shape} for x {x.shape} and A {A.shape}"
-            )
+    inputs = Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state)
+    check_shapes(
+        "selective_scan",
+        inputs._asdict(),
+        dt=x.shape,
+        A=(channels, states),
+        B=(rows, length, states),
+        C=(rows, length, states),
+        D=(channels,),
+        z=x.shape,
+        dt_bias=(channels,),
+        segment_ids=(rows, length),
+        initial_state=(rows, channels, states),
+    )
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
-    preferred = _PREFERRED_FOR_ONE_TOKEN if length == 1 else _PREFERRED
-    unsuited = {
-        "pallas_gpu": pallas_gpu.why_not(x, A),
-        "pallas_tpu": pallas_tpu.why_not(x, A),
-        "triton": triton.why_not(x),
+    unsupported = {
+        "pallas_gpu": pallas_gpu.unsupported_reason(x, A),
+        "pallas_tpu": pallas_tpu.unsupported_reason(x, A),
+        "triton": triton_calls.unsupported_reason(x),
     }
-    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, preferred, unsuited)
-    y, final_state = scan(Inputs(x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state))
+    # A single token is an elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
+    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=length == 1)
+    y, final_state = scan(inputs)
     return (y, final_state) if return_final_state else y

@@ -1,9 +1,9 @@
 """The recurrence inside one chunk of one row, forward and backward, in two forms.
 
 `ASSOCIATIVE` has logarithmic depth and does more work: for accelerators. `SEQUENTIAL` is a loop over time steps: for
-the CPU, where it is many times faster. There, states are [N E] with channels minor, so that every operation runs along
-whole vectors, and every sum is a matrix product, because XLA's CPU backend reduces an axis that is not the last many
-times slower than it multiplies. The decays of a whole chunk are computed before the loop, on all cores.
+the CPU, where it is many times faster. Its states are [N E] with channels minor, so that every operation runs along
+whole vectors, and every sum is a matrix product, because XLA's CPU backend reduces a major axis many times slower than
+it multiplies. The decays of a whole chunk are computed before the loop, on all cores.
 """
 
 from collections.abc import Callable
@@ -24,34 +24,44 @@ class Chunk(NamedTuple):
     """T time steps of h_t = a_t h_{t-1} + B_t u_t, y_t = C_t h_t."""
 
     a: Float[Array, "T N E"]
+    """Decays."""
     u: Float[Array, "T E"]
+    """Inputs."""
     B: Float[Array, "T N"]
+    """Input projections."""
     C: Float[Array, "T N"]
+    """Output projections."""
 
 
 class Gradients(NamedTuple):
-    """Of a loss by the parts of a chunk. With g_t the gradient by the exponent delta_t A of the decay a_t:"""
+    """Gradients of a loss. Below, g_t is the gradient with respect to the exponent delta_t A of the decay a_t."""
 
     initial: Float[Array, "N E"]
-    A: Float[Array, "N E"]  # sum over T of g delta, added to what was given
-    delta: Float[Array, "T E"]  # sum over N of g A: through the decay only
+    """With respect to the state before the chunk."""
+    A: Float[Array, "N E"]
+    """Sum over T of g delta, plus the carried sum of later chunks."""
+    delta: Float[Array, "T E"]
+    """Sum over N of g A: through the decay only."""
     u: Float[Array, "T E"]
+    """With respect to `Chunk.u`."""
     B: Float[Array, "T N"]
+    """With respect to `Chunk.B`."""
     C: Float[Array, "T N"]
+    """With respect to `Chunk.C`."""
 
 
 class Form(NamedTuple):
-    """outputs(chunk, start) -> (last state, y); gradients(chunk, start, A, delta, dy, d_last, dA) -> Gradients.
-
-    `d_last` is the gradient that reaches the chunk's last state from all later ones, `dA` the sum so far.
-    """
+    """One form of the recurrence."""
 
     outputs: Callable[[Chunk, Array], tuple[Array, Array]]
+    """(chunk, start) -> (final state, y)."""
     gradients: Callable[[Chunk, Array, Array, Array, Array, Array, Array], Gradients]
+    """(chunk, start, A, delta, dy, d_last, dA) -> gradients, where `d_last` is the cotangent of the chunk's final state
+    from all later chunks and `dA` the sum over them."""
 
 
 def loop(body, carry, xs, reverse: bool = False):
-    """`lax.scan`, but without a loop where there is one step only."""
+    """Run `lax.scan`, without a loop if there is only one step."""
     if jax.tree.leaves(xs)[0].shape[0] > 1:
         return lax.scan(body, carry, xs, reverse=reverse)
     carry, y = body(carry, jax.tree.map(lambda v: v[0], xs))
@@ -72,8 +82,8 @@ def _sequential_gradients(
     def recompute(carry, xs):
         state, befores, t = carry
         token, dy = xs
-        # Stored by hand, since XLA copies the buffer of a scan's stacked output once more; the unsigned index spares
-        # the handling of negative ones.
+        # An explicit update, since XLA copies the buffer of a scan's stacked output once more; an unsigned index needs
+        # no handling of negative values.
         befores = lax.dynamic_update_index_in_dim(befores, state, t, axis=0)
         state = token.a * state + token.B[:, None] * token.u
         return (state, befores, t + jnp.uint32(1)), _einsum("ne,e->n", state, dy)
@@ -98,7 +108,7 @@ def _sequential_gradients(
 
 
 def _associative_states(a: Array, b: Array, start: Array, reverse: bool = False) -> Array:
-    """All states of h_t = a_t h_{t-1} + b_t."""
+    """Return all states of h_t = a_t h_{t-1} + b_t."""
 
     def combine(left, right):
         return left[0] * right[0], right[0] * left[1] + right[1]
@@ -117,7 +127,7 @@ def _associative_gradients(
 ) -> Gradients:
     states = _associative_states(chunk.a, chunk.B[:, :, None] * chunk.u[:, None, :], start)
     before = jnp.concatenate([start[None], states[:-1]])
-    # dh_t = C_t dy_t + a_{t+1} dh_{t+1}: the same recurrence backwards, with the decays moved by one step.
+    # dh_t = C_t dy_t + a_{t+1} dh_{t+1}: the same recurrence in reverse, with the decays shifted by one step.
     following = jnp.concatenate([chunk.a[1:], jnp.ones_like(chunk.a[:1])])
     dh = _associative_states(following, chunk.C[:, :, None] * dy[:, None, :], d_last, reverse=True)
     later = chunk.a * dh

@@ -1,14 +1,16 @@
-"""The arrays of one selective scan, as `api.selective_scan` hands them to an implementation and gets gradients back."""
+"""The arrays of one selective scan, as `api.selective_scan` passes them and as their cotangents are returned."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.kernel_arrays import crop_like
 
 
 class Inputs(NamedTuple):
-    """See `api.selective_scan`; None where the caller gave none."""
+    """Arguments of `api.selective_scan`; None where the caller gave none."""
 
     x: Float[Array, "B L E"]
     dt: Float[Array, "B L E"]
@@ -22,26 +24,15 @@ class Inputs(NamedTuple):
     initial_state: Float[Array, "B E N"] | None = None
 
     def with_zeros(self) -> "FilledInputs":
-        """With zeros for the parameters and the state that are None; a gate and segments stay optional."""
-        rows, _, channels = self.x.shape
-        zeros = jnp.zeros(channels, jnp.float32)
-        state = self.initial_state
-        return FilledInputs(
-            self.x,
-            self.dt,
-            self.A,
-            self.B,
-            self.C,
-            zeros if self.D is None else self.D,
-            self.z,
-            zeros if self.dt_bias is None else self.dt_bias,
-            self.segment_ids,
-            jnp.zeros((rows, *self.A.shape), jnp.float32) if state is None else state,
-        )
+        """Replace missing parameters and a missing state by zeros; the gate and the segments stay optional."""
+        zeros = jnp.zeros(self.x.shape[2], jnp.float32)
+        state = jnp.zeros((self.x.shape[0], *self.A.shape), jnp.float32)
+        defaults = {"D": zeros, "dt_bias": zeros, "initial_state": state}
+        return FilledInputs(**(self._asdict() | {k: v for k, v in defaults.items() if getattr(self, k) is None}))
 
 
 class FilledInputs(NamedTuple):
-    """What the kernels read: only the gate and the segments may be missing."""
+    """Inputs of the kernels: only the gate and the segments may be missing."""
 
     x: Float[Array, "B L E"]
     dt: Float[Array, "B L E"]
@@ -53,3 +44,7 @@ class FilledInputs(NamedTuple):
     dt_bias: Float[Array, " E"]
     segment_ids: Int[Array, "B L"] | None
     initial_state: Float[Array, "B E N"]
+
+    def crop(self, cotangents: "FilledInputs") -> "FilledInputs":
+        """Slice padded cotangents to the shapes of these inputs and cast them to their dtypes."""
+        return jax.tree.map(crop_like, cotangents, self._replace(segment_ids=None))

@@ -1,27 +1,23 @@
-"""The selective scan on Mosaic GPU, for Hopper and newer: two kernels, their padding, and the rule that joins them.
+"""The selective scan on Mosaic GPU, for Hopper: padding and layouts of the two kernels, and their custom_vjp.
 
-For the backward pass the forward kernel keeps the state before every 32 tokens, at d_state = 16 as many bytes as one
-bfloat16 array like x, and nothing else: the backward kernel computes everything again.
+The only residual besides the inputs is the state before every chunk of 32 tokens, at d_state = 16 as many bytes as one
+bfloat16 array like x: the backward kernel recomputes the rest.
 """
 
-from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch, mosaic_gpu
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.kernel_arrays import pad, round_up, vary_alike
-from biomamba_jax.ops.numerics import segment_starts
+from biomamba_jax.ops.kernel_arrays import differentiable, pad, round_up, vary_alike
 from biomamba_jax.ops.selective_scan import pallas_gpu_backward, pallas_gpu_forward
-from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as cut
+from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as common
 from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
-from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import Blocks, Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens, padded
+from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import Blocks
 
 _WIDTH = 64  # channels of a block
-_MOST_STATES_AT_WIDTH = 32  # a block of more has half the channels, as shared memory allows
+_MAX_STATES_AT_WIDTH = 32  # with more, a block has half the channels, to fit into shared memory
 
 
 def selective_scan(
@@ -29,132 +25,85 @@ def selective_scan(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """All outputs and the last state; see `api.selective_scan`.
+    """Return all outputs and the final state; see `api.selective_scan`.
 
     Args:
-      interpret: parameters of Pallas's interpreter for GPU, which needs no GPU and is slow. For tests.
-
-    Raises:
-      UserError: the kernels cannot compute these arrays, or not in this program.
+      inputs: the arrays.
+      interpret: parameters of Pallas's interpreter for GPU, which is slow and needs no GPU. For tests.
     """
-    if reason := why_not(inputs.x, inputs.A) or (None if interpret else dispatch.unavailable("pallas_gpu")):
-        raise UserError(
-            f"selective_scan: implementation 'pallas_gpu' cannot be used: {reason}; give implementation=None for the"
-            " best one here"
-        )
     return _scan(vary_alike(inputs.with_zeros()), interpret)
 
 
-def why_not(x: Array, A: Array) -> str | None:
-    """Why the kernels can't compute these arrays, if so."""
+def unsupported_reason(x: Array, A: Array) -> str | None:
+    """Return why the kernels cannot compute these arrays, or None if they can."""
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f"x is {x.dtype}, and it computes in float32"
-    if A.shape[1] > cut.MOST_STATES:
-        return f"d_state is {A.shape[1]}, more than {cut.MOST_STATES}"
+    if A.shape[1] > common.MAX_STATES:
+        return f"d_state is {A.shape[1]}, more than {common.MAX_STATES}"
     return None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: FilledInputs, interpret: Any) -> tuple[Array, Array]:
-    return _run(inputs, interpret, for_backward=False)[0]
-
-
-def _forward(inputs: FilledInputs, interpret: Any):
-    results, boundary = _run(inputs, interpret, for_backward=True)
-    return results, (inputs, boundary)
-
-
-def _run(inputs: FilledInputs, interpret: Any, for_backward: bool):
+def _run(inputs: FilledInputs, interpret: Any, save: bool):
     blocks = _blocks(inputs)
     _, length, channels = inputs.x.shape
-    tokens, parameters = _padded(inputs, blocks)
+    tokens, parameters = _arrays(inputs, blocks)
     arguments = pallas_gpu_forward.Inputs(tokens, parameters, _split_state(inputs.initial_state, blocks))
-    out = pallas_gpu_forward.forward(arguments, blocks, for_backward, interpret)
-    return (out.y[:, :length, :channels], _plain_state(out.final, inputs)), out.boundary
+    out = pallas_gpu_forward.forward(arguments, blocks, save, interpret)
+    final = _merge_quarters(out.final)[:, : inputs.A.shape[0], : inputs.A.shape[1]]
+    return (out.y[:, :length, :channels], final), out.boundary
 
 
-def _backward(interpret: Any, residuals, cotangents):
-    inputs, boundary = residuals
+def _backward(inputs: FilledInputs, boundary: Array, cotangents, interpret: Any) -> FilledInputs:
     blocks = _blocks(inputs)
-    _, length, channels = inputs.x.shape
-    tokens, parameters = _padded(inputs, blocks)
+    tokens, parameters = _arrays(inputs, blocks)
     dy = pad(cotangents[0].astype(inputs.x.dtype), tokens.x.shape)
     arguments = pallas_gpu_backward.Inputs(tokens, parameters, dy, _split_state(cotangents[1], blocks), boundary)
     g = pallas_gpu_backward.backward(arguments, blocks, interpret)
-
-    def narrow(v: Array, like: Array) -> Array:
-        v = jnp.sum(v, axis=1)
-        return v.reshape(*v.shape[:2], -1)[:, :length, : like.shape[2]].astype(like.dtype)
-
-    def vector(v: Array, like: Array) -> Array:
-        return jnp.sum(v, axis=0)[:channels].astype(like.dtype)
-
-    return (
+    return inputs.crop(
         FilledInputs(
-            x=g.x[:, :length, :channels],
-            dt=g.dt[:, :length, :channels],
-            A=jnp.sum(_plain_state(g.A, inputs), axis=0).astype(inputs.A.dtype),
-            B=narrow(g.B, inputs.B),
-            C=narrow(g.C, inputs.C),
-            D=vector(g.D, inputs.D),
-            z=None if g.z is None else g.z[:, :length, :channels],
-            dt_bias=vector(g.dt_bias, inputs.dt_bias),
+            x=g.x,
+            dt=g.dt,
+            A=jnp.sum(_merge_quarters(g.A), axis=0),
+            B=_merge_quarters(jnp.sum(g.B, axis=1)),
+            C=_merge_quarters(jnp.sum(g.C, axis=1)),
+            D=jnp.sum(g.D, axis=0),
+            z=g.z,
+            dt_bias=jnp.sum(g.dt_bias, axis=0),
             segment_ids=None,
-            initial_state=_plain_state(g.initial, inputs).astype(inputs.initial_state.dtype),
-        ),
+            initial_state=_merge_quarters(g.initial),
+        )
     )
 
 
-_scan.defvjp(_forward, _backward)
+_scan = differentiable(_run, _backward)
 
 
 def _blocks(inputs: FilledInputs) -> Blocks:
     rows, length, channels = inputs.x.shape
-    most = _WIDTH if inputs.A.shape[1] <= _MOST_STATES_AT_WIDTH else _WIDTH // 2
-    width = min(most, round_up(channels, cut.GROUP))
+    widest = _WIDTH if inputs.A.shape[1] <= _MAX_STATES_AT_WIDTH else _WIDTH // 2
+    width = min(widest, round_up(channels, common.GROUP))
     return Blocks(
         rows=rows,
-        length=round_up(length, cut.CHUNK),
+        length=round_up(length, common.CHUNK),
         channels=round_up(channels, width),
-        quarters=round_up(inputs.A.shape[1], cut.STATES) // cut.VECTOR,
+        quarters=round_up(inputs.A.shape[1], common.STATES) // common.VECTOR,
         width=width,
         gated=inputs.z is not None,
         segmented=inputs.segment_ids is not None,
     )
 
 
-def _padded(inputs: FilledInputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
-    """Tokens are filled up with steps of softplus(-infinity) = 0, which leave the state as it is."""
-    wide = (blocks.rows, blocks.length, blocks.channels)
-    narrow = (blocks.rows, blocks.length, blocks.d_state)
-    A = inputs.A.astype(jnp.float32)
-    reset = None
-    if inputs.segment_ids is not None:
-        A = jnp.minimum(A, cut.WEAKEST_A)
-        steps = jnp.where(segment_starts(inputs.segment_ids), cut.RESET_STEP, 0.0)
-        reset = pad(steps.astype(jnp.float32), narrow[:2])
-    A = pad(A, (blocks.channels, blocks.d_state), fill=-1)
-    tokens = Tokens(
-        x=pad(inputs.x, wide),
-        dt=pad(inputs.dt, wide, fill=-jnp.inf),
-        z=None if inputs.z is None else pad(inputs.z, wide),
-        B=pad(inputs.B, narrow),
-        C=pad(inputs.C, narrow),
-        reset=reset,
-    )
-    parameters = Parameters(
-        A_log2e=(A * mosaic_gpu.LOG2_E).reshape(blocks.channels, blocks.quarters, cut.VECTOR),
-        D=pad(inputs.D.astype(jnp.float32), (blocks.channels,)),
-        dt_bias=pad(inputs.dt_bias.astype(jnp.float32), (blocks.channels,)),
-    )
-    return tokens, parameters
+def _arrays(inputs: FilledInputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
+    """Pad the inputs; A becomes [E Q 4]."""
+    tokens, parameters = padded(inputs, blocks.length, blocks.channels, blocks.d_state)
+    A_log2e = parameters.A_log2e.reshape(blocks.channels, blocks.quarters, common.VECTOR)
+    return tokens, parameters._replace(A_log2e=A_log2e)
 
 
-def _split_state(state: Float[Array, "B E N"], blocks: Blocks) -> Float[Array, "B E Q 4"]:
-    padded = pad(state.astype(jnp.float32), (blocks.rows, blocks.channels, blocks.d_state))
-    return padded.reshape(blocks.rows, blocks.channels, blocks.quarters, cut.VECTOR)
+def _split_state(state: Float[Array, "B E N"], blocks: Blocks) -> Float[Array, "B padded_E Q 4"]:
+    state = pad(state.astype(jnp.float32), (blocks.rows, blocks.channels, blocks.d_state))
+    return state.reshape(blocks.rows, blocks.channels, blocks.quarters, common.VECTOR)
 
 
-def _plain_state(state: Float[Array, "B E Q 4"], inputs: FilledInputs) -> Float[Array, "B E N"]:
-    plain = state.reshape(*state.shape[:2], -1)
-    return plain[:, : inputs.A.shape[0], : inputs.A.shape[1]]
+def _merge_quarters(v: Float[Array, "B rows Q 4"]) -> Float[Array, "B rows padded_N"]:
+    return v.reshape(*v.shape[:2], -1)

@@ -1,14 +1,13 @@
-"""The backward kernel of the selective scan on Mosaic GPU: all gradients in one pass over the tokens, last chunk first.
+"""Backward kernel of the selective scan on Mosaic GPU: all gradients in one pass over the tokens, last chunk first.
 
-Of the forward pass it needs the states before each chunk. It steps through a chunk once more, noting every eighth
-state, and then takes the chunk eight steps at a time, the last ones first: forward, with all eight states in registers,
-and back. Gradients are written over the inputs in shared memory, which is what two blocks on a multiprocessor need.
+Its residuals are the states before each chunk. It steps forward through a chunk, saving every eighth state, and then
+processes the chunk eight steps at a time, last ones first: forward, with all eight states in registers, and backward.
+Gradients overwrite the inputs in shared memory, so that two blocks fit on a multiprocessor.
 """
 
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -16,9 +15,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.mosaic_gpu import LN_2, LOG2_E
-from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as cut
-from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import CHUNK, GROUP, VECTOR, Blocks, Parameters, Tokens
+from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, float32, struct_like
+from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as common
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import CHUNK, GROUP, VECTOR, Blocks
 
 _STEPS = 8  # time steps whose states are in registers at once
 _PARTS = CHUNK // _STEPS
@@ -29,37 +29,55 @@ _OF_CHANNELS = plgpu.Layout.TILED(
 
 
 class Inputs(NamedTuple):
+    """Inputs of the kernel."""
+
     tokens: Tokens
+    """Padded."""
     parameters: Parameters
-    dy: Any  # [B L E]
-    d_final: Any  # [B E Q 4]
-    boundary: Any  # [B chunks E Q 4]: states
+    """A_log2e as [E Q 4]."""
+    dy: Any
+    """[B L E]."""
+    d_final: Any
+    """[B E Q 4]."""
+    boundary: Any
+    """[B chunks E Q 4]: the state before each chunk."""
 
 
 class Gradients(NamedTuple):
-    x: Any  # [B L E]
-    dt: Any  # [B L E]
-    z: Any  # [B L E] or None
-    B: Any  # [B tiles L Q 4] float32, of each tile of channels
-    C: Any  # [B tiles L Q 4] float32, of each tile of channels
-    A: Any  # [B E Q 4] float32, of each row
-    D: Any  # [B E] float32, of each row
-    dt_bias: Any  # [B E] float32, of each row
-    initial: Any  # [B E Q 4] float32
+    """Outputs of the kernel, to be summed over tiles (B, C) and over rows (A, D, dt_bias)."""
+
+    x: Any
+    """[B L E]."""
+    dt: Any
+    """[B L E]."""
+    z: Any
+    """[B L E], or None without a gate."""
+    B: Any
+    """[B tiles L Q 4] float32."""
+    C: Any
+    """[B tiles L Q 4] float32."""
+    A: Any
+    """[B E Q 4] float32."""
+    D: Any
+    """[B E] float32."""
+    dt_bias: Any
+    """[B E] float32."""
+    initial: Any
+    """[B E Q 4] float32."""
 
 
 class _Scratch(NamedTuple):
-    tokens: Tokens  # one slot; x, dt and z give way to their gradients
+    tokens: Tokens  # one slot; x, dt and z are overwritten by their gradients
     dy: Any  # [T C]
     arrived: Any
     delta: Any  # [T C]
-    exponent_step: Any | None  # [T C]: delta, or RESET_STEP at a reset; None where it is delta
+    exponent_step: Any | None  # [T C]: delta + reset; None without segments: delta
     u: Any  # [T C]: delta x
-    g: Any  # [T C]: gradient of y before the gate
+    g: Any  # [T C]: cotangent of y before the gate
     B: Any  # [T Q 4]
     C: Any  # [T Q 4]
-    noted: Any  # [parts C Q 4]: states before each part of the chunk
-    terms: Any  # [8 32 Q 4]: of the gradient of C, then of B, to be summed over channels
+    saved: Any  # [parts C Q 4]: the state before each part of the chunk
+    terms: Any  # [8 32 Q 4]: terms of dC, then of dB, to be summed over channels
     partial: Any  # [8 C Q]: sums over a thread's states of C h, then of B dh
     d_delta: Any  # [8 C Q]: the same of d(delta A) A
     dB: Any  # [T Q 4]
@@ -67,26 +85,23 @@ class _Scratch(NamedTuple):
 
 
 class _Carry(NamedTuple):
-    later: list[Array]  # the gradient that reaches the state from all later steps
+    later: list[Array]  # the cotangent of the state from all later steps
     dA: list[Array]
     dD: Array  # [8 C], to be summed over the first axis
     dt_bias: Array  # [8 C], likewise
 
 
 def backward(inputs: Inputs, blocks: Blocks, interpret: Any) -> Gradients:
-    """The gradients of all inputs; those of parameters row by row, those of B and C tile by tile."""
+    """Return the gradients of all inputs, those of parameters per row, those of B and C per tile."""
     x, dt, z = inputs.tokens.x, inputs.tokens.dt, inputs.tokens.z
 
-    def result(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    state = result(blocks.rows, blocks.channels, blocks.quarters, VECTOR)
-    d_narrow = result(blocks.rows, blocks.tiles, blocks.length, blocks.quarters, VECTOR)
-    vector = result(blocks.rows, blocks.channels)
+    state = float32(blocks.rows, blocks.channels, blocks.quarters, VECTOR)
+    d_narrow = float32(blocks.rows, blocks.tiles, blocks.length, blocks.quarters, VECTOR)
+    vector = float32(blocks.rows, blocks.channels)
     outputs = Gradients(
-        x=result(*x.shape, dtype=x.dtype),
-        dt=result(*x.shape, dtype=dt.dtype),
-        z=None if z is None else result(*x.shape, dtype=z.dtype),
+        x=struct_like(x),
+        dt=struct_like(dt),
+        z=None if z is None else struct_like(z),
         B=d_narrow,
         C=d_narrow,
         A=state,
@@ -94,20 +109,20 @@ def backward(inputs: Inputs, blocks: Blocks, interpret: Any) -> Gradients:
         dt_bias=vector,
         initial=state,
     )
-    steps, narrow = cut.smem(CHUNK, blocks.width), cut.smem(CHUNK, blocks.quarters, VECTOR)
-    partial = cut.smem(_STEPS, blocks.width, blocks.quarters)
+    steps, narrow = common.smem(CHUNK, blocks.width), common.smem(CHUNK, blocks.quarters, VECTOR)
+    partial = common.smem(_STEPS, blocks.width, blocks.quarters)
     scratch = _Scratch(
-        tokens=cut.token_buffers(inputs.tokens, blocks, 1),
-        dy=cut.smem(CHUNK, blocks.width, dtype=inputs.dy.dtype),
-        arrived=plgpu.Barrier(num_arrivals=cut.copies(inputs.tokens) + 1),
+        tokens=common.token_buffers(inputs.tokens, blocks, 1),
+        dy=common.smem(CHUNK, blocks.width, dtype=inputs.dy.dtype),
+        arrived=plgpu.Barrier(num_arrivals=common.copies(inputs.tokens) + 1),
         delta=steps,
         exponent_step=steps if blocks.segmented else None,
         u=steps,
         g=steps,
         B=narrow,
         C=narrow,
-        noted=cut.smem(_PARTS, blocks.width, blocks.quarters, VECTOR),
-        terms=cut.smem(_STEPS, GROUP, blocks.quarters, VECTOR),
+        saved=common.smem(_PARTS, blocks.width, blocks.quarters, VECTOR),
+        terms=common.smem(_STEPS, GROUP, blocks.quarters, VECTOR),
         partial=partial,
         d_delta=partial,
         dB=narrow,
@@ -123,29 +138,25 @@ def _kernel(blocks: Blocks, inputs: Inputs, gradients: Gradients, scratch: _Scra
     row, tile = lax.axis_index("row"), lax.axis_index("tile")
     first = tile * blocks.width
     channels = pl.ds(first, blocks.width)
-    A_log2e = cut.read_states(inputs.parameters.A_log2e, first, blocks)
-    bias, skip = (
-        mosaic_gpu.read(v.at[channels], cut.VECTOR_OF_CHANNELS)
-        for v in (inputs.parameters.dt_bias, inputs.parameters.D)
-    )
-    tokens = cut.of_slot(scratch.tokens, 0)
+    A_log2e, bias, skip = common.read_parameters(inputs.parameters, first, blocks)
+    tokens = mosaic_gpu.slot(scratch.tokens, 0)
 
     def chunk_body(i: Any, carry: _Carry) -> _Carry:
         chunk = blocks.chunks - 1 - i
         time = mosaic_gpu.ds(chunk, CHUNK)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.commit_smem()
-        cut.fetch(inputs.tokens, tokens, scratch.arrived, row, chunk, channels)
+        common.fetch(inputs.tokens, tokens, scratch.arrived, row, chunk, channels)
         plgpu.copy_gmem_to_smem(inputs.dy.at[row, time, channels], scratch.dy, scratch.arrived)
         plgpu.barrier_wait(scratch.arrived)
-        cut.prepare(tokens, bias, scratch, blocks)
-        g = cut.read_tokens(scratch.dy)
+        common.prepare(tokens, bias, scratch, blocks)
+        g = common.read_tokens(scratch.dy)
         if tokens.z is not None:
-            z = cut.read_tokens(tokens.z)
+            z = common.read_tokens(tokens.z)
             g = g * z * mosaic_gpu.sigmoid(z)
         scratch.g[...] = g
         plgpu.commit_smem()
-        _note_states(blocks, A_log2e, cut.read_states(inputs.boundary.at[row, chunk], first, blocks), scratch)
+        _save_states(blocks, A_log2e, common.read_states(inputs.boundary.at[row, chunk], first, blocks), scratch)
 
         def part_body(i: Any, carry: _Carry) -> _Carry:
             return _part(blocks, _PARTS - 1 - i, A_log2e, bias, skip, tokens, scratch, carry)
@@ -160,46 +171,42 @@ def _kernel(blocks: Blocks, inputs: Inputs, gradients: Gradients, scratch: _Scra
         plgpu.copy_smem_to_gmem(scratch.dC, gradients.C.at[row, tile, time])
         return carry
 
-    no_sum = mosaic_gpu.zeros((_STEPS, blocks.width), cut.TOKEN)
+    no_sum = mosaic_gpu.zeros((_STEPS, blocks.width), common.TOKEN)
     carry = _Carry(
-        later=cut.read_states(inputs.d_final.at[row], first, blocks),
-        dA=[mosaic_gpu.zeros(blocks.state, cut.STATE) for _ in range(blocks.groups)],
+        later=common.read_states(inputs.d_final.at[row], first, blocks),
+        dA=[mosaic_gpu.zeros(blocks.state, common.STATE) for _ in range(blocks.groups)],
         dD=no_sum,
         dt_bias=no_sum,
     )
     carry = lax.fori_loop(0, blocks.chunks, chunk_body, carry)
-    cut.write_states(gradients.initial.at[row], first, carry.later)
-    cut.write_states(gradients.A.at[row], first, carry.dA)
+    common.write_states(gradients.initial.at[row], first, carry.later)
+    common.write_states(gradients.A.at[row], first, carry.dA)
     gradients.D[row, channels] = jnp.sum(carry.dD, axis=0)
     gradients.dt_bias[row, channels] = jnp.sum(carry.dt_bias, axis=0)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _note_states(blocks: Blocks, A_log2e: list[Array], state: list[Array], scratch: _Scratch) -> None:
-    """Steps through the chunk up to its last part. What a thread notes it reads itself: no barrier is needed."""
+def _save_states(blocks: Blocks, A_log2e: list[Array], state: list[Array], scratch: _Scratch) -> None:
+    """Step through the chunk up to its last part. Each thread reads only what it saved: no barrier is needed."""
 
     def part(i: Any, state: list[Array]) -> list[Array]:
-        _note(i, state)
+        _save(i, state)
         for k in range(_STEPS):
             t = i * _STEPS + k
-            B = cut.read_narrow(scratch.B, t, blocks)
+            B = common.read_narrow(scratch.B, t, blocks)
             state = [_next(blocks, A_log2e[j], state[j], B, t, j, scratch) for j in range(blocks.groups)]
         return state
 
-    def _note(i: Any, state: list[Array]) -> None:
+    def _save(i: Any, state: list[Array]) -> None:
         for j in range(blocks.groups):
-            scratch.noted[i, cut.group(j)] = state[j]
+            scratch.saved[i, common.group(j)] = state[j]
 
-    _note(_PARTS - 1, lax.fori_loop(0, _PARTS - 1, part, state))
-
-
-def _exponent_step(scratch: _Scratch) -> Any:
-    return scratch.delta if scratch.exponent_step is None else scratch.exponent_step
+    _save(_PARTS - 1, lax.fori_loop(0, _PARTS - 1, part, state))
 
 
 def _next(blocks: Blocks, A_log2e: Array, h: Array, B: Array, t: Any, j: int, scratch: _Scratch) -> Array:
-    """The state of group j after step t."""
-    delta, u = (cut.read_channels(ref, t, j, blocks) for ref in (_exponent_step(scratch), scratch.u))
+    """Return the state of group j after step t."""
+    delta, u = (common.read_channels(ref, t, j, blocks) for ref in (common.exponent_step(scratch), scratch.u))
     return jnp.exp2(delta * A_log2e) * h + u * B
 
 
@@ -213,29 +220,29 @@ def _part(
     scratch: _Scratch,
     carry: _Carry,
 ) -> _Carry:
-    """The gradients of eight steps."""
+    """Compute the gradients of eight steps."""
     start = part * _STEPS
     rows = pl.ds(start, _STEPS)
     groups = range(blocks.groups)
 
-    states = [[mosaic_gpu.lay(scratch.noted[part, cut.group(j)], cut.STATE) for j in groups]]
+    states = [[mosaic_gpu.to_layout(scratch.saved[part, common.group(j)], common.STATE) for j in groups]]
     for k in range(_STEPS):
         t = start + k
-        B, C = cut.read_narrow(scratch.B, t, blocks), cut.read_narrow(scratch.C, t, blocks)
+        B, C = common.read_narrow(scratch.B, t, blocks), common.read_narrow(scratch.C, t, blocks)
         after = [_next(blocks, A_log2e[j], states[k][j], B, t, j, scratch) for j in groups]
         # dC_t = sum over channels of h_t g_t
-        scratch.terms[k] = sum(h * cut.read_channels(scratch.g, t, j, blocks) for j, h in enumerate(after))
+        scratch.terms[k] = sum(h * common.read_channels(scratch.g, t, j, blocks) for j, h in enumerate(after))
         if tokens.z is not None:
             for j, h in enumerate(after):
-                scratch.partial[k, cut.group(j)] = jnp.sum(C * h, axis=2)
+                scratch.partial[k, common.group(j)] = jnp.sum(C * h, axis=2)
         states.append(after)
     plgpu.commit_smem()
     scratch.dC[rows] = _sum_channels(scratch.terms)
-    x = cut.read_tokens(tokens.x.at[rows])
-    skipped = cut.over_steps(skip, _STEPS)
+    x = common.read_tokens(tokens.x.at[rows])
+    skipped = common.over_steps(skip, _STEPS)
     if tokens.z is not None:
-        z, dy = cut.read_tokens(tokens.z.at[rows]), cut.read_tokens(scratch.dy.at[rows])
-        y = cut.sum_partials(scratch.partial) + skipped * x
+        z, dy = common.read_tokens(tokens.z.at[rows]), common.read_tokens(scratch.dy.at[rows])
+        y = common.sum_partials(scratch.partial) + skipped * x
         gate = mosaic_gpu.sigmoid(z)
         tokens.z[rows] = (dy * y * (gate + z * gate * (1 - gate))).astype(tokens.z.dtype)
     plgpu.commit_smem()
@@ -243,27 +250,27 @@ def _part(
     later, dA = list(carry.later), list(carry.dA)
     for k in reversed(range(_STEPS)):
         t = start + k
-        B, C = cut.read_narrow(scratch.B, t, blocks), cut.read_narrow(scratch.C, t, blocks)
+        B, C = common.read_narrow(scratch.B, t, blocks), common.read_narrow(scratch.C, t, blocks)
         dB = []
         for j in groups:
-            refs = (_exponent_step(scratch), scratch.u, scratch.g)
-            delta, u, g = (cut.read_channels(ref, t, j, blocks) for ref in refs)
+            refs = (common.exponent_step(scratch), scratch.u, scratch.g)
+            delta, u, g = (common.read_channels(ref, t, j, blocks) for ref in refs)
             # dh_t = C_t g_t + a_{t+1} dh_{t+1}, where a_t = exp(delta_t A)
             dh = later[j] + C * g
             dB.append(dh * u)
-            scratch.partial[k, cut.group(j)] = jnp.sum(dh * B, axis=2)
+            scratch.partial[k, common.group(j)] = jnp.sum(dh * B, axis=2)
             later[j] = dh * jnp.exp2(delta * A_log2e[j])
             d_exponent = later[j] * states[k][j]
-            scratch.d_delta[k, cut.group(j)] = jnp.sum(d_exponent * A_log2e[j], axis=2)
+            scratch.d_delta[k, common.group(j)] = jnp.sum(d_exponent * A_log2e[j], axis=2)
             dA[j] = dA[j] + d_exponent * delta
         scratch.terms[k] = sum(dB)
     plgpu.commit_smem()
     scratch.dB[rows] = _sum_channels(scratch.terms)
-    delta, g = cut.read_tokens(scratch.delta.at[rows]), cut.read_tokens(scratch.g.at[rows])
-    du = cut.sum_partials(scratch.partial)
-    d_delta = cut.sum_partials(scratch.d_delta) * LN_2 + du * x
-    raw = cut.read_tokens(tokens.dt.at[rows]) + cut.over_steps(bias, _STEPS)
-    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)), which keeps its digits for small steps.
+    delta, g = common.read_tokens(scratch.delta.at[rows]), common.read_tokens(scratch.g.at[rows])
+    du = common.sum_partials(scratch.partial)
+    d_delta = common.sum_partials(scratch.d_delta) * LN_2 + du * x
+    raw = common.read_tokens(tokens.dt.at[rows]) + common.over_steps(bias, _STEPS)
+    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)), which is accurate for small steps.
     d_raw = d_delta * jnp.exp2((raw - delta) * LOG2_E)
     tokens.x[rows] = (du * delta + g * skipped).astype(tokens.x.dtype)
     tokens.dt[rows] = d_raw.astype(tokens.dt.dtype)
@@ -272,5 +279,5 @@ def _part(
 
 
 def _sum_channels(terms: Any) -> Array:
-    """[8 32 Q 4] -> [8 Q 4]."""
+    """Reduce [8 32 Q 4] -> [8 Q 4]."""
     return jnp.sum(mosaic_gpu.read(terms, _OF_CHANNELS), axis=1)

@@ -1,7 +1,7 @@
-"""The backward kernel of the selective scan on TPU: all gradients in one pass over the tokens, last chunk first.
+"""Backward kernel of the selective scan on TPU: all gradients in one pass over the tokens, last chunk first.
 
-Of the forward pass it needs the states before each chunk. In a chunk it steps through time once more, keeping the
-states in VMEM, and then back.
+Its residuals are the states before each chunk. In a chunk it recomputes the states forward in time, keeping them in
+VMEM, and then steps backward.
 """
 
 import functools
@@ -12,82 +12,70 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
-    LANES,
-    LN_2,
-    LOG2_E,
-    STRIDE,
-    SUBLANES,
-    Blocks,
-    Parameters,
-    Tokens,
-    boundary_spec,
-    compiler_params,
-    join_state,
-    lane_slices,
-    out_struct,
-    parameter_specs,
-    partial_scratch,
-    read_spread,
-    read_step,
-    row_spec,
-    sigmoid,
-    softplus,
-    split_state,
-    spread,
-    spread_scratch,
-    step_scratch,
-    sum_partials,
-    token_spec,
-    token_specs,
-    unrolled,
-    vmem,
-)
+from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, out_struct
+from biomamba_jax.ops.selective_scan import pallas_tpu_blocks as common
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, STRIDE, SUBLANES, Blocks
 
 _UNROLL = 16
 
 
 class Incoming(NamedTuple):
-    """Gradients of the results, and what the forward pass left behind."""
+    """Cotangents of the results, and the residuals of the forward kernel."""
 
-    dy: Array  # [B L E]
-    final: Array  # [B tiles N tile]
-    boundary: Array  # [B chunks tiles N tile]: states
-    ungated: Array | None  # [B L E]: y before the gate
+    dy: Any
+    """[B L E]."""
+    final: Any
+    """[B tiles N tile]."""
+    boundary: Any
+    """[B chunks tiles N tile]: the state before each chunk."""
+    ungated: Any | None
+    """[B L E]: y before the gate."""
 
 
 class Gradients(NamedTuple):
-    x: Any  # [B L E]
-    dt: Any  # [B L E]
-    z: Any | None  # [B L E]
-    B: Any  # [B L N] float32
-    C: Any  # [B L N] float32
-    A: Any  # [B tiles N tile] float32, of each row
-    D: Any  # [B tiles 1 tile] float32, of each row
-    dt_bias: Any  # [B tiles 1 tile] float32, of each row
-    initial: Any  # [B tiles N tile] float32; carries the gradient of the state from chunk to chunk
+    """Outputs of the kernel; gradients of parameters are per row of the batch."""
+
+    x: Any
+    """[B L E]."""
+    dt: Any
+    """[B L E]."""
+    z: Any | None
+    """[B L E]."""
+    B: Any
+    """[B L N] float32."""
+    C: Any
+    """[B L N] float32."""
+    A: Any
+    """[B tiles N tile] float32."""
+    D: Any
+    """[B tiles 1 tile] float32."""
+    dt_bias: Any
+    """[B tiles 1 tile] float32."""
+    initial: Any
+    """[B tiles N tile] float32; carries the cotangent of the state from chunk to chunk."""
 
 
 class _Scratch(NamedTuple):
     delta: Any
-    exponent_step: Any | None  # delta, or RESET_STEP at a reset; None where it is delta
+    exponent_step: Any | None  # delta + reset; None without segments: delta
     u: Any  # delta x
-    g: Any  # gradient of y before the gate
+    g: Any  # cotangent of y before the gate
     B: Any
     C: Any
     dB: Any
     dC: Any
     before: Any  # the state before each step
-    du: Any  # sum over d_state of dh B, in partial sums
-    d_delta: Any  # sum over d_state of d(delta A) A, in partial sums
+    du: Any  # partial sums over d_state of dh B
+    d_delta: Any  # partial sums over d_state of d(delta A) A
 
 
 def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks: Blocks, interpret: Any) -> Gradients:
-    """The gradients of all inputs; those of parameters row by row."""
+    """Return the gradients of all inputs, those of parameters per row."""
     rows, length, channels = tokens.x.shape
-    wide = token_spec(blocks, reverse=True)
-    narrow = token_spec(blocks, blocks.d_state, reverse=True)
-    state, vector = row_spec(blocks, blocks.d_state), row_spec(blocks, 1)
+    wide = common.token_spec(blocks, reverse=True)
+    narrow = common.token_spec(blocks, blocks.d_state, reverse=True)
+    state, vector = common.row_spec(blocks, blocks.d_state), common.row_spec(blocks, 1)
     x_like = out_struct(tokens.x.shape, tokens.x.dtype, tokens.x)
 
     def row_sums(height: int) -> jax.ShapeDtypeStruct:
@@ -95,45 +83,46 @@ def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks:
 
     d_narrow = out_struct(tokens.B.shape, jnp.float32, tokens.x)
     gated = blocks.gated
+    out_shape = Gradients(
+        x=x_like,
+        dt=x_like,
+        z=x_like if gated else None,
+        B=d_narrow,
+        C=d_narrow,
+        A=row_sums(blocks.d_state),
+        D=row_sums(1),
+        dt_bias=row_sums(1),
+        initial=row_sums(blocks.d_state),
+    )
+    step, projection, partial = (
+        make(blocks) for make in (common.step_scratch, common.broadcast_scratch, common.partial_scratch)
+    )
+    scratch = _Scratch(
+        delta=step,
+        exponent_step=step if blocks.segmented else None,
+        u=step,
+        g=step,
+        B=projection,
+        C=projection,
+        dB=projection,
+        dC=projection,
+        before=common.vmem(blocks.lane_groups, blocks.state_groups, blocks.chunk * SUBLANES, LANES),
+        du=partial,
+        d_delta=partial,
+    )
     steps = rows * length * channels * blocks.d_state
     return pl.pallas_call(
         functools.partial(_kernel, blocks),
         grid=blocks.grid,
         in_specs=[
-            token_specs(blocks, reverse=True),
-            parameter_specs(blocks),
-            Incoming(wide, state, boundary_spec(blocks, reverse=True), wide if gated else None),
+            common.token_specs(blocks, reverse=True),
+            common.parameter_specs(blocks),
+            Incoming(wide, state, common.boundary_spec(blocks, reverse=True), wide if gated else None),
         ],
         out_specs=[Gradients(wide, wide, wide if gated else None, narrow, narrow, state, vector, vector, state)],
-        out_shape=[
-            Gradients(
-                x=x_like,
-                dt=x_like,
-                z=x_like if gated else None,
-                B=d_narrow,
-                C=d_narrow,
-                A=row_sums(blocks.d_state),
-                D=row_sums(1),
-                dt_bias=row_sums(1),
-                initial=row_sums(blocks.d_state),
-            )
-        ],
-        scratch_shapes=[
-            _Scratch(
-                delta=step_scratch(blocks),
-                exponent_step=step_scratch(blocks) if blocks.segmented else None,
-                u=step_scratch(blocks),
-                g=step_scratch(blocks),
-                B=spread_scratch(blocks),
-                C=spread_scratch(blocks),
-                dB=spread_scratch(blocks),
-                dC=spread_scratch(blocks),
-                before=vmem(blocks.lane_groups, blocks.state_groups, blocks.chunk * SUBLANES, LANES),
-                du=partial_scratch(blocks),
-                d_delta=partial_scratch(blocks),
-            )
-        ],
-        compiler_params=compiler_params(),
+        out_shape=[out_shape],
+        scratch_shapes=[scratch],
+        compiler_params=common.compiler_params(),
         cost_estimate=pl.CostEstimate(
             flops=24 * steps, transcendentals=2 * steps, bytes_accessed=8 * tokens.x.size * tokens.x.dtype.itemsize
         ),
@@ -155,14 +144,14 @@ def _kernel(
 
     @pl.when(tile == 0)
     def _():
-        spread(tokens.B, scratch.B, blocks)
-        spread(tokens.C, scratch.C, blocks)
+        common.broadcast_columns(tokens.B, scratch.B, blocks)
+        common.broadcast_columns(tokens.C, scratch.C, blocks)
         scratch.dB[...] = jnp.zeros_like(scratch.dB)
         scratch.dC[...] = jnp.zeros_like(scratch.dC)
 
     _prepare(blocks, tile, tokens, parameters, incoming, gradients, scratch)
     _step_forward(blocks, tile, parameters, incoming, scratch)
-    _step_back(blocks, tile, parameters, gradients, scratch)
+    _step_backward(blocks, tile, parameters, gradients, scratch)
     _finish(blocks, tile, tokens, parameters, gradients, scratch)
 
     @pl.when(tile == blocks.tiles - 1)
@@ -172,10 +161,10 @@ def _kernel(
 
 
 def _prepare(blocks, tile, tokens, parameters, incoming, gradients, scratch) -> None:
-    """What needs no state: steps, the gate's gradient, the skip's gradient."""
-    for r, lanes in lane_slices(blocks):
+    """Compute what needs no state: step sizes and the gradients of gate and skip."""
+    for r, lanes in common.lane_slices(blocks):
         x = tokens.x[:, lanes].astype(jnp.float32)
-        delta = softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
+        delta = common.softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
         scratch.delta[r] = delta
         if scratch.exponent_step is not None:
             scratch.exponent_step[r] = delta + tokens.reset[...]
@@ -183,7 +172,7 @@ def _prepare(blocks, tile, tokens, parameters, incoming, gradients, scratch) -> 
         g = incoming.dy[:, lanes].astype(jnp.float32)
         if tokens.z is not None:
             z = tokens.z[:, lanes].astype(jnp.float32)
-            gate = sigmoid(z)
+            gate = common.sigmoid(z)
             silu = z * gate
             d_gate = g * incoming.ungated[:, lanes].astype(jnp.float32)
             gradients.z[:, lanes] = (d_gate * (gate + silu * (1 - gate))).astype(gradients.z.dtype)
@@ -193,40 +182,40 @@ def _prepare(blocks, tile, tokens, parameters, incoming, gradients, scratch) -> 
 
 
 def _step_forward(blocks, tile, parameters, incoming, scratch) -> None:
-    """The states before each step, and dC_t = sum over channels of h_t g_t as far as single lanes."""
-    A_log2e = split_state(parameters.A_log2e, tile, blocks)
+    """Recompute the states before each step, and dC_t = sum over channels of h_t g_t up to the sum over lanes."""
+    A_log2e = common.split_state(parameters.A_log2e, tile, blocks)
     exponent_step = scratch.delta if scratch.exponent_step is None else scratch.exponent_step
 
     def step(t, state):
-        B = read_spread(scratch.B, t, blocks)
+        B = common.read_broadcast(scratch.B, t, blocks)
         dC = [jnp.zeros((), jnp.float32)] * blocks.state_groups
         after = []
         for r in range(blocks.lane_groups):
-            delta, u, g = (read_step(ref, t, r) for ref in (exponent_step, scratch.u, scratch.g))
+            delta, u, g = (common.read_step(ref, t, r) for ref in (exponent_step, scratch.u, scratch.g))
             after.append([])
             for i, h in enumerate(state[r]):
                 scratch.before[r, i, pl.ds(t * SUBLANES, SUBLANES), :] = h
                 h = jnp.exp2(delta * A_log2e[r][i]) * h + u * B[i]
                 dC[i] = h * g if r == 0 else dC[i] + h * g
                 after[r].append(h)
-        _add_spread(scratch.dC, t, dC)
+        _add_broadcast(scratch.dC, t, dC)
         return after
 
-    unrolled(blocks, _UNROLL, step, split_state(incoming.boundary, None, blocks))
+    common.unrolled(blocks, _UNROLL, step, common.split_state(incoming.boundary, None, blocks))
 
 
-def _step_back(blocks, tile, parameters, gradients, scratch) -> None:
-    """Down through the steps with dh_t = C_t g_t + a_{t+1} dh_{t+1}, where a_t = exp(delta_t A)."""
-    A_log2e = split_state(parameters.A_log2e, tile, blocks)
+def _step_backward(blocks, tile, parameters, gradients, scratch) -> None:
+    """Step backward in time with dh_t = C_t g_t + a_{t+1} dh_{t+1}, where a_t = exp(delta_t A)."""
+    A_log2e = common.split_state(parameters.A_log2e, tile, blocks)
     exponent_step = scratch.delta if scratch.exponent_step is None else scratch.exponent_step
 
     def step(t, carry):
-        B, C = read_spread(scratch.B, t, blocks), read_spread(scratch.C, t, blocks)
+        B, C = common.read_broadcast(scratch.B, t, blocks), common.read_broadcast(scratch.C, t, blocks)
         rows = pl.ds(t * STRIDE, SUBLANES)
         dB = [jnp.zeros((), jnp.float32)] * blocks.state_groups
         new_carry = []
         for r, (later, dA) in enumerate(carry):
-            delta, u, g = (read_step(ref, t, r) for ref in (exponent_step, scratch.u, scratch.g))
+            delta, u, g = (common.read_step(ref, t, r) for ref in (exponent_step, scratch.u, scratch.g))
             du = d_delta = None
             new_later, new_dA = [], []
             for i in range(blocks.state_groups):
@@ -242,43 +231,44 @@ def _step_back(blocks, tile, parameters, gradients, scratch) -> None:
             scratch.du[r, rows, :] = du
             scratch.d_delta[r, rows, :] = d_delta
             new_carry.append((new_later, new_dA))
-        _add_spread(scratch.dB, t, dB)
+        _add_broadcast(scratch.dB, t, dB)
         return new_carry
 
     zeros = [jnp.zeros((SUBLANES, LANES), jnp.float32)] * blocks.state_groups
-    start = [(later, zeros) for later in split_state(gradients.initial, tile, blocks)]
-    carry = unrolled(blocks, _UNROLL, step, start, reverse=True)
-    join_state(gradients.initial, tile, [later for later, _ in carry], blocks)
-    before = split_state(gradients.A, tile, blocks)
+    start = [(later, zeros) for later in common.split_state(gradients.initial, tile, blocks)]
+    carry = common.unrolled(blocks, _UNROLL, step, start, reverse=True)
+    common.join_state(gradients.initial, tile, [later for later, _ in carry], blocks)
+    before = common.split_state(gradients.A, tile, blocks)
     dA = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, (dA for _, dA in carry), strict=True)]
-    join_state(gradients.A, tile, dA, blocks)
+    common.join_state(gradients.A, tile, dA, blocks)
 
 
 def _finish(blocks, tile, tokens, parameters, gradients, scratch) -> None:
-    for r, lanes in lane_slices(blocks):
+    """Compute the gradients of x, dt and dt_bias from the sums over d_state."""
+    for r, lanes in common.lane_slices(blocks):
         x, delta, g = tokens.x[:, lanes].astype(jnp.float32), scratch.delta[r], scratch.g[r]
-        du = sum_partials(scratch.du, r, blocks)
+        du = common.sum_partials(scratch.du, r, blocks)
         dx = du * delta + g * parameters.D[tile, :, lanes]
         gradients.x[:, lanes] = dx.astype(gradients.x.dtype)
-        d_delta = sum_partials(scratch.d_delta, r, blocks) * LN_2 + du * x
+        d_delta = common.sum_partials(scratch.d_delta, r, blocks) * LN_2 + du * x
         raw = tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes]
-        # softplus' = sigmoid(raw) = exp(raw - softplus(raw)), which keeps its digits for small steps.
+        # common.softplus' = common.sigmoid(raw) = exp(raw - common.softplus(raw)), which is accurate for small steps.
         d_raw = d_delta * jnp.exp2((raw - delta) * LOG2_E)
         gradients.dt[:, lanes] = d_raw.astype(gradients.dt.dtype)
         gradients.dt_bias[tile, :, lanes] += jnp.sum(d_raw, axis=0, keepdims=True)
 
 
-def _add_spread(spread_ref, t, terms: list[Array]) -> None:
+def _add_broadcast(broadcast_ref, t, terms: list[Array]) -> None:
     for g, term in enumerate(terms):
-        spread_ref[g, pl.ds(t * STRIDE, SUBLANES), :] += term
+        broadcast_ref[g, pl.ds(t * STRIDE, SUBLANES), :] += term
 
 
-def _sum_lanes(spread_ref, column_ref, blocks: Blocks) -> None:
-    """The gradient of B or C [T N] from its terms in 128 lanes."""
+def _sum_lanes(broadcast_ref, column_ref, blocks: Blocks) -> None:
+    """Sum the gradient of B or C over the 128 lanes: [T N]."""
     columns = jnp.zeros((blocks.chunk, blocks.d_state), jnp.float32)
     lane = jax.lax.broadcasted_iota(jnp.int32, columns.shape, 1)
     for n in range(blocks.d_state):
         group, sublane = divmod(n, SUBLANES)
-        terms = spread_ref.at[group][pl.ds(sublane, blocks.chunk, stride=STRIDE), :]
+        terms = broadcast_ref.at[group][pl.ds(sublane, blocks.chunk, stride=STRIDE), :]
         columns = jnp.where(lane == n, jnp.sum(terms, axis=1, keepdims=True), columns)
     column_ref[...] = columns

@@ -1,4 +1,4 @@
-"""The forward kernel of the selective scan on TPU: softplus, recurrence, skip and gate in one pass over the tokens."""
+"""Forward kernel of the selective scan on TPU: softplus, recurrence, skip and gate in one pass over the tokens."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,42 +7,25 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import (
-    STRIDE,
-    SUBLANES,
-    Blocks,
-    Parameters,
-    Tokens,
-    boundary_spec,
-    compiler_params,
-    join_state,
-    lane_slices,
-    out_struct,
-    parameter_specs,
-    partial_scratch,
-    read_spread,
-    read_step,
-    row_spec,
-    sigmoid,
-    softplus,
-    split_state,
-    spread,
-    spread_scratch,
-    step_scratch,
-    sum_partials,
-    token_spec,
-    token_specs,
-    unrolled,
-)
+from biomamba_jax.ops.kernel_arrays import out_struct
+from biomamba_jax.ops.selective_scan import pallas_tpu_blocks as common
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import STRIDE, SUBLANES, Blocks
 
 _UNROLL = 32
 
 
 class Outputs(NamedTuple):
+    """Outputs of the kernel."""
+
     y: Any
-    final: Any  # [B tiles N tile]; carries the state from chunk to chunk
-    boundary: Any | None  # [B chunks tiles N tile]: the state before each chunk
-    ungated: Any | None  # [B L E]: y before the gate
+    """[B L E]."""
+    final: Any
+    """[B tiles N tile] float32; carries the state from chunk to chunk."""
+    boundary: Any | None
+    """[B chunks tiles N tile] float32: the state before each chunk."""
+    ungated: Any | None
+    """[B L E]: y before the gate."""
 
 
 class _Scratch(NamedTuple):
@@ -56,42 +39,27 @@ class _Scratch(NamedTuple):
 def forward(
     tokens: Tokens, parameters: Parameters, initial: Array, blocks: Blocks, for_backward: bool, interpret: Any
 ) -> Outputs:
-    """All outputs, the last state and, `for_backward`, what the backward kernel needs."""
+    """Return all outputs, the final state and, with `for_backward`, the residuals of the backward kernel."""
     rows, length, channels = tokens.x.shape
     state = (blocks.tiles, blocks.d_state, blocks.tile)
-    wide = token_spec(blocks)
     x_like = out_struct(tokens.x.shape, tokens.x.dtype, tokens.x)
+    final = out_struct((rows, *state), jnp.float32, tokens.x)
+    boundary = out_struct((rows, blocks.grid[1], *state), jnp.float32, tokens.x) if for_backward else None
+    boundary_spec = common.boundary_spec(blocks) if for_backward else None
+    wide, row = common.token_spec(blocks), common.row_spec(blocks, blocks.d_state)
+    ungated = for_backward and blocks.gated
+    out_shape = Outputs(x_like, final, boundary, x_like if ungated else None)
+    out_specs = Outputs(wide, row, boundary_spec, wide if ungated else None)
+    step, projection = common.step_scratch(blocks), common.broadcast_scratch(blocks)
     steps = rows * length * channels * blocks.d_state
     return pl.pallas_call(
         functools.partial(_kernel, blocks),
         grid=blocks.grid,
-        in_specs=[token_specs(blocks), parameter_specs(blocks), row_spec(blocks, blocks.d_state)],
-        out_specs=[
-            Outputs(
-                wide,
-                row_spec(blocks, blocks.d_state),
-                boundary_spec(blocks) if for_backward else None,
-                wide if for_backward and blocks.gated else None,
-            )
-        ],
-        out_shape=[
-            Outputs(
-                x_like,
-                out_struct((rows, *state), jnp.float32, tokens.x),
-                out_struct((rows, blocks.grid[1], *state), jnp.float32, tokens.x) if for_backward else None,
-                x_like if for_backward and blocks.gated else None,
-            )
-        ],
-        scratch_shapes=[
-            _Scratch(
-                step_scratch(blocks),
-                step_scratch(blocks),
-                spread_scratch(blocks),
-                spread_scratch(blocks),
-                partial_scratch(blocks),
-            )
-        ],
-        compiler_params=compiler_params(),
+        in_specs=[common.token_specs(blocks), common.parameter_specs(blocks), row],
+        out_specs=[out_specs],
+        out_shape=[out_shape],
+        scratch_shapes=[_Scratch(step, step, projection, projection, common.partial_scratch(blocks))],
+        compiler_params=common.compiler_params(),
         cost_estimate=pl.CostEstimate(
             flops=6 * steps, transcendentals=steps, bytes_accessed=4 * tokens.x.size * tokens.x.dtype.itemsize
         ),
@@ -109,37 +77,37 @@ def _kernel(blocks: Blocks, tokens: Tokens, parameters: Parameters, initial, out
 
     @pl.when(tile == 0)
     def _():
-        spread(tokens.B, scratch.B, blocks)
-        spread(tokens.C, scratch.C, blocks)
+        common.broadcast_columns(tokens.B, scratch.B, blocks)
+        common.broadcast_columns(tokens.C, scratch.C, blocks)
 
     if outputs.boundary is not None:
         outputs.boundary[...] = outputs.final[tile]
-    for r, lanes in lane_slices(blocks):
-        delta = softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
+    for r, lanes in common.lane_slices(blocks):
+        delta = common.softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
         scratch.u[r] = delta * tokens.x[:, lanes].astype(jnp.float32)
         scratch.delta[r] = delta if tokens.reset is None else delta + tokens.reset[...]
-    A_log2e = split_state(parameters.A_log2e, tile, blocks)
+    A_log2e = common.split_state(parameters.A_log2e, tile, blocks)
 
     def step(t, state):
-        B, C = read_spread(scratch.B, t, blocks), read_spread(scratch.C, t, blocks)
+        B, C = common.read_broadcast(scratch.B, t, blocks), common.read_broadcast(scratch.C, t, blocks)
         new_state = []
         for r in range(blocks.lane_groups):
-            delta, u = read_step(scratch.delta, t, r), read_step(scratch.u, t, r)
+            delta, u = common.read_step(scratch.delta, t, r), common.read_step(scratch.u, t, r)
             # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t  (Mamba, arXiv 2312.00752, eq. 2)
             h = [jnp.exp2(delta * A) * before + u * b for A, before, b in zip(A_log2e[r], state[r], B, strict=True)]
-            # y_t = C_t h_t: the sum over the eight sublanes is put off, to be taken for many steps at once.
+            # y_t = C_t h_t: the sum over the eight sublanes is deferred, to be done for many steps at once.
             scratch.partial[r, pl.ds(t * STRIDE, SUBLANES), :] = sum(c * v for c, v in zip(C, h, strict=True))
             new_state.append(h)
         return new_state
 
-    state = unrolled(blocks, _UNROLL, step, split_state(outputs.final, tile, blocks))
-    join_state(outputs.final, tile, state, blocks)
-    for r, lanes in lane_slices(blocks):
-        y = sum_partials(scratch.partial, r, blocks)
+    state = common.unrolled(blocks, _UNROLL, step, common.split_state(outputs.final, tile, blocks))
+    common.join_state(outputs.final, tile, state, blocks)
+    for r, lanes in common.lane_slices(blocks):
+        y = common.sum_partials(scratch.partial, r, blocks)
         y = y + parameters.D[tile, :, lanes] * tokens.x[:, lanes].astype(jnp.float32)
         if outputs.ungated is not None:
             outputs.ungated[:, lanes] = y.astype(outputs.ungated.dtype)
         if tokens.z is not None:
             z = tokens.z[:, lanes].astype(jnp.float32)
-            y = y * z * sigmoid(z)
+            y = y * z * common.sigmoid(z)
         outputs.y[:, lanes] = y.astype(outputs.y.dtype)

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.numerics import accumulator_dtype
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
 
 def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """Steps through time, one token at a time, and returns all outputs and the last state."""
+    """Step through time, one token after the other; return all outputs and the final state."""
     x, dt, A, B, C, D, z, dt_bias, segment_ids, initial_state = inputs
-    dtype = x.dtype
-    wide = jnp.promote_types(dtype, jnp.float32)
-    x, dt, A, B, C = (v.astype(wide) for v in (x, dt, A, B, C))
+    dtype = accumulator_dtype(x.dtype)
+    u, dt, A, B, C = (v.astype(dtype) for v in (x, dt, A, B, C))
     if dt_bias is not None:
-        dt = dt + dt_bias.astype(wide)
+        dt = dt + dt_bias.astype(dtype)
     delta = jax.nn.softplus(dt)
     rows, length, channels = x.shape
     if initial_state is None:
@@ -30,11 +30,11 @@ def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, 
         state = jnp.exp(delta_t[:, :, None] * A) * state + (delta_t * x_t)[:, :, None] * B_t[:, None, :]
         return (state, segment_t), jnp.sum(state * C_t[:, None, :], -1)
 
-    time_major = [v.swapaxes(0, 1) for v in (x, delta, B, C, segment_ids)]
-    (state, _), y = jax.lax.scan(step, (initial_state.astype(wide), segment_ids[:, 0]), time_major)
+    time_major = [v.swapaxes(0, 1) for v in (u, delta, B, C, segment_ids)]
+    (state, _), y = jax.lax.scan(step, (initial_state.astype(dtype), segment_ids[:, 0]), time_major)
     y = y.swapaxes(0, 1)
     if D is not None:
-        y = y + D.astype(wide) * x
+        y = y + D.astype(dtype) * u
     if z is not None:
-        y = y * jax.nn.silu(z.astype(wide))
-    return y.astype(dtype), state
+        y = y * jax.nn.silu(z.astype(dtype))
+    return y.astype(x.dtype), state

@@ -1,6 +1,6 @@
-"""The selective scan on NVIDIA GPUs from Ampere on: two Triton kernels, their sizes, and the rule that joins them.
+"""The selective scan on NVIDIA GPUs from Ampere on: sizes of the two Triton kernels, and their custom_vjp.
 
-The forward pass keeps the state before every chunk; the backward pass takes all else from the inputs.
+The only residual besides the inputs is the state before every chunk.
 """
 
 import math
@@ -12,73 +12,63 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import triton_calls
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.kernel_arrays import cdiv, next_power_of_2, vary_alike
+from biomamba_jax.ops.kernel_arrays import (
+    LOG2_E,
+    cdiv,
+    differentiable,
+    float32,
+    next_power_of_2,
+    struct_like,
+    vary_alike,
+)
 from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
 from biomamba_jax.ops.triton_calls import Launch
 
 _KERNELS = f"{__package__}.triton_kernels"
-_LOG2_E = 1.4426950408889634
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: its channels, the time steps that are unrolled, and the neighbouring channels of a thread.
-
-    With one, the thread has all of its states; with more, lanes share the states, and sums over channels take fewer
-    exchanges.
-    """
+    """Sizes of a program."""
 
     channels: int
+    """Channels of a program."""
     steps: int
+    """Unrolled time steps."""
     vector: int
+    """Neighbouring channels of a thread. With one, a thread has all states of its channel; with more, lanes share the
+    states, and sums over channels take fewer shuffles."""
     launch: Launch
+    """Warps and stages."""
 
 
 CHUNK = 32
-"""Time steps between the states that are kept: 2 bytes a token and channel at d_state = 16."""
+"""Time steps between saved states: 2 bytes per token and channel at d_state = 16."""
 
-BLOCKS: Mapping[str, Mapping[int, Blocks]] = {
-    "forward": {80: Blocks(channels=32, steps=4, vector=1, launch=Launch(1))},
-    "backward": {80: Blocks(channels=32, steps=4, vector=4, launch=Launch(1))},
+BLOCKS: Mapping[str, Blocks] = {
+    "forward": Blocks(channels=32, steps=4, vector=1, launch=Launch(1)),
+    "backward": Blocks(channels=32, steps=4, vector=4, launch=Launch(1)),
 }
-"""For each kernel and compute capability from the given one on, by static counts (`benchmark kernels --target sm_90`):
-few instructions, no spills forward, and a warp with 32 channels, since a batch has few programs."""
-
-
-def why_not(x: Array) -> str | None:
-    """Why the kernels can't compute these arrays, if so."""
-    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
+"""Chosen by static counts (`python -m benchmarks kernels --target sm_90`): few instructions, no spills forward, and a
+warp for 32 channels, since a batch has few programs."""
 
 
 def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """All outputs and the last state; see `api.selective_scan`."""
-    return _scan(vary_alike(inputs.with_zeros()))
+    """Return all outputs and the final state; see `api.selective_scan`."""
+    return _scan(vary_alike(inputs.with_zeros()), None)
 
 
-@jax.custom_vjp
-def _scan(inputs: FilledInputs) -> tuple[Array, Array]:
-    return _run(inputs, save=False)[0]
-
-
-def _forward(inputs: FilledInputs):
-    outputs, boundary = _run(inputs, save=True)
-    return outputs, (inputs, boundary)
-
-
-def _run(inputs: FilledInputs, save: bool) -> tuple[tuple[Array, Array], Array]:
+def _run(inputs: FilledInputs, _: None, save: bool) -> tuple[tuple[Array, Array], Array]:
     rows, length, channels = inputs.x.shape
     d_state = inputs.A.shape[1]
-    sizes = triton_calls.for_device(BLOCKS["forward"])
+    sizes = BLOCKS["forward"]
     y, final, boundary = triton_calls.call(
         triton_calls.kernels(_KERNELS).selective_scan_forward,
-        *_kernel_inputs(inputs),
-        _channels_last(inputs.initial_state),
-        length,
-        channels // _vector_width(sizes, channels),
+        [*_kernel_inputs(inputs), _channels_last(inputs.initial_state), length, channels // _vector(sizes, channels)],
         outputs=[
-            jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype),
-            jax.ShapeDtypeStruct((rows, d_state, channels), jnp.float32),
-            jax.ShapeDtypeStruct((rows, cdiv(length, CHUNK) if save else 1, d_state, channels), jnp.float32),
+            struct_like(inputs.x),
+            float32(rows, d_state, channels),
+            float32(rows, cdiv(length, CHUNK) if save else 1, d_state, channels),
         ],
         grid=(cdiv(channels, sizes.channels), rows),
         launch=sizes.launch,
@@ -87,75 +77,59 @@ def _run(inputs: FilledInputs, save: bool) -> tuple[tuple[Array, Array], Array]:
     return (y, final.swapaxes(1, 2)), boundary
 
 
-def _backward(residuals, cotangents):
-    inputs, boundary = residuals
+def _backward(inputs: FilledInputs, boundary: Array, cotangents, _: None) -> FilledInputs:
     dy, d_final = cotangents
     rows, length, channels = inputs.x.shape
     d_state = inputs.A.shape[1]
-    sizes = triton_calls.for_device(BLOCKS["backward"])
-    f32 = jnp.float32
+    sizes = BLOCKS["backward"]
     programs = cdiv(channels, sizes.channels)
-    gated = inputs.z is not None
-    narrow = jax.ShapeDtypeStruct((rows, programs, length, d_state), f32)
-    state = jax.ShapeDtypeStruct((rows, d_state, channels), f32)
-    vector = jax.ShapeDtypeStruct((rows, channels), f32)
-    unused = jax.ShapeDtypeStruct((1,), inputs.x.dtype)
+    extent = length, channels // _vector(sizes, channels)
+    d_narrow, state, vector = (
+        float32(rows, *v) for v in ((programs, length, d_state), (d_state, channels), (channels,))
+    )
+    dz_like = jax.ShapeDtypeStruct((1,), inputs.x.dtype) if inputs.z is None else struct_like(inputs.z)
+    saved = float32(rows, CHUNK // sizes.steps, d_state, channels)
     dx, d_dt, dz, dB, dC, dA, dD, d_bias, d_initial, _ = triton_calls.call(
         triton_calls.kernels(_KERNELS).selective_scan_backward,
-        *_kernel_inputs(inputs),
-        boundary,
-        dy.astype(inputs.x.dtype),
-        _channels_last(d_final),
-        length,
-        channels // _vector_width(sizes, channels),
-        outputs=[
-            jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype),
-            jax.ShapeDtypeStruct(inputs.dt.shape, inputs.dt.dtype),
-            unused if inputs.z is None else jax.ShapeDtypeStruct(inputs.z.shape, inputs.z.dtype),
-            narrow,
-            narrow,
-            state,
-            vector,
-            vector,
-            state,
-            jax.ShapeDtypeStruct((rows, CHUNK // sizes.steps, d_state, channels), f32),
-        ],
+        [*_kernel_inputs(inputs), boundary, dy.astype(inputs.x.dtype), _channels_last(d_final), *extent],
+        outputs=[struct_like(inputs.x), struct_like(inputs.dt), dz_like, d_narrow, d_narrow]
+        + [state, vector, vector, state, saved],
         grid=(programs, rows),
         launch=sizes.launch,
         constants=_constants(sizes, inputs),
     )
-    return (
+    return inputs.crop(
         FilledInputs(
             x=dx,
             dt=d_dt,
-            A=jnp.sum(dA, 0).T.astype(inputs.A.dtype),
-            B=jnp.sum(dB, 1).astype(inputs.B.dtype),
-            C=jnp.sum(dC, 1).astype(inputs.C.dtype),
-            D=jnp.sum(dD, 0).astype(inputs.D.dtype),
-            z=dz if gated else None,
-            dt_bias=jnp.sum(d_bias, 0).astype(inputs.dt_bias.dtype),
+            A=jnp.sum(dA, 0).T,
+            B=jnp.sum(dB, 1),
+            C=jnp.sum(dC, 1),
+            D=jnp.sum(dD, 0),
+            z=None if inputs.z is None else dz,
+            dt_bias=jnp.sum(d_bias, 0),
             segment_ids=None,
-            initial_state=d_initial.swapaxes(1, 2).astype(inputs.initial_state.dtype),
-        ),
+            initial_state=d_initial.swapaxes(1, 2),
+        )
     )
 
 
-_scan.defvjp(_forward, _backward)
+_scan = differentiable(_run, _backward)
 
 
-def _vector_width(sizes: Blocks, channels: int) -> int:
-    """How many neighbouring channels a thread has: what divides them all."""
+def _vector(sizes: Blocks, channels: int) -> int:
+    """Return the number of neighbouring channels of a thread, which must divide `channels`."""
     return math.gcd(sizes.vector, channels)
 
 
 def _constants(sizes: Blocks, inputs: FilledInputs) -> dict[str, int | bool]:
-    """The values that both kernels are compiled for."""
+    """Return the constexpr parameters of both kernels."""
     channels, d_state = inputs.A.shape
     return {
         "N": d_state,
         "BN": next_power_of_2(d_state),
         "BE": sizes.channels,
-        "VECTOR": _vector_width(sizes, channels),
+        "VECTOR": _vector(sizes, channels),
         "U": sizes.steps,
         "CHUNK": CHUNK,
         "GATED": inputs.z is not None,
@@ -164,14 +138,14 @@ def _constants(sizes: Blocks, inputs: FilledInputs) -> dict[str, int | bool]:
 
 
 def _kernel_inputs(inputs: FilledInputs) -> tuple[Array, ...]:
-    """What both kernels take first; x stands in for what there is none of."""
+    """Return the first arguments of both kernels; x is the placeholder of a missing array."""
     A, D, dt_bias = (v.astype(jnp.float32) for v in (inputs.A, inputs.D, inputs.dt_bias))
     x, ids = inputs.x, inputs.segment_ids
     reset = x
     if ids is not None:
         reset = jnp.where(segment_starts(ids), -jnp.inf, 0.0).astype(jnp.float32)
     z = x if inputs.z is None else inputs.z
-    return x, inputs.dt, z, inputs.B, inputs.C, (A * _LOG2_E).T, D, dt_bias, reset
+    return x, inputs.dt, z, inputs.B, inputs.C, (A * LOG2_E).T, D, dt_bias, reset
 
 
 def _channels_last(state: Float[Array, "B E N"]) -> Float[Array, "B N E"]:

@@ -1,17 +1,18 @@
-"""The Triton kernels of the selective scan: importing this module needs triton. `triton.py` calls them.
+"""Triton kernels of the selective scan, launched by `triton.py`. Importing this module requires triton.
 
 A program handles BE channels of one row and steps through time with the state [BN BE] in registers. The inputs of the
-next U steps are loaded while those of the present ones are used. Steps beyond the end of a row, channels beyond E and
-states beyond N are masked on loading so that they change nothing: delta = softplus(-inf) = 0.
+next U steps are loaded while those of the current U are used. Steps after the end of a row, channels beyond E and
+states beyond N are masked on load so that they have no effect: delta = softplus(-inf) = 0.
 
-E and L come at run time, E divided by VECTOR: that is all that Triton knows of the alignment, so it gives every thread
-VECTOR neighbouring channels. With one, a thread has all states of its channel, and a sum over d_state stays within it.
+E and L are runtime arguments, E divided by VECTOR: that is all that Triton knows about the alignment, so it assigns
+VECTOR neighbouring channels to every thread. With one, a thread has all states of its channel, and a sum over d_state
+stays within it.
 
-In the loop over chunks pointers stand at the chunk's first step, steps t count from there and L is how many are left: a
-place in a long row needs 64 bits, one near the chunk 32.
+In the loop over chunks, pointers are at the chunk's first step, steps t count from there and L is the number of steps
+left: offsets in a long row need 64 bits, those within a chunk 32.
 
 Shapes: x, dt, z, y and their gradients [B L E]; B, C [B L N]; A_log2e [N E], D, dt_bias [E] float32; reset [B L]
-float32, -inf where the state starts anew and 0 elsewhere; states [... N E] float32, with channels last.
+float32, -inf where the state is reset and 0 elsewhere; states [... N E] float32, channels last.
 """
 
 import triton
@@ -23,7 +24,7 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _softplus(raw):
-    """log(1 + exp(raw)) to 2e-6 relative: steps of 1e-4 and less are common, where log(1 + e) alone has 3 digits."""
+    """Return log(1 + exp(raw)) to 2e-6 relative: for common steps of 1e-4 and less, log(1 + e) alone has 3 digits."""
     e = tl.exp2(tl.abs(raw) * -_LOG2_E)
     series = e * (1 + e * (-0.5 + e * (1 / 3 - 0.25 * e)))
     return tl.maximum(raw, 0.0) + tl.where(e < 0.05, series, tl.log2(1 + e) * _LN_2)
@@ -36,7 +37,7 @@ def _sigmoid(v):
 
 @triton.jit
 def _place(E, N: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
-    """A program's channels, row and states, its place in a state [N E], and what of that is there."""
+    """Return a program's channels, row, states, its offsets in a state [N E], and the mask of the valid ones."""
     e = tl.program_id(0) * BE + tl.arange(0, BE)
     n = tl.arange(0, BN)
     return e, tl.program_id(1).to(tl.int64), n, n[:, None] * E + e[None, :], (n < N)[:, None] & (e < E)[None, :]
@@ -44,7 +45,7 @@ def _place(E, N: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
 
 @triton.jit
 def _parameters(A_log2e, D, dt_bias, e, tile, there, E):
-    """A, D and dt_bias of the program's channels."""
+    """Load A, D and dt_bias of the program's channels."""
     in_row = e < E
     A = tl.load(A_log2e + tile, mask=there, other=0)
     return A, tl.load(D + e, mask=in_row, other=0), tl.load(dt_bias + e, mask=in_row, other=0)
@@ -52,13 +53,13 @@ def _parameters(A_log2e, D, dt_bias, e, tile, there, E):
 
 @triton.jit
 def _channels(row, t, e, L, E, other: tl.constexpr):
-    """Channels e of time step t."""
+    """Load channels e of time step t."""
     return tl.load(row + t * E + e, mask=e < tl.where(t < L, E, 0), other=other)
 
 
 @triton.jit
 def _tokens(x, dt, z, t, e, L, E, GATED: tl.constexpr):
-    """x, dt and z of time step t, as they are stored."""
+    """Load x, dt and z of time step t in their storage dtype."""
     x_t = _channels(x, t, e, L, E, 0)
     dt_t = _channels(dt, t, e, L, E, float("-inf"))
     if GATED:
@@ -69,7 +70,7 @@ def _tokens(x, dt, z, t, e, L, E, GATED: tl.constexpr):
 
 @triton.jit
 def _narrow(row, t, n, L, N: tl.constexpr, BN: tl.constexpr):
-    """B or C of time step t, as a column; beyond the end any, since all that they meet there is zero."""
+    """Load B or C of time step t as a column; after the end, any finite value: it is multiplied by zero."""
     place = row + tl.minimum(t, L - 1) * N + n
     if N == BN:
         return tl.load(place).to(tl.float32)[:, None]
@@ -79,7 +80,7 @@ def _narrow(row, t, n, L, N: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _decay(delta, A, reset, t, L, SEGMENTED: tl.constexpr):
-    """exp(delta A), zero at a reset; the mask comes before the exponential."""
+    """Return exp(delta A), zero at a reset; the mask precedes the exponential."""
     exponent = delta[None, :] * A
     if SEGMENTED:
         exponent += tl.load(reset + t, mask=t < L, other=0)
@@ -113,7 +114,7 @@ def selective_scan_forward(
     SEGMENTED: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """y, the last state [B N E] and, to SAVE, the state before every CHUNK steps [B chunks N E]."""
+    """Compute y, the final state [B N E] and, if SAVE, the state before every CHUNK steps [B chunks N E]."""
     E = E_per_vector * VECTOR
     e, row, n, tile, there = _place(E, N, BN, BE)
     x, dt, z, y = x + row * L * E, dt + row * L * E, z + row * L * E, y + row * L * E
@@ -189,11 +190,11 @@ def selective_scan_backward(
     GATED: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """All gradients, last chunk first. In a chunk: once more forward, keeping the state before every U steps in
-    `scratch` [B CHUNK/U N E]; then, U steps at a time, forward with all states in registers, and back.
+    """Compute all gradients, last chunk first.
 
-    dB and dC [B blocks L N] are those of the program's channels, to be summed; dA [B N E], dD and d_bias [B E] those of
-    the row.
+    In a chunk: recompute forward, saving the state before every U steps to `scratch` [B CHUNK/U N E]; then, U steps at
+    a time, forward with all states in registers, and backward. dB and dC [B blocks L N] are partial sums over the
+    program's channels; dA [B N E], dD and d_bias [B E] are per row.
     """
     E = E_per_vector * VECTOR
     e, row, n, tile, there = _place(E, N, BN, BE)
@@ -210,7 +211,7 @@ def selective_scan_backward(
     scratch += row * (CHUNK // U) * N * E
     A, skip, bias = _parameters(A_log2e, D, dt_bias, e, tile, there, E)
 
-    # What reaches the state before the step at hand from all later ones.
+    # The cotangent of the state before the current step from all later ones.
     later = tl.load(d_final + row * N * E + tile, mask=there, other=0)
     sum_A = tl.zeros((BN, BE), tl.float32)
     sum_D = tl.zeros((BE,), tl.float32)

@@ -1,10 +1,9 @@
 """The selective scan in XLA operations, with its own backward pass.
 
-The forward pass keeps the state at the start of every chunk of time steps and nothing else with an axis N; the backward
+The forward pass saves the state at the start of every chunk of time steps and nothing else with an axis N; the backward
 pass recomputes the states of one chunk at a time from there (`chunks`).
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts, sum_leading
+from biomamba_jax.ops.kernel_arrays import differentiable
+from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts, softplus, sum_leading
 from biomamba_jax.ops.selective_scan.chunks import ASSOCIATIVE, SEQUENTIAL, Chunk, loop
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
@@ -20,20 +20,20 @@ _CHUNK_SIZE = {"cpu": 32, "gpu": 64, "tpu": 64}
 
 
 class _Plan(NamedTuple):
-    """How the work is cut up; static."""
+    """Static choices of one call."""
 
     chunk_size: int  # at most the length
     associative: bool
 
 
 class _Tokens(NamedTuple):
-    """What the recurrence reads, in the wide type, cut into chunks: with rows [B chunks T ..], of one row without B."""
+    """Per-token inputs of the recurrence in the accumulator dtype, chunked: [B chunks T ...]; of one row, without B."""
 
     x: Array
     delta: Array
     B: Array
     C: Array
-    same: Array | None  # the token before belongs to the same segment
+    same: Array | None  # True if the token before is of the same segment
 
 
 def selective_scan(
@@ -42,10 +42,11 @@ def selective_scan(
     chunk_size: int | None = None,
     associative: bool | None = None,
 ) -> tuple[Float[Array, "B L E"], Float[Array, "B E N"]]:
-    """All outputs and the last state; see `api.selective_scan`.
+    """Return all outputs and the final state; see `api.selective_scan`.
 
     Args:
-      chunk_size: time steps between two states that are kept; None is the platform's best.
+      inputs: the arrays.
+      chunk_size: time steps between two saved states; None is the platform's best.
       associative: solve the recurrence inside a chunk by an associative scan (True) or step by step (False); None is
         the platform's best.
     """
@@ -56,19 +57,16 @@ def selective_scan(
     return _scan(inputs, plan)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _scan(inputs: Inputs, plan: _Plan) -> tuple[Array, Array]:
-    return _forward(inputs, plan)[0]
-
-
-def _forward(inputs: Inputs, plan: _Plan):
-    wide = accumulator_dtype(inputs.x.dtype)
+def _run(inputs: Inputs, plan: _Plan, save: bool):
+    """Return (y, final state) and the residuals, which cost nothing if unused."""
+    del save
+    dtype = accumulator_dtype(inputs.x.dtype)
     rows, length, channels = inputs.x.shape
-    A = inputs.A.T.astype(wide)
+    A = inputs.A.T.astype(dtype)
     if inputs.initial_state is None:
-        initial = jnp.zeros((rows, *A.shape), wide)
+        initial = jnp.zeros((rows, *A.shape), dtype)
     else:
-        initial = inputs.initial_state.swapaxes(1, 2).astype(wide)
+        initial = inputs.initial_state.swapaxes(1, 2).astype(dtype)
     form = ASSOCIATIVE if plan.associative else SEQUENTIAL
 
     def row(args):
@@ -81,23 +79,23 @@ def _forward(inputs: Inputs, plan: _Plan):
     state, (y, starts) = _map_rows(row, (initial, _tokens(inputs, plan)), plan)
     y = y.reshape(rows, -1, channels)[:, :length]
     if inputs.D is not None:
-        y = y + inputs.D.astype(wide) * inputs.x
+        y = y + inputs.D.astype(dtype) * inputs.x
     ungated = None
     if inputs.z is not None:
         ungated = y.astype(inputs.x.dtype)
-        y = y * jax.nn.silu(inputs.z.astype(wide))
-    return (y.astype(inputs.x.dtype), state.swapaxes(1, 2)), (inputs, starts, ungated)
+        y = y * jax.nn.silu(inputs.z.astype(dtype))
+    return (y.astype(inputs.x.dtype), state.swapaxes(1, 2)), (starts, ungated)
 
 
-def _backward(plan: _Plan, residuals, cotangents):
-    inputs, starts, ungated = residuals
-    wide = accumulator_dtype(inputs.x.dtype)
+def _backward(inputs: Inputs, residuals, cotangents, plan: _Plan) -> Inputs:
+    starts, ungated = residuals
+    dtype = accumulator_dtype(inputs.x.dtype)
     rows, length, _ = inputs.x.shape
-    A = inputs.A.T.astype(wide)
-    dy = cotangents[0].astype(wide)
+    A = inputs.A.T.astype(dtype)
+    dy = cotangents[0].astype(dtype)
     dz = None
     if inputs.z is not None:
-        z = inputs.z.astype(wide)
+        z = inputs.z.astype(dtype)
         sigmoid = jax.nn.sigmoid(z)
         dz = (dy * ungated * sigmoid * (1 + z * (1 - sigmoid))).astype(inputs.z.dtype)
         dy = dy * z * sigmoid
@@ -114,34 +112,32 @@ def _backward(plan: _Plan, residuals, cotangents):
         d_state, *xs = args
         return loop(chunk, (d_state, jnp.zeros_like(A)), tuple(xs), reverse=True)
 
-    args = (cotangents[1].swapaxes(1, 2).astype(wide), starts, _cut(dy, plan), _tokens(inputs, plan))
+    args = (cotangents[1].swapaxes(1, 2).astype(dtype), starts, _chunked(dy, plan), _tokens(inputs, plan))
     (d_initial, dA), chunks = _map_rows(row, args, plan)
     dx, d_delta, dB, dC = (v.reshape(rows, -1, v.shape[-1])[:, :length] for v in chunks)
     dD = None
     if inputs.D is not None:
-        dx = dx + dy * inputs.D.astype(wide)
+        dx = dx + dy * inputs.D.astype(dtype)
         dD = sum_leading(dy * inputs.x).astype(inputs.D.dtype)
     d_dt = d_delta * jax.nn.sigmoid(_biased_dt(inputs))
     d_bias = None if inputs.dt_bias is None else sum_leading(d_dt).astype(inputs.dt_bias.dtype)
     if inputs.initial_state is not None:
         d_initial = d_initial.swapaxes(1, 2).astype(inputs.initial_state.dtype)
-    return (
-        Inputs(
-            x=dx.astype(inputs.x.dtype),
-            dt=d_dt.astype(inputs.dt.dtype),
-            A=sum_leading(dA.reshape(rows, -1)).reshape(A.shape).T.astype(inputs.A.dtype),
-            B=dB.astype(inputs.B.dtype),
-            C=dC.astype(inputs.C.dtype),
-            D=dD,
-            z=dz,
-            dt_bias=d_bias,
-            segment_ids=None,
-            initial_state=None if inputs.initial_state is None else d_initial,
-        ),
+    return Inputs(
+        x=dx.astype(inputs.x.dtype),
+        dt=d_dt.astype(inputs.dt.dtype),
+        A=sum_leading(dA.reshape(rows, -1)).reshape(A.shape).T.astype(inputs.A.dtype),
+        B=dB.astype(inputs.B.dtype),
+        C=dC.astype(inputs.C.dtype),
+        D=dD,
+        z=dz,
+        dt_bias=d_bias,
+        segment_ids=None,
+        initial_state=None if inputs.initial_state is None else d_initial,
     )
 
 
-_scan.defvjp(_forward, _backward)
+_scan = differentiable(_run, _backward)
 
 
 def _biased_dt(inputs: Inputs) -> Array:
@@ -150,19 +146,18 @@ def _biased_dt(inputs: Inputs) -> Array:
 
 
 def _tokens(inputs: Inputs, plan: _Plan) -> _Tokens:
-    wide = accumulator_dtype(inputs.x.dtype)
+    dtype = accumulator_dtype(inputs.x.dtype)
     dt = _biased_dt(inputs)
-    # softplus, without the handling of infinities and NaN in `jax.nn.softplus`
-    delta = jnp.maximum(dt, 0) + jnp.log1p(jnp.exp(-jnp.abs(dt)))
+    delta = softplus(dt)
     same = None
     if inputs.segment_ids is not None:
-        same = _cut(~segment_starts(inputs.segment_ids), plan, fill=True)
-    x, B, C = (_cut(v.astype(wide), plan) for v in (inputs.x, inputs.B, inputs.C))
-    return _Tokens(x, _cut(delta, plan), B, C, same)
+        same = _chunked(~segment_starts(inputs.segment_ids), plan, fill=True)
+    x, B, C = (_chunked(v.astype(dtype), plan) for v in (inputs.x, inputs.B, inputs.C))
+    return _Tokens(x, _chunked(delta, plan), B, C, same)
 
 
-def _cut(v: Array, plan: _Plan, fill: bool | int = 0) -> Array:
-    """[B L ..] -> [B chunks T ..]. The last chunk is filled with steps of delta = 0, which leave the state as it is."""
+def _chunked(v: Array, plan: _Plan, fill: bool | int = 0) -> Array:
+    """Chunk [B L ...] -> [B chunks T ...]. Padded steps have delta = 0, which leaves the state unchanged."""
     rows, length = v.shape[:2]
     padding = -length % plan.chunk_size
     if padding:
@@ -171,7 +166,7 @@ def _cut(v: Array, plan: _Plan, fill: bool | int = 0) -> Array:
 
 
 def _recurrence(tokens: _Tokens, A: Float[Array, "N E"]) -> Chunk:
-    """h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t (Mamba, arXiv 2312.00752, eq. 2) in one chunk of one row."""
+    """Return a chunk of one row of h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t (Mamba, arXiv 2312.00752, eq. 2)."""
     exponent = tokens.delta[:, None, :] * A
     if tokens.same is not None:
         # Masked before the exponential: the decay into a new segment is exactly 0, and so is its gradient.
@@ -180,11 +175,11 @@ def _recurrence(tokens: _Tokens, A: Float[Array, "N E"]) -> Chunk:
 
 
 def _map_rows(f, xs, plan: _Plan):
-    """f of every row: all in one operation, or one after the other.
+    """Map f over the rows, vectorized or in a loop.
 
-    The step-by-step form takes row after row, since the states of a step then stay in the cache, and since a batch axis
-    would cost copies between layouts: half the time of all rows at once, even for 256 channels. A single token is too
-    little work for a loop.
+    The sequential form loops over rows: the states of a step then stay in the cache, and a batch axis would cost copies
+    between layouts. It takes half the time of all rows at once, even for 256 channels. A single token is too little
+    work for a loop.
     """
     if plan.associative or plan.chunk_size == 1:
         return jax.vmap(f)(xs)

@@ -1,4 +1,4 @@
-"""The arrays of one `ssd`, as `api.ssd` hands them to an implementation."""
+"""The arrays of one `ssd` call, as `api.ssd` passes them to an implementation."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from biomamba_jax.ops.array_typing import Array, Float, Int
 
 
 class Inputs(NamedTuple):
-    """See `api.ssd`; None where the caller gave none."""
+    """Arguments of `api.ssd`; None where the caller gave none."""
 
     x: Float[Array, "B L H P"]
     dt: Float[Array, "B L H"]

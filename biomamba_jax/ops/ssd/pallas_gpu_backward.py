@@ -1,8 +1,8 @@
-"""Backward pass of SSD on Mosaic GPU: one kernel for the gradients of the states, another for all else.
+"""Backward kernels of SSD on Mosaic GPU: one for the gradients of the states, one for everything else.
 
-The first is the forward pass's recurrence run back, one warpgroup a head. The second takes each chunk by itself: one
-warpgroup has the tokens t that read, the other the tokens j that are read, and the same code serves both. In the
-notation of the forward pass, with E_tj = 2^(s_t - g_j), M = E o C B^T where t >= j in one segment:
+The first is the forward recurrence in reverse, one warpgroup per head. The second processes each chunk independently:
+one warpgroup has the tokens t that read, the other the tokens j that are read, and the same code serves both. In the
+notation of the forward kernel, with E_tj = 2^(s_t - g_j), M = E o C B^T where t >= j in one segment:
 
     dS = 2^(s_last) dS' + C^T (2^s dy)
     reading:     M x + 2^s (C S)                    d(C B^T) = sum over heads of (dy x^T) o E
@@ -22,22 +22,34 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import float32
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, SUMS, VECTORS, Product, Sizes
+from biomamba_jax.ops.ssd.pallas_common import HEADDIM, LARGEST_EXPONENT
+from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, SUMS, VECTORS, Product, Sizes
 
 _SLOTS = 2
 
 
 class StateInputs(NamedTuple):
-    dy: Any  # [B L H P] bfloat16
-    C: Any  # [B L G N] bfloat16
-    vectors: Any  # [B chunks H 4 l]
-    d_final_state: Any  # [B H N P]
+    """Inputs of the state kernel."""
+
+    dy: Any
+    """[B L H P] bfloat16."""
+    C: Any
+    """[B L G N] bfloat16."""
+    vectors: Any
+    """[B chunks H 4 l], see `tiles.Vectors`."""
+    d_final_state: Any
+    """[B H N P]."""
 
 
 class StateGradients(NamedTuple):
-    after: Any  # [B chunks H N P] bfloat16, of the state after each chunk
-    initial_state: Any  # [B H N P]
+    """Outputs of the state kernel."""
+
+    after: Any
+    """[B chunks H N P] bfloat16, with respect to the state after each chunk."""
+    initial_state: Any
+    """[B H N P]."""
 
 
 class _StateBuffers(NamedTuple):
@@ -54,10 +66,11 @@ class _StateScratch(NamedTuple):
 
 
 def state_gradients(inputs: StateInputs, sizes: Sizes, interpret: Any) -> StateGradients:
+    """Run the state kernel."""
     state = (sizes.heads, sizes.d_state, HEADDIM)
     outputs = StateGradients(
         after=jax.ShapeDtypeStruct((sizes.batch, sizes.chunks, *state), jnp.bfloat16),
-        initial_state=jax.ShapeDtypeStruct((sizes.batch, *state), jnp.float32),
+        initial_state=float32(sizes.batch, *state),
     )
     scratch = _StateScratch(
         buffers=_StateBuffers(
@@ -85,8 +98,7 @@ def _states_kernel(sizes: Sizes, inputs: StateInputs, outputs: StateGradients, s
             C=inputs.C.at[row, time, of_group],
             vectors=inputs.vectors.at[row, chunk, head],
         )
-        for source, buffer in zip(sources, scratch.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], scratch.arrived.at[slot])
+        tiles.fetch(sources, scratch.buffers, slot, scratch.arrived)
 
     fetch(sizes.chunks - 1, 0)
 
@@ -101,7 +113,7 @@ def _states_kernel(sizes: Sizes, inputs: StateInputs, outputs: StateGradients, s
 
         tiles.write_state(scratch.d_state, d_state)
         plgpu.barrier_wait(scratch.arrived.at[slot])
-        here = _StateBuffers(*(buffer.at[slot] for buffer in scratch.buffers))
+        here = mosaic_gpu.slot(scratch.buffers, slot)
         from_start = here.vectors.at[VECTORS.from_start]
         scratch.weighted[...] = (tiles.read(here.dy) * tiles.read_column(from_start)).astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -116,27 +128,45 @@ def _states_kernel(sizes: Sizes, inputs: StateInputs, outputs: StateGradients, s
 
 
 class Inputs(NamedTuple):
-    x: Any  # [B L H P] bfloat16
-    dy: Any  # [B L H P] bfloat16
-    B: Any  # [B L G N] bfloat16
-    C: Any  # [B L G N] bfloat16
-    states: Any  # [B chunks H N P] bfloat16, before each chunk
-    d_states: Any  # [B chunks H N P] bfloat16, gradient of the state after each chunk
-    vectors: Any  # [B chunks H 4 l]
-    resets: Any  # [B chunks l], resets in the chunk up to each token; None where no state resets
-    D: Any  # [H]
+    """Inputs of the gradient kernel."""
+
+    x: Any
+    """[B L H P] bfloat16."""
+    dy: Any
+    """[B L H P] bfloat16."""
+    B: Any
+    """[B L G N] bfloat16."""
+    C: Any
+    """[B L G N] bfloat16."""
+    states: Any
+    """[B chunks H N P] bfloat16, before each chunk."""
+    d_states: Any
+    """[B chunks H N P] bfloat16, gradient of the state after each chunk."""
+    vectors: Any
+    """[B chunks H 4 l], see `tiles.Vectors`."""
+    resets: Any | None
+    """[B chunks l], resets in the chunk up to each token; None without segments."""
+    D: Any
+    """[H]."""
 
 
 class Gradients(NamedTuple):
-    x: Any  # [B L H P]
-    B: Any  # [B blocks L N] float32, of each block of heads
-    C: Any  # [B blocks L N] float32, of each block of heads
-    sums: Any  # [B chunks H 4 l]
-    through: Any  # [B chunks H N]: sum over P of S dS'
+    """Outputs of the gradient kernel; those of B and C are to be summed over the blocks of a group."""
+
+    x: Any
+    """[B L H P]."""
+    B: Any
+    """[B blocks L N] float32."""
+    C: Any
+    """[B blocks L N] float32."""
+    sums: Any
+    """[B chunks H 4 l], see `tiles.Sums`."""
+    through: Any
+    """[B chunks H N]: sum over P of S dS'."""
 
 
 class _Buffers(NamedTuple):
-    """Shared memory for what is brought of a head, in two slots."""
+    """Double-buffered shared memory of a head's TMA copies."""
 
     x: Any
     dy: Any
@@ -147,41 +177,39 @@ class _Buffers(NamedTuple):
 
 class _Scratch(NamedTuple):
     buffers: _Buffers
-    arrived: Any  # a barrier for each slot
-    consumed: Any  # a barrier for each slot: both warpgroups are done with it
+    arrived: Any  # a barrier per slot
+    consumed: Any  # a barrier per slot: both warpgroups have read it
     B: Any
     C: Any
     resets: Any  # or None
     shared_arrived: Any
-    scores: tuple[Any, Any]  # of the two sides; their gradients with them are more than fits into registers
+    scores: tuple[Any, Any]  # of the two sides; with their gradients they would not fit into registers
     d_scores: tuple[Any, Any]
     dx: Any  # [l P]
 
 
 class _Side(NamedTuple):
-    """What tells the two warpgroups apart: tokens that read (rows t, columns j), or are read (rows j, columns t)."""
+    """The operands of one warpgroup, whose rows are tokens t that read (columns j), or tokens j that are read."""
 
     reading: bool
     rows: Any  # C or B
     columns: Any  # B or C
-    scores: Any  # [l l], masked; in both, each thread reads what it wrote
+    scores: Any  # [l l], masked; as in d_scores, each thread reads only what it wrote
     d_scores: Any  # [l l], not masked
 
 
 def gradients(inputs: Inputs, sizes: Sizes, x_dtype: Any, interpret: Any) -> Gradients:
+    """Run the gradient kernel."""
     x = inputs.x
 
-    def result(*shape: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
     of_head = (sizes.batch, sizes.chunks, sizes.heads)
-    d_narrow = result(sizes.batch, sizes.blocks, sizes.chunks * CHUNK, sizes.d_state)
+    d_narrow = float32(sizes.batch, sizes.blocks, sizes.chunks * CHUNK, sizes.d_state)
     outputs = Gradients(
-        x=result(*x.shape, dtype=x_dtype),
+        x=jax.ShapeDtypeStruct(x.shape, x_dtype),
         B=d_narrow,
         C=d_narrow,
-        sums=result(*of_head, len(SUMS), CHUNK),
-        through=result(*of_head, sizes.d_state),
+        sums=float32(*of_head, len(SUMS), CHUNK),
+        through=float32(*of_head, sizes.d_state),
     )
     wide, state = tiles.tile(CHUNK, HEADDIM, slots=_SLOTS), tiles.tile(sizes.d_state, HEADDIM, slots=_SLOTS)
     narrow, square = tiles.tile(CHUNK, sizes.d_state), tiles.tile(CHUNK, CHUNK, jnp.float32)
@@ -219,8 +247,7 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch)
             d_state=inputs.d_states.at[row, chunk, head],
             vectors=inputs.vectors.at[row, chunk, head],
         )
-        for source, buffer in zip(sources, scratch.buffers, strict=True):
-            plgpu.copy_gmem_to_smem(source, buffer.at[slot], scratch.arrived.at[slot])
+        tiles.fetch(sources, scratch.buffers, slot, scratch.arrived)
 
     def run(side: _Side) -> None:
         if side.reading:
@@ -233,8 +260,8 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch)
         scores = tiles.product(side.rows, side.columns, transpose_b=True)
         side.scores[...] = jnp.where(tiles.keep(scratch.resets, later_rows=side.reading), scores, 0.0)
 
-        nothing = mosaic_gpu.zeros((CHUNK, CHUNK), tiles.MATRIX)
-        side.d_scores[...] = nothing
+        zeros = mosaic_gpu.zeros((CHUNK, CHUNK), tiles.MATRIX)
+        side.d_scores[...] = zeros
 
         def head_body(i: Any, d_rows: list[Array]) -> list[Array]:
             slot = lax.rem(i, _SLOTS)
@@ -249,12 +276,12 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Gradients, scratch: _Scratch)
                     fetch(i + 1, 1 - slot)
 
             plgpu.barrier_wait(scratch.arrived.at[slot])
-            here = _Buffers(*(buffer.at[slot] for buffer in scratch.buffers))
+            here = mosaic_gpu.slot(scratch.buffers, slot)
             d_rows = _head(sizes, side, (row, chunk, first_head + i), inputs, here, d_rows, outputs, scratch)
             plgpu.barrier_arrive(scratch.consumed.at[slot])
             return d_rows
 
-        d_rows = lax.fori_loop(0, sizes.heads_of_block, head_body, [nothing for _ in range(sizes.state_tiles)])
+        d_rows = lax.fori_loop(0, sizes.heads_of_block, head_body, [zeros for _ in range(sizes.state_tiles)])
         kept = tiles.keep(scratch.resets, later_rows=side.reading)
         d_scores = jnp.where(kept, tiles.read(side.d_scores), 0.0).astype(jnp.bfloat16)
         target = outputs.C if side.reading else outputs.B
@@ -278,7 +305,7 @@ def _head(
     outputs: Gradients,
     scratch: _Scratch,
 ) -> list[Array]:
-    """One head of one side; adds the gradient of the rows through the states to `d_rows`."""
+    """Process one head on one side; return `d_rows` plus the gradient of the rows through the states."""
     row, chunk, head = place
     vectors = here.vectors
     if side.reading:
@@ -287,13 +314,13 @@ def _head(
     else:
         own, other, state, scale = here.x, here.dy, here.d_state, VECTORS.to_end
         exponent = tiles.read_row(vectors.at[VECTORS.s]) - tiles.read_column(vectors.at[VECTORS.g])
-    decay = jnp.exp2(jnp.minimum(exponent, tiles.LARGEST_EXPONENT))
+    decay = jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT))
     mixing = (tiles.read(side.scores) * decay).astype(jnp.bfloat16)
     d_mixing, through_state = tiles.products(Product(own, other, transpose_b=True), Product(side.rows, state))
     side.d_scores[...] = tiles.read(side.d_scores) + d_mixing * decay
 
-    # Sums of paths are of the rounded factors that entered the products, or else ends and begins would not cancel.
-    # Tiles are read anew for each use: registers are what is short here.
+    # Sums of paths use the rounded factors that entered the products, or else ends and begins would not cancel.
+    # Tiles are reloaded for each use: registers are the bottleneck here.
     result = through_state * tiles.read_column(vectors.at[scale])
     sums = outputs.sums.at[row, chunk, head]
     if not side.reading:
@@ -308,7 +335,7 @@ def _head(
     else:
         dy = tiles.read(here.dy)
         sums[SUMS.diagonal] = jnp.sum(tiles.read(own) * dy, axis=1)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the dx of the head before
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous head's dx
         plgpu.commit_smem()
         scratch.dx[...] = (result + mosaic_gpu.read(inputs.D.at[head]) * dy).astype(scratch.dx.dtype)
         plgpu.commit_smem()

@@ -1,11 +1,11 @@
-"""Forward pass of SSD on Mosaic GPU: one warpgroup for each head of a row, chunk after chunk.
+"""Forward kernel of SSD on Mosaic GPU: one warpgroup per head of a row, chunk after chunk.
 
 With s_t the sum of log2(e) d A up to token t of the chunk and g_t = s_t - log2 d_t:
 
     y_t = sum_{j<=t} (C_t . B_j) 2^(s_t - g_j) x_j  +  2^(s_t) C_t . S  +  D x_t
     S' = 2^(s_last) S + sum_j 2^(s_last - g_j) B_j x_j^T
 
-The state stays in registers. While a chunk is computed, the copy engine brings the next one.
+The state stays in registers. While a chunk is computed, the TMA engine copies the next one.
 """
 
 import functools
@@ -19,32 +19,48 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import float32
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, HEADDIM, VECTORS, Product, Sizes
+from biomamba_jax.ops.ssd.pallas_common import HEADDIM
+from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, VECTORS, Product, Sizes
 
 _SLOTS = 2
 
 
 class Inputs(NamedTuple):
-    x: Any  # [B L H P] bfloat16
-    B: Any  # [B L G N] bfloat16
-    C: Any  # [B L G N] bfloat16
-    vectors: Any  # [B chunks H 4 l]
-    resets: Any | None  # [B chunks l], resets in the chunk up to each token; None where no state resets
-    D: Any  # [H]
-    initial_state: Any  # [B H N P]
+    """Inputs of the kernel."""
+
+    x: Any
+    """[B L H P] bfloat16."""
+    B: Any
+    """[B L G N] bfloat16."""
+    C: Any
+    """[B L G N] bfloat16."""
+    vectors: Any
+    """[B chunks H 4 l], see `tiles.Vectors`."""
+    resets: Any | None
+    """[B chunks l], resets in the chunk up to each token; None without segments."""
+    D: Any
+    """[H]."""
+    initial_state: Any
+    """[B H N P]."""
 
 
 class Outputs(NamedTuple):
-    y: Any  # [B L H P]
-    final_state: Any  # [B H N P]
-    states: Any | None  # [B chunks H N P] bfloat16, before each chunk
+    """Outputs of the kernel."""
+
+    y: Any
+    """[B L H P]."""
+    final_state: Any
+    """[B H N P]."""
+    states: Any | None
+    """[B chunks H N P] bfloat16, before each chunk."""
 
 
 class _Buffers(NamedTuple):
-    """Shared memory for what the copy engine brings, in two slots."""
+    """Double-buffered shared memory of the TMA copies."""
 
-    x: Any  # gives way to y, if y is bfloat16
+    x: Any  # overwritten by y if y is bfloat16
     B: Any
     C: Any
     vectors: Any
@@ -53,18 +69,19 @@ class _Buffers(NamedTuple):
 
 class _Scratch(NamedTuple):
     buffers: _Buffers
-    arrived: Any  # a barrier for each slot
+    arrived: Any  # a barrier per slot
     state: Any  # [N P] bfloat16
     weighted: Any  # [l P] bfloat16: 2^(s_last - g) x
-    y: Any | None  # [l P], if y is not bfloat16
+    y: Any | None  # [l P] if y is not bfloat16
 
 
 def forward(inputs: Inputs, sizes: Sizes, y_dtype: Any, save_states: bool, interpret: Any) -> Outputs:
+    """Run the kernel."""
     x = inputs.x
     state = (sizes.heads, sizes.d_state, HEADDIM)
     outputs = Outputs(
         y=jax.ShapeDtypeStruct(x.shape, y_dtype),
-        final_state=jax.ShapeDtypeStruct((sizes.batch, *state), jnp.float32),
+        final_state=float32(sizes.batch, *state),
         states=jax.ShapeDtypeStruct((sizes.batch, sizes.chunks, *state), jnp.bfloat16) if save_states else None,
     )
     narrow = tiles.tile(CHUNK, sizes.d_state, slots=_SLOTS)
@@ -100,15 +117,13 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Outputs, scratch: _Scratch) -
             vectors=inputs.vectors.at[row, chunk, head],
             resets=None if inputs.resets is None else inputs.resets.at[row, chunk],
         )
-        for source, buffer in zip(sources, scratch.buffers, strict=True):
-            if buffer is not None:
-                plgpu.copy_gmem_to_smem(source, buffer.at[slot], scratch.arrived.at[slot])
+        tiles.fetch(sources, scratch.buffers, slot, scratch.arrived)
 
     fetch(0, 0)
 
     def chunk_body(chunk: Any, state: list[Array]) -> list[Array]:
         slot = lax.rem(chunk, _SLOTS)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the y and the state of the chunk before
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous chunk's y and state
         plgpu.commit_smem()
 
         @pl.when(chunk + 1 < sizes.chunks)
@@ -117,21 +132,21 @@ def _kernel(sizes: Sizes, inputs: Inputs, outputs: Outputs, scratch: _Scratch) -
 
         tiles.write_state(scratch.state, state)
         plgpu.barrier_wait(scratch.arrived.at[slot])
-        here = _Buffers(*(None if buffer is None else buffer.at[slot] for buffer in scratch.buffers))
+        here = mosaic_gpu.slot(scratch.buffers, slot)
         to_end = tiles.read_column(here.vectors.at[VECTORS.to_end])
         scratch.weighted[...] = (tiles.read(here.x) * to_end).astype(jnp.bfloat16)
         plgpu.commit_smem()
         if outputs.states is not None:
             plgpu.copy_smem_to_gmem(scratch.state, outputs.states.at[row, chunk, head])
 
-        scores, handed_in = tiles.products(Product(here.C, here.B, transpose_b=True), Product(here.C, scratch.state))
+        scores, from_state = tiles.products(Product(here.C, here.B, transpose_b=True), Product(here.C, scratch.state))
         exponent = tiles.read_column(here.vectors.at[VECTORS.s]) - tiles.read_row(here.vectors.at[VECTORS.g])
         kept = tiles.keep(here.resets, later_rows=True)
         mixing = jnp.where(kept, scores * jnp.exp2(exponent), 0.0).astype(jnp.bfloat16)
-        y = handed_in * tiles.read_column(here.vectors.at[VECTORS.from_start])
+        y = from_state * tiles.read_column(here.vectors.at[VECTORS.from_start])
         y = y + tiles.product(mixing, here.x)
         y = y + skip * tiles.read(here.x)
-        plgpu.commit_smem()  # all warps are done with x
+        plgpu.commit_smem()  # all warps have read x
         to_store = here.x if scratch.y is None else scratch.y
         to_store[...] = y.astype(to_store.dtype)
         plgpu.commit_smem()

@@ -1,8 +1,8 @@
-"""What the Mosaic GPU kernels of SSD share: sizes, layouts and the products of a chunk.
+"""Sizes, layouts and chunk products that the Mosaic GPU kernels of SSD share.
 
-Every product is of bfloat16 tiles of 64 x 64 with float32 sums, one or more wgmma of a warpgroup. In shared memory a
-row of a tile is 128 bytes, swizzled as wgmma and the copy engine want it. States are kept as [N P], so that the
-products with them need no transposed copy.
+Every product is of bfloat16 tiles of 64 x 64 with float32 accumulation, one or more wgmma of a warpgroup. In shared
+memory a row of a tile is 128 bytes, swizzled as wgmma and TMA require. States are stored as [N P], so that the products
+with them need no transposed copy.
 """
 
 from typing import Any, NamedTuple
@@ -15,49 +15,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import largest_divisor
 
 TILE = 64
 CHUNK = TILE
-HEADDIM = TILE
-MOST_STATES = 128
+MAX_STATES = 128
 """Two tiles of states: more would not fit into the registers of a warpgroup."""
 MAX_HEADS_IN_BLOCK = 16
-"""Of the backward kernel, whose blocks sum the gradients of B and C over their heads."""
-
-LOWEST_EXPONENT = -127.0
-"""A step that decays to less than the smallest normal float counts as this one: zero, but a sum of exponents with it
-keeps the small steps beside it."""
-LARGEST_EXPONENT = 60.0
-"""Entries that the mask makes zero are cut to this exponent, so that they are finite when the mask multiplies them."""
-TINY = 2.0**-126
+"""Heads of a block of the backward kernel, over which it sums the gradients of B and C."""
 
 MATRIX = plgpu.Layout.WGMMA
-COLUMN = MATRIX.reduce(1)  # a value of each row
-ROW = MATRIX.reduce(0)  # a value of each column
+COLUMN = MATRIX.reduce(1)  # one value per row
+ROW = MATRIX.reduce(0)  # one value per column
 
 
 class Sizes(NamedTuple):
     """Static sizes of one call."""
 
     batch: int
+    """Rows of the batch."""
     chunks: int
+    """Chunks of a row."""
     heads: int
+    """Heads of a row."""
     groups: int
+    """Groups of heads that share B and C."""
     d_state: int
     """A multiple of 64."""
     segmented: bool
+    """True if there are segment ids."""
 
     @property
     def state_tiles(self) -> int:
+        """Tiles of a head's states."""
         return self.d_state // TILE
 
     @property
     def heads_of_group(self) -> int:
+        """Heads that share B and C."""
         return self.heads // self.groups
 
     @property
     def heads_of_block(self) -> int:
-        return max(n for n in range(1, MAX_HEADS_IN_BLOCK + 1) if self.heads_of_group % n == 0)
+        """Heads of a block of the backward kernel."""
+        return largest_divisor(self.heads_of_group, MAX_HEADS_IN_BLOCK)
 
     @property
     def blocks(self) -> int:
@@ -66,106 +67,119 @@ class Sizes(NamedTuple):
 
 
 class Vectors(NamedTuple):
-    """Values of a head's tokens, each by its index in arrays [.. 4 l]."""
+    """Per-token values of a head, or the index of each in arrays [... 4 l]."""
 
-    s: Any = 0  # the sum of log2(e) d A from the chunk's or segment's start up to each token
-    g: Any = 1  # s - log2 d: 2^(s_t - g_j) is the decay from token j to t, times d_j
-    from_start: Any = 2  # 2^s, zero after a reset
-    to_end: Any = 3  # 2^(s_last - g), zero before the last reset
+    s: Any = 0
+    """Sum of log2(e) d A from the chunk's or segment's start up to each token."""
+    g: Any = 1
+    """s - log2 d: 2^(s_t - g_j) is the decay from token j to t, times d_j."""
+    from_start: Any = 2
+    """2^s, zero after a reset."""
+    to_end: Any = 3
+    """2^(s_last - g), zero before the last reset."""
 
 
 VECTORS = Vectors()
 
 
 class Sums(NamedTuple):
-    """What the backward kernel says of a head's tokens, each by its index in arrays [.. 4 l]."""
+    """Indices, in arrays [... 4 l], of the backward kernel's per-token sums of a head."""
 
-    ends: int = 0  # all paths that end at each token
-    begins: int = 1  # all paths that begin at each token
-    leave: int = 2  # those of them that leave the chunk
-    diagonal: int = 3  # dy . x
+    ends: int = 0
+    """All paths that end at each token."""
+    begins: int = 1
+    """All paths that begin at each token."""
+    leave: int = 2
+    """Paths that begin at each token and leave the chunk."""
+    diagonal: int = 3
+    """dy . x."""
 
 
 SUMS = Sums()
 
 
 def tile(rows: int, columns: int, dtype: Any = jnp.bfloat16, *, slots: int | None = None) -> Any:
-    """Shared memory for a matrix, as wgmma and the copy engine want it."""
+    """Return shared memory for a matrix, tiled and swizzled as wgmma and TMA require."""
     shape = (rows, columns) if slots is None else (slots, rows, columns)
     elements = 128 // jnp.dtype(dtype).itemsize
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(128)))
 
 
 def columns(i: int) -> Any:
-    """Columns of tile i."""
+    """Return the index of the columns of tile i."""
     return (slice(None), pl.ds(i * TILE, TILE))
 
 
 def rows(i: int) -> Any:
-    """Rows of tile i."""
+    """Return the slice of the rows of tile i."""
     return pl.ds(i * TILE, TILE)
 
 
 class Product(NamedTuple):
-    """a @ b, [64 64], of matrices in shared memory, transposed first where said; a may be an array in registers."""
+    """Operands of a @ b, [64 64]."""
 
     a: Any
+    """Matrix in shared memory, or an array in registers."""
     b: Any
+    """Matrix in shared memory."""
     transpose_a: bool = False
+    """True to transpose a first."""
     transpose_b: bool = False
+    """True to transpose b first."""
 
 
-def product(a: Any, b: Any, *, transpose_a: bool = False, transpose_b: bool = False) -> Array:
-    return products(Product(a, b, transpose_a, transpose_b))[0]
+def product(a: Any, b: Any, *, transpose_b: bool = False) -> Array:
+    """Compute one product."""
+    return products(Product(a, b, transpose_b=transpose_b))[0]
 
 
-def products(*wanted: Product) -> list[Array]:
-    """Products that the tensor cores are given at once: a warpgroup waits for all together."""
+def products(*operands: Product) -> list[Array]:
+    """Compute several products, issued together: the warpgroup waits once for all."""
     if mosaic_gpu.interpreted():
-        if len(wanted) > 1:
-            return [products(one)[0] for one in wanted]
-        a, b, transpose_a, transpose_b = wanted[0]
-        if isinstance(a, jax.Array) or transpose_a or transpose_b:  # its wgmma knows two plain references only
+        if len(operands) > 1:
+            return [products(one)[0] for one in operands]
+        a, b, transpose_a, transpose_b = operands[0]
+        if isinstance(a, jax.Array) or transpose_a or transpose_b:  # its wgmma supports only two untransposed refs
             a, b = a[...].T if transpose_a else a[...], b[...].T if transpose_b else b[...]
             return [jnp.dot(a, b, preferred_element_type=jnp.float32)]
 
     def compute(*sums: Any) -> list[Array]:
-        for total, (a, b, transpose_a, transpose_b) in zip(sums, wanted, strict=True):
+        for total, (a, b, transpose_a, transpose_b) in zip(sums, operands, strict=True):
             a, b = a.transpose((1, 0)) if transpose_a else a, b.transpose((1, 0)) if transpose_b else b
             plgpu.wgmma(total, a, b)
         return [total[...] for total in sums]
 
-    return pl.run_scoped(compute, *[plgpu.ACC((TILE, TILE), jnp.float32) for _ in wanted])
+    return pl.run_scoped(compute, *[plgpu.ACC((TILE, TILE), jnp.float32) for _ in operands])
 
 
-def over_columns(v: Array) -> Array:
-    """A value of each row, [64] -> [64 64]."""
+def broadcast_column(v: Array) -> Array:
+    """Broadcast a value per row: [64] -> [64 64]."""
     return mosaic_gpu.broadcast(v, (TILE, TILE), (0,), MATRIX)
 
 
-def over_rows(v: Array) -> Array:
-    """A value of each column, [64] -> [64 64]."""
+def broadcast_row(v: Array) -> Array:
+    """Broadcast a value per column: [64] -> [64 64]."""
     return mosaic_gpu.broadcast(v, (TILE, TILE), (1,), MATRIX)
 
 
 def read_column(ref: Any) -> Array:
-    """[64] -> [64 64], a value of each row."""
-    return over_columns(mosaic_gpu.read(ref, COLUMN))
+    """Read a value per row: [64] -> [64 64]."""
+    return broadcast_column(mosaic_gpu.read(ref, COLUMN))
 
 
 def read_row(ref: Any) -> Array:
-    """[64] -> [64 64], a value of each column."""
-    return over_rows(mosaic_gpu.read(ref, ROW))
+    """Read a value per column: [64] -> [64 64]."""
+    return broadcast_row(mosaic_gpu.read(ref, ROW))
 
 
 def read(ref: Any) -> Array:
-    """A tile in shared memory, in float32."""
-    return mosaic_gpu.lay(ref[...], MATRIX).astype(jnp.float32)
+    """Read a tile in shared memory as float32."""
+    return mosaic_gpu.to_layout(ref[...], MATRIX).astype(jnp.float32)
 
 
 def keep(resets: Any | None, *, later_rows: bool) -> Array:
-    """Where token j reaches token t >= j of its own segment; rows are t where `later_rows`, else j."""
-    row, column = (mosaic_gpu.lay(lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis), MATRIX) for axis in (0, 1))
+    """Return where token j reaches token t >= j of its segment; rows are t if `later_rows`, else j."""
+    row, column = (mosaic_gpu.to_layout(lax.broadcasted_iota(jnp.int32, (TILE, TILE), axis), MATRIX) for axis in (0, 1))
     reached = row >= column if later_rows else row <= column
     if resets is not None:
         reached &= read_column(resets) == read_row(resets)
@@ -173,17 +187,24 @@ def keep(resets: Any | None, *, later_rows: bool) -> Array:
 
 
 def read_state(ref: Any, sizes: Sizes) -> list[Array]:
-    """Tiles of a state [N P] in global memory."""
+    """Read the tiles of a state [N P] in global memory."""
     return [mosaic_gpu.read(ref.at[rows(i)], MATRIX) for i in range(sizes.state_tiles)]
 
 
 def write_state(ref: Any, state: list[Array]) -> None:
-    """A state [N P] to global or shared memory, in its dtype."""
+    """Write a state [N P] to global or shared memory, in its dtype."""
     for i, part in enumerate(state):
         ref[rows(i)] = part.astype(ref.dtype)
 
 
 def advance(state: list[Array], across: Array, a: Any, weighted: Any) -> list[Array]:
-    """across S + a^T v: the state before the next chunk, of a [l N] and the weighted v [l P] in shared memory."""
+    """Return across S + a^T v, the state before the next chunk; a [l N] and weighted v [l P] are in shared memory."""
     terms = products(*(Product(a.at[columns(i)], weighted, transpose_a=True) for i in range(len(state))))
     return [across * part + term for part, term in zip(state, terms, strict=True)]
+
+
+def fetch(sources: Any, buffers: Any, index: Any, arrived: Any) -> None:
+    """Start the copies of all sources to one slot of their buffers; each arrives at the slot's barrier."""
+    for source, buffer in zip(sources, buffers, strict=True):
+        if buffer is not None:
+            plgpu.copy_gmem_to_smem(source, buffer.at[index], arrived.at[index])

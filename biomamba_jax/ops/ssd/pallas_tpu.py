@@ -1,10 +1,10 @@
-"""SSD for TPU: the layouts of the kernels, and the pairing of the forward with the backward pass.
+"""SSD on TPU: padding and layouts of the two Pallas kernels, and the custom_vjp that pairs them.
 
 Products are of bfloat16 values with float32 accumulation, also for float32 inputs: TPU's default for float32 products.
-Everything else, the direct path D x and the gradients through it included, is float32.
+Everything else, the skip D x and the gradients through it included, is float32.
 
-Only the state before each chunk is kept for the backward pass (bfloat16, as it enters the products), not one array as
-long as the text besides the inputs.
+The only residual besides the inputs is the state before each chunk (bfloat16, as it enters the products), not another
+array of the length of x.
 """
 
 from functools import partial
@@ -13,24 +13,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.kernel_arrays import vary_alike
+from biomamba_jax.ops.kernel_arrays import LOG2_E, largest_divisor, pad, round_up, vary_alike
 from biomamba_jax.ops.numerics import segment_starts
+from biomamba_jax.ops.ssd import pallas_common
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
 from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.ops.ssd.pallas_common import NO_STEP
 from biomamba_jax.ops.ssd.pallas_tpu_backward import backward
 from biomamba_jax.ops.ssd.pallas_tpu_forward import forward
 
-# softplus of it, with any bias added, is zero: such a step changes nothing.
-_NO_STEP = -1e30
-
-_FEWEST_PAIRS = 4
+_MIN_PAIRS = 4
 
 
 class _Arrays(NamedTuple):
-    """Padded in length to whole chunks; dt, parameters and states in float32."""
+    """Inputs padded to whole chunks; dt, parameters and states in float32."""
 
     x: Array
     dt: Array
@@ -44,71 +41,57 @@ class _Arrays(NamedTuple):
 
 
 def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = False) -> tuple[Array, Array]:
-    """See `biomamba_jax.ops.ssd`. `interpret` (True, or Pallas's parameters) runs the kernels on any platform."""
+    """Return all outputs and the final state; see `api.ssd`.
+
+    Args:
+      inputs: the arrays.
+      chunk_size: None or the kernels' chunk.
+      interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
+    """
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
-    reason = why_not(x, B, chunk_size)
-    if reason is None and not interpret and dispatch.platform() != "tpu":
-        reason = f"it runs on TPU, not on {dispatch.platform()}"
-    if reason:
-        raise UserError(f"ssd: implementation 'pallas_tpu' cannot be used: {reason}; leave the choice to None or 'xla'")
-    heads, length = x.shape[2], x.shape[1]
-    dt, A = dt.astype(jnp.float32), A.astype(jnp.float32)
+    batch, length, heads, _ = x.shape
+    padded = round_up(length, tiles.CHUNK)
     zeros = jnp.zeros(heads, jnp.float32)
-    D = zeros if D is None else D.astype(jnp.float32)
-    dt_bias = zeros if dt_bias is None else dt_bias.astype(jnp.float32)
-    if initial_state is not None:
-        initial_state = initial_state.astype(jnp.float32)
-    padding = -length % tiles.CHUNK
     starts = None
     if segment_ids is not None:
-        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padding)))
-    x, B, C = (_pad(v, 1, padding) for v in (x, B, C))
-    dt = _pad(dt, 1, padding, _NO_STEP)
-    arrays = vary_alike(_Arrays(x, dt, A, B, C, D, dt_bias, starts, initial_state))
-    y, final_state = _ssd(arrays, interpret)
+        starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padded - length)))
+    arrays = _Arrays(
+        x=pad(x, (batch, padded, *x.shape[2:])),
+        dt=pad(dt.astype(jnp.float32), (batch, padded, heads), NO_STEP),
+        A=A.astype(jnp.float32),
+        B=pad(B, (batch, padded, *B.shape[2:])),
+        C=pad(C, (batch, padded, *C.shape[2:])),
+        D=zeros if D is None else D.astype(jnp.float32),
+        dt_bias=zeros if dt_bias is None else dt_bias.astype(jnp.float32),
+        starts=starts,
+        initial_state=None if initial_state is None else initial_state.astype(jnp.float32),
+    )
+    y, final_state = _ssd(vary_alike(arrays), interpret)
     return y[:, :length], final_state
 
 
-def why_not(x: Array, B: Array, chunk_size: int | None) -> str | None:
-    """Why the kernels can't compute these arrays, if so."""
-    heads, headdim = x.shape[2:]
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"x is {x.dtype}, not bfloat16 or float32"
-    if headdim != tiles.HEADDIM:
-        return f"headdim is {headdim}, not {tiles.HEADDIM}"
-    if (heads // B.shape[2]) % 2:
-        return f"a group has {heads // B.shape[2]} heads, not an even number"
-    if chunk_size not in (None, tiles.CHUNK):
-        return f"chunk_size is {chunk_size}, not {tiles.CHUNK}"
-    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-    if x.dtype == jnp.float32 and precision not in (None, "default", "fastest", "bfloat16"):
-        return f"its products are of bfloat16 and {precision} precision is asked for"
-    return None
-
-
-def why_einsum(x: Array, B: Array, chunk_size: int | None) -> str | None:
-    """Why the chunked einsum of `xla` is the choice for these arrays on TPU, if so: the kernels can't, or don't pay."""
-    length, heads = x.shape[1:3]
-    if reason := why_not(x, B, chunk_size):
+def unsupported_reason(x: Array, B: Array, chunk_size: int | None) -> str | None:
+    """Return why the kernels cannot compute these arrays, or None if they can."""
+    heads_of_group = x.shape[2] // B.shape[2]
+    if reason := pallas_common.unsupported_reason(x, chunk_size, tiles.CHUNK):
         return reason
-    if length < tiles.CHUNK:
-        return f"{length} tokens would be padded to {tiles.CHUNK}, and one token is a step without products"
-    pairs = _pairs_in_block(heads // B.shape[2])
-    if pairs < _FEWEST_PAIRS:
-        return f"{2 * pairs} heads at a time do not pay for what they share"
+    if heads_of_group % 2:
+        return f"a group has {heads_of_group} heads, not an even number"
     return None
+
+
+def xla_is_faster(x: Array, B: Array) -> bool:
+    """Return True if the chunked einsum of `xla` is the better choice on TPU for arrays that the kernels support.
+
+    A short row would be padded to a chunk, and few heads at a time do not amortize what they share.
+    """
+    length, heads = x.shape[1:3]
+    return length < tiles.CHUNK or _pairs_in_block(heads // B.shape[2]) < _MIN_PAIRS
 
 
 def _pairs_in_block(heads_of_group: int) -> int:
-    """The most pairs of heads that divide a group's and are handled at once."""
-    pairs = heads_of_group // 2
-    return max(n for n in range(1, tiles.MAX_HEADS_IN_BLOCK // 2 + 1) if pairs % n == 0)
-
-
-def _pad(v: Array, axis: int, amount: int, value: float = 0) -> Array:
-    if not amount:
-        return v
-    return jnp.pad(v, [(0, amount if i == axis else 0) for i in range(v.ndim)], constant_values=value)
+    """Return the largest number of head pairs per block that divides a group's pairs."""
+    return largest_divisor(heads_of_group // 2, tiles.MAX_HEADS_IN_BLOCK // 2)
 
 
 def _sizes(x: Array, B: Array) -> tiles.Sizes:
@@ -121,19 +104,19 @@ def _sizes(x: Array, B: Array) -> tiles.Sizes:
         blocks=heads // (2 * pairs),
         groups=groups,
         pairs=pairs,
-        d_state=d_state + -d_state % tiles.LANES,
+        d_state=round_up(d_state, tiles.LANES),
     )
 
 
-def _to_rows(v: Array, sizes: tiles.Sizes, padding: float = 0) -> Array:
-    """[... H] -> [... blocks R], first the left heads of all pairs, then the right ones."""
+def _to_rows(v: Array, sizes: tiles.Sizes, padding: float = 0.0) -> Array:
+    """Reorder [... H] -> [... blocks R], first the left heads of all pairs, then the right ones."""
     v = v.reshape(*v.shape[:-1], sizes.blocks, sizes.pairs, 2).swapaxes(-1, -2)
-    v = _pad(v, v.ndim - 1, sizes.half_rows - sizes.pairs, padding)
+    v = pad(v, (*v.shape[:-1], sizes.half_rows), padding)
     return v.reshape(*v.shape[:-2], sizes.rows)
 
 
 def _from_rows(v: Array, sizes: tiles.Sizes) -> Array:
-    """The inverse of `_to_rows`."""
+    """Undo `_to_rows`."""
     v = v.reshape(*v.shape[:-1], 2, sizes.half_rows)[..., : sizes.pairs].swapaxes(-1, -2)
     return v.reshape(*v.shape[:-3], -1)
 
@@ -145,20 +128,19 @@ def _shared_inputs(arrays: _Arrays, sizes: tiles.Sizes) -> tiles.SharedInputs:
     if starts is not None:
         resets = starts.astype(jnp.float32).reshape(batch, sizes.chunks, 1, tiles.CHUNK)
         resets = jnp.cumsum(resets, axis=-1)
-    padding = sizes.d_state - B.shape[3]
-    B, C = (_pad(v, 3, padding).reshape(batch, length, -1).astype(jnp.bfloat16) for v in (B, C))
+    B, C = (pad(v, (*v.shape[:3], sizes.d_state)).reshape(batch, length, -1).astype(jnp.bfloat16) for v in (B, C))
     return tiles.SharedInputs(
-        dt=_to_rows(dt, sizes, _NO_STEP).transpose(0, 2, 3, 1),
+        dt=_to_rows(dt, sizes, NO_STEP).transpose(0, 2, 3, 1),
         B=B,
         C=C,
         resets=resets,
-        A_and_bias=jnp.stack([_to_rows(A * tiles.LOG2_E, sizes), _to_rows(dt_bias, sizes)], -1),
+        A_and_bias=jnp.stack([_to_rows(A * LOG2_E, sizes), _to_rows(dt_bias, sizes)], -1),
     )
 
 
 def _skip(D: Array, sizes: tiles.Sizes) -> Array:
-    """[H] -> [blocks 1 128]."""
-    return _pad(_to_rows(D, sizes), 1, tiles.LANES - sizes.rows)[:, None]
+    """Reorder D: [H] -> [blocks 1 128]."""
+    return pad(_to_rows(D, sizes), (sizes.blocks, tiles.LANES))[:, None]
 
 
 def _merge_heads(x: Array) -> Array:
@@ -166,14 +148,14 @@ def _merge_heads(x: Array) -> Array:
 
 
 def _state_in(state: Array, sizes: tiles.Sizes) -> Array:
-    """[B H P N] -> [B N H*P]."""
-    state = _pad(state, 3, sizes.d_state - state.shape[3])
+    """Transpose [B H P N] -> [B N H*P], with N padded."""
+    state = pad(state, (*state.shape[:3], sizes.d_state))
     return state.reshape(state.shape[0], -1, sizes.d_state).swapaxes(1, 2)
 
 
 def _state_out(state: Array, heads: int, d_state: int) -> Array:
-    """[B N H*P] -> [B H P N]."""
-    return state[:, :d_state].swapaxes(1, 2).reshape(state.shape[0], heads, tiles.HEADDIM, d_state)
+    """Transpose [B N H*P] -> [B H P N], with N cropped."""
+    return state[:, :d_state].swapaxes(1, 2).reshape(state.shape[0], heads, pallas_common.HEADDIM, d_state)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -220,7 +202,7 @@ def _backward(interpret: Any, residuals, cotangents):
     )
 
     def of_group(v: Array) -> Array:
-        """Gradients of B and C: the sum over a group's blocks of heads."""
+        """Sum the gradient of B or C over a group's blocks of heads."""
         v = v.reshape(batch, length, sizes.groups, -1, sizes.d_state)
         v = v[:, :, :, 0] if v.shape[3] == 1 else jnp.sum(v, 3)
         return v[..., : B.shape[3]].astype(B.dtype)

@@ -1,14 +1,14 @@
-"""Backward pass of SSD for TPU: one kernel that walks the chunks from the last to the first.
+"""Backward kernel of SSD on TPU: visits the chunks from the last to the first.
 
-It reads the state before each chunk and computes everything else again. In the notation of the forward pass, with
+It reads the state before each chunk and recomputes everything else. In the notation of the forward pass, with
 E_tj = 2^(s_t - g_j), M = E o C B^T where t >= j in one segment, and w_j = 2^(s_last - g_j):
 
     dx = M^T dy + w (B dS') + D dy                       dS = 2^(s_last) dS' + C^T (2^s dy)
     d(C B^T) = sum over heads of (dy x^T) o E            dC = d(C B^T) B + (2^s dy) S^T      dB likewise
     gradient of step k's log-decay = sum of all paths j -> t with j < k <= t of the same segment
 
-A path's sum is [paths that end at t >= k] - [paths that begin at j >= k]. Within a chunk these are sums over the rows
-and columns of M o (dy x^T), so paths on both sides cancel, and y itself is not needed.
+That sum is [paths that end at t >= k] - [paths that begin at j >= k]. Within a chunk these are sums over the rows and
+columns of M o (dy x^T), so paths on both sides cancel, and y itself is not needed.
 """
 
 from collections.abc import Iterator
@@ -19,11 +19,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import LOG2_E, out_struct
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, HEADDIM, LANES, SharedInputs, Sizes
+from biomamba_jax.ops.ssd.pallas_common import HEADDIM, LARGEST_EXPONENT, LOWEST_EXPONENT, TINY
+from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, LANES, SharedInputs, Sizes
 
 _STAGES = 4
-"""What the heads share in the next step is computed beside so many of the last pairs of this one: by trial, v5e."""
+"""Pairs at the end of a chunk that the stages of the next one's shared values are interleaved with: tuned on v5e."""
 
 
 class _Inputs(NamedTuple):
@@ -32,26 +34,33 @@ class _Inputs(NamedTuple):
     states: Any  # [B chunks N H*P], bfloat16, before each chunk
     d_final_state: Any  # [B N H*P]
     here: SharedInputs
-    ahead: SharedInputs  # of the next step, the chunk before this one
+    ahead: SharedInputs  # of the next grid step, the previous chunk
     D: Any  # [blocks 1 128]
 
 
 class Gradients(NamedTuple):
-    """In the kernel's layouts; sums over tokens are left to the caller where lanes or channels are summed too."""
+    """Outputs of the kernel, in its layouts; the caller finishes sums over lanes and channels."""
 
-    x: Any  # [B L H*P]
-    dt: Any  # [B blocks R L], of the raw dt
-    A: Any  # [B blocks R 128], to be summed over lanes
-    B: Any  # [B L blocks*N]
-    C: Any  # [B L blocks*N]
-    D: Any  # [B blocks 1 W], to be summed over the channels of a head
-    initial_state: Any  # [B N H*P]
+    x: Any
+    """[B L H*P]."""
+    dt: Any
+    """[B blocks R L], with respect to the raw dt."""
+    A: Any
+    """[B blocks R 128], to be summed over lanes."""
+    B: Any
+    """[B L blocks*N]."""
+    C: Any
+    """[B L blocks*N]."""
+    D: Any
+    """[B blocks 1 W], to be summed over the channels of a head."""
+    initial_state: Any
+    """[B N H*P]."""
 
 
 class _Shared(NamedTuple):
-    """What the heads of a block share in one chunk, and per-head rows and columns."""
+    """Values of one chunk that the heads of a block share, and per-head rows and columns."""
 
-    segment: Any  # [l 1], resets in this chunk up to each token, as a column; None where no state resets
+    segment: Any  # [l 1], resets in this chunk up to each token, as a column; None without segments
     dt: Any  # [R l], after the softplus
     s: Any  # [l 128], columns
     g: Any  # [l 128], columns
@@ -60,8 +69,8 @@ class _Shared(NamedTuple):
     C: Any  # [l N], zero after a reset
     B: Any  # [l N], zero before the last reset
     C_transposed: Any  # [N l]
-    scores: Any  # C B^T, masked: for each 64 columns, twice, the rows from there on
-    scores_transposed: Any  # B C^T, masked: for each 64 columns, twice, the rows up to there
+    scores: Any  # C B^T, masked: for each 64 columns, repeated, the rows from there on
+    scores_transposed: Any  # B C^T, masked: for each 64 columns, repeated, the rows up to there
     g_rows: Any  # for each 64 tokens, g as rows of pairs
     s_rows: Any
 
@@ -78,18 +87,8 @@ class _Sums(NamedTuple):
     last: Any  # [R/2 128], paths that leave the chunk, summed over tokens
 
 
-def _keep(piece: slice, resets: Any, segment: Any) -> Array:
-    """Where token j of `piece` (lanes, twice) reaches token t >= piece.start (rows)."""
-    shape = (CHUNK - piece.start, LANES)
-    t, j = tiles.iota(shape, 0), tiles.iota(shape, 1) & (HEADDIM - 1)
-    keep = t >= j
-    if resets is not None:
-        keep &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
-    return keep
-
-
 def _keep_transposed(piece: slice, resets: Any, segment: Any) -> Array:
-    """Where token j (rows, up to piece.stop) reaches token t >= j of `piece` (lanes, twice)."""
+    """Return where token j (rows, up to piece.stop) reaches token t >= j of `piece` (lanes, repeated)."""
     shape = (piece.stop, LANES)
     keep = tiles.iota(shape, 0) <= (tiles.iota(shape, 1) & (HEADDIM - 1)) + piece.start
     if resets is not None:
@@ -98,7 +97,7 @@ def _keep_transposed(piece: slice, resets: Any, segment: Any) -> Array:
 
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
-    """Computes in stages what heads share; the last stage yields it."""
+    """Compute what the heads share, in stages; the last one yields it."""
     resets = segment = None
     if inputs.resets is not None:
         resets = inputs.resets[...]
@@ -122,12 +121,12 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield None
     scores, transposed, g_rows, s_rows = [], [], [], []
     for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], tiles.twice(B[piece]), tiles.AS_ROWS)
-        scores.append(jnp.where(_keep(piece, resets, segment), product, 0.0))
+        product = tiles.dot(C[piece.start :], tiles.repeat_rows(B[piece]), tiles.AS_ROWS)
+        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
         g_rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
     yield None
     for piece in tiles.halves(CHUNK):
-        product = tiles.dot(B[: piece.stop], tiles.twice(C[piece]), tiles.AS_ROWS)
+        product = tiles.dot(B[: piece.stop], tiles.repeat_rows(C[piece]), tiles.AS_ROWS)
         transposed.append(jnp.where(_keep_transposed(piece, resets, segment), product, 0.0))
         s_rows.append(tiles.pair_rows(decays.s, sizes.half_rows, piece))
     yield None
@@ -143,7 +142,7 @@ def _store(shared: _Shared, values: _Shared) -> None:
 
 
 def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
-    """Sums over each head's channels, [l 128], into the pair's two rows of `rows`."""
+    """Sum [l 128] over each head's channels and store the sums to the pair's two rows of `rows`."""
     transposed = values.T
     rows[pair : pair + 1] = jnp.sum(transposed[:HEADDIM], 0, keepdims=True)
     row = sizes.half_rows + pair
@@ -151,21 +150,21 @@ def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
 
 
 def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
-    """The gradients of one pair of heads. The order keeps few arrays alive at once: the scheduler stays close to it."""
+    """Compute the gradients of a pair of heads. The order keeps few arrays live: the scheduler stays close to it."""
     half_rows = sizes.half_rows
     lanes = slice(pair * LANES, (pair + 1) * LANES)
     x, dy, state, d_after = inputs.x[:, lanes], inputs.dy[:, lanes], inputs.states[:, lanes], d_state[:, lanes]
     x_exact, dy_exact = x.astype(jnp.float32), dy.astype(jnp.float32)
     x, dy, d_after_rounded = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), d_after.astype(jnp.bfloat16)
 
-    s = tiles.spread(shared.s[...], pair, half_rows)
+    s = tiles.broadcast_pair(shared.s[...], pair, half_rows)
     ends: list[Any] = [None] * (CHUNK // HEADDIM)
     start = 0
     for k, piece in enumerate(tiles.halves(CHUNK)):
         i = k * half_rows + pair
         rows = slice(start, start + CHUNK - piece.start)
         start = rows.stop
-        decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], tiles.LARGEST_EXPONENT))
+        decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], LARGEST_EXPONENT))
         d_scores = tiles.dot(dy[piece.start :], tiles.block_diagonal(x[piece]), tiles.AS_ROWS) * decay
         sums.scores[rows] += d_scores
         paths = d_scores * shared.scores[rows]
@@ -174,31 +173,31 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
             ends[n] = tiles.plus(ends[n], paths[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
     dy_decayed_exact = jnp.exp2(s) * dy_exact
     dy_decayed = dy_decayed_exact.astype(jnp.bfloat16)
-    handed_in = tiles.dot(shared.C[...], state) * dy_decayed_exact
-    _store_head_sums(sums.ends, sizes, pair, jnp.concatenate(ends, 0) + handed_in)
+    from_state = tiles.dot(shared.C[...], state) * dy_decayed_exact
+    _store_head_sums(sums.ends, sizes, pair, jnp.concatenate(ends, 0) + from_state)
 
-    g = tiles.spread(shared.g[...], pair, half_rows)
+    g = tiles.broadcast_pair(shared.g[...], pair, half_rows)
     dx: list[Any] = [None] * (CHUNK // HEADDIM)
     start = 0
     for k, piece in enumerate(tiles.halves(CHUNK)):
         i = k * half_rows + pair
         rows = slice(start, start + piece.stop)
         start = rows.stop
-        decay = jnp.exp2(jnp.minimum(shared.s_rows[i : i + 1] - g[: piece.stop], tiles.LARGEST_EXPONENT))
+        decay = jnp.exp2(jnp.minimum(shared.s_rows[i : i + 1] - g[: piece.stop], LARGEST_EXPONENT))
         mixing = (shared.scores_transposed[rows] * decay).astype(jnp.bfloat16)
         product = tiles.dot(mixing, tiles.block_diagonal(dy[piece]))
         for n in range(k + 1):
             dx[n] = tiles.plus(dx[n], product[n * HEADDIM : (n + 1) * HEADDIM])
 
-    to_end = tiles.spread(shared.to_end[...], pair, half_rows)
+    to_end = tiles.broadcast_pair(shared.to_end[...], pair, half_rows)
     x_weighted = (to_end * x_exact).astype(jnp.bfloat16)
     onward = tiles.dot(shared.B[...], d_after_rounded) * to_end
-    skip = tiles.spread_row(inputs.D[...], pair, half_rows) * dy_exact
+    skip = tiles.broadcast_pair_row(inputs.D[...], pair, half_rows) * dy_exact
     out.x[:, lanes] = (jnp.concatenate(dx, 0) + onward + skip).astype(out.x.dtype)
     out.D[:, lanes] += jnp.sum(dy_exact * x_exact, 0, keepdims=True)
     sums.C[...] += tiles.dot(dy_decayed, state, tiles.AS_ROWS)
     sums.B[...] += tiles.dot(x_weighted, d_after_rounded, tiles.AS_ROWS)
-    d_before = tiles.spread(shared.across[...], pair, half_rows)[:1] * d_after
+    d_before = tiles.broadcast_pair(shared.across[...], pair, half_rows)[:1] * d_after
     d_state[:, lanes] = d_before + tiles.dot(shared.C_transposed[...], dy_decayed)
 
     begins = x.astype(jnp.float32) * onward
@@ -208,7 +207,7 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
 
 
 def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
-    """The gradients of B, C, dt and A, from sums over the heads and over tokens."""
+    """Compute the gradients of B, C, dt and A from the sums over heads and over tokens."""
     B, C = inputs.B[...], inputs.C[...]
     d_B, d_C = sums.B[...], sums.C[...]
     resets, segment = None, None
@@ -222,10 +221,10 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     start = 0
     for k, piece in enumerate(pieces):
         rows = CHUNK - piece.start
-        keep = _keep(piece, resets, segment).astype(jnp.float32)
+        keep = tiles.keep(piece, resets, segment).astype(jnp.float32)
         d_scores = (keep * sums.scores[start : start + rows]).astype(jnp.bfloat16)
         start += rows
-        product = tiles.dot(d_scores, tiles.twice(B[piece]))
+        product = tiles.dot(d_scores, tiles.repeat_rows(B[piece]))
         for n in range(k, len(pieces)):
             from_scores[n] = tiles.plus(from_scores[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
         product = tiles.dot(d_scores, C[piece.start :], tiles.AS_COLUMNS)
@@ -245,10 +244,10 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     if resets is not None:
         from_here &= segment == resets
     dt, A = shared.dt[...], inputs.A_and_bias[:, :1]
-    # A step whose exponent was cut has none to change; at a reset the exponent has no effect.
-    d_exponent = jnp.where(dt * A > tiles.LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
+    # A clipped exponent has no gradient; at a reset the exponent has no effect.
+    d_exponent = jnp.where(dt * A > LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
     out.A[...] += d_exponent * dt
-    d_dt = d_exponent * (A / tiles.LOG2_E) + begins / jnp.maximum(dt, tiles.TINY)
+    d_dt = d_exponent * (A / LOG2_E) + begins / jnp.maximum(dt, TINY)
     out.dt[...] = d_dt * (1.0 - jnp.exp(-dt))
 
 
@@ -263,7 +262,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
 
     @pl.when((row == 0) & (block == 0) & (step == 0))
     def start_half() -> None:
-        # Rows beyond the last pair are never written, but summed with the others.
+        # Rows after the last pair are never written, but are summed with the others.
         for ref in (sums.ends, sums.begins, sums.begins_inside, sums.last):
             ref[...] = jnp.zeros_like(ref)
         *_, values = _prepare(sizes, inputs.here)
@@ -296,7 +295,7 @@ def backward(
     *,
     interpret: Any,
 ) -> Gradients:
-    """Runs the kernel; arrays as in `_Inputs`."""
+    """Run the kernel; arrays as in `_Inputs`."""
     n, width = sizes.d_state, sizes.width
     channels = sizes.blocks * width
 
@@ -309,9 +308,7 @@ def backward(
 
     here = reverse(sizes.place)
 
-    def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *grid: index(*here(*grid)))
-
+    spec = tiles.block_spec(here)
     tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
     one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
     of_block = spec((None, CHUNK, n), lambda row, block, chunk: (row, chunk, block))
@@ -325,17 +322,17 @@ def backward(
         ahead=tiles.shared_specs(sizes, shared, reverse(sizes.place_ahead)),
         D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
     )
-    # Where several blocks share B and C their gradients are yet to be added: in float32.
+    # If several blocks share B and C, their gradients are partial sums: in float32.
     partial_dtype = shared.B.dtype if sizes.blocks == sizes.groups else jnp.float32
     of_tokens = (sizes.batch, sizes.chunks * CHUNK, sizes.blocks * n)
     outputs = Gradients(
-        x=tiles.result(x.shape, x.dtype, x),
-        dt=tiles.result(shared.dt.shape, jnp.float32, x),
-        A=tiles.result((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
-        B=tiles.result(of_tokens, partial_dtype, x),
-        C=tiles.result(of_tokens, partial_dtype, x),
-        D=tiles.result((sizes.batch, sizes.blocks, 1, width), jnp.float32, x),
-        initial_state=tiles.result((sizes.batch, n, channels), jnp.float32, x),
+        x=out_struct(x.shape, x.dtype, x),
+        dt=out_struct(shared.dt.shape, jnp.float32, x),
+        A=out_struct((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
+        B=out_struct(of_tokens, partial_dtype, x),
+        C=out_struct(of_tokens, partial_dtype, x),
+        D=out_struct((sizes.batch, sizes.blocks, 1, width), jnp.float32, x),
+        initial_state=out_struct((sizes.batch, n, channels), jnp.float32, x),
     )
     out_specs = Gradients(
         x=tokens,
@@ -347,35 +344,32 @@ def backward(
         initial_state=one_state,
     )
 
-    def tile(rows: int, columns: int = LANES, dtype: Any = jnp.float32) -> Any:
-        return pltpu.VMEM((rows, columns), dtype)
-
     pieces = tiles.halves(CHUNK)
     below = sum(CHUNK - piece.start for piece in pieces)
     of_pieces = len(pieces) * sizes.half_rows
     scratch = _Shared(
-        segment=None if shared.resets is None else tile(CHUNK, 1),
-        dt=tile(sizes.rows, CHUNK),
-        s=tile(CHUNK),
-        g=tile(CHUNK),
-        to_end=tile(CHUNK),
-        across=tile(8),
-        C=tile(CHUNK, n, jnp.bfloat16),
-        B=tile(CHUNK, n, jnp.bfloat16),
-        C_transposed=tile(n, CHUNK, jnp.bfloat16),
-        scores=tile(below),
-        scores_transposed=tile(below),
-        g_rows=tile(of_pieces),
-        s_rows=tile(of_pieces),
+        segment=None if shared.resets is None else tiles.vmem(CHUNK, 1),
+        dt=tiles.vmem(sizes.rows, CHUNK),
+        s=tiles.vmem(CHUNK),
+        g=tiles.vmem(CHUNK),
+        to_end=tiles.vmem(CHUNK),
+        across=tiles.vmem(8),
+        C=tiles.vmem(CHUNK, n, jnp.bfloat16),
+        B=tiles.vmem(CHUNK, n, jnp.bfloat16),
+        C_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
+        scores=tiles.vmem(below),
+        scores_transposed=tiles.vmem(below),
+        g_rows=tiles.vmem(of_pieces),
+        s_rows=tiles.vmem(of_pieces),
     )
     sums = _Sums(
-        scores=tile(below),
-        B=tile(CHUNK, n),
-        C=tile(CHUNK, n),
-        ends=tile(sizes.rows, CHUNK),
-        begins=tile(sizes.rows, CHUNK),
-        begins_inside=tile(of_pieces),
-        last=tile(sizes.half_rows),
+        scores=tiles.vmem(below),
+        B=tiles.vmem(CHUNK, n),
+        C=tiles.vmem(CHUNK, n),
+        ends=tiles.vmem(sizes.rows, CHUNK),
+        begins=tiles.vmem(sizes.rows, CHUNK),
+        begins_inside=tiles.vmem(of_pieces),
+        last=tiles.vmem(sizes.half_rows),
     )
 
     def kernel(inputs: _Inputs, *refs: Any) -> None:
@@ -388,7 +382,7 @@ def backward(
         in_specs=[in_specs],
         out_specs=out_specs,
         out_shape=outputs,
-        scratch_shapes=[tile(n, width), scratch, sums],
+        scratch_shapes=[tiles.vmem(n, width), scratch, sums],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="ssd_backward",

@@ -1,16 +1,17 @@
-"""Forward pass of SSD for TPU: one kernel, chunk after chunk, all heads of a block at once.
+"""Forward kernel of SSD on TPU: chunk after chunk, all heads of a block at once.
 
 With s_t the sum of log2(e) d A up to token t of the chunk and g_t = s_t - log2 d_t, for each head:
 
     y_t = sum_{j<=t} (C_t . B_j) 2^(s_t - g_j) x_j  +  2^(s_t) C_t . S  +  D x_t
     S' = 2^(s_last) S + sum_j 2^(s_last - g_j) B_j x_j^T
 
-* d is folded into the exponent, so x is multiplied as it came.
-* C B^T is masked once a chunk (not after t, same segment) and shared by all heads. A reset costs nothing per head: it
-  also masks C for the state handed in, B for the state handed on, and the decay across the chunk.
+* d is folded into the exponent, so x enters the products unscaled.
+* C B^T is masked once per chunk (causal, same segment) and shared by all heads. A reset costs nothing per head: it also
+  masks C for the carried-in state, B for the carried-out state, and the decay across the chunk.
 * Two heads share one product, [M_1 | M_2] (64 columns of each) times blockdiag(x_1, x_2): the matrix unit is full.
-* What the heads share is a long chain of small steps, which alone would take a quarter of the time. It is computed one
-  chunk ahead, in stages written between the pairs of heads, because the scheduler keeps close to program order.
+* What the heads share is a long dependency chain of small steps, which would take a quarter of the time by itself. It
+  is computed one chunk ahead, in stages interleaved with the pairs of heads, because the scheduler stays close to
+  program order.
 """
 
 from collections.abc import Iterator
@@ -21,17 +22,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import out_struct
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
-from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, HEADDIM, LANES, Ref, SharedInputs, Sizes
+from biomamba_jax.ops.ssd.pallas_common import HEADDIM, LARGEST_EXPONENT
+from biomamba_jax.ops.ssd.pallas_tpu_tiles import CHUNK, LANES, Ref, SharedInputs, Sizes
 
 _STAGES = 5
-"""What the next chunk's heads share is computed beside so many of the last pairs of this one: by trial, v5e."""
+"""Pairs at the end of a chunk that the stages of the next chunk's shared values are interleaved with: tuned on v5e."""
 
 
 class _Inputs(NamedTuple):
     x: Any  # [B L H*P]
     here: SharedInputs
-    ahead: SharedInputs  # of the next step
+    ahead: SharedInputs  # of the next grid step
     D: Any  # [blocks 1 128]
     initial_state: Any  # [B N H*P] or None
 
@@ -39,23 +42,23 @@ class _Inputs(NamedTuple):
 class _Outputs(NamedTuple):
     y: Any  # [B L H*P]
     final_state: Any  # [B N H*P], float32
-    states: Any  # [B chunks N H*P], bfloat16, before each chunk; None where not wanted
+    states: Any | None  # [B chunks N H*P], bfloat16, before each chunk
 
 
 class _Shared(NamedTuple):
-    """What the heads of a block share in one chunk."""
+    """Values of one chunk that the heads of a block share."""
 
     s: Any  # [l 128], columns
     to_end: Any  # [l 128], columns of 2^(s_last - g)
     across: Any  # [8 128], columns of 2^(s_last), zero after a reset
     C: Any  # [l N], zero after a reset
     B_transposed: Any  # [N l], zero before the last reset
-    scores: Any  # C B^T, masked: for each 64 columns, twice, the rows from there on
+    scores: Any  # C B^T, masked: for each 64 columns, repeated, the rows from there on
     rows: Any  # for each 64 tokens, g as rows of pairs
 
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
-    """Computes in stages what heads share; the last stage yields it."""
+    """Compute what the heads share, in stages; the last one yields it."""
     resets = segment = None
     if inputs.resets is not None:
         resets = inputs.resets[...]
@@ -75,11 +78,8 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield None
     scores, rows = [], []
     for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], tiles.twice(B[piece]), tiles.AS_ROWS)
-        keep = tiles.iota(product.shape, 0) >= (tiles.iota(product.shape, 1) & (tiles.HEADDIM - 1))
-        if resets is not None and segment is not None:
-            keep &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
-        scores.append(jnp.where(keep, product, 0.0))
+        product = tiles.dot(C[piece.start :], tiles.repeat_rows(B[piece]), tiles.AS_ROWS)
+        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
         rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
     yield None
     B_transposed = B_out.T
@@ -117,26 +117,26 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
             values = next(stages, values)
         lanes = slice(pair * LANES, (pair + 1) * LANES)
         x = inputs.x[:, lanes]
-        s = tiles.spread(columns, pair, half_rows)
+        s = tiles.broadcast_pair(columns, pair, half_rows)
         before = state[:, lanes]
         y: list[Any] = [None] * len(pieces)
         start = 0
-        handed_in = tiles.dot(C, before.astype(jnp.bfloat16)) * jnp.exp2(s)
+        from_state = tiles.dot(C, before.astype(jnp.bfloat16)) * jnp.exp2(s)
         for k, piece in enumerate(pieces):
             rows = CHUNK - piece.start
             i = k * half_rows + pair
             exponent = s[piece.start :] - shared.rows[i : i + 1]
-            decay = jnp.exp2(jnp.minimum(exponent, tiles.LARGEST_EXPONENT))
+            decay = jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT))
             mixing = (shared.scores[start : start + rows] * decay).astype(jnp.bfloat16)
             start += rows
             product = tiles.dot(mixing, tiles.block_diagonal(x[piece].astype(jnp.bfloat16)))
             for n in range(k, len(pieces)):
                 y[n] = tiles.plus(y[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
         x = x.astype(jnp.float32)
-        skip = tiles.spread_row(inputs.D[...], pair, half_rows)
-        outputs.y[:, lanes] = (handed_in + jnp.concatenate(y, 0) + skip * x).astype(outputs.y.dtype)
-        weighted = (x * tiles.spread(to_end, pair, half_rows)).astype(jnp.bfloat16)
-        decay = tiles.spread_row(across[:1], pair, half_rows)
+        skip = tiles.broadcast_pair_row(inputs.D[...], pair, half_rows)
+        outputs.y[:, lanes] = (from_state + jnp.concatenate(y, 0) + skip * x).astype(outputs.y.dtype)
+        weighted = (x * tiles.broadcast_pair(to_end, pair, half_rows)).astype(jnp.bfloat16)
+        decay = tiles.broadcast_pair_row(across[:1], pair, half_rows)
         state[:, lanes] = before * decay + tiles.dot(B_transposed, weighted)
     *_, values = values, *stages
     _store(shared, values)
@@ -156,13 +156,11 @@ def forward(
     save_states: bool,
     interpret: Any,
 ) -> _Outputs:
-    """Runs the kernel; arrays as in `_Inputs` and `_Outputs`."""
+    """Run the kernel; arrays as in `_Inputs` and `_Outputs`."""
     n, width = sizes.d_state, sizes.width
     channels = sizes.blocks * width
 
-    def spec(shape: tuple[int | None, ...], index: Any) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda *grid: index(*sizes.place(*grid)))
-
+    spec = tiles.block_spec(sizes.place)
     tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
     one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
     each_state = spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block))
@@ -176,25 +174,22 @@ def forward(
     )
     states_shape = (sizes.batch, sizes.chunks, n, channels)
     outputs = _Outputs(
-        y=tiles.result(x.shape, x.dtype, x),
-        final_state=tiles.result((sizes.batch, n, channels), jnp.float32, x),
-        states=tiles.result(states_shape, jnp.bfloat16, x) if save_states else None,
+        y=out_struct(x.shape, x.dtype, x),
+        final_state=out_struct((sizes.batch, n, channels), jnp.float32, x),
+        states=out_struct(states_shape, jnp.bfloat16, x) if save_states else None,
     )
     out_specs = _Outputs(y=tokens, final_state=one_state, states=each_state if save_states else None)
     pieces = len(tiles.halves(CHUNK))
     scores = sum(CHUNK - piece.start for piece in tiles.halves(CHUNK))
 
-    def tile(rows: int, columns: int, dtype: Any = jnp.float32) -> Any:
-        return pltpu.VMEM((rows, columns), dtype)
-
     scratch = _Shared(
-        s=tile(CHUNK, LANES),
-        to_end=tile(CHUNK, LANES),
-        across=tile(8, LANES),
-        C=tile(CHUNK, n, jnp.bfloat16),
-        B_transposed=tile(n, CHUNK, jnp.bfloat16),
-        scores=tile(scores, LANES),
-        rows=tile(pieces * sizes.half_rows, LANES),
+        s=tiles.vmem(CHUNK),
+        to_end=tiles.vmem(CHUNK),
+        across=tiles.vmem(8),
+        C=tiles.vmem(CHUNK, n, jnp.bfloat16),
+        B_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
+        scores=tiles.vmem(scores),
+        rows=tiles.vmem(pieces * sizes.half_rows),
     )
 
     def kernel(inputs: _Inputs, *refs: Any) -> None:
@@ -207,7 +202,7 @@ def forward(
         in_specs=[in_specs],
         out_specs=out_specs,
         out_shape=outputs,
-        scratch_shapes=[pltpu.VMEM((n, width), jnp.float32), scratch],
+        scratch_shapes=[tiles.vmem(n, width), scratch],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
         interpret=interpret,
         name="ssd_forward",

@@ -1,4 +1,4 @@
-"""The recurrence of `ssd`, one step at a time: slow, and plainly right. The oracle of every other implementation."""
+"""The recurrence of `ssd` as a plain loop over time: the oracle that every implementation is tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from biomamba_jax.ops.ssd.inputs import Inputs
 
 
 def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
-    """See `biomamba_jax.ops.ssd`; all in float32, or float64 for float64 x; `chunk_size` plays no part."""
+    """Step through time; see `api.ssd`. All in float32, or float64 for float64 x; `chunk_size` is ignored."""
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]

@@ -1,19 +1,20 @@
-"""The Triton kernels of SSD; importing this module needs triton. `triton.py` calls them.
+"""Triton kernels of SSD, launched by `triton.py`. Importing this module requires triton.
 
-Two walk the chunks of a head with its state, or the gradient of it, in registers, and leave it at every chunk; all
-others take a chunk by itself. Pointers stand at the chunk's first token and tokens t count from there: a place in a
-long row needs 64 bits, one in a chunk 32. Sizes are powers of two: Q tokens of a chunk, P channels of a head, N states.
+Two kernels scan over the chunks of a head with its state, or the cotangent of it, in registers, and store it at every
+chunk; all others process a chunk independently. Pointers are at the chunk's first token and tokens t count from there:
+offsets in a long row need 64 bits, those within a chunk 32. Sizes are powers of two: Q tokens of a chunk, P channels of
+a head, N states.
 
-Shapes: x, y [B L H P]; B, C [B L G N]; states [B chunks H P N], all of one dtype. d, the steps after the softplus, and
-s [B H L] float32: s_t is the sum of the exponents (d A, in base 2) of the tokens up to t, of its chunk and its segment.
-segment [B L] int32 counts the resets from the start of the chunk: at 0 a token still sees the state handed in.
+Shapes: x, y [B L H P]; B, C [B L G N]; states [B chunks H P N], all of one dtype. d, the step sizes after the softplus,
+and s [B H L] float32: s_t is the sum of the exponents (d A, in base 2) of the tokens up to t, of its chunk and segment.
+segment [B L] int32 counts the resets from the start of the chunk: at 0 a token still sees the carried-in state.
 
-With E_tj = 2^(s_t - s_j) where j <= t lies in the segment of t, i_t = 2^(s_t) where segment_t is 0, and
-o_j = 2^(s_last - s_j) where j lies in the segment of the chunk's last token:
+With E_tj = 2^(s_t - s_j) where j <= t is in the segment of t, i_t = 2^(s_t) where segment_t is 0, and
+o_j = 2^(s_last - s_j) where j is in the segment of the chunk's last token:
 
     y_t = sum_j (C_t . B_j) E_tj d_j x_j + i_t S C_t + D x_t          S' = across S + sum_j o_j d_j x_j B_j^T
 
-Masks come before exp2: no infinity and no NaN.
+Masks precede exp2: no infinity and no NaN.
 """
 
 import triton
@@ -22,32 +23,32 @@ import triton.language as tl
 
 @triton.jit
 def _of_head(base, token, head, H: tl.constexpr, P: tl.constexpr):
-    """Where a token's values of that head begin in an array [B L H P]; tokens of all rows are counted."""
+    """Return the pointer to a token's values of a head in [B L H P]; tokens are counted over all rows."""
     return base + (token * H + head) * P
 
 
 @triton.jit
 def _of_group(base, token, head, H: tl.constexpr, G: tl.constexpr, N: tl.constexpr):
-    """Where a token's values of the head's group begin in an array [B L G N]."""
+    """Return the pointer to a token's values of the head's group in [B L G N]."""
     return base + (token * G + head // (H // G)) * N
 
 
 @triton.jit
-def _walker(N: tl.constexpr, PB: tl.constexpr):
-    """Head and row of a program that walks through chunks, and its PB channels' place in a state [P N]."""
+def _scan_place(N: tl.constexpr, PB: tl.constexpr):
+    """Return head and row of a program that scans over chunks, and its PB channels' offsets in a state [P N]."""
     p, n = tl.program_id(0) * PB + tl.arange(0, PB), tl.arange(0, N)
     return tl.program_id(1), tl.program_id(2).to(tl.int64), p[:, None] * N + n[None, :]
 
 
 @triton.jit
 def _rows(base, t, width: tl.constexpr, stride):
-    """[tokens, width]"""
+    """Load [tokens, width]."""
     return tl.load(base + t[:, None] * stride + tl.arange(0, width)[None, :])
 
 
 @triton.jit
 def _inflow(s, segment, t, SEGMENTED: tl.constexpr):
-    """i [Q]"""
+    """Return i [Q]."""
     if SEGMENTED:
         return tl.exp2(tl.where(tl.load(segment + t) == 0, s, float("-inf")))
     else:
@@ -56,7 +57,7 @@ def _inflow(s, segment, t, SEGMENTED: tl.constexpr):
 
 @triton.jit
 def _outflow(s, total, segment, t, last, SEGMENTED: tl.constexpr):
-    """o [Q]"""
+    """Return o [Q]."""
     if SEGMENTED:
         return tl.exp2(tl.where(tl.load(segment + t) == tl.load(segment + last), total - s, float("-inf")))
     else:
@@ -73,7 +74,7 @@ def _across(total, segment, last, SEGMENTED: tl.constexpr):
 
 @triton.jit
 def _decays(s, segment, t, Q: tl.constexpr, SEGMENTED: tl.constexpr):
-    """E [Q Q]"""
+    """Return E [Q Q]."""
     q = tl.arange(0, Q)
     reaches = q[:, None] >= q[None, :]
     if SEGMENTED:
@@ -101,8 +102,8 @@ def ssd_states(
     PB: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """The state before each chunk and after the last one [B H P N] float32, PB channels of a head at a time."""
-    head, row, tile = _walker(N, PB)
+    """Compute the state before each chunk and the final one [B H P N] float32, for PB channels of a head."""
+    head, row, tile = _scan_place(N, PB)
     x = _of_head(x, row * L, head, H, P) + tl.program_id(0) * PB
     B = _of_group(B, row * L, head, H, G, N)
     d, s, segment = d + (row * H + head) * L, s + (row * H + head) * L, segment + row * L
@@ -141,7 +142,7 @@ def ssd_outputs(
     Q: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """y of a chunk and head, from the state before the chunk."""
+    """Compute y of a chunk and head from the state before the chunk."""
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, first = tl.arange(0, Q), row * L + chunk * Q
     x, y = _of_head(x, first, head, H, P), _of_head(y, first, head, H, P)
@@ -179,8 +180,8 @@ def ssd_state_gradients(
     PB: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """The gradient of the state after each chunk, last chunk first, and of the first state [B H P N] float32."""
-    head, row, tile = _walker(N, PB)
+    """Compute the cotangents of the state after each chunk, in reverse, and of the initial one [B H P N] float32."""
+    head, row, tile = _scan_place(N, PB)
     first = row * L + L - Q
     dy = _of_head(dy, first, head, H, P) + tl.program_id(0) * PB
     C = _of_group(C, first, head, H, G, N)
@@ -223,11 +224,12 @@ def ssd_token_gradients(
     Q: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """Of a chunk and head: dx, the gradients of d (beside those through s) and of s, and the chunk's part of dD
-    [B H chunks]. `before` holds states, `after` the gradients of those a chunk later.
+    """Compute dx, the gradients of d (excluding those through s) and of s, and the part of dD of a chunk and head.
 
-    A path from token j to a later token t depends on s_t - s_j: it adds to the gradient of s at its end and takes away
-    at its start. The diagonal is no path.
+    `before` contains the states before the chunks, `after` the cotangents of those after them; dD is [B H chunks].
+
+    A path from token j to a later token t depends on s_t - s_j: it adds to the gradient of s at its end and subtracts
+    at its start. The diagonal is not a path.
     """
     head, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, last, first = tl.arange(0, Q), Q - 1, row * L + chunk * Q
@@ -257,8 +259,8 @@ def ssd_token_gradients(
     leaving = tl.where(t < last, through * d_t, 0.0)
 
     before_c = _rows(before + state, tl.arange(0, P), N, N)
-    handed_in = tl.dot(C_c, tl.trans(before_c)) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
-    ds_t += tl.sum(handed_in * dy_c.to(tl.float32), axis=1) - leaving
+    from_state = tl.dot(C_c, tl.trans(before_c)) * _inflow(s_t, segment, t, SEGMENTED)[:, None]
+    ds_t += tl.sum(from_state * dy_c.to(tl.float32), axis=1) - leaving
     crossing = tl.sum(tl.sum(before_c.to(tl.float32) * after_c.to(tl.float32), axis=1), axis=0)
     crossing = crossing * _across(total, segment, last, SEGMENTED) + tl.sum(leaving, axis=0)
     ds_t += tl.where(t == last, crossing, 0.0)
@@ -293,7 +295,7 @@ def ssd_shared_gradients(
     HB: tl.constexpr,
     SEGMENTED: tl.constexpr,
 ):
-    """dB and dC of a chunk, of HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
+    """Compute dB and dC of a chunk for HB heads that share B and C: [B H/HB L N] float32, to be summed over a group."""
     block, chunk, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, last, first = tl.arange(0, Q), Q - 1, row * L + chunk * Q
     lowest = block * HB

@@ -1,17 +1,17 @@
 """Chunked SSD with its own backward pass, for any XLA backend.
 
-Within a chunk of l tokens the recurrence is a masked matrix product, between chunks a state is handed on (Dao and Gu
+Within a chunk of l tokens the recurrence is a masked matrix product, between chunks a state is carried (Dao and Gu
 2024, arXiv 2405.21060, section 6). With d = softplus(dt + dt_bias), c_t the sum of d A up to t, and one segment:
 
     M[t, s] = (C_t . B_s) exp(c_t - c_s) d_s  for s <= t,  plus D on the diagonal
     y_t     = sum_s M[t, s] x_s + exp(c_t) C_t . S
     S'      = exp(c_last) S + sum_s exp(c_last - c_s) d_s B_s x_s^T
 
-One `lax.scan` over chunks does all of it, so the quadratic arrays exist for one chunk at a time and stay in cache. The
-forward pass keeps the inputs and the state before each chunk; the backward pass computes the rest again.
+One `lax.scan` over chunks computes all of it, so the quadratic arrays exist for one chunk at a time and stay in cache.
+The residuals are the inputs and the state before each chunk; the backward pass recomputes the rest.
 
-Inside, per-token scalars are [B H l], B and C [B G l N], and the channels of a group's heads lie side by side: x and y
-are [B G l W] and states [B G N W] with W = (H / G) P. That makes each product with a state one large matrix product a
+Inside, per-token scalars are [B H l], B and C [B G l N], and the channels of a group's heads are concatenated: x and y
+are [B G l W] and states [B G N W] with W = (H / G) P. That makes each product with a state one large matrix product per
 group. Every einsum has its batch axes first and its operands in the order of the result: XLA's CPU backend then copies
 nothing.
 """
@@ -28,13 +28,13 @@ from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts
 from biomamba_jax.ops.ssd.inputs import Inputs
 
-# CPU: measured; 32 and 128 are slower by a tenth to a quarter. Accelerators: a token moves 4 H l bytes for each array
-# like M and 4 N H P / l for each array of states, in balance near l = 128 for the published shapes.
+# CPU: measured; 32 and 128 are slower by a tenth to a quarter. Accelerators: a token moves 4 H l bytes per array like M
+# and 4 N H P / l per array of states, balanced near l = 128 for the published shapes.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 64, "gpu": 128, "tpu": 128}
 
 
 def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
-    """See `biomamba_jax.ops.ssd`."""
+    """Return all outputs and the final state; see `api.ssd`."""
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
@@ -52,7 +52,7 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     if segment_ids is not None:
         starts = segment_starts(segment_ids)
     chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
-    # A padded step has d = 0: it leaves the state as it is.
+    # A padded step has d = 0, which leaves the state unchanged.
     x, dt, B, C, starts = (_pad_length(v, -length % chunk) for v in (x, dt, B, C, starts))
     state = initial_state.reshape(batch, groups, -1, d_state).swapaxes(2, 3)
     y, state = _scan_chunks(x, dt, A, B, C, D, starts, state, chunk)
@@ -60,7 +60,7 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
 
 
 def _step(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, state: Array) -> tuple[Array, Array]:
-    """The recurrence for one token, as in decoding."""
+    """Compute the recurrence for one token, as in decoding."""
     batch, groups = x.shape[0], B.shape[2]
     u = x[:, 0].astype(state.dtype)
     b, c = (v[:, 0].astype(state.dtype) for v in (B, C))
@@ -86,16 +86,16 @@ class _Chunk(NamedTuple):
 
 
 class _Decays(NamedTuple):
-    """exp of sums of d A, zero wherever a reset lies between."""
+    """Exponentials of sums of d A, zero across a reset."""
 
     pair: Array  # [B H l l], from token s (last axis) to token t >= s; 1 on the diagonal
-    from_start: Array  # [B H l], of the state handed in, to each token
-    to_end: Array  # [B H l], from each token to the state handed on
-    across: Array  # [B H 1], of the state handed in, to the state handed on
+    from_start: Array  # [B H l], from the carried-in state to each token
+    to_end: Array  # [B H l], from each token to the carried-out state
+    across: Array  # [B H 1], from the carried-in to the carried-out state
 
 
 def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, chunk: int) -> _Chunk:
-    """All chunks, stacked on a new first axis."""
+    """Stack all chunks on a new leading axis."""
     batch, length = starts.shape
     n, groups = length // chunk, B.shape[2]
 
@@ -107,23 +107,23 @@ def _chunks(x: Array, dt: Array, B: Array, C: Array, starts: Array, chunk: int) 
 
 
 def _unchunk(v: Array, shape: tuple[int, ...]) -> Array:
-    """[n B G l W] back to `shape`, [B L ...]."""
+    """Undo the chunking: [n B G l W] -> `shape`, [B L ...]."""
     return v.transpose(1, 0, 3, 2, 4).reshape(shape)
 
 
 def _dot(spec: str, *operands: Array, dtype: jnp.dtype) -> Array:
-    """A product in `dtype` with float32 (float64) accumulation and result."""
+    """Multiply in `dtype` with float32 (float64) accumulation and result."""
     operands = tuple(v.astype(dtype) for v in operands)
     return jnp.einsum(spec, *operands, preferred_element_type=accumulator_dtype(dtype))
 
 
 def _exact(spec: str, *operands: Array) -> Array:
-    """A product at full precision, also where the backend's default is less: for sums of exponents and of gradients."""
+    """Multiply at full precision, whatever the backend's default: for sums of exponents and of gradients."""
     return jnp.einsum(spec, *operands, precision="highest")
 
 
 def _sum(v: Array, axis: int) -> Array:
-    """Sum over axis -1 or -2; on the CPU as a product with ones, see `numerics.sum_leading`."""
+    """Sum over axis -1 or -2; on CPU as a product with ones, see `numerics.sum_leading`."""
     if dispatch.platform() != "cpu":
         return jnp.sum(v, axis)
     if axis == -1:
@@ -131,59 +131,59 @@ def _sum(v: Array, axis: int) -> Array:
     return jnp.einsum("...ok,...kw->...ow", jnp.ones((*v.shape[:-2], 1, v.shape[-2]), v.dtype), v)[..., 0, :]
 
 
-def _spread(v: Array, groups: int, headdim: int) -> Array:
-    """One value a head to all its channels: [B H l] -> [B G l W]."""
+def _to_channels(v: Array, groups: int, headdim: int) -> Array:
+    """Broadcast a value per head to its channels: [B H l] -> [B G l W]."""
     batch, heads, chunk = v.shape
     v = v.reshape(batch, groups, heads // groups, chunk).swapaxes(2, 3)
     return jnp.broadcast_to(v[..., None], (*v.shape, headdim)).reshape(batch, groups, chunk, -1)
 
 
 def _sum_channels(v: Array, headdim: int) -> Array:
-    """The transpose of `_spread`: [B G l W] -> [B H l]."""
+    """Sum over each head's channels, the transpose of `_to_channels`: [B G l W] -> [B H l]."""
     batch, groups, chunk, width = v.shape
     sums = _sum(v.reshape(batch, groups, chunk, width // headdim, headdim), -1)
     return sums.swapaxes(2, 3).reshape(batch, -1, chunk)
 
 
-def _by_head(v: Array, headdim: int) -> Array:
-    """[B G l W] -> [B H l P]."""
+def _split_heads(v: Array, headdim: int) -> Array:
+    """Split the heads of a group: [B G l W] -> [B H l P]."""
     batch, groups, chunk, width = v.shape
     return v.reshape(batch, groups, chunk, width // headdim, headdim).swapaxes(2, 3).reshape(batch, -1, chunk, headdim)
 
 
-def _side_by_side(v: Array, groups: int) -> Array:
-    """[B H l P] -> [B G l W]."""
+def _merge_heads(v: Array, groups: int) -> Array:
+    """Concatenate the heads of a group: [B H l P] -> [B G l W]."""
     batch, heads, chunk, headdim = v.shape
     return v.reshape(batch, groups, heads // groups, chunk, headdim).swapaxes(2, 3).reshape(batch, groups, chunk, -1)
 
 
 def _per_head(v: Array, heads: int) -> Array:
-    """The same value for all heads of a group: [B G ...] -> [B H ...]."""
+    """Broadcast a value per group to its heads: [B G ...] -> [B H ...]."""
     batch, groups, *rest = v.shape
     return jnp.broadcast_to(v[:, :, None], (batch, groups, heads // groups, *rest)).reshape(batch, heads, *rest)
 
 
 def _segments(starts: Array) -> Array:
-    """[B l], the resets in this chunk up to each token; 0: still the segment of the state handed in.
+    """Count the resets in this chunk up to each token [B l]; 0 is the segment of the carried-in state.
 
     As a product: a cumulative sum outside the scan would be sliced inside the loops that use it as a mask, which XLA's
-    CPU backend then doesn't vectorise (10 times slower).
+    CPU backend then does not vectorize (10 times slower).
     """
     chunk = starts.shape[1]
     return _exact("bs,ts->bt", starts, jnp.tril(jnp.ones((chunk, chunk), starts.dtype)))
 
 
 def _same_segment(segment: Array) -> Array:
-    """[B l l], true where token s (last axis) is not after token t and no reset lies between."""
+    """Return where token s (last axis) is not after token t and no reset is between them [B l l]."""
     chunk = segment.shape[1]
     return jnp.tril(jnp.ones((chunk, chunk), bool)) & (segment[:, :, None] == segment[:, None, :])
 
 
 def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
-    """d A [B H l], and whether it has any effect.
+    """Return d A [B H l], and where it has any effect.
 
-    At a reset it has none. A step that decays to zero is cut to an exponent that just does so, or else the sum of
-    exponents would lose the small steps beside a huge one.
+    At a reset it has none. A step that decays to zero is clipped to an exponent that just does so, or else the sum of
+    exponents would lose the small steps next to a huge one.
     """
     info = np.finfo(dt.dtype)
     floor = np.log(info.smallest_subnormal).astype(dt.dtype) - 1
@@ -194,10 +194,10 @@ def _exponents(dt: Array, A: Array, segment: Array) -> tuple[Array, Array]:
 
 
 def _decays(exponent: Array, segment: Array) -> _Decays:
-    """Masks come before exp: no infinity and no NaN, in values or gradients.
+    """Compute the decays, with masks before exp: no infinity and no NaN, in values or gradients.
 
-    The exponents between s and t are added up, not taken as the difference of two sums from the chunk's start: beside
-    huge steps that difference has no digits left.
+    The exponents between s and t are summed directly, not as the difference of two sums from the chunk's start: next to
+    huge steps that difference has no significant digits.
     """
     same = _same_segment(segment)
     until = jnp.tril(jnp.ones_like(same[0], exponent.dtype))  # [t, k], k <= t
@@ -216,13 +216,13 @@ def _decays(exponent: Array, segment: Array) -> _Decays:
 
 
 def _mixing_matrix(decays: _Decays, cb: Array, dt: Array, D: Array) -> Array:
-    """M [B H l l] of the module's docstring."""
+    """Return M [B H l l] of the module's docstring."""
     diagonal = D[:, None, None] * jnp.eye(dt.shape[-1], dtype=dt.dtype)
     return _per_head(cb, dt.shape[1]) * decays.pair * dt[..., None, :] + diagonal
 
 
 def _run(x, dt, A, B, C, D, starts, state, chunk) -> tuple[Array, Array, Array]:
-    """y [B L H P], the last state [B G N W], and the states before each chunk [n B G N W]."""
+    """Return y [B L H P], the final state [B G N W], and the states before each chunk [n B G N W]."""
     groups, headdim = B.shape[2], x.shape[3]
     dot = partial(_dot, dtype=x.dtype)
 
@@ -231,12 +231,12 @@ def _run(x, dt, A, B, C, D, starts, state, chunk) -> tuple[Array, Array, Array]:
         exponent, _ = _exponents(part.dt, A, segment)
         decays = _decays(exponent, segment)
         cb = dot("bgtn,bgsn->bgts", part.C, part.B)
-        inside = dot("bhts,bhsp->bhtp", _mixing_matrix(decays, cb, part.dt, D), _by_head(part.x, headdim))
-        handed_in = dot("bgtn,bgnw->bgtw", part.C, state) * _spread(decays.from_start, groups, headdim)
-        y = _side_by_side(inside, groups) + handed_in
-        weighted = part.x * _spread(decays.to_end * part.dt, groups, headdim)
+        inside = dot("bhts,bhsp->bhtp", _mixing_matrix(decays, cb, part.dt, D), _split_heads(part.x, headdim))
+        from_state = dot("bgtn,bgnw->bgtw", part.C, state) * _to_channels(decays.from_start, groups, headdim)
+        y = _merge_heads(inside, groups) + from_state
+        weighted = part.x * _to_channels(decays.to_end * part.dt, groups, headdim)
         increment = dot("bgsn,bgsw->bgnw", part.B, weighted)
-        return _spread(decays.across, groups, headdim) * state + increment, (y.astype(x.dtype), state)
+        return _to_channels(decays.across, groups, headdim) * state + increment, (y.astype(x.dtype), state)
 
     final_state, (y, states) = jax.lax.scan(body, state, _chunks(x, dt, B, C, starts, chunk))
     return _unchunk(y, x.shape), final_state, states
@@ -244,8 +244,7 @@ def _run(x, dt, A, B, C, D, starts, state, chunk) -> tuple[Array, Array, Array]:
 
 @partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _scan_chunks(x, dt, A, B, C, D, starts, state, chunk: int) -> tuple[Array, Array]:
-    y, final_state, _ = _run(x, dt, A, B, C, D, starts, state, chunk)
-    return y, final_state
+    return _run(x, dt, A, B, C, D, starts, state, chunk)[:2]
 
 
 def _forward(x, dt, A, B, C, D, starts, state, chunk: int):
@@ -254,11 +253,11 @@ def _forward(x, dt, A, B, C, D, starts, state, chunk: int):
 
 
 def _backward(chunk: int, residuals, cotangents):
-    """Gradients by the transposed recurrence, from the last chunk to the first.
+    """Compute the gradients by the transposed recurrence, from the last chunk to the first.
 
     The gradient of an exponent d_k A is the sum over all paths s -> t (s < k <= t) of path value times its gradient.
-    Within the chunk just these are added up. Sums over rows minus sums over columns would be cheaper, but the paths on
-    one side of k stand in both: where a step is huge their rounding is all that is left. The diagonal is no path.
+    Within the chunk exactly these are summed. Sums over rows minus sums over columns would be cheaper, but the paths on
+    one side of k appear in both: where a step is huge, only their rounding error remains. The diagonal is not a path.
     Sums run over the tokens of the same segment only: exactly nothing leaks.
     """
     x, dt, A, B, C, D, starts, states = residuals
@@ -278,9 +277,9 @@ def _backward(chunk: int, residuals, cotangents):
         cb = dot("bgtn,bgsn->bgts", part.C, part.B)
 
         # y_t = sum_s M[t, s] x_s
-        x_h, dy_h = _by_head(part.x, headdim), _by_head(dy, headdim)
+        x_h, dy_h = _split_heads(part.x, headdim), _split_heads(dy, headdim)
         d_mixing = dot("bhtp,bhsp->bhts", dy_h, x_h)
-        dx = _side_by_side(dot("bhts,bhtp->bhsp", _mixing_matrix(decays, cb, part.dt, D), dy_h), groups)
+        dx = _merge_heads(dot("bhts,bhtp->bhsp", _mixing_matrix(decays, cb, part.dt, D), dy_h), groups)
         d_diagonal = _sum_channels(dy.astype(dt.dtype) * part.x, headdim)
         d_product = d_mixing * decays.pair
         d_cb = (d_product * part.dt[..., None, :]).reshape(*cb.shape[:2], heads // groups, chunk * chunk)
@@ -290,12 +289,12 @@ def _backward(chunk: int, residuals, cotangents):
         across_k = _exact("bhts,sk->bhtk", paths * part.dt[..., None, :], before) * until
 
         # y_t += exp(c_t) C_t . S
-        dy_decayed = dy * _spread(decays.from_start, groups, headdim)
+        dy_decayed = dy * _to_channels(decays.from_start, groups, headdim)
         d_c = dot("bgtw,bgnw->bgtn", dy_decayed, state) + dot("bgts,bgsn->bgtn", d_cb, part.B)
         to_t = _sum_channels(dy_decayed * dot("bgtn,bgnw->bgtw", part.C, state), headdim)
 
         # S' += sum_s exp(c_last - c_s) d_s B_s x_s^T
-        to_end = _spread(decays.to_end * part.dt, groups, headdim)
+        to_end = _to_channels(decays.to_end * part.dt, groups, headdim)
         d_weighted = dot("bgsn,bgnw->bgsw", part.B, d_state)
         dx += to_end * d_weighted
         d_b = dot("bgsw,bgnw->bgsn", part.x * to_end, d_state) + dot("bgts,bgtn->bgsn", d_cb, part.C)
@@ -303,7 +302,7 @@ def _backward(chunk: int, residuals, cotangents):
 
         # S' += exp(c_last) S
         through = _sum_channels(_sum(d_state * state, -2)[:, :, None], headdim) * decays.across
-        d_state = _spread(decays.across, groups, headdim) * d_state + dot("bgtn,bgtw->bgnw", part.C, dy_decayed)
+        d_state = _to_channels(decays.across, groups, headdim) * d_state + dot("bgtn,bgtw->bgnw", part.C, dy_decayed)
 
         same = _same_segment(segment).astype(dt.dtype)
         d_exponent = _sum(across_k, -2) + _exact("bht,btk->bhk", to_t, same) + through
