@@ -111,7 +111,7 @@ def differentiable(
         outputs, residuals = run(inputs, static, True)
         return outputs, (inputs, residuals)
 
-    def transpose(static: Any, residuals: Any, cotangents: Any) -> tuple[Any]:
+    def transpose(static: Any, residuals: tuple[Any, Any], cotangents: Any) -> tuple[Any]:
         return (backward(*residuals, cotangents, static),)
 
     compute.defvjp(forward, transpose)

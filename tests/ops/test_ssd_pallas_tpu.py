@@ -153,16 +153,16 @@ def test_on_tpu_the_kernels_are_chosen_where_they_pay():
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "platform", "reason"),
     [
-        ({}, "it runs on TPU, not on cpu"),
-        ({"headdim": 32}, "headdim is 32, not 64"),
-        ({"heads": 3}, "a group has 3 heads, not an even number"),
+        ({}, "cpu", "it needs a TPU, and this program is for cpu"),
+        ({"headdim": 32}, "tpu", "headdim is 32, not 64"),
+        ({"heads": 3}, "tpu", "a group has 3 heads, not an even number"),
     ],
 )
-def test_a_choice_that_cannot_run_is_refused_with_the_reason(changes, reason):
+def test_a_choice_that_cannot_run_is_refused_with_the_reason(changes, platform, reason):
     inputs = in_dtype(random_inputs(SMALLEST._replace(**changes), 7), "bfloat16")
-    with pytest.raises(UserError, match=reason):
+    with dispatch.target_platform(platform), pytest.raises(UserError, match=reason):
         ssd(*(inputs[k] for k in ("x", "dt", "A", "B", "C")), implementation="pallas_tpu")
 
 

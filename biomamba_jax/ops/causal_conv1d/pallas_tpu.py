@@ -107,7 +107,7 @@ def _run(inputs: _Filled, static: tuple[bool, Any], save: bool) -> tuple[Array, 
     return crop_like(y, inputs.x), None
 
 
-def _backward(inputs: _Filled, _: None, dy: Array, static: tuple[bool, Any]) -> _Filled:
+def _backward(inputs: _Filled, residuals: None, dy: Array, static: tuple[bool, Any]) -> _Filled:
     silu, interpret = static
     blocks = _blocks(inputs, silu)
     dy = pad(dy, (blocks.rows, blocks.length, blocks.channels))

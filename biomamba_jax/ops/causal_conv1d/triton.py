@@ -38,7 +38,7 @@ def _run(inputs: Inputs, activation: str | None, save: bool) -> tuple[Array, Non
     return y, None
 
 
-def _backward(inputs: Inputs, _: None, dy: Array, activation: str | None) -> Inputs:
+def _backward(inputs: Inputs, residuals: None, dy: Array, activation: str | None) -> Inputs:
     x, weight, bias, initial_state = inputs.x, inputs.weight, inputs.bias, inputs.initial_state
     rows, _, channels = x.shape
     width = weight.shape[1]

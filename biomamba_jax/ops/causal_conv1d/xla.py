@@ -27,7 +27,7 @@ def _run(inputs: Inputs, activation: str | None, save: bool):
     return (y.astype(x.dtype), last_inputs(x, weight.shape[1] - 1, segment_ids, initial_state)), None
 
 
-def _backward(inputs: Inputs, _: None, cotangents, activation: str | None) -> Inputs:
+def _backward(inputs: Inputs, residuals: None, cotangents, activation: str | None) -> Inputs:
     x, weight, bias, segment_ids, initial_state = inputs
     dtype = accumulator_dtype(x.dtype)
     g = cotangents[0].astype(dtype)

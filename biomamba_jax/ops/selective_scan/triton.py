@@ -77,7 +77,7 @@ def _run(inputs: FilledInputs, _: None, save: bool) -> tuple[tuple[Array, Array]
     return (y, final.swapaxes(1, 2)), boundary
 
 
-def _backward(inputs: FilledInputs, boundary: Array, cotangents, _: None) -> FilledInputs:
+def _backward(inputs: FilledInputs, boundary: Array, cotangents, static: None) -> FilledInputs:
     dy, d_final = cotangents
     rows, length, channels = inputs.x.shape
     d_state = inputs.A.shape[1]
