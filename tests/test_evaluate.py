@@ -126,7 +126,7 @@ def test_the_page_has_every_model_as_a_column_and_says_why_bits_per_byte(output)
         assert [cell.text for cell in table.xpath("thead/tr/th")][-2:] == ["one", "two"]
     assert "Bits per byte divide" in root.text_content()
     titles = root.xpath("//figcaption/text()")
-    assert titles[0] == "Bits per byte" and "Cross-entropy by place in the document: made-up" in titles
+    assert titles[0] == "Bits per byte" and "Cross-entropy by position in the document: made-up" in titles
 
 
 def test_the_config_that_was_used_is_kept_and_read_back(output, folder):

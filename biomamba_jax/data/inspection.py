@@ -145,11 +145,9 @@ def _chosen(documents: int, number: int, seed: int) -> list[int]:
 
 
 def _markup(reader: ShardReader, tokenizer: Tokenizer, most: int) -> Markup:
-    tags = entities = 0
-    chosen = range(len(reader)) if len(reader) <= most else _chosen(len(reader), most, 0)
-    for index in chosen:
-        found = remaining_markup(tokenizer.decode(reader[index].ids[:-1].tolist()))
-        tags, entities = tags + found[0], entities + found[1]
+    chosen = _chosen(len(reader), most, 0)
+    counts = [remaining_markup(tokenizer.decode(reader[index].ids[:-1].tolist())) for index in chosen]
+    tags, entities = np.sum(counts, axis=0).tolist()
     return Markup(len(chosen), tags, entities)
 
 

@@ -14,18 +14,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines
 from biomamba_jax.tables import summary_table
 
-TERMS = (
-    "abscess adenocarcinoma adrenaline albumin aldosterone allele amyloid anemia aneurysm angiogenesis angiotensin "
-    "antibody antigen apoptosis arrhythmia arthritis aspirin asthma astrocyte atherosclerosis autophagy bacteremia "
-    "biopsy bradycardia bronchitis calcium carcinoma cardiomyopathy catecholamine cerebellum chemokine chemotherapy "
-    "cholesterol chromatin cirrhosis collagen corticosteroid creatinine cytokine dementia diabetes dialysis dopamine "
-    "dyspnea edema electrophoresis embolism encephalitis endothelium enzyme epilepsy epithelium erythrocyte estrogen "
-    "fibroblast fibrosis gastritis genome glucose glutamate glycogen hemoglobin hemorrhage heparin hepatitis "
-    "hepatocyte histone hypertension hypoxia immunoglobulin infarction inflammation insulin interferon interleukin "
-    "ischemia keratinocyte kinase leukemia ligand lymphoma macrophage melanoma metabolism metastasis metformin "
-    "microglia mitochondria mutation myocardial necrosis neuron neutrophil obesity oncogene osteoporosis pancreatitis "
-    "pathogenesis peptide phagocytosis phosphorylation plasmid pneumonia prognosis"
-).split()
+_TERMS = Path(__file__).with_name("terms.txt")  # 104 common biomedical terms
 
 
 class Comparison(NamedTuple):
@@ -58,8 +47,7 @@ def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> l
     texts = list(_texts(config))
     if not texts:
         raise UserError("--input holds no text; give other files")
-    terms = [line.strip() for line in read_lines(config.terms)] if config.terms else list(TERMS)
-    terms = [term for term in terms if term]
+    terms = [line.strip() for line in read_lines(config.terms or _TERMS) if line.strip()]
     if not terms:
         raise UserError(f"{config.terms}: holds no term; write one per line")
     return [_compare(_load(path), texts, terms) for path in tokenizers]

@@ -168,7 +168,9 @@ def _domain_plots(results: Evaluation) -> list[html.Plot]:
     if not measured:
         return []
     values = [(name, [each.models[name].bits_per_byte for each in measured.values()]) for name in results.models]
-    positions = [_positions_plot(f"Cross-entropy by place in the document: {name}", d) for name, d in measured.items()]
+    positions = [
+        _positions_plot(f"Cross-entropy by position in the document: {name}", d) for name, d in measured.items()
+    ]
     return [_intervals_plot("Bits per byte", list(measured), values), *positions]
 
 
@@ -189,9 +191,7 @@ def _intervals_plot(title: str, groups: Sequence[str], values: Sequence[tuple[st
         width = 0.6 / max(1, len(values))
         for index, (name, estimates) in enumerate(values):
             places = np.arange(len(groups)) + (index - (len(values) - 1) / 2) * width
-            centers = np.array([each.value for each in estimates])
-            lows = np.array([each.value if each.low is None else each.low for each in estimates])
-            highs = np.array([each.value if each.high is None else each.high for each in estimates])
+            lows, centers, highs = np.array([(each.low, each.value, each.high) for each in estimates], float).T
             lengths = np.maximum(0, np.nan_to_num([centers - lows, highs - centers]))
             axes.errorbar(places, centers, lengths, fmt="o", capsize=3, markersize=4, label=html.legend_label(name))
         axes.set_xticks(range(len(groups)), list(groups))
@@ -208,7 +208,7 @@ def _positions_plot(title: str, domain: Domain) -> html.Plot:
             nats = [each["cross_entropy"] for each in found.positions]
             axes.plot(places, nats, marker="o", label=html.legend_label(name))
         axes.set_xscale("log", base=2)
-        axes.set_xlabel("token of the document")
+        axes.set_xlabel("position in the document, tokens")
         axes.set_ylabel("nats per token")
         axes.legend()
 
