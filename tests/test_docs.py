@@ -36,8 +36,11 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def shell_commands() -> list[str]:
-    """Return every command of ours in a code block, without comments and what is around it."""
+    """Return every command of ours in a code block or in a config's comment."""
     found = []
+    for config in (ROOT / "configs").rglob("*.yaml"):
+        found += re.findall(rf"^#\s+({PROGRAM}.*)$", config.read_text(), re.MULTILINE)
+    found = [command for command, _ in found]
     for page in PAGES:
         for language, block in blocks(page):
             if language in ("", "bash"):
