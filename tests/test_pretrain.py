@@ -114,7 +114,15 @@ def test_the_learning_rate_of_a_metrics_line_is_that_of_its_update_though_others
         pretrain(*settings, "--schedule.kind=linear", "--train.steps=30", "--train.max_skipped_steps=3")
     lines = [line for line in read_metrics("run") if line["split"] == "train"]
     assert [line["skipped_updates"] for line in lines] == [0, 1, 2, 3]
-    assert {line["learning_rate"] for line in lines} == {lines[0]["learning_rate"]}  # the only one that was applied
+    assert [line["learning_rate"] for line in lines] == [pytest.approx(1e30)] * 4  # the only one that was applied
+
+
+def test_the_averaged_weights_are_the_evaluated_ones(shards):
+    metrics = pretrain("--train.steps=4", "--optimizer.ema=0.999999")  # an average that stays at the start
+    first, last = (line["loss"] for line in metrics if line["split"] == "validation")
+    assert last == pytest.approx(first, abs=1e-4)
+    trained = [line["loss"] for line in metrics if line["split"] == "train"]
+    assert trained[-1] < first - 0.01
 
 
 def test_compiler_options_reach_the_program_of_the_step(shards, tmp_path):

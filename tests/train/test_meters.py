@@ -3,7 +3,7 @@
 import math
 import time
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from biomamba_jax.ops.cross_entropy import LossSums
@@ -13,8 +13,8 @@ from biomamba_jax.train.step import StepMetrics
 
 def metrics(nll: float, weight: float, skipped_in_a_row: int = 0) -> StepMetrics:
     """A step of 10 tokens, of which `weight` count; its gradient norm is its nll."""
-    sums = LossSums(*map(np.float32, (nll + 1, nll, weight / 2, weight)))
-    return StepMetrics(sums, np.int32(10), np.float32(nll), np.int32(skipped_in_a_row), np.int32(skipped_in_a_row))
+    sums = LossSums(*map(jnp.float32, (nll + 1, nll, weight / 2, weight)))
+    return StepMetrics(sums, jnp.int32(10), jnp.float32(nll), *[jnp.int32(skipped_in_a_row)] * 2)
 
 
 def test_a_line_holds_means_over_counted_tokens_without_skipped_steps():

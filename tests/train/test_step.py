@@ -25,7 +25,8 @@ def batch(rows: int = 4, length: int = 12, seed: int = 0):
     tokens = random.integers(0, 29, (rows, length + 1), np.int32)
     segment_ids = np.sort(random.integers(1, 4, (rows, length), np.int32), axis=1)
     segment_ids[0, length // 2 :] = 0  # a row with much padding: parts of unequal weight
-    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segment_ids}
+    rows = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": segment_ids}
+    return jax.tree.map(jnp.asarray, rows)
 
 
 def step(accumulation: int = 1, loss=None):
@@ -41,9 +42,7 @@ def state():
 def test_the_loss_is_the_mean_over_tokens_that_are_not_padding(state):
     example = batch()
     _, report = step()(state, example)
-    logits, _ = nnx.merge(GRAPH, state.params)(
-        jnp.asarray(example["inputs"]), None, jnp.asarray(example["segment_ids"])
-    )
+    logits, _ = nnx.merge(GRAPH, state.params)(example["inputs"], None, example["segment_ids"])
     each = optax.softmax_cross_entropy_with_integer_labels(logits[..., :29], example["targets"])
     mask = example["segment_ids"] != 0
     np.testing.assert_allclose(report.sums.nll, (each * mask).sum(), rtol=1e-5)
@@ -63,7 +62,7 @@ def test_accumulation_gives_the_same_update_though_parts_hold_unequal_tokens(sta
 def test_the_gradient_is_that_of_the_mean_over_the_counted_tokens(state, accumulation):
     """AdamW hides a gradient's scale: plain SGD shows it. A prompt's targets are -1 and padding is of segment 0."""
     example, plain = batch(), language_model_loss(GRAPH, LossConfig())
-    example["targets"] = np.where(np.arange(12) % 3 == 0, -1, example["targets"])
+    example["targets"] = jnp.where(np.arange(12) % 3 == 0, -1, example["targets"])
     counted = ((example["segment_ids"] != 0) & (example["targets"] >= 0)).sum()
     mean = jax.jit(jax.grad(lambda params: plain(params, example)[0] / counted))(state.params)
     sgd = optax.sgd(1.0)
@@ -79,11 +78,9 @@ def test_smoothing_and_z_loss_change_the_objective_alone(state):
     example = batch()
     config = LossConfig(label_smoothing=0.2, z_loss=0.01)
     objective, sums = jax.jit(language_model_loss(GRAPH, config))(state.params, example)
-    logits, _ = nnx.merge(GRAPH, state.params)(
-        jnp.asarray(example["inputs"]), None, jnp.asarray(example["segment_ids"])
-    )
+    logits, _ = nnx.merge(GRAPH, state.params)(example["inputs"], None, example["segment_ids"])
     logprobs, mask = jax.nn.log_softmax(logits[..., :29]), example["segment_ids"] != 0
-    nll = -jnp.take_along_axis(logprobs, jnp.asarray(example["targets"])[..., None], -1)[..., 0]
+    nll = -jnp.take_along_axis(logprobs, example["targets"][..., None], -1)[..., 0]
     smoothed = 0.8 * nll - 0.2 * logprobs.mean(-1) + 0.01 * jax.nn.logsumexp(logits[..., :29], -1) ** 2
     np.testing.assert_allclose(sums.nll, (nll * mask).sum(), rtol=1e-5)
     np.testing.assert_allclose(objective, (smoothed * mask).sum(), rtol=1e-5)
