@@ -19,6 +19,7 @@ from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated, shard_batch
+from biomamba_jax.train import setup
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.heldout import held_out_evaluator
 from biomamba_jax.train.meters import BestEvaluation, IntervalMeter, IntervalTotals, ThroughputMeter
@@ -27,15 +28,6 @@ from biomamba_jax.train.optimizer import evaluation_weights
 from biomamba_jax.train.program import TrainProgram, pretrain_program
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
-from biomamba_jax.train.setup import (
-    describe,
-    epoch_tokens,
-    open_run_dir,
-    total_peak_flops,
-    total_steps,
-    training_mixture,
-    with_vocabulary,
-)
 from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.stop import StopRequest
 
@@ -84,21 +76,21 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
       UserError: shards, checkpoint and config do not fit together, or gradients stayed non-finite.
     """
     manifest = Manifest.load(config.data.path)
-    config = dataclasses.replace(config, model=with_vocabulary(config.model, manifest))
-    data, steps = config.data, total_steps(config, manifest)
+    config = dataclasses.replace(config, model=setup.with_vocabulary(config.model, manifest))
+    data, steps = config.data, setup.total_steps(config, manifest)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
     training = TrainingRun(
         config=config,
         program=program,
         steps=steps,
-        epoch_steps=epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
+        epoch_steps=setup.epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
         batches=train_iterator(
             data.path,
             sequence_length=data.sequence_length,
             seed=config.train.seed,
             num_workers=data.num_workers,
-            mixture=training_mixture(data),
+            mixture=setup.training_mixture(data),
             **host_batch(data.batch_size, program.layout.mesh, config.train.accumulation),
         ),
         tokenizer=Path(data.path) / manifest.tokenizer.file,
@@ -129,7 +121,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
         else:
             state = program.init(params)
         best = BestEvaluation(**saved.get("best", {}))
-        messages = open_run_dir(run_dir, config, training.tokenizer, start)
+        messages = setup.open_run_dir(run_dir, config, training.tokenizer, start)
 
         with (
             MetricsWriter(
@@ -142,7 +134,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             Progress(steps) as progress,
             StopRequest() as stop,
         ):
-            about = describe(config, steps / training.epoch_steps, steps, start, state.params)
+            about = setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
             for message in (about, *training.messages, *messages):
                 progress.log(message)
             if start is not None and start > steps:
@@ -187,7 +179,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
 
             # --- The loop ------------------------------------------------------------------------------------------
             step, interval = start or 0, IntervalMeter(IntervalTotals(**saved.get("totals", {})))
-            peak = total_peak_flops(compute_dtype(config.model))
+            peak = setup.total_peak_flops(compute_dtype(config.model))
             throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
             if start is None:
                 evaluate(0, state)

@@ -202,9 +202,5 @@ def _drop_after(path: Path, last_step: int | None) -> None:
 
 
 def _line(record: Record) -> bytes:
-    strings = {
-        name: "NaN" if math.isnan(x) else "Infinity" if x > 0 else "-Infinity"
-        for name, x in record.items()
-        if isinstance(x, float) and not math.isfinite(x)
-    }
-    return (json.dumps(record | strings, allow_nan=False) + "\n").encode()
+    not_finite = {name: json.dumps(x) for name, x in record.items() if isinstance(x, float) and not math.isfinite(x)}
+    return (json.dumps(record | not_finite, allow_nan=False) + "\n").encode()  # as strings: "NaN", "-Infinity"
