@@ -92,8 +92,8 @@ def test_merged_and_unmerged_logits_agree(kind):
     assert np.abs(merged - plain).max() > 0.1
 
 
-class Unmerged(nnx.Module):
-    """A projection beside its adapter."""
+class Unmerged(nnx.Linear):
+    """A projection next to its adapter."""
 
     def __init__(self, linear, a, b):
         self.linear, self.a, self.b = linear, nnx.Param(a), nnx.Param(b)
