@@ -4,8 +4,8 @@ import numpy as np
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.interop import Weights
+from biomamba_jax.interop.configs import portable
 from biomamba_jax.interop.names import native_shapes, unflatten
-from biomamba_jax.interop.native import portable
 
 # Mean and spread by a parameter's last name; matrices are spread by the root of their inputs instead.
 _MOMENTS = {"A_log": (1.0, 0.5), "D": (1.0, 0.2), "dt_bias": (-4.0, 1.0), "bias": (0.0, 0.1), "embedding": (0.0, 0.3)}

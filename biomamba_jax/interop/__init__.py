@@ -1,4 +1,4 @@
-"""Weights in and out: Hugging Face, mamba_ssm and native, each read and written by one function."""
+"""Import and export of weights: Hugging Face, mamba_ssm and native, by one reader and one writer."""
 
 from biomamba_jax.interop.weights import Dialect, Weights, dialect_of, read_model, write_model
 

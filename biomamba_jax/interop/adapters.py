@@ -1,4 +1,4 @@
-"""The adapters of a run, and the weights that they belong to."""
+"""LoRA adapters of a run, and the base weights that they were trained on."""
 
 import hashlib
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from biomamba_jax.model import lora
 
 @dataclass(frozen=True)
 class Base:
-    """What adapters were trained on."""
+    """The base weights of adapters."""
 
     path: str
-    """Folder or hub name, as the run's config has it (`init_from`)."""
+    """Folder or hub name, `init_from` of the run's config."""
     sha256: str
-    """`fingerprint` of its weights."""
+    """`fingerprint` of the weights."""
     scale: float
-    """What A B is multiplied by."""
+    """Factor of the product A B of an adapter."""
 
 
 def fingerprint(params: Params) -> str:
-    """sha256 of weights, whatever format they are kept in: of every path, shape and float32 value."""
+    """Return the sha256 of weights, over every path, shape and float32 value: the same in every format."""
     digest = hashlib.sha256()
     for path, value in sorted(flatten(params).items()):
         value = np.ascontiguousarray(value, "<f4")
@@ -35,16 +35,16 @@ def fingerprint(params: Params) -> str:
 
 
 def merged(params: Params, trained: Params, base: Base) -> Params:
-    """The weights with their adapters, as float32 numpy arrays; see `lora.merge`.
+    """Return the weights with their adapters merged (see `lora.merge`), as float32 numpy arrays.
 
     Raises:
-      UserError: the adapters were trained on other weights.
+      UserError: the adapters were trained on different weights.
     """
     found = fingerprint(params)
     if found != base.sha256:
         raise UserError(
             f"{base.path}: holds other weights (sha256 {found[:12]}) than those that the adapters were trained on "
-            f"({base.sha256[:12]}); put those back, or set init_from in the run's config.yaml to where they are"
+            f"({base.sha256[:12]}); restore those, or set init_from in the run's config.yaml to their folder"
         )
     whole: Any = lora.merge(params, trained, base.scale)
     return jax.tree.map(np.asarray, whole)

@@ -1,6 +1,6 @@
-"""A classifier beside a language model: one linear layer on the state after a text's last token.
+"""Classification head of a language model: one linear layer on the hidden state after a text's last token.
 
-classifier.safetensors: "weight" [classes D] as float32, and under "labels" of its metadata the names of the classes.
+classifier.safetensors: "weight" [classes D] in float32; its metadata has the class names as JSON under "labels".
 """
 
 import json
@@ -18,28 +18,29 @@ FILE = "classifier.safetensors"
 
 @dataclass(frozen=True)
 class Classifier:
-    """Scores of the classes are weight @ hidden state."""
+    """A linear classifier; its logits are weight @ hidden state."""
 
     weight: np.ndarray
     """Float32 [classes D]."""
     labels: tuple[str, ...]
-    """Names of the classes, in the order of the rows."""
+    """Names of the classes, in the order of the rows of `weight`."""
 
 
 def write(classifier: Classifier, folder: Path) -> None:
-    """Writes classifier.safetensors into `folder`."""
+    """Write classifier.safetensors into `folder`."""
     metadata = {"format": "pt", "labels": json.dumps(classifier.labels)}
     save_file({"weight": np.ascontiguousarray(classifier.weight, np.float32)}, folder / FILE, metadata)
 
 
 def find(folder: Path, width: int) -> Classifier | None:
-    """The classifier in `folder`, if there is one.
+    """Return the classifier in `folder`, None if there is none.
 
     Args:
-      width: D of the model beside it.
+      folder: folder of the model.
+      width: d_model of the model.
 
     Raises:
-      UserError: a damaged file, or one that belongs to another model.
+      UserError: the file is damaged or belongs to another model.
     """
     path = folder / FILE
     if not path.exists():
@@ -49,7 +50,9 @@ def find(folder: Path, width: int) -> Classifier | None:
             weight = np.asarray(file.get_tensor("weight"), np.float32)
             labels = tuple(json.loads(file.metadata()["labels"]))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: is no classifier ({error}); export it again, or remove the file") from None
+        raise UserError(f"{path}: is not a classifier ({error}); export it again, or remove the file") from None
     if weight.shape != (len(labels), width):
-        raise UserError(f"{path}: is {list(weight.shape)}, its labels and this model need {[len(labels), width]}")
+        raise UserError(
+            f"{path}: has shape {list(weight.shape)}, its labels and this model need {[len(labels), width]}"
+        )
     return Classifier(weight, labels)

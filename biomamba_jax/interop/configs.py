@@ -1,9 +1,10 @@
-"""The config.json of Hugging Face and of mamba_ssm, and what they say in terms of `ModelConfig`.
+"""Conversion between `ModelConfig` and the config.json of Hugging Face and mamba_ssm, by tables of keys.
 
 Sources: `transformers.models.{mamba,mamba2}.configuration_*`, `mamba_ssm.models.config_mamba` and the arguments of
 `mamba_ssm.modules.{mamba_simple.Mamba, mamba2.Mamba2}`, which are the keys of `ssm_cfg`.
 """
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.checks import check_type
 from biomamba_jax.errors import UserError
 
+EXECUTION = ("compute_dtype", "kernels", "remat", "unroll")
+"""Fields of ModelConfig that do not describe the weights."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_DEFAULT_CHUNK = 256  # of both libraries; read as "not chosen", since results do not depend on it
+_DEFAULT_CHUNK = 256  # of both libraries; read as None, since results do not depend on it
 _HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2"}
-_ARCHITECTURES = {"mamba1": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}
 _SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2"}
 
 # Foreign key -> field of ModelConfig.
@@ -34,28 +36,50 @@ _HF_KIND_FIELDS = {
     "mamba1": {"time_step_rank": "dt_rank"},
     "mamba2": {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"},
 }
+# Read in this order: ours, the number of tokens in use, wins over the library's, the rows of the embedding.
+_HF_VOCABULARY = {
+    "vocab_size": "vocab_size",
+    "unpadded_vocab_size": "vocab_size",
+    "pad_vocab_size_multiple": "pad_vocab_multiple",
+}
+_SSM_OUTER_FIELDS = {
+    "d_model": "d_model",
+    "n_layer": "n_layers",
+    "vocab_size": "vocab_size",
+    "pad_vocab_size_multiple": "pad_vocab_multiple",
+    "tie_embeddings": "tie_embeddings",
+}
 _SSM_FIELDS = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "bias": "bias", "conv_bias": "conv_bias"}
 _SSM_KIND_FIELDS = {
     "mamba1": {"dt_rank": "dt_rank"},
     "mamba2": {"headdim": "headdim", "ngroups": "n_groups", "chunk_size": "chunk_size"},
 }
-# Arguments of mamba_ssm's mixers that change initial values or speed, not the function.
+# Arguments of mamba_ssm's mixers that affect initial values or speed, not the function.
 _SSM_IRRELEVANT = {
     *("layer", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"),
     *("use_fast_path", "use_mem_eff_path", "process_group", "sequence_parallel", "device", "dtype"),
 }
-# What our models always are. A missing key means this, too.
+# Settings that are fixed in our models, and the libraries' defaults.
 _SSM_FIXED = {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,)}
+
+
+def portable(config: ModelConfig) -> ModelConfig:
+    """Return `config` with every size filled in and all settings that do not describe the weights at their defaults."""
+    unused = {"mamba1": ("headdim", "n_groups", "chunk_size"), "mamba2": ("dt_rank",)}[config.kind]
+    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+    fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.rank}
+    fields |= {name: defaults[name] for name in (*EXECUTION, *unused)}
+    return dataclasses.replace(config, **fields)
 
 
 def _refuse(path: Path, unsupported: dict[str, Any]) -> None:
     if unsupported:
         rows = ", ".join(f"{key} = {value!r}" for key, value in unsupported.items())
-        raise UserError(f"{path}: asks for what these models do not have: {rows}")
+        raise UserError(f"{path}: settings that these models do not support: {rows}")
 
 
 def _no_clamp(limit: Any) -> bool:
-    """Whether a dt limit is (0, inf), in any spelling of JSON: Infinity, "Infinity" or {"__float__": "Infinity"}."""
+    """Return True if a dt limit is (0, inf), spelt Infinity, "Infinity" or {"__float__": "Infinity"}."""
     try:
         plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
         return [float(bound) for bound in plain] == [0.0, math.inf]
@@ -64,7 +88,7 @@ def _no_clamp(limit: Any) -> bool:
 
 
 def _stated(path: Path, raw: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Fields of ModelConfig by the keys that a file has for them; null says nothing."""
+    """Return fields of ModelConfig from a file's keys; null counts as absent."""
     fields = {}
     for key, field in names.items():
         value = raw.get(key)
@@ -78,22 +102,20 @@ def _stated(path: Path, raw: dict[str, Any], names: dict[str, str]) -> dict[str,
 
 
 def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that a Hugging Face config.json states; `vocab_size` is that of the tokens in use if told.
+    """Return the fields of ModelConfig that a Hugging Face config.json states.
 
     Raises:
-      UserError: another model type, or settings that these models do not have.
+      UserError: an unknown model type, or settings that these models do not support.
     """
     kind = _HF_TYPES.get(raw["model_type"]) if isinstance(raw["model_type"], str) else None
     if kind is None:
-        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(_HF_TYPES)} can be read")
+        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(_HF_TYPES)} are supported")
     unsupported = {key: raw[key] for key in ("hidden_act",) if raw.get(key, "silu") not in ("silu", "swish")}
     if kind == "mamba2" and not _no_clamp(raw.get("time_step_limit", (0.0, math.inf))):
         unsupported["time_step_limit"] = raw["time_step_limit"]
     _refuse(path, unsupported)
-    fields = _stated(path, raw, _HF_FIELDS | _HF_KIND_FIELDS[kind])
-    fields |= _stated(path, raw, {"vocab_size": "vocab_size"})
-    fields |= _stated(path, raw, {"unpadded_vocab_size": "vocab_size", "pad_vocab_size_multiple": "pad_vocab_multiple"})
-    heads = _stated(path, raw, {"num_heads": "n_groups"}).get("n_groups", 0)  # any whole number
+    fields = _stated(path, raw, _HF_FIELDS | _HF_KIND_FIELDS[kind] | _HF_VOCABULARY)
+    heads = _stated(path, raw, {"num_heads": "n_groups"}).get("n_groups", 0)  # checked as n_groups is: an integer
     inner = heads * fields.get("headdim", 0), fields.get("expand", 0) * fields.get("d_model", 0)
     if kind == "mamba2" and all(inner) and inner[0] != inner[1]:
         _refuse(path, {"num_heads * head_dim": inner[0]})
@@ -101,15 +123,15 @@ def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
-    """Fields of ModelConfig that a mamba_ssm config.json states.
+    """Return the fields of ModelConfig that a mamba_ssm config.json states.
 
     Raises:
-      UserError: settings that these models do not have.
+      UserError: settings that these models do not support.
     """
     ssm = raw.get("ssm_cfg") or {}
     if not isinstance(ssm, dict):
-        raise UserError(f"{path}: ssm_cfg = {ssm!r}: is no mapping")
-    layer = ssm.get("layer", "Mamba1")  # files of Mamba-1 from before there was a choice name none
+        raise UserError(f"{path}: ssm_cfg = {ssm!r}: must be a mapping")
+    layer = ssm.get("layer", "Mamba1")  # absent in old files of Mamba-1
     kind = _SSM_LAYERS.get(layer) if isinstance(layer, str) else None
     unsupported = {} if kind else {"ssm_cfg.layer": layer}
     kind = kind or "mamba1"
@@ -124,79 +146,52 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         if not good:
             unsupported[f"ssm_cfg.{key}"] = value
     _refuse(path, unsupported)
-    outer = {
-        "d_model": "d_model",
-        "n_layer": "n_layers",
-        "vocab_size": "vocab_size",
-        "pad_vocab_size_multiple": "pad_vocab_multiple",
-        "tie_embeddings": "tie_embeddings",
-    }
-    return {"kind": kind} | _stated(path, raw, outer) | _stated(path, ssm, names)
+    return {"kind": kind} | _stated(path, raw, _SSM_OUTER_FIELDS) | _stated(path, ssm, names)
 
 
 def token_ids(path: Path, raw: Any) -> dict[str, Any]:
-    """Which of TOKEN_IDS a mapping states; there may be several tokens that end a text.
+    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
 
     Raises:
-      UserError: something else than an id, or a list of them.
+      UserError: an entry is neither.
     """
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: token_ids = {raw!r}: is no mapping")
+        raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
     found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
     for key, value in found.items():
         if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{path}: {key} = {value!r}: is no token id")
+            raise UserError(f"{path}: {key} = {value!r}: must be a token id")
     return found
 
 
 def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
-    """The Hugging Face config.json, with every field written out: the library's defaults belong to other models. So
-    do its token ids: those that are not known are null.
+    """Return the Hugging Face config.json, with every field: the library's defaults are those of other models.
 
-    `unpadded_vocab_size` and `pad_vocab_size_multiple` are ours: the tokens in use, which the library does not know.
+    So are its token ids: unknown ones are null. `unpadded_vocab_size` and `pad_vocab_size_multiple` are ours, for the
+    number of tokens in use, which the library does not store.
     """
     own: dict[str, Any]
     if config.kind == "mamba1":
-        own = {
-            "intermediate_size": config.d_inner,
-            "time_step_rank": config.rank,
-            "time_step_scale": 1.0,
-            "time_step_init_scheme": "random",
-            "use_mambapy": False,
-        }
+        own = {"time_step_scale": 1.0, "time_step_init_scheme": "random", "use_mambapy": False}
     else:
-        own = {
-            "num_heads": config.n_heads,
-            "head_dim": config.headdim,
-            "n_groups": config.n_groups,
-            "chunk_size": config.chunk_size or _DEFAULT_CHUNK,
-            "time_step_rank": -(-config.d_model // 16),
-            "rms_norm": True,
-            "norm_before_gate": False,
-        }
+        own = {"num_heads": config.n_heads, "time_step_rank": config.rank, "rms_norm": True, "norm_before_gate": False}
+    model_type = {kind: name for name, kind in _HF_TYPES.items()}[config.kind]
     return {
-        "architectures": [_ARCHITECTURES[config.kind]],
-        "model_type": {kind: name for name, kind in _HF_TYPES.items()}[config.kind],
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
         "vocab_size": config.padded_vocab,
         "unpadded_vocab_size": config.known_vocab,
         "pad_vocab_size_multiple": config.pad_vocab_multiple,
-        "hidden_size": config.d_model,
-        "num_hidden_layers": config.n_layers,
-        "state_size": config.state_size,
-        "expand": config.expand,
-        "conv_kernel": config.d_conv,
+        **_written(config, _HF_FIELDS | _HF_KIND_FIELDS[config.kind], _DEFAULT_CHUNK),
         **own,
-        "use_bias": config.bias,
-        "use_conv_bias": config.conv_bias,
+        "intermediate_size": config.d_inner,
         "hidden_act": "silu",
-        "layer_norm_epsilon": config.norm_eps,
         "residual_in_fp32": True,
         "rescale_prenorm_residual": False,  # true makes transformers 5 divide out_proj again after loading it
         "initializer_range": 0.02,
         "time_step_min": 0.001,
         "time_step_max": 0.1,
         "time_step_floor": 1e-4,
-        "tie_word_embeddings": config.tie_embeddings,
         **{key: token_ids.get(key) for key in TOKEN_IDS},
         "use_cache": True,
         "dtype": dtype,
@@ -205,37 +200,28 @@ def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict
 
 
 def write_mamba_ssm(config: ModelConfig) -> dict[str, Any]:
-    """The mamba_ssm config.json as its authors write it.
+    """Return the mamba_ssm config.json, in the form of its authors.
 
     Raises:
-      UserError: the model has what that file cannot say.
+      UserError: the file has no key for a setting of the model.
     """
     if config.norm_eps != 1e-5:
         raise UserError(f"model.norm_eps = {config.norm_eps}: mamba_ssm has no key for it and uses 1e-5; use --to hf")
-    ssm: dict[str, Any] = {
-        "layer": {kind: layer for layer, kind in _SSM_LAYERS.items()}[config.kind],
-        "d_state": config.state_size,
-        "d_conv": config.d_conv,
-        "expand": config.expand,
-        "bias": config.bias,
-        "conv_bias": config.conv_bias,
-    }
-    if config.kind == "mamba1":
-        ssm["dt_rank"] = config.rank
-    else:
-        ssm |= {"headdim": config.headdim, "ngroups": config.n_groups}
-        ssm |= {"chunk_size": config.chunk_size} if config.chunk_size else {}
+    layer = {kind: layer for layer, kind in _SSM_LAYERS.items()}[config.kind]
     return {
-        "d_model": config.d_model,
+        **_written(config, _SSM_OUTER_FIELDS),
         "d_intermediate": 0,
-        "n_layer": config.n_layers,
-        "vocab_size": config.known_vocab,
-        "ssm_cfg": ssm,
+        "ssm_cfg": {"layer": layer} | _written(config, _SSM_FIELDS | _SSM_KIND_FIELDS[config.kind]),
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,
         "residual_in_fp32": True,
         "fused_add_norm": True,
-        "pad_vocab_size_multiple": config.pad_vocab_multiple,
-        "tie_embeddings": config.tie_embeddings,
     }
+
+
+def _written(config: ModelConfig, names: dict[str, str], chunk_size: int | None = None) -> dict[str, Any]:
+    """Return a file's keys from fields of ModelConfig, without those that are None."""
+    fields = dataclasses.asdict(portable(config)) | {"dt_rank": config.rank}
+    fields["chunk_size"] = config.chunk_size or chunk_size
+    return {key: fields[field] for key, field in names.items() if fields[field] is not None}

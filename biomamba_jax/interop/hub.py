@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub."""
+"""Download of models from the Hugging Face hub."""
 
 import os
 import re
@@ -10,22 +10,24 @@ _WEIGHTS = ("*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*")
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """`name` itself where it is a folder; otherwise the hub's model of that name ("owner/model"), downloaded once.
+    """Return `name` if it is a folder, else the folder of the hub model "owner/model", downloaded once.
 
     Raises:
-      UserError: neither a folder nor a hub name, or the download is not possible; names the remedy.
+      UserError: the download failed, or needs the [hub] extra.
     """
     folder = Path(name)
     if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return folder  # one that does not exist is refused where it is read
+        return folder  # a missing folder is refused by its reader
     try:
         import huggingface_hub
     except ImportError:
         raise UserError(
-            f"{name}: no such folder; to fetch it by that name install the extra: pip install 'biomamba-jax[hub]'"
+            f"{name}: no such folder; to download the hub's model of that name: pip install 'biomamba-jax[hub]'"
         ) from None
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(_WEIGHTS)))
-    except Exception as error:  # whatever the network, the hub or its client say
+    except Exception as error:  # of the network, the hub or its client
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name}: no such folder, and it could not be fetched by that name ({reason})") from None
+        raise UserError(
+            f"{name}: no such folder, and the hub's model of that name could not be downloaded ({reason})"
+        ) from None

@@ -1,4 +1,4 @@
-"""The model card: README.md of a written model, from what is known of its training."""
+"""The model card, README.md of an exported model: its sizes, usage, training and evaluation."""
 
 from typing import Any
 
@@ -24,11 +24,15 @@ model = MambaLMHeadModel.from_pretrained("{name}", device="cuda")""",
 def model_card(
     name: str, dialect: str, config: ModelConfig, dtype: str, about: dict[str, Any], has_tokenizer: bool
 ) -> str:
-    """The text of README.md.
+    """Return the text of README.md.
 
     Args:
-      name: the folder's, used in the example.
-      about: as `native.describe_run` returns it; sections without information are left out.
+      name: name of the folder, for the example.
+      dialect: format of the weights.
+      config: the model.
+      dtype: dtype of the weights.
+      about: result of `native.describe_run`; sections without information are omitted.
+      has_tokenizer: True if a tokenizer is exported with the weights.
     """
     sections = [
         f"# {name}",
@@ -38,23 +42,21 @@ def model_card(
         f"## Use\n\n```python\n{_LOAD[dialect].format(name=name)}\n```",
     ]
     if not has_tokenizer:
-        sections.append(
-            "No tokenizer came with these weights: put the tokenizer.json that they were trained with here."
-        )
+        sections.append("There is no tokenizer here: add the tokenizer.json that the model was trained with.")
     sections += [*_training(about), *_evaluation(about), _LICENCE]
     return "\n\n".join(sections) + "\n"
 
 
 _LICENCE = """## Licence
 
-The software that wrote this is under the Apache License 2.0. The weights may carry the terms of the weights and text
-that they were trained from; abstracts can be under their publishers' copyright. Name the licence before you share them.
-Not a medical device: what it writes can be wrong."""
+The software that wrote this is under the Apache License 2.0. The weights may be subject to the terms of the weights and
+text that they were trained from; abstracts can be under their publishers' copyright. State the licence before you share
+them. Not a medical device: generated text can be wrong."""
 
 
 def _training(about: dict[str, Any]) -> list[str]:
     if "steps" not in about:
-        return ["## Training\n\nNot known: these weights were converted. See where they came from."]
+        return ["## Training\n\nUnknown: these weights were converted from another format; see their source."]
     lines = [f"* {about['steps']:,} steps, {about['tokens']:,} tokens (padding included)"]
     for section, settings in about.get("recipe", {}).items():
         lines.append(f"* {section}: " + ", ".join(f"{key} {value}" for key, value in settings.items()))

@@ -1,7 +1,7 @@
-"""Names and layouts: which tensors of Hugging Face and mamba_ssm hold which native parameters, and how they lie.
+"""Names and layouts of tensors: Hugging Face and mamba_ssm to and from native parameters.
 
-One table for each kind of model, read in both directions. PyTorch keeps linear weights as (out, in), the convolution
-as (C, 1, K), and joins projections that are apart here; native parameters are stacked over layers along a first axis.
+One table for each kind of model, read in both directions. PyTorch stores linear weights as (out, in), the convolution
+as (C, 1, K), and joins projections that are separate here; native parameters are stacked over layers along axis 0.
 Sources: `mamba_ssm.modules` of state-spaces/mamba at e9594ce, `transformers.models.{mamba,mamba2}`.
 """
 
@@ -22,11 +22,14 @@ Params = dict[str, Any]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one native parameter of one layer lies in a foreign tensor; rows (axis 0) are what joined tensors share."""
+    """Layout of one native parameter of one layer in a foreign tensor; concatenation is along rows, axis 0."""
 
     to_foreign: Callable[[np.ndarray], np.ndarray]
+    """Returns the foreign view of a native parameter."""
     to_native: Callable[[np.ndarray], np.ndarray]
+    """Inverse of `to_foreign`."""
     shape: Callable[[Shape], Shape]
+    """Returns the foreign shape of a native shape."""
 
 
 SAME = Layout(lambda x: x, lambda x: x, lambda s: s)
@@ -62,7 +65,7 @@ MIXERS: dict[str, tuple[Row, ...]] = {
         ("out_proj.bias", ("out/bias",), SAME),
     ),
 }
-"""Foreign name below `mixer.`, the native parameters below `layers/mixer/` whose rows it joins, and their layout."""
+"""Foreign name below `mixer.`, the native parameters below `layers/mixer/` that it concatenates, and their layout."""
 
 EMBEDDINGS = {"hf": "backbone.embeddings.weight", "mamba_ssm": "backbone.embedding.weight"}
 HEAD = "lm_head.weight"
@@ -70,22 +73,26 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class Tensor:
-    """One foreign tensor: `parts` are paths of native parameters; `layer` is None outside the layers."""
+    """A foreign tensor and the native parameters that it concatenates."""
 
     key: str
+    """Name in the foreign file."""
     parts: tuple[str, ...]
+    """Paths of the native parameters."""
     part_shapes: tuple[Shape, ...]
+    """Native shape of each part, of one layer."""
     layout: Layout
     layer: int | None = None
+    """Index of the layer; None outside the layers."""
 
     @property
     def shape(self) -> Shape:
-        """Its shape in the foreign file."""
+        """Shape in the foreign file."""
         shapes = [self.layout.shape(shape) for shape in self.part_shapes]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read_into(self, params: dict[str, np.ndarray], tensor: np.ndarray) -> None:
-        """Copies the foreign tensor into native parameters that are already there, flat by path."""
+        """Copy the foreign tensor into allocated native parameters, flat by path."""
         row = 0
         for path, shape in zip(self.parts, self.part_shapes, strict=True):
             rows = self.layout.shape(shape)[0]
@@ -94,22 +101,22 @@ class Tensor:
             row += rows
 
     def build(self, params: dict[str, np.ndarray]) -> np.ndarray:
-        """The foreign tensor, from native parameters flat by path."""
+        """Return the foreign tensor of native parameters, flat by path."""
         parts = [params[path] if self.layer is None else params[path][self.layer] for path in self.parts]
         foreign = [self.layout.to_foreign(part) for part in parts]
         return foreign[0] if len(foreign) == 1 else np.concatenate(foreign)
 
 
 def native_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Shape of every native parameter, by path."""
+    """Return the shape of every native parameter, by path."""
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
 
 
 def foreign_tensors(config: ModelConfig, dialect: str) -> Iterator[Tensor]:
-    """Every tensor that a file of `dialect` ("hf" or "mamba_ssm") holds for this model.
+    """Yield every tensor of this model in a file of `dialect` ("hf" or "mamba_ssm").
 
-    A tied head is the embedding once more in mamba_ssm and absent in Hugging Face.
+    A tied head repeats the embedding in mamba_ssm and is absent in Hugging Face.
     """
     shapes = native_shapes(config)
 
@@ -123,7 +130,7 @@ def foreign_tensors(config: ModelConfig, dialect: str) -> Iterator[Tensor]:
             (f"mixer.{key}", tuple(f"layers/mixer/{p}" for p in parts), lay) for key, parts, lay in MIXERS[config.kind]
         ]
         for key, parts, layout in [("norm.weight", ("layers/norm/weight",), SAME), *rows]:
-            if parts[0] in shapes:  # biases that this model does not have
+            if parts[0] in shapes:  # biases are optional
                 yield Tensor(prefix + key, parts, tuple(shapes[part][1:] for part in parts), layout, layer)
     yield whole("backbone.norm_f.weight", "norm_f/weight")
     if not config.tie_embeddings:
@@ -133,18 +140,18 @@ def foreign_tensors(config: ModelConfig, dialect: str) -> Iterator[Tensor]:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """A path of `jax.tree_util` as "layers/norm/weight"."""
+    """Return a path of `jax.tree_util` as "layers/norm/weight"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def flatten(tree: Params) -> dict[str, Any]:
-    """{"layers/norm/weight": leaf, ...} of a nested dict."""
+    """Return {"layers/norm/weight": leaf, ...} of a nested dict."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in paths}
 
 
 def unflatten(flat: dict[str, Any]) -> Params:
-    """The nested dict that `flatten` came from."""
+    """Return the nested dict of `flatten`'s result."""
     tree: Params = {}
     for path, leaf in flat.items():
         *folders, name = path.split("/")

@@ -1,8 +1,8 @@
 """Native models on disk: model.json and params/ of orbax, and the run directories of `pretrain`.
 
-model.json      {"format_version": 1, "model": fields of ModelConfig, "about": what it was trained on,
-                "token_ids": those of a Hugging Face config.json that it came from, if any}
-params/         the parameters as float32, a nested dict, by orbax
+model.json      {"format_version": 1, "model": fields of ModelConfig, "about": see `describe_run`,
+                "token_ids": those of the Hugging Face config.json that it was converted from, if any}
+params/         the parameters in float32, a nested dict, written by orbax
 tokenizer.model or tokenizer.json
 """
 
@@ -26,37 +26,26 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import tokenizers
 from biomamba_jax.interop.adapters import Base
+from biomamba_jax.interop.configs import EXECUTION, portable, token_ids
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name, unflatten
 
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 1
-# Orbax copies arrays before it writes them, and holds what it has packed until a file is full: by its defaults three
-# times the weights in memory, so written about 400 MB beside them. (Buffers above 32 MB go back to the system at once.)
+# Orbax copies arrays before it writes them, and buffers compressed chunks until a file is full: by default three times
+# the weights in memory, with this size about 400 MB in addition to them. (Buffers above 32 MB are freed at once.)
 _CHUNK_BYTES = 36 << 20
-# How to compute is for whoever computes; the rest of ModelConfig describes the weights.
-_NOT_STORED = ("compute_dtype", "kernels", "remat", "unroll")
 _RECIPE = ("optimizer", "schedule", "loss", "train")
 _SECTIONS = ("data", "checkpoint", "lora")
 
 
-def portable(config: ModelConfig) -> ModelConfig:
-    """`config` with every size written out and everything that is not of the weights at its default."""
-    unused = {"mamba1": ("headdim", "n_groups", "chunk_size"), "mamba2": ("dt_rank",)}[config.kind]
-    defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.rank}
-    fields |= {name: defaults[name] for name in (*_NOT_STORED, *unused)}
-    return dataclasses.replace(config, **fields)
-
-
 def write(
-    folder: Path, config: ModelConfig, params: dict[str, Any], about: dict[str, Any], token_ids: dict[str, Any]
+    folder: Path, config: ModelConfig, params: dict[str, Any], about: dict[str, Any], ids: dict[str, Any]
 ) -> None:
-    """Writes model.json and params/ into `folder`."""
-    fields = dataclasses.asdict(portable(config))
-    fields = {name: value for name, value in fields.items() if name not in _NOT_STORED}
+    """Write model.json and params/ into `folder`."""
+    fields = {name: value for name, value in dataclasses.asdict(portable(config)).items() if name not in EXECUTION}
     in_place = type_handlers.create_type_handler_registry(
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, type_handlers.ArrayHandler()),  # unused, but orbax warns where it is not there
+        (jax.Array, type_handlers.ArrayHandler()),  # unused, but orbax warns without it
     )
     arguments = ocp.args.PyTreeSave(
         params,
@@ -66,36 +55,35 @@ def write(
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
     raw = {"format_version": FORMAT_VERSION, "model": fields, "about": about}
-    write_json(folder / MODEL_JSON, raw | ({"token_ids": token_ids} if token_ids else {}))
+    write_json(folder / MODEL_JSON, raw | ({"token_ids": ids} if ids else {}))
 
 
-def read(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """The config and parameters that `write` wrote."""
+def read(folder: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the arguments of `write`: config, parameters, about and token ids.
+
+    Raises:
+      UserError: a file is damaged, or the parameters do not fit the config.
+    """
     path = folder / MODEL_JSON
     raw = read_json(path)
     if raw.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this program reads {FORMAT_VERSION}")
+        raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this version reads {FORMAT_VERSION}")
     try:
         config = portable(ModelConfig(**raw["model"]))
         shapes = native_shapes(config)
     except (KeyError, TypeError, UserError) as error:
-        raise UserError(f"{path}: is not a model's ({error})") from None
-    return config, _restore(folder / PARAMS, "", shapes)
-
-
-def read_about(folder: Path) -> dict[str, Any]:
-    """What model.json tells of the training."""
-    about = read_json(folder / MODEL_JSON).get("about", {})
+        raise UserError(f"{path}: is not the config of a model ({error})") from None
+    about = raw.get("about", {})
     if not isinstance(about, dict):
-        raise UserError(f"{folder / MODEL_JSON}: about = {about!r}: is no mapping")
-    return about
+        raise UserError(f"{path}: about = {about!r}: must be a mapping")
+    return config, _restore(folder / PARAMS, "", shapes), about, token_ids(path, raw.get("token_ids", {}))
 
 
 def _restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[str, Any]:
-    """The arrays below `prefix` of an orbax checkpoint, as float32 numpy arrays, and nothing else of it.
+    """Return the arrays below `prefix` of an orbax checkpoint, as float32 numpy arrays.
 
     Raises:
-      UserError: unreadable, or other paths or shapes than those expected, all in one table.
+      UserError: the checkpoint is damaged, or paths or shapes differ from the expected ones; lists all differences.
     """
     with closing(ocp.PyTreeCheckpointHandler()) as handler:
         try:
@@ -114,12 +102,12 @@ def _restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[
 
 def _unreadable(checkpoint: Path, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{checkpoint}: cannot be read ({reason}); it is damaged, take another copy or checkpoint")
+    return UserError(f"{checkpoint}: cannot be read ({reason}); it is damaged, use another copy or checkpoint")
 
 
 def _restore_one(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path, tree: Any, wanted: str) -> np.ndarray:
-    """One leaf: all at once, they would need as much again for what is being unpacked."""
-    item = jax.tree_util.tree_map_with_path(  # the tree as it was saved, lists included; the rest is left on disk
+    """Return one leaf; restoring all leaves at once would double the memory."""
+    item = jax.tree_util.tree_map_with_path(  # the saved tree, lists included; other leaves stay on disk
         lambda path, leaf: (
             jax.ShapeDtypeStruct(leaf.shape, np.float32) if path_name(path) == wanted else ocp.PLACEHOLDER
         ),
@@ -136,23 +124,29 @@ def _metadata(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run directory holds of a model."""
+    """The model in a run directory."""
 
     config: ModelConfig
     params: dict[str, Any]
-    """The model's, or where there is a `base` its adapters; with `labels`, the classifier's weight among them."""
+    """Parameters of the model, or its adapters if there is a `base`; with `labels`, also "classifier"."""
     tokenizer_file: Path | None
     about: dict[str, Any]
+    """See `describe_run`."""
     base: Base | None = None
+    """Base weights of the adapters."""
     labels: tuple[str, ...] = ()
+    """Names of the classes of a classifier."""
 
 
 def read_run(folder: Path) -> Run:
-    """A checkpoint of a run directory, the best one where the run keeps it and else the newest: its averaged weights
-    where the run keeps them."""
+    """Read the best checkpoint of a run directory if the run keeps it, else the newest; EMA weights if there are any.
+
+    Raises:
+      UserError: there is no checkpoint, or a file is damaged.
+    """
     settings, config = _settings(folder / "config.yaml")
     entries = [entry for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
-    # One without a state was left half-deleted or half-copied.
+    # A checkpoint without a state was deleted or copied in part.
     steps = [int(entry.name) for entry in entries if (entry / "state").is_dir()]
     if not steps:
         raise UserError(
@@ -179,7 +173,7 @@ def read_run(folder: Path) -> Run:
             base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"{folder}: its config or {step}/loop does not tell the adapters' base ({error!r})"
+                f"{folder}: its config or {step}/loop lacks the adapters' base weights ({error!r})"
             ) from None
         expected = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
     data = Path(settings["data"].get("path") or "")
@@ -189,20 +183,20 @@ def read_run(folder: Path) -> Run:
 
 
 def _settings(path: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The config.yaml of a run, its sections as mappings, and the model's as a ModelConfig."""
+    """Return the config.yaml of a run, with its sections as mappings, and the model's section as a ModelConfig."""
     try:
         settings = yaml.safe_load(path.read_text("utf-8"))
         settings |= {name: dict(settings.get(name) or {}) for name in _SECTIONS}
         rows = settings["data"]
         if not all(type(rows.get(key)) is int for key in ("batch_size", "sequence_length")):
-            raise TypeError("data.batch_size or data.sequence_length is no whole number")
+            raise TypeError("data.batch_size or data.sequence_length is not an integer")
         return settings, ModelConfig(**settings["model"])
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: is not the config of a run ({error})") from None
 
 
 def _loop(checkpoint: Path) -> dict[str, Any]:
-    """What the training loop put beside the state; {} in checkpoints without it."""
+    """Return the training loop's entry of a checkpoint, {} if it has none."""
     if not (checkpoint / "loop").exists():
         return {}
     with closing(ocp.JsonCheckpointHandler()) as handler:
@@ -211,7 +205,7 @@ def _loop(checkpoint: Path) -> dict[str, Any]:
         except (ValueError, OSError) as error:
             raise _unreadable(checkpoint / "loop", error) from None
     if not isinstance(loop, dict) or not isinstance(loop.get("best") or {}, dict):
-        raise UserError(f"{checkpoint / 'loop'}: is not what the training loop wrote")
+        raise UserError(f"{checkpoint / 'loop'}: was not written by the training loop")
     return loop
 
 
@@ -223,12 +217,12 @@ def _tokenizer_of_shards(data: Path) -> Path | None:
 
 
 def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) -> dict[str, Any]:
-    """What a model card tells of a run.
+    """Return the information of a model card about a run.
 
     Returns:
       {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings}, "evaluation": the last
-      held-out line up to `step`, "text": {"sources", "splits", "tokenizer"} of the shards' manifest}, each as far as
-      the run directory and the shards still tell it.
+      held-out line up to `step`, "text": {"sources", "splits", "tokenizer"} of the shards' manifest}; the last two only
+      if metrics.jsonl and the shards exist.
     """
     rows = settings["data"]
     sections = (*_RECIPE, "lora") if settings["lora"].get("rank") else _RECIPE
@@ -252,12 +246,12 @@ def describe_run(folder: Path, settings: dict[str, Any], step: int, data: Path) 
 
 
 def _metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one without its end is still being written."""
+    """Yield the lines of metrics.jsonl, except for a last one that is still being written."""
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             values = json.loads(line)
             if type(values["step"]) is not int:
-                raise TypeError("step is no whole number")
+                raise TypeError("step is not an integer")
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: line {number} is damaged ({error!r}); take it out") from None
+            raise UserError(f"{path}: line {number} is damaged ({error!r}); delete it") from None
         yield values

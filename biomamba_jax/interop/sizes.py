@@ -1,4 +1,4 @@
-"""Sizes of a model from its tensors, and the comparison with what its config says: one error with one table."""
+"""Sizes of a model from its tensors, and their comparison with its config."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop.names import EMBEDDINGS, HEAD, Shape, Tensor, foreign_tensors
 
 _LAYER = re.compile(r"^backbone\.layers\.(\d+)\.(.*)$")
-# A GPT-NeoX vocabulary, as the released models pad it: 50,277 ids in use.
+# Padded GPT-NeoX vocabularies of the released models, with 50,277 ids in use.
 _KNOWN_PADDING = {50280: 50277, 50288: 50277}
 _USUAL_MULTIPLES = (16, 8, 4, 2, 1)
 
@@ -18,24 +18,23 @@ _USUAL_MULTIPLES = (16, 8, 4, 2, 1)
 def model_config(
     path: Path, stated: dict[str, Any], shapes: dict[str, Shape], dialect: str, tokenizer_vocab: int | None
 ) -> ModelConfig:
-    """The config of the model that `shapes` describe.
+    """Return the config of the model that `shapes` describe.
 
     Args:
-      path: of the config.json, for messages.
-      stated: fields of ModelConfig that it states; what it leaves out is taken from the tensors.
-      tokenizer_vocab: ids of the tokenizer in the same folder, if there is one.
+      path: path of config.json, for messages.
+      stated: fields of ModelConfig that config.json states; the others are inferred from the tensors.
+      shapes: shape of every tensor, by name.
+      dialect: "hf" or "mamba_ssm".
+      tokenizer_vocab: number of ids of the tokenizer in the same folder, if there is one.
 
     Raises:
-      UserError: the tensors are not those of such a model; the message lists all that are missing, unexpected or of
-        another shape.
+      UserError: the tensors are not those of such a model; lists every missing or unexpected tensor and wrong shape.
     """
     rows = shapes.get(EMBEDDINGS[dialect], (0, 0))[0]
     fields = {"n_groups": 1} | _from_tensors(stated["kind"], shapes, dialect) | stated
     vocabulary = _vocabulary(path, rows, stated, tokenizer_vocab) if rows else {}
     try:
-        config = dataclasses.replace(ModelConfig(**(fields | vocabulary)))
-    except TypeError as error:
-        raise UserError(f"{path}: {error}") from None
+        config = ModelConfig(**(fields | vocabulary))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     compare(path, config, shapes, dialect)
@@ -43,7 +42,7 @@ def model_config(
 
 
 def _from_tensors(kind: str, shapes: dict[str, Shape], dialect: str) -> dict[str, Any]:
-    """The sizes that tensors tell, as far as these are there."""
+    """Return the sizes that can be inferred from the tensors."""
     first = {match[2]: shape for key, shape in shapes.items() if (match := _LAYER.match(key)) and match[1] == "0"}
     layers = [int(match[1]) for key in shapes if (match := _LAYER.match(key))]
     found: dict[str, Any] = {"n_layers": max(layers, default=0) + 1, "bias": "mixer.in_proj.bias" in first}
@@ -68,12 +67,12 @@ def _from_tensors(kind: str, shapes: dict[str, Shape], dialect: str) -> dict[str
     if inner and heads:
         found["headdim"] = max(inner // heads, 1)
     if inner and channels and channels > inner:
-        found["d_state"] = (channels - inner) // 2  # of one group: more groups are a config's to state
+        found["d_state"] = (channels - inner) // 2  # assumes one group unless the config states more
     return found
 
 
 def _vocabulary(path: Path, rows: int, stated: dict[str, Any], tokenizer_vocab: int | None) -> dict[str, int]:
-    """`vocab_size` and a `pad_vocab_multiple` that pads it to exactly `rows`."""
+    """Return `vocab_size` and a `pad_vocab_multiple` that pads it to exactly `rows`."""
     if tokenizer_vocab is not None and tokenizer_vocab > rows:
         raise UserError(
             f"{path.parent}: its tokenizer has {tokenizer_vocab} ids, but the embedding only {rows} rows; "
@@ -93,14 +92,18 @@ def _vocabulary(path: Path, rows: int, stated: dict[str, Any], tokenizer_vocab: 
 
 
 def compare(path: Path, config: ModelConfig, shapes: dict[str, Shape], dialect: str) -> None:
-    """Raises a UserError with a table unless `shapes` are exactly those of `config`'s tensors."""
+    """Raise a UserError with a table unless `shapes` are exactly those of `config`'s tensors."""
     expected = {tensor.key: tensor.shape for tensor in expected_tensors(config, shapes, dialect)}
     keys = sorted(expected.keys() | shapes.keys(), key=lambda key: (_pattern(key), _layer(key)))
     groups: dict[tuple[str, str, str], list[int]] = {}
     for key in keys:
         want, have = expected.get(key), shapes.get(key)
         if want != have:
-            row = (_pattern(key), "unexpected" if want is None else f"{list(want)}", _found(have))
+            row = (
+                _pattern(key),
+                "unexpected" if want is None else f"{list(want)}",
+                "missing" if have is None else f"{list(have)}",
+            )
             groups.setdefault(row, []).append(_layer(key))
     if groups:
         table = "; ".join(
@@ -113,7 +116,7 @@ def compare(path: Path, config: ModelConfig, shapes: dict[str, Shape], dialect: 
 
 
 def expected_tensors(config: ModelConfig, shapes: dict[str, Shape], dialect: str) -> list[Tensor]:
-    """The tensors to read: those of the dialect, a tied head only where the file repeats it."""
+    """Return the tensors to read: those of the dialect, a tied head only if the file repeats it."""
     tensors = list(foreign_tensors(config, dialect))
     if config.tie_embeddings:
         tensors = [tensor for tensor in tensors if tensor.key != HEAD]
@@ -121,10 +124,6 @@ def expected_tensors(config: ModelConfig, shapes: dict[str, Shape], dialect: str
             embedding = next(tensor for tensor in tensors if tensor.key == EMBEDDINGS[dialect])
             tensors.append(dataclasses.replace(embedding, key=HEAD))
     return tensors
-
-
-def _found(shape: Shape | None) -> str:
-    return "missing" if shape is None else f"{list(shape)}"
 
 
 def _pattern(key: str) -> str:
@@ -136,7 +135,7 @@ def _layer(key: str) -> int:
 
 
 def _ranges(layers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "{0-2,5}"; one number stands alone."""
+    """Return "{0-2,5}" for [0, 1, 2, 5], and a single number without braces."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][1] + 1:

@@ -1,8 +1,7 @@
-"""Tensor files: safetensors (whole or sharded) and pytorch_model.bin, read and written one tensor at a time.
+"""Tensor files: safetensors (one file or sharded) and pytorch_model.bin, read and written one tensor at a time.
 
-Memory never holds more than one tensor beside what the caller keeps: each read opens its file anew, so that the pages
-of the file's map are given back, and safetensors are written here, by their few lines of format, since the library's
-writer wants all tensors at once.
+Only one tensor is in memory in addition to what the caller holds: each read reopens its file, which releases the pages
+of the memory map, and safetensors are written by hand, since the library's writer needs all tensors at once.
 """
 
 import importlib
@@ -16,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
 from biomamba_jax.interop.names import Shape
 
 SAFETENSORS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -26,18 +26,15 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class TensorSource(Protocol):
-    """Named tensors of one folder.
-
-    Attributes:
-      shapes: shape of every tensor, by name.
-      metadata: what the file says of itself.
-    """
+    """Named tensors of one folder."""
 
     shapes: dict[str, Shape]
+    """Shape of every tensor, by name."""
     metadata: dict[str, str]
+    """Metadata of the files' headers."""
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor as float32."""
+        """Return one tensor as float32."""
         ...
 
 
@@ -52,7 +49,7 @@ class _Safetensors:
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     tensor = file.get_slice(key)
                     if tensor.get_dtype() not in _FLOATS:
-                        raise UserError(f"{path}: {key} is of type {tensor.get_dtype()}, no floating-point weights")
+                        raise UserError(f"{path}: {key} has dtype {tensor.get_dtype()}, which is not floating-point")
                     self.shapes[key], self._file[key] = tuple(tensor.get_shape()), path
 
     def read(self, key: str) -> np.ndarray:
@@ -66,7 +63,7 @@ def _opened(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, though {INDEX} names it; download it too") from None
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or cut short ({error}); download it again") from None
+        raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
 
 
 class _TorchBin:
@@ -79,7 +76,7 @@ class _TorchBin:
             ) from None
         try:
             self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: whatever the file's bytes provoke
+        except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: depends on the file's bytes
             reason = str(error).strip().split("\n")[0].split(". ")[0]
             raise UserError(
                 f"{path}: refused by torch's weights-only loader ({reason}); a file of plain tensors is needed"
@@ -97,21 +94,19 @@ class _TorchBin:
 
 
 def open_tensors(folder: Path) -> TensorSource:
-    """The weights in `folder`: model.safetensors, its sharded form with an index, or pytorch_model.bin.
+    """Open the weights in `folder`: model.safetensors, its shards with an index, or pytorch_model.bin.
 
     Raises:
-      UserError: none of them, a damaged file, or one that would run code.
+      UserError: there are none, or a file is damaged or would run code.
     """
     if (folder / SAFETENSORS).exists():
         return _Safetensors([folder / SAFETENSORS])
     if (index := folder / INDEX).exists():
-        try:
-            files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-            if not all(isinstance(name, str) for name in files):
-                raise TypeError(f"weight_map names {files}")
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
-            raise UserError(f"{index}: no index of safetensors ({error!r}); download it again") from None
-        return _Safetensors([folder / name for name in files])
+        weight_map = read_json(index).get("weight_map")
+        names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise UserError(f"{index}: weight_map must map tensors to files of this folder; download it again")
+        return _Safetensors([folder / name for name in sorted(set(names))])
     if (folder / BIN).exists():
         return _TorchBin(folder / BIN)
     raise UserError(f"{folder}: holds no weights: {SAFETENSORS}, {INDEX} with its files, or {BIN}")
@@ -124,9 +119,9 @@ def write_safetensors(
     dtype: str,
     metadata: dict[str, str],
 ) -> None:
-    """Writes tensors, in the order of `shapes`, as `dtype` ("float32", "float16" or "bfloat16").
+    """Write tensors, in the order of `shapes`, as `dtype` ("float32", "float16" or "bfloat16").
 
-    The format: 8 bytes, the little-endian length of a JSON header; the header, padded with spaces to 8 bytes; data.
+    The format: the length of the header as 8 little-endian bytes; the JSON header, padded with spaces to 8 bytes; data.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
@@ -139,19 +134,18 @@ def write_safetensors(
         file.write(len(text).to_bytes(8, "little") + text)
         for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape, (key, tensor.shape, shape)
-            with np.errstate(over="ignore"):  # checked below, by name
+            with np.errstate(over="ignore"):  # overflow is reported below
                 array = np.ascontiguousarray(tensor, dtype=DTYPES[dtype])
             if dtype == "float16" and not np.isfinite(array).all() and np.isfinite(tensor).all():
                 raise UserError(f"{key} holds values beyond float16's range; give --dtype bfloat16 or float32")
             file.write(array.reshape(-1).view(np.uint8).data)
 
 
-def write_bin(folder: Path) -> bool:
-    """Writes pytorch_model.bin beside the model.safetensors in `folder`; False where torch is not installed."""
+def write_bin(folder: Path) -> None:
+    """Write pytorch_model.bin from the model.safetensors in `folder`, if torch is installed."""
     try:
         torch = importlib.import_module("torch")
         load_file = importlib.import_module("safetensors.torch").load_file
     except ImportError:
-        return False
-    torch.save(load_file(folder / SAFETENSORS), folder / BIN)  # mapped, not loaded: pages pass through
-    return True
+        return
+    torch.save(load_file(folder / SAFETENSORS), folder / BIN)  # memory-mapped

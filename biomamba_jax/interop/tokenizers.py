@@ -1,6 +1,5 @@
-"""Tokenizer files beside a model, in the form that `transformers.AutoTokenizer` loads without the network."""
+"""Tokenizer files of an exported model, in the form that `transformers.AutoTokenizer` loads offline."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import write_json
 
 SENTENCEPIECE, TOKENIZER_JSON, TOKENIZER_CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
-_SPACE = "▁"  # SentencePiece's sign for a space
+_SPACE = "▁"  # SentencePiece's symbol for a space
 _PROBE = (
     "Serum TNF-α rose 2.5-fold (p<0.001).\nMETHODS: 1,024 patients",
     "  two  spaces, a tab\t and <0x0A>, Ångström, naïve, ﬁ, ½, µg",
@@ -23,33 +23,21 @@ _PROBE = (
 
 
 def find(folder: Path) -> Path | None:
-    """The tokenizer file in `folder`: the SentencePiece model first, whose tokenizer.json may lie beside it."""
+    """Return the tokenizer file in `folder`: a SentencePiece model before a tokenizer.json."""
     return next((folder / name for name in (SENTENCEPIECE, TOKENIZER_JSON) if (folder / name).exists()), None)
 
 
-def vocab_size(file: Path) -> int:
-    """One more than the tokenizer's largest id."""
-    return load_tokenizer(file).vocab_size
-
-
-def eos_id(file: Path) -> int:
-    """Id of the token that ends every document."""
-    return load_tokenizer(file).eos_id
-
-
-def copy(file: Path, folder: Path) -> Path:
-    """Copies a tokenizer file into `folder` under its usual name."""
-    return load_tokenizer(file).save_to(folder)
-
-
 def write_for_transformers(file: Path, folder: Path, stated: dict[str, Any], token_ids: dict[str, Any]) -> None:
-    """Writes tokenizer.json and tokenizer_config.json, which make a fast tokenizer; a tokenizer.json is left as it is.
+    """Write tokenizer.json and tokenizer_config.json of a fast tokenizer.
 
-    Special tokens are those of `stated`, an earlier tokenizer_config.json, else those of `token_ids`, else the token
-    that ends a text.
+    Args:
+      file: the model's tokenizer; a tokenizer.json must already be in `folder`.
+      folder: folder of the model.
+      stated: an earlier tokenizer_config.json, whose special tokens win.
+      token_ids: ids of special tokens, used next; the default is the EOS token.
 
     Raises:
-      UserError: a SentencePiece model of another make than ours.
+      UserError: the SentencePiece model cannot be converted, see `from_sentencepiece`.
     """
     tokenizer = load_tokenizer(file)
     if file.suffix == ".model":
@@ -71,26 +59,26 @@ def write_for_transformers(file: Path, folder: Path, stated: dict[str, Any], tok
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),
     }
-    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / TOKENIZER_CONFIG, settings)
 
 
 def from_sentencepiece(file: Path) -> hf.Tokenizer:
-    """Our SentencePiece models (see `data.tokenizer.train_sentencepiece`) as a tokenizer of the tokenizers library.
+    """Convert a SentencePiece model of `data.tokenizer.train_sentencepiece` to the tokenizers library.
 
-    It puts `<|endoftext|>` in front, the start symbol of every document in training; a text that spells it means it.
-    All other ids are the same, but where two cuts of a word score the same to within SentencePiece's float32 sums (5
-    of 6,000 PubMed abstracts, 1 token in 300,000).
+    Prepends `<|endoftext|>`, the start symbol of every document in training, and recognises it in text. All other ids
+    are the same, except where two segmentations of a word have the same score to within SentencePiece's float32 sums
+    (5 of 6,000 PubMed abstracts, 1 token in 300,000).
 
     Raises:
-      UserError: the two disagree on a probe of texts: the model was trained with other settings.
+      UserError: the two disagree on test texts, since the model was trained with other settings.
     """
     processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     ids = range(processor.vocab_size())
     pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in ids]
     tokenizer = hf.Tokenizer(models.Unigram(pieces, unk_id=processor.unk_id(), byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
-    # Pieces have the space in front and nowhere else, and digits stand alone: cutting there changes nothing, but for
-    # text that reads like a byte's name, "<0x0A>".
+    # Pieces have a space only in front, and digits are separate pieces: splitting there changes nothing, except for
+    # text that looks like the name of a byte, "<0x0A>".
     words = pre_tokenizers.Split(Regex(f"{_SPACE}[^{_SPACE}]*"), "isolated")
     digits = pre_tokenizers.Split(Regex("[0-9]"), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, digits])
@@ -101,13 +89,13 @@ def from_sentencepiece(file: Path) -> hf.Tokenizer:
     for text in _PROBE:
         if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
             raise UserError(
-                f"{file}: cannot be turned into a tokenizer.json: only SentencePiece models as `prepare "
-                "--train-tokenizer` makes them can; give --tokenizer with a tokenizer.json of the same ids"
+                f"{file}: cannot be converted to tokenizer.json, unlike SentencePiece models of `prepare "
+                "--train_tokenizer`; give --tokenizer with a tokenizer.json of the same ids"
             )
     return tokenizer
 
 
 def generation_config(config: ModelConfig, token_ids: dict[str, Any]) -> dict[str, Any]:
-    """transformers' generation_config.json: where text ends, and never an id that is mere padding."""
+    """Return transformers' generation_config.json: EOS and other ids, and padded ids suppressed."""
     padding = list(range(config.known_vocab, config.padded_vocab))
     return token_ids | ({"suppress_tokens": padding} if padding else {})

@@ -161,7 +161,7 @@ def test_without_torch_the_command_says_which_file_is_missing(weights, tmp_path,
     write_model(weights, tmp_path / "native", "native")
     monkeypatch.setitem(sys.modules, "torch", None)
     convert.main(["--input", str(tmp_path / "native"), "--output", str(tmp_path / "out"), "--to", "mamba_ssm"])
-    assert "torch is not installed: no pytorch_model.bin" in capsys.readouterr().out
+    assert "torch is not installed: pytorch_model.bin" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["file/out", "n" * 300])

@@ -99,7 +99,7 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl: line 1 is damaged"),
         ("checkpoints/10/state/_METADATA", b"{", "checkpoints/10/state: cannot be read"),
         ("checkpoints/10/loop/metadata", b"{", "checkpoints/10/loop: cannot be read"),
-        ("checkpoints/10/loop/metadata", b"[]", "checkpoints/10/loop: is not what"),
+        ("checkpoints/10/loop/metadata", b"[]", "checkpoints/10/loop: was not written by"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content, message):

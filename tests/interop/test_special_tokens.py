@@ -51,7 +51,7 @@ def test_ids_that_nobody_knows_are_not_made_up(folder):
 
 def test_an_id_that_is_none_is_refused_by_name(folder):
     state(folder / "config.json", eos_token_id="2")
-    with pytest.raises(UserError, match=r"config\.json: eos_token_id = '2': is no token id"):
+    with pytest.raises(UserError, match=r"config\.json: eos_token_id = '2': must be a token id"):
         read_model(folder)
 
 

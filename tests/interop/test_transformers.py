@@ -119,5 +119,5 @@ def test_a_sentencepiece_model_of_another_make_is_refused(tmp_path):
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "other"), vocab_size=60, model_type="bpe"
     )
-    with pytest.raises(UserError, match=r"other\.model: cannot be turned into a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"other\.model: cannot be converted to tokenizer\.json"):
         from_sentencepiece(tmp_path / "other.model")
