@@ -1,7 +1,9 @@
 """`prepare inspect` and `prepare tokenizers`: counts that agree with the shards, and pages to send to a colleague."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from corpora import SMALL, abstract, make_shards
 from nlm_xml import article, write_set
 
 from biomamba_jax import prepare
+from biomamba_jax.command_line import parse
 from biomamba_jax.config.prepare import InspectConfig, TokenizersConfig
-from biomamba_jax.data.inspection import inspect
+from biomamba_jax.data.inspection import inspect, preview, show
+from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.data.tokenizer_comparison import compare_tokenizers
 from biomamba_jax.errors import UserError
@@ -33,8 +37,21 @@ def shards(nlm, tmp_path_factory):
 def test_lengths_and_packing_are_those_of_the_shards(shards):
     found = inspect(InspectConfig(path=str(shards), sequence_length=256))
     np.testing.assert_array_equal(found.lengths, ShardReader(shards / "train").lengths)
-    assert 0.5 < found.packed <= 1
     assert found.markup == (len(found.lengths), 0, 0)
+
+
+def test_the_packed_share_is_that_of_all_tokens_in_all_rows(shards):
+    for length in (256, 1000):
+        found = inspect(InspectConfig(path=str(shards), sequence_length=length))
+        rows = RowPlan(found.lengths, length, seed=0).rows_in_epoch()
+        assert found.packed == pytest.approx(found.lengths.sum() / (rows * length))
+
+
+def test_the_printed_percentiles_are_lengths_that_so_many_documents_have_at_most(shards, capsys):
+    found = dataclasses.replace(inspect(InspectConfig(path=str(shards))), lengths=np.arange(10, 20, dtype=np.uint32))
+    show(found)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "at most" in line)
+    assert [int(cell) for cell in line.split("│")[2:-1]] == [10, 10, 12, 14, 16, 18, 18, 19]
 
 
 def test_samples_are_shown_before_and_after(nlm, shards):
@@ -56,7 +73,12 @@ def test_the_preview_of_a_mixture_has_its_shares(shards, tmp_path):
     prepare.main(["inspect", str(shards), *options])
     page = Page(report)
     assert page.count["svg"] == 3
-    assert {"75.00 %", "25.00 %"} & page.cells or any(cell.startswith(("74.9", "75.0")) for cell in page.cells)
+    found = {share.name: share for share in preview(parse(InspectConfig, [f"--path={shards}", *options], ""))}
+    for name, weight in (("a", 0.75), ("b", 0.25)):
+        assert found[name].share == pytest.approx(weight, abs=0.005)
+        lengths = ShardReader(Path(sources[name]["path"]) / "train").lengths
+        assert found[name].epochs == pytest.approx(found[name].tokens / lengths.sum(), rel=0.02)
+        assert {f"{found[name].tokens:,}", f"{found[name].epochs:.3f}"} <= page.cells
 
 
 class Page(HTMLParser):
@@ -115,7 +137,7 @@ def test_tokenizers_are_compared_on_the_same_text(nlm, shards, tmp_path, capsys)
     lengths = np.concatenate([ShardReader(shards / split).lengths for split in ("train", "validation", "test")])
     assert found.tokens == lengths.sum() - len(lengths)  # all documents are read, and EOS is not counted
     assert found.vocab_size == 300
-    assert found.single_terms == 0.5
+    assert found.single_terms == 0.5 and found.tokens_per_term > 1
     assert found.bytes_per_token * found.tokens == pytest.approx(
         sum(document.num_bytes for split in ("train", "validation", "test") for document in _all(shards / split))
     )

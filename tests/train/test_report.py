@@ -13,7 +13,7 @@ from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.progress import Progress
-from biomamba_jax.train.report import record_start, thin, write_report
+from biomamba_jax.train.report import _smooth, record_start, thin, write_report
 
 
 @pytest.fixture
@@ -50,6 +50,31 @@ def test_the_table_compares_before_and_after_with_baselines_of_the_same_text(run
         ["validation", "unigram", "800.00", "2.5000"],
         ["validation", "this model, step 90", "10.47", "0.7828"],
     ]
+
+
+def test_the_first_figures_are_steps_tokens_the_last_evaluation_and_the_medians_of_speed(run_dir):
+    lines = [
+        {"step": step, "time": 1e9 + 60 * step, "tokens_per_second": speed, "share_of_peak": share}
+        for step, speed, share in ((1, 1000.0, 0.1), (2, 1234.4, 0.4125), (62, 9000.0, 0.9))
+    ]
+    (run_dir / "timing.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = page(run_dir).xpath("//div[@class='cards']/div")
+    assert [tuple(part.text for part in figure) for figure in figures] == [
+        ("100", "steps"),
+        ("90 k", "tokens"),
+        ("10.47", "perplexity"),
+        ("0.7828", "bits per byte"),
+        ("1,234", "tokens/s (median)"),
+        ("41.2 %", "of peak (median)"),
+        ("1:01:00", "wall clock"),
+    ]
+
+
+def test_a_smoothed_straight_line_is_that_line():
+    xs = np.arange(0.0, 3000.0, 3)
+    smooth_xs, smooth_ys = _smooth(xs, 5 - xs)
+    assert len(smooth_xs) == 980
+    np.testing.assert_allclose(smooth_ys, 5 - smooth_xs)
 
 
 def test_it_is_one_file_that_runs_nothing_and_fetches_nothing(run_dir):
@@ -129,7 +154,7 @@ def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(m
 def steps(progress, clock, count):
     for step in range(1, count + 1):
         clock[0] += 1.0
-        progress.update(step, 5.0, 1234.5, share_of_peak=0.5)
+        progress.update(step, 5.0, 1234.5, share_of_peak=0.5, data_wait_share=0.0325)
 
 
 def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_the_end():
@@ -138,11 +163,11 @@ def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_t
         steps(progress, clock, 25)
         progress.log("saved [step 25]")
     assert out.getvalue().splitlines() == [
-        "step 1/100 (1 %)  loss 5.0000  1,234 tokens/s  50.0 % of peak",
-        "step 11/100 (11 %)  loss 5.0000  0:01:29 left  1,234 tokens/s  50.0 % of peak",
-        "step 21/100 (21 %)  loss 5.0000  0:01:19 left  1,234 tokens/s  50.0 % of peak",
+        "step 1/100 (1 %)  loss 5.0000  1,234 tokens/s  50.0 % of peak  data wait 3.2 %",
+        "step 11/100 (11 %)  loss 5.0000  0:01:29 left  1,234 tokens/s  50.0 % of peak  data wait 3.2 %",
+        "step 21/100 (21 %)  loss 5.0000  0:01:19 left  1,234 tokens/s  50.0 % of peak  data wait 3.2 %",
         "saved [step 25]",
-        "step 25/100 (25 %)  loss 5.0000  0:01:15 left  1,234 tokens/s  50.0 % of peak",
+        "step 25/100 (25 %)  loss 5.0000  0:01:15 left  1,234 tokens/s  50.0 % of peak  data wait 3.2 %",
     ]
 
 
