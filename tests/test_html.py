@@ -5,6 +5,7 @@ import json
 import lxml.html
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from biomamba_jax import html
 from biomamba_jax.config import EvaluateConfig
@@ -162,23 +163,36 @@ def test_the_level_of_the_intervals_is_not_rounded(tmp_path):
     assert "pseudo" not in root.text_content().partition("Environment")[0]
 
 
-def test_intervals_are_drawn_around_their_figures(tmp_path):
-    found = [("m", [Estimate(0.5, 0.25, 1.0), Estimate(0.75)])]
-    drawn = {}
+@pytest.fixture
+def axes(monkeypatch):
+    """The axes of plots drawn in this test, by title."""
+    found = {}
 
-    def capture(title, draw):
-        from matplotlib.figure import Figure
-
-        axes = Figure().add_subplot()
-        draw(axes)
-        (bars,) = axes.containers
-        drawn[title] = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    def draw_only(title, draw):
+        found[title] = Figure().add_subplot()
+        draw(found[title])
         return html.Plot(title, "")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html, "plot", capture)
-        evaluation_report._intervals_plot("t", ["a", "b"], found)
-    assert drawn == {"t": [[0.25, 1.0], [0.75, 0.75]]}
+    monkeypatch.setattr(html, "plot", draw_only)
+    return found
+
+
+def test_intervals_are_drawn_around_their_figures(axes):
+    evaluation_report._intervals_plot("t", ["a", "b"], [("m", [Estimate(0.5, 0.25, 1.0), Estimate(0.75)])])
+    (bars,) = axes["t"].containers
+    assert [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()] == [[0.25, 1.0], [0.75, 0.75]]
+    assert bars.lines[0].get_ydata().tolist() == [0.5, 0.75]
+
+
+def test_losses_are_drawn_at_the_middle_of_their_positions_counted_from_one(axes, tmp_path):
+    found = results(["one"])
+    ranges = [(0, 0, 9.0), (1, 1, 8.0), (2, 3, 7.0)]
+    found.domains["d"].models["one"].positions[:] = [
+        {"from": first, "to": last, "tokens": 1, "cross_entropy": loss} for first, last, loss in ranges
+    ]
+    evaluation_report.write(found, tmp_path)
+    (line,) = axes["Cross-entropy by position in the document: d"].lines
+    assert line.get_xdata().tolist() == [1, 2, 3.5] and line.get_ydata().tolist() == [9, 8, 7]
 
 
 @pytest.mark.parametrize("name", NAMES)
