@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.data.examples import fill_template, read_records
+from biomamba_jax.data.examples import fill_template
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_lines
+from biomamba_jax.files import read_json_lines
 
 _AT_ONCE = 64
 """Lines read, classified and written at a time."""
@@ -64,8 +64,8 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
 
 def _prompts(config: ClassifyConfig, source: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
     name = config.file or "standard input"
-    for where, record in read_records(name, read_lines(config.file) if config.file else source):
-        yield record, fill_template(config.prompt, record, where, "prompt")
+    for number, record in read_json_lines(name, None if config.file else source):
+        yield record, fill_template(config.prompt, record, f"{name}, line {number}", "prompt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

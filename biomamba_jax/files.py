@@ -5,7 +5,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -103,25 +103,29 @@ def read_any_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
 
 
-def read_json_lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields (line number, mapping) for each line of a JSON lines file, plain or compressed; skips blank lines.
+
+    Args:
+      path: the file.
+      lines: its lines where it is not a file, such as standard input; `path` then only names it in messages.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON mapping; names file and line.
     """
-    for number, record in read_any_json_lines(path):
+    for number, record in read_any_json_lines(path, lines):
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: is not a mapping")
         yield number, record
 
 
-def read_any_json_lines(path: str | Path) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for each line of a JSON lines file, plain or compressed; skips blank lines.
+def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, Any]]:
+    """Yields (line number, value) for each line of a JSON lines file; arguments as those of `read_json_lines`.
 
     Raises:
       UserError: the file cannot be read, or a line is not JSON; names file and line.
     """
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
         if not line.strip():
             continue
         try:

@@ -15,7 +15,7 @@ def write_shards(folder: Path, *, documents: int = 200, vocab_size: int = 31, lo
     following = random.integers(1, vocab_size, (vocab_size, 3))
     splits = {}
     for split, count in (("train", documents), ("validation", documents // 10)):
-        with ShardWriter(folder / split, documents_per_shard=64) as writer:
+        with ShardWriter(folder / split) as writer:
             for pmid in range(count):
                 ids = [int(random.integers(1, vocab_size))]
                 while len(ids) < random.integers(1, longest):

@@ -1,1 +1,1 @@
-"""Text to batches: NLM XML, tokenizers, shards, packing and iterators. NumPy only: worker processes never load JAX."""
+"""Text to batches: NLM XML, tokenizers, shards, packing and iterators; never imports JAX, for lean worker processes."""

@@ -31,14 +31,14 @@ import numpy as np
 
 from biomamba_jax.config.prepare import FilterConfig, PrepareConfig
 from biomamba_jax.data.decontamination import decontaminate, load_evaluation, read_evaluation
-from biomamba_jax.data.encode import join_shards, plan_shards, write_shard
+from biomamba_jax.data.encode import plan_shards, write_shard
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.input_files import checksums, in_order
 from biomamba_jax.data.near_duplicates import Bands, choose_bands
 from biomamba_jax.data.readers import read_records
 from biomamba_jax.data.records import CODE, REASONS
 from biomamba_jax.data.resolve import drop_near_duplicates, resolve
-from biomamba_jax.data.shards import Manifest, SplitInfo, TokenizerInfo
+from biomamba_jax.data.shards import Manifest, SplitInfo, TokenizerInfo, join_shards
 from biomamba_jax.data.source import Source, Spool
 from biomamba_jax.data.spool import SPOOL_VERSION, finished_spool, write_spool
 from biomamba_jax.data.tokenizer import CHARACTER_COVERAGE, Tokenizer, load_tokenizer, train_sentencepiece
@@ -143,7 +143,9 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
         infos = iter(_run(pool, write_shard, flat, "tokenize", documents, progress, lambda info: info.documents))
         splits: dict[str, SplitInfo] = {}
         for name, split in tasks.items():
-            splits[name] = join_shards(split, [next(infos) for _ in split], work.output / name)
+            join_shards([task.folder for task in split], work.output / name)
+            each = [next(infos) for _ in split]
+            splits[name] = SplitInfo(*(sum(totals) for totals in zip(*map(dataclasses.astuple, each), strict=True)))
         if config.decontaminate or config.near_duplicates is not None:
             lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in removed)
             write_text(work.output / REMOVED_NAME, "".join(lines))

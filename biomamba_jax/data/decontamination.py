@@ -104,6 +104,8 @@ def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least
     """Yield the candidates with source articles of `evaluation`, and texts that overlap it, marked as left out.
 
     Args:
+      candidates: the records.
+      evaluation: the evaluation text.
       least: share of runs of words at which a document counts as evaluation text.
     """
     for block in blocks(candidates, _BLOCK_ROWS):

@@ -5,7 +5,6 @@ processes, and finished shards of a killed run are reused.
 """
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from biomamba_jax.data.shards import LENGTHS_NAME, ShardWriter, SplitInfo
+from biomamba_jax.data.shards import ShardWriter, SplitInfo
 from biomamba_jax.data.source import Source
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.files import read_json, write_json
@@ -103,8 +102,7 @@ def write_shard(task: ShardTask) -> SplitInfo:
         return SplitInfo(**read_json(done))
     shutil.rmtree(task.folder, ignore_errors=True)
     tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_sha256)
-    documents = sum(len(part.rows) for part in task.parts)
-    with ShardWriter(task.folder, documents_per_shard=max(documents, 1), token_dtype=task.token_dtype) as writer:
+    with ShardWriter(task.folder, token_dtype=task.token_dtype) as writer:
         for part in task.parts:
             index = part.source.rows
             for rows in _batches(part.rows, index["size"]):
@@ -127,18 +125,3 @@ def _batches(rows: np.ndarray, sizes: np.ndarray) -> Iterator[np.ndarray]:
     """Yield consecutive rows of about `_BATCH_BYTES` of text."""
     run = np.cumsum(sizes[rows], dtype=np.int64) // _BATCH_BYTES
     yield from np.split(rows, np.flatnonzero(np.diff(run)) + 1) if len(rows) else []
-
-
-def join_shards(tasks: Sequence[ShardTask], infos: Sequence[SplitInfo], folder: Path) -> SplitInfo:
-    """Make the split's folder of its finished shards and return its totals."""
-    folder.mkdir()
-    np.save(folder / LENGTHS_NAME, np.concatenate([np.load(Path(task.folder) / LENGTHS_NAME) for task in tasks]))
-    for number, task in enumerate(tasks):
-        (shard,) = Path(task.folder).glob("*.array_record")
-        place = folder / f"shard-{number:05d}-of-{len(tasks):05d}.array_record"
-        try:
-            os.link(shard, place)  # it also stays where it was, in case a later step fails
-        except OSError:  # a file system without links
-            os.replace(shard, place)
-    documents, tokens, size = (sum(getattr(i, name) for i in infos) for name in ("documents", "tokens", "bytes"))
-    return SplitInfo(documents=documents, tokens=tokens, bytes=size, shards=len(tasks))

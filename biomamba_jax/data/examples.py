@@ -3,13 +3,12 @@
     ids       prompt  answer  EOS        targets   -1 ... -1  answer  EOS         the language model answers
     ids       prompt  EOS                targets   -1 ... -1  class               a classifier answers
 
-Where targets are negative nothing is counted. A classifier's one target stands behind the prompt's last token. Rows are
-packed like any others (see `packing`), except that no example is ever cut in two.
+Negative targets do not count in the loss. A classifier's one target is predicted from the prompt's last token. Rows are
+packed like any others (see `packing`), except that no example is ever split.
 """
 
-import json
 import string
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ import numpy as np
 from biomamba_jax.data.text import split_position
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_lines
+from biomamba_jax.files import read_json_lines
 
 NOT_COUNTED = -1
 
@@ -29,27 +28,29 @@ class Example:
 
     prompt: str
     answer: str
-    """As it stands behind the prompt, its leading space included."""
+    """The text that follows the prompt, including a leading space."""
     label: str = ""
-    """The answer as a class of its task, where it has classes."""
+    """The answer as a class of the task; "" without classes."""
     key: str = ""
-    """What the example is called where it comes from."""
+    """Name of the example in its source."""
 
 
 class Encoded(NamedTuple):
-    """One example as int32 [tokens]."""
+    """An encoded example."""
 
     ids: np.ndarray
+    """int32 [tokens]."""
     targets: np.ndarray
+    """int32 [tokens]; negative ones do not count."""
 
 
 class EncodedExamples:
-    """Examples in memory, as `pipeline` takes documents; made by `encode_examples`."""
+    """Encoded examples in memory, as documents for `pipeline`."""
 
     def __init__(self, folder: str, examples: Sequence[Encoded], shortened: int):
         self.folder = folder
         self.shortened = shortened
-        """Examples whose prompt lost its beginning."""
+        """Number of examples whose prompt lost its beginning."""
         self.lengths = np.array([len(example.ids) for example in examples], np.int64)
         self._examples = examples
 
@@ -68,17 +69,20 @@ def encode_examples(
     source: str,
     labels: Sequence[str] = (),
 ) -> EncodedExamples:
-    """Tokenizes examples.
+    """Tokenize examples.
 
-    A prompt that does not fit into a row with its answer loses its beginning; questions stand at the end.
+    A prompt that does not fit into a row with its answer loses its beginning, since questions are at the end.
 
     Args:
+      examples: at least one.
+      tokenizer: encodes prompts and answers.
+      sequence_length: tokens of a row.
       source: where the examples come from, for messages.
-      labels: the classes of a classifier; without them the answer's text is what is learnt.
+      labels: the classes of a classifier; without them the model learns the answer's text.
 
     Raises:
-      UserError: there are no examples, an answer that is empty or does not fit into a row, or a class that is not
-        among `labels`; names the example.
+      UserError: there is no example, an answer is empty or does not fit into a row, or a class is not among `labels`;
+        names the example.
     """
     if not examples:
         raise UserError(f"{source}: holds no example; give more, or another split")
@@ -109,54 +113,39 @@ def encode_examples(
 
 
 def read_examples(path: str, prompt: str, answer: str) -> Iterator[Example]:
-    """The examples of a file of JSON lines. The label of each is its answer without white space around it.
+    """Yield the examples of a file of JSON lines. The label of each is its answer without surrounding white space.
 
     Args:
+      path: the file.
       prompt: template; "{name}" stands for that key of the line.
       answer: template.
 
     Raises:
-      UserError: a line that is not a JSON object or has not the keys; names the line.
+      UserError: a line is not a JSON object or lacks a key; names the line.
     """
-    for where, record in read_records(path, read_lines(path)):
+    for number, record in read_json_lines(path):
+        where = f"{path}, line {number}"
         text = fill_template(answer, record, where, "data.answer")
         yield Example(fill_template(prompt, record, where, "data.prompt"), text, text.strip(), where)
 
 
-def read_records(name: str, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of JSON lines, each with where it stands; empty lines are skipped.
-
-    Raises:
-      UserError: a line that is not a JSON object.
-    """
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{name}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise UserError(f'{where}: give an object, {{"prompt": "...", ...}}')
-        yield where, record
-
-
 def fill_template(template: str, record: Mapping[str, Any], where: str, key: str) -> str:
-    """`template` with the values of a record in place of {their names}; numbers are written as Python does.
+    """Fill in the values of a record for {their names}; numbers are written as Python does.
 
     Args:
-      where: the record's place, for messages.
-      key: the setting that the template is of.
+      template: text with "{name}"s.
+      record: values by name.
+      where: place of the record, for messages.
+      key: name of the setting that holds the template, for messages.
 
     Raises:
-      UserError: the template is none, or names what the record has no text or number for.
+      UserError: the template is malformed, or names a key that is not a text or number in the record.
     """
     parts = []
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise UserError(f"{key} = {template!r}: is no template ({error}); write {{{{ and }}}} for braces") from None
+        raise UserError(f"{key} = {template!r}: is not a template ({error}); write {{{{ and }}}} for braces") from None
     for text, name, _, _ in fields:
         parts.append(text)
         if name is not None:
@@ -167,8 +156,11 @@ def fill_template(template: str, record: Mapping[str, Any], where: str, key: str
 
 
 def held_out_share(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """Training and development examples. Which one an example is in depends on its prompt alone, so prompts that occur
-    twice stay together and nothing changes side when others come or go."""
+    """Split examples into training and development examples.
+
+    The split depends on each prompt alone: equal prompts stay together, and no example changes sides when others are
+    added or removed.
+    """
     border = fraction * 2**32
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:

@@ -1,4 +1,4 @@
-"""Input files: their checksums, and their order."""
+"""Checksums and order of input files."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ _NLM_NAME = re.compile(r"(?:pubmed|medline)(\d\d)n(\d{4,})\D")
 
 @dataclass(frozen=True)
 class Checksums:
-    """Size in bytes and hexadecimal digests of a file as it lies on disk."""
+    """Size in bytes and hexadecimal digests of a file on disk."""
 
     size: int
     md5: str
@@ -23,7 +23,11 @@ class Checksums:
 
 
 def checksums(path: str | Path) -> Checksums:
-    """Digests of the file; UserError if a sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another."""
+    """Compute a file's checksums.
+
+    Raises:
+      UserError: it cannot be read, or its sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another sum.
+    """
     md5, sha256, size = hashlib.md5(usedforsecurity=False), hashlib.sha256(), 0
     with naming_errors(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -35,7 +39,7 @@ def checksums(path: str | Path) -> Checksums:
 
 
 def check_md5(path: str | Path, md5: str) -> None:
-    """UserError if a sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another sum than `md5`."""
+    """Raise UserError if a sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another sum than `md5`."""
     sidecar = Path(f"{path}.md5")
     if not sidecar.is_file():
         return
@@ -47,14 +51,17 @@ def check_md5(path: str | Path, md5: str) -> None:
 
 
 def stated_md5(sidecar: str) -> str | None:
-    """The sum in the text of a sidecar, lower-case; None if it has none."""
+    """Return the MD5 sum in the text of a sidecar, lower-case; None if it has none."""
     return found[-1].lower() if (found := _MD5.findall(sidecar)) else None
 
 
 def in_order(paths: Sequence[str]) -> list[Path]:
-    """NLM's files by year and number (the baseline before its updates), then all others as given.
+    """Return NLM's files by year and number (the baseline before its updates), then all others as given.
 
-    Later files win over earlier ones, so the order in which NLM's files arrive or are named does not matter.
+    Records of later files replace those of earlier ones, so the order in which NLM's files are named must not matter.
+
+    Raises:
+      UserError: a file is given twice.
     """
     resolved = [Path(path) for path in paths]
     seen: set[Path] = set()

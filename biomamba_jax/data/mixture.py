@@ -1,16 +1,17 @@
-"""Several corpora as one: whole documents drawn from each so that their shares, in tokens, are those asked for.
+"""Mixtures: whole documents of several corpora, drawn so that each has its share of the tokens.
 
-Each source is an endless stream of its documents, shuffled anew in each of its epochs. The next document always comes
-from the source that lies furthest behind its share, so after any number of documents every source is within about one
-document of it, however long its documents are. About `window` documents that follow one another are packed together,
-as without a mixture (see `packing`).
+Each source is an endless stream of its documents, reshuffled in each of its epochs. The next document always comes from
+the source that is furthest behind its share, so after any number of documents every source is within about one document
+of it, however long its documents are. About `window` consecutive documents are packed together, as without a mixture
+(see `packing`).
 
-Which document comes next depends on how much has been drawn, so a window's start names that too: documents and tokens
-drawn from every source. With it, a run is resumed without replay.
+The next document depends on how much has been drawn, so a window's start also holds the documents and tokens drawn from
+every source, and a run resumes without replay.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -32,31 +33,34 @@ Unit = Literal["tokens", "documents"]
 
 @dataclass(frozen=True)
 class Share:
-    """One source of a mixture: its name, its folder of shards, and its weight among the others' weights."""
+    """A source of a mixture."""
 
     name: str
     folder: str
+    """Its folder of shards."""
     weight: float
+    """Relative to the other sources' weights."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources and what their weights count: tokens, or documents as BioMamba was published."""
+    """Sources and their weights."""
 
     shares: tuple[Share, ...]
     unit: Unit = "tokens"
+    """Unit of the weights; BioMamba was published with documents."""
 
     def open(self, split: str = "train", *, tokenizer_sha256: str) -> "MixedDocuments":
-        """The documents of one split of all sources.
+        """Open a split of all sources.
 
         Raises:
-          UserError: a source that is missing, damaged, empty, or made with another tokenizer.
+          UserError: a source is missing, damaged, empty, or made with another tokenizer.
         """
         readers = [open_split(share.folder, split, tokenizer_sha256=tokenizer_sha256)[1] for share in self.shares]
         return MixedDocuments(self, readers)
 
     def tokens_an_epoch(self, split: str = "train") -> int:
-        """Tokens that are drawn in all until the source of the greatest weight has been gone through once."""
+        """Return the tokens of all sources drawn during one epoch of the source with the greatest weight."""
         infos = [Manifest.load(share.folder).splits[split] for share in self.shares]
         mean = [info.tokens / max(info.documents, 1) if self.unit == "documents" else 1.0 for info in infos]
         drawn = [share.weight * tokens for share, tokens in zip(self.shares, mean, strict=True)]
@@ -65,7 +69,7 @@ class Mixture:
 
 
 class MixedDocuments:
-    """The documents of all sources, one source after another: document i is one of `readers`."""
+    """The documents of all sources, concatenated in the order of `readers`."""
 
     def __init__(self, mixture: Mixture, readers: Sequence[ShardReader]):
         for share, reader in zip(mixture.shares, readers, strict=True):
@@ -85,15 +89,15 @@ class MixedDocuments:
         return self.readers[source][index - self.first_of(source)]
 
     def source_of(self, index: int) -> int:
-        """Which source a document is of."""
+        """Return the index of a document's source."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
     def first_of(self, source: int) -> int:
-        """The index of a source's first document."""
+        """Return the index of a source's first document."""
         return int(self._ends[source - 1]) if source else 0
 
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint's data must agree with: the sources in their order, sizes, weights and unit."""
+        """Return what must be equal to resume from a checkpoint: the sources' order, sizes, weights and unit."""
         found: dict[str, Any] = {"mixture_unit": self.mixture.unit, "mixture_sources": self.names}
         for share, reader in zip(self.mixture.shares, self.readers, strict=True):
             found[f"{share.name}.weight"] = share.weight
@@ -103,7 +107,7 @@ class MixedDocuments:
 
 
 class MixedRowPlan(WindowedRows):
-    """The endless sequence of rows of a mixture; arguments as those of `packing.RowPlan`."""
+    """The endless sequence of rows of a mixture."""
 
     def __init__(
         self,
@@ -114,19 +118,20 @@ class MixedRowPlan(WindowedRows):
         window: int = DEFAULT_WINDOW,
         start: WindowStart = FIRST_WINDOW,
     ):
+        """Plan the rows; arguments as those of `packing.RowPlan`."""
         super().__init__(sequence_length, seed=seed, window=window, start=start)
-        self._word_seed = seed
         self._documents = documents
         self._window_documents = window
         sources = len(documents.readers)
         self._drawn = [start.drawn or (0,) * (2 * sources)]  # before windows _first_window, _first_window + 1, ...
-        self._words: dict[tuple[int, int], int] = {}
+        self._word = cache(lambda source, epoch: shuffle_word(seed, 1, source, epoch))
 
     def drawn_before(self, window: int) -> tuple[int, ...]:
+        """Return what was drawn before `window`."""
         return self._drawn[window - self._first_window]
 
     def _documents_of(self, window: int) -> Iterator[tuple[int, int]]:
-        """The window's documents and their lengths; notes what has been drawn when it ends."""
+        """Yield the window's documents and lengths; record what has been drawn when it ends."""
         mixed = self._documents
         sources = len(mixed.readers)
         drawn = self.drawn_before(window)
@@ -147,9 +152,3 @@ class MixedRowPlan(WindowedRows):
 
     def _row_key(self, window: int) -> tuple[int, ...]:
         return (0, window)
-
-    def _word(self, source: int, epoch: int) -> int:
-        key = (source, epoch)
-        if key not in self._words:
-            self._words[key] = shuffle_word(self._word_seed, 1, *key)
-        return self._words[key]

@@ -1,8 +1,8 @@
-"""Near duplicates: MinHash proposes pairs of documents, the exact Jaccard similarity of their texts decides.
+"""Near duplicates: MinHash LSH proposes pairs of documents, the exact Jaccard similarity of their texts decides.
 
-While files are spooled every document gets the band values of its MinHash (STEM.bands.npy). Documents that agree in a
-band are pairs to look at; with the number of bands chosen here, a pair of the threshold's similarity agrees in at least
-one of them with a probability of 95 % or more. No document is left out on the word of a hash.
+While files are spooled, every document gets the LSH band hashes of its MinHash (STEM.bands.npy). Documents that share a
+band hash are compared; with the number of bands chosen here, a pair at the threshold shares at least one with a
+probability of 95 % or more. A hash alone never removes a document.
 
 One band of all documents is in memory at a time: 8 bytes each and 40 while they are sorted, 1.3 GB for the 27 million
 abstracts of PubMed. On disk all 18 bands (at a threshold of 0.8) take 3.9 GB.
@@ -24,22 +24,25 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Bands(NamedTuple):
-    """MinHash values in `number` bands of `rows`."""
+    """Shape of the LSH bands."""
 
     number: int
+    """Number of bands."""
     rows: int
+    """MinHash values in a band."""
 
 
 class NearDuplicate(NamedTuple):
-    """A document that repeats an earlier one; both by their place in the order of all documents."""
+    """A document that repeats an earlier one; both by their index among all documents."""
 
     place: int
     earlier: int
     similarity: float
+    """Jaccard similarity."""
 
 
 def choose_bands(threshold: float) -> Bands:
-    """The fewest false pairs at which a pair of similarity `threshold` is found with a probability of `_RECALL`."""
+    """Return the most selective bands that find a pair of similarity `threshold` with a probability of `_RECALL`."""
     for rows in range(_HASHES, 0, -1):
         bands = Bands(_HASHES // rows, rows)
         if 1 - (1 - threshold**bands.rows) ** bands.number >= _RECALL:
@@ -48,7 +51,7 @@ def choose_bands(threshold: float) -> Bands:
 
 
 def band_values(texts: Sequence[str], bands: Bands) -> np.ndarray:
-    """uint64 [texts, bands.number]: what documents agree in that are alike."""
+    """Return LSH band hashes, uint64 [texts, bands.number]; similar documents share at least one."""
     if not texts:
         return np.zeros((0, bands.number), np.uint64)
     runs, offsets = shingles(texts, WORDS)
@@ -63,7 +66,7 @@ def band_values(texts: Sequence[str], bands: Bands) -> np.ndarray:
 
 
 def similarity(one: str, other: str) -> float:
-    """Jaccard: the share of all runs of `WORDS` words of the two texts that both have."""
+    """Return the Jaccard similarity of two texts' sets of runs of `WORDS` words."""
     first, second = (set(shingles([text], WORDS)[0].tolist()) for text in (one, other))
     return len(first & second) / len(first | second)
 
@@ -71,15 +74,15 @@ def similarity(one: str, other: str) -> float:
 def near_duplicates(
     band_columns: Iterator[np.ndarray], read: Callable[[int], str], threshold: float
 ) -> Iterator[NearDuplicate]:
-    """The documents that repeat an earlier one, in order.
+    """Yield the documents that repeat an earlier one, in order.
+
+    A document is compared with the first and the last one before it that share a band hash. If such a document is
+    a near duplicate itself, the document that it repeats takes its place, so `earlier` is always a kept document.
 
     Args:
-      band_columns: for each band, uint64 [documents]; only one is held at a time.
-      read: gives the text of a document by its place.
+      band_columns: for each band its hashes, uint64 [documents]; only one column is held at a time.
+      read: returns the text of a document by its index.
       threshold: least similarity of a near duplicate.
-
-    A document is compared with the first and the last before it in each band. Where that one is itself a near duplicate
-    it stands for the document that it repeats, so that only documents that stay are ever given as `earlier`.
     """
     pairs = np.unique(np.concatenate([np.zeros((0, 2), np.int64), *map(_pairs, band_columns)]), axis=0)
     stands_for: dict[int, int] = {}
@@ -94,7 +97,7 @@ def near_duplicates(
 
 
 def _pairs(values: np.ndarray) -> np.ndarray:
-    """int64 [pairs, 2], the later document first: each with the first and with the last before it of equal value."""
+    """Pair each document with the first and the last before it of equal hash: int64 [pairs, 2], the later one first."""
     order = np.argsort(values, kind="stable")
     same = values[order[1:]] == values[order[:-1]]
     later, last = order[1:][same], order[:-1][same]

@@ -1,6 +1,6 @@
-"""Unigram and bigram models with add-k smoothing: what a trained model must beat, on exactly its predicted tokens.
+"""Unigram and bigram baselines with add-k smoothing, on exactly the tokens that a trained model predicts.
 
-Every token of a held-out document is predicted, its first (after EOS, as a model starts) and its final EOS included:
+Every token of a held-out document is predicted, including its first (after EOS, as for the model) and its final EOS:
     unigram p(t) = (n(t) + k) / (N + k V)          bigram p(t | s) = (n(s, t) + k) / (n(s) + k V)
 The counts are the training split's; k is a fixed number for each, never fitted to the held-out text.
 """
@@ -19,12 +19,15 @@ _BLOCK = 8192  # documents whose tokens are in memory at a time
 
 @dataclass(frozen=True)
 class Baseline:
-    """A baseline's result on held-out text: perplexity per token, bits per UTF-8 byte, and of how many tokens."""
+    """A baseline's result on held-out text."""
 
     name: str
     perplexity: float
+    """Per token."""
     bits_per_byte: float
+    """Per UTF-8 byte."""
     tokens: int
+    """Number of predicted tokens."""
 
 
 def ngram_baselines(
@@ -36,13 +39,13 @@ def ngram_baselines(
     unigram_k: float = UNIGRAM_K,
     bigram_k: float = BIGRAM_K,
 ) -> list[Baseline]:
-    """The unigram's and the bigram's figures on `heldout` after counting `train`.
+    """Evaluate unigram and bigram models of `train` on `heldout`.
 
     Args:
       train: documents to count.
       heldout: at least one document to predict; its pairs are held in memory.
       vocab_size: V, one more than the largest id.
-      eos_id: the token that ends, and stands before, every document.
+      eos_id: the token that ends, and precedes, every document.
       unigram_k: added to the count of every token.
       bigram_k: added to the count of every pair of tokens.
     """
@@ -50,8 +53,8 @@ def ngram_baselines(
     wanted, times = np.unique(np.concatenate(firsts) * vocab_size + np.concatenate(seconds), return_counts=True)
     first, second = np.divmod(wanted, vocab_size)
 
-    single, before = np.zeros((2, vocab_size), np.int64)  # n(t), and n(s) as the first of a pair
-    together = np.zeros(len(wanted) + 1, np.int64)  # n(s, t) of held-out pairs; the last entry takes all others
+    single, before = np.zeros((2, vocab_size), np.int64)  # n(t) and n(s)
+    together = np.zeros(len(wanted) + 1, np.int64)  # n(s, t) of held-out pairs; the last entry counts all others
     for previous, token in _token_pairs(train, eos_id):
         single += np.bincount(token, minlength=vocab_size)
         before += np.bincount(previous, minlength=vocab_size)
@@ -71,7 +74,7 @@ def ngram_baselines(
 
 
 def _token_pairs(reader: ShardReader, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of (previous token, predicted token), int64 [tokens of some documents] each."""
+    """Yield blocks of (previous token, predicted token), each int64 [tokens of some documents]."""
     for start in range(0, len(reader), _BLOCK):
         documents = [reader[i].ids for i in range(start, min(start + _BLOCK, len(reader)))]
         second = np.concatenate(documents).astype(np.int64)

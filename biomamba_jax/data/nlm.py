@@ -1,12 +1,12 @@
-"""NLM's PubmedArticleSet XML as a stream of articles: every record comes out, or is accounted for by a named reason.
+"""NLM's PubmedArticleSet XML as a stream of records; one that is not an article has a named reason.
 
-The rules are those learnt from the field's bugs: an element's text is all of its text (`itertext`, so that <i>, <sub>
-and MathML survive); the abstract is MedlineCitation/Article/Abstract/AbstractText and nothing else; labels of
-structured abstracts are printed; memory stays bounded because every record is cleared once it is read.
+Avoids known bugs of PubMed parsers: an element's text is all of its text (`itertext`, so that <i>, <sub> and MathML
+survive); the abstract is MedlineCitation/Article/Abstract/AbstractText and nothing else; labels of structured abstracts
+are kept. Memory is bounded since every record is cleared once it is read.
 """
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lxml import etree
@@ -18,6 +18,7 @@ from biomamba_jax.files import read_chunks
 
 _SET = "PubmedArticleSet"
 _RECORDS = ("PubmedArticle", "PubmedBookArticle")
+_KNOWN = (*_RECORDS, "DeleteCitation")
 _NO_LABEL = {"", "UNLABELLED", "UNLABELED"}
 _YEAR = re.compile(r"\b(1[5-9]|20)\d\d\b")
 _PUBLIC = {"pubmed", "entrez", "epublish", "ppublish", "aheadofprint", "ecollection"}  # not "received"
@@ -30,56 +31,57 @@ _AGAIN = "download it again, or leave it out of --input"
 
 
 def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticle]:
-    """Streams the records of a .xml or .xml.gz file in their order.
+    """Yield the records of an .xml file, plain or compressed, in order.
 
     Raises:
-      UserError: naming the file and the last good record, if the file is truncated, is not well-formed, declares or
-        uses XML entities, or is no PubmedArticleSet (a lone PubmedArticle or PubmedBookArticle is taken as a set).
+      UserError: the file is truncated, is not well-formed, declares or uses XML entities, or is not a PubmedArticleSet
+        (a lone PubmedArticle or PubmedBookArticle counts as one); names the file and the last good record.
     """
     last = "before the first record"
-    parser = etree.XMLPullParser(events=("end",), tag=(*_RECORDS, "DeleteCitation"), **_SAFE)
     _check_head(path)
+    parser = etree.XMLPullParser(events=("end",), tag=_KNOWN, **_SAFE)
     try:
-        for chunk in read_chunks(path, _CHUNK_BYTES):
-            parser.feed(chunk)
-            for _, element in parser.read_events():
-                parent = element.getparent()
-                if parent is not None and parent.getparent() is not None:
-                    continue  # not a record but a part of one
-                yield from _foreign_elements(element)
-                for record in _read_record(element, f"{path}: {last}"):
-                    if isinstance(record, Article):
-                        last = f"after the record with PMID {record.pmid}"
-                    yield record
-                if parent is not None:
-                    element.clear()
-                    while element.getprevious() is not None:
-                        del parent[0]
+        for element in _elements(path, parser):
+            parent = element.getparent()
+            if parent is not None and parent.getparent() is not None:
+                continue  # part of a record
+            yield from _foreign_elements(element.itersiblings(preceding=True))
+            for record in _read_record(element, f"{path}: {last}"):
+                if isinstance(record, Article):
+                    last = f"after the record with PMID {record.pmid}"
+                yield record
+            if parent is not None:
+                element.clear()
+                while element.getprevious() is not None:
+                    del parent[0]
         root = parser.close()
     except etree.XMLSyntaxError as error:
         raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; {_AGAIN}") from None
-    if root.tag == _SET and len(root):
-        yield from (NotAnArticle("unknown_element") for child in root if not _is_known(child))
+    if root.tag == _SET:
+        yield from _foreign_elements(root)
 
 
 def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
-    """Title and abstract of the last record of each of `pmids`, in XML as they stand in the file: to look at."""
+    """Return the XML of title and abstract of the last record of each of `pmids`, to show it."""
     found: dict[int, str] = {}
-    parser = etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)
     _check_head(path)
+    for element in _elements(path, etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)):
+        citation = _child(element, "MedlineCitation")
+        pmid = _number(_child(citation, "PMID"), _MAX_PMID)
+        if pmid is not None and pmid in pmids:
+            parts = (_child(_child(citation, "Article"), tag) for tag in ("ArticleTitle", "Abstract"))
+            found[pmid] = "\n".join(
+                etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
+            )
+        element.clear()
+    return found
+
+
+def _elements(path: str | Path, parser: etree.XMLPullParser) -> Iterator[etree._Element]:
     for chunk in read_chunks(path, _CHUNK_BYTES):
         parser.feed(chunk)
         for _, element in parser.read_events():
-            citation = _child(element, "MedlineCitation")
-            identifier = _child(citation, "PMID")
-            pmid = None if identifier is None else _number(identifier.text, _MAX_PMID)
-            if pmid is not None and pmid in pmids:
-                parts = (_child(_child(citation, "Article"), tag) for tag in ("ArticleTitle", "Abstract"))
-                found[pmid] = "\n".join(
-                    etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
-                )
-            element.clear()
-    return found
+            yield element
 
 
 # Nothing is expanded, fetched or unbounded, and comments never split a text.
@@ -94,9 +96,9 @@ _SAFE = {
 
 
 def _check_head(path: str | Path) -> None:
-    """Reads to the root's start tag: UserError for a root that is no article set, or a DOCTYPE that declares entities.
+    """Raise UserError if the root is not an article set or the DOCTYPE declares entities.
 
-    Entity bombs thus end before the first record is parsed, at the cost of reading some hundred bytes twice.
+    So entity bombs are refused before the first record is parsed, at the cost of reading some hundred bytes twice.
     """
     parser = etree.XMLPullParser(events=("start",), **_SAFE)
     error: etree.XMLSyntaxError | None = None
@@ -104,7 +106,7 @@ def _check_head(path: str | Path) -> None:
         try:
             parser.feed(chunk)
         except etree.XMLSyntaxError as caught:
-            error = caught  # libxml2 itself stops an entity bomb; what it is shows in the DOCTYPE
+            error = caught  # libxml2 also stops entity bombs; the DOCTYPE, if parsed, tells
         for _, root in parser.read_events():
             dtd = root.getroottree().docinfo.internalDTD
             if dtd is not None and next(dtd.iterentities(), None) is not None:
@@ -118,21 +120,17 @@ def _check_head(path: str | Path) -> None:
     raise UserError(f"{path}: not well-formed XML before the first record: {reason}; {_AGAIN}")
 
 
-def _is_known(element: etree._Element) -> bool:
-    return element.tag in _RECORDS or element.tag == "DeleteCitation"
-
-
-def _foreign_elements(element: etree._Element) -> Iterator[NotAnArticle]:
-    """One for each element between this record and the one before, which the caller's tag filter has passed over."""
-    for sibling in element.itersiblings(preceding=True):
-        if not _is_known(sibling):
+def _foreign_elements(elements: Iterable[etree._Element]) -> Iterator[NotAnArticle]:
+    """Yield a record for each element that PubmedArticleSet does not have, which the parser's tag filter skips."""
+    for element in elements:
+        if element.tag not in _KNOWN:
             yield NotAnArticle("unknown_element")
 
 
 def _read_record(element: etree._Element, where: str) -> Iterator[Article | Deletion | NotAnArticle]:
     if element.tag == "DeleteCitation":
         for child in element.iterchildren("PMID"):
-            pmid = _number(child.text, _MAX_PMID)
+            pmid = _number(child, _MAX_PMID)
             yield NotAnArticle("no_pmid") if pmid is None else Deletion(pmid)
     elif element.tag == "PubmedBookArticle":
         yield NotAnArticle("book_article")
@@ -143,8 +141,7 @@ def _read_record(element: etree._Element, where: str) -> Iterator[Article | Dele
 def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle:
     citation = _child(element, "MedlineCitation")
     identifier = _child(citation, "PMID")
-    pmid = None if identifier is None else _number(identifier.text, _MAX_PMID)
-    version = None if identifier is None else _number(identifier.get("Version", "1"), _MAX_VERSION)
+    pmid, version = _number(identifier, _MAX_PMID), _number(identifier, _MAX_VERSION, "Version")
     if pmid is None or version is None:
         return NotAnArticle("no_pmid")
     article = _child(citation, "Article")
@@ -168,14 +165,14 @@ def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle
 
 
 def _abstract_parts(abstract: etree._Element | None, where: str) -> list[tuple[str, str]]:
-    """(label, text) of each AbstractText; CopyrightInformation is none."""
+    """Return (label, text) of each AbstractText."""
     if abstract is None:
         return []
     return [(part.get("Label", ""), _text(part, where)) for part in abstract.iterchildren("AbstractText")]
 
 
 def _abstract(parts: list[tuple[str, str]]) -> str:
-    """Clean paragraphs as lines, each after its label."""
+    """Return clean paragraphs as lines, each after its label."""
     paragraphs = []
     for label, text in parts:
         text, label = clean_markup(text), clean_markup(label).rstrip(": ")
@@ -185,7 +182,7 @@ def _abstract(parts: list[tuple[str, str]]) -> str:
 
 
 def _pmcid(identifiers: etree._Element | None) -> str | None:
-    """The article's own identifier; those of its references lie deeper."""
+    """Return the article's own PMCID; those of its references are nested deeper."""
     if identifiers is not None:
         for identifier in identifiers.iterchildren("ArticleId"):
             if identifier.get("IdType") == "pmc":
@@ -196,7 +193,7 @@ def _pmcid(identifiers: etree._Element | None) -> str | None:
 def _first_day(
     article: etree._Element | None, issue_date: etree._Element | None, data: etree._Element | None
 ) -> int | None:
-    """The earliest of the dates on which the article was public, YYYYMMDD, those without a month left aside."""
+    """Return the earliest date on which the article was public, YYYYMMDD, ignoring dates without a month."""
     days = [_day(issue_date)]
     if article is not None:
         days += map(_day, article.iterchildren("ArticleDate"))
@@ -207,7 +204,7 @@ def _first_day(
 
 
 def _day(date: etree._Element | None) -> int | None:
-    """YYYYMMDD of an element with Year, Month (a number or an English name) and, if it likes, Day."""
+    """Return YYYYMMDD of an element with Year, Month (a number or an English name) and, optionally, Day."""
     if date is None:
         return None
     parts = {child.tag: (child.text or "").strip() for child in date}
@@ -218,7 +215,7 @@ def _day(date: etree._Element | None) -> int | None:
 
 
 def _year(date: etree._Element | None) -> int | None:
-    """Of a PubDate: it has Year, or MedlineDate such as `1978 Jul-Aug` or `Winter 1998-1999`."""
+    """Return the year of a PubDate, from Year or a MedlineDate such as `1978 Jul-Aug` or `Winter 1998-1999`."""
     stated = _child(date, "Year")
     stated = _child(date, "MedlineDate") if stated is None else stated
     match = None if stated is None else _YEAR.search(stated.text or "")
@@ -226,7 +223,7 @@ def _year(date: etree._Element | None) -> int | None:
 
 
 def _text(element: etree._Element, where: str) -> str:
-    """All text of the element and its descendants, tails included."""
+    """Return all text of the element and its descendants, tails included."""
     if not len(element):
         return element.text or ""
     if next(element.iter(etree.Entity), None) is not None:
@@ -242,8 +239,10 @@ def _texts(element: etree._Element | None, tag: str) -> tuple[str, ...]:
     return () if element is None else tuple((child.text or "").strip() for child in element.iterchildren(tag))
 
 
-def _number(text: str | None, largest: int) -> int | None:
-    """A positive decimal number up to `largest`, or None."""
-    text = (text or "").strip()
+def _number(element: etree._Element | None, largest: int, attribute: str | None = None) -> int | None:
+    """Return an element's text, or an attribute (1 if missing), if it is a whole number from 1 to `largest`."""
+    if element is None:
+        return None
+    text = ((element.get(attribute, "1") if attribute else element.text) or "").strip()
     value = int(text) if text.isascii() and text.isdigit() and len(text) <= 10 else 0
     return value if 0 < value <= largest else None

@@ -1,4 +1,4 @@
-"""Packing: whole documents into rows of fixed length, as one deterministic sequence of rows that can be indexed.
+"""Packing of whole documents into rows of fixed length: a deterministic sequence of rows with random access.
 
     epoch    every document once, in an order drawn from (seed, epoch) by grain's index_shuffle: a Feistel
              permutation that answers for one position at a time, so 38 million documents need no table
@@ -6,7 +6,7 @@
     row      the window's rows in an order drawn from (seed, epoch, window)
 
 Row i is thus a pure function of (lengths, sequence length, seed, window) and i: hosts, workers and batch size only
-choose which i they look at, and a run is resumed at row i without replay.
+choose which rows they read, and a run resumes at row i without replay.
 """
 
 import bisect
@@ -20,7 +20,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 DEFAULT_WINDOW = 4096
-_KEPT_WINDOWS = 4  # packed windows held in memory; a batch rarely spans more
+_KEPT_WINDOWS = 4  # windows cached; a batch rarely spans more
 SHUFFLE_ROUNDS = 4  # what grain's own shuffle uses
 
 
@@ -33,21 +33,21 @@ class Piece(NamedTuple):
 
 
 class WindowStart(NamedTuple):
-    """Where a window begins in the sequence of rows; windows are numbered on and on through the epochs.
-
-    drawn: of a mixture, the documents and then the tokens that every source had given before.
-    """
+    """Where a window begins in the sequence of rows."""
 
     window: int
+    """Index of the window, counted through all epochs."""
     row: int
+    """Its first row."""
     drawn: tuple[int, ...] = ()
+    """In a mixture: documents, then tokens, that each source contributed before."""
 
 
 FIRST_WINDOW = WindowStart(0, 0)
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """Row number [items] of every item, so that the lengths in a row sum to at most `capacity`.
+    """Return the row of every item, int64 [items], so that the lengths in a row sum to at most `capacity`.
 
     Items, longest first, go to the fullest row that still has room (Johnson 1974: at most 11/9 of the optimum).
     `lengths` are integers in 1 ... capacity. Rows with k tokens of room are found by bit k of one integer.
@@ -76,9 +76,9 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class WindowedRows(ABC):
-    """A sequence of rows, packed window by window as they are asked for: `rows[i]` lists the pieces of row i.
+    """A sequence of rows, packed window by window on demand: `rows[i]` lists the pieces of row i.
 
-    A subclass says which documents a window holds. Safe to share between threads.
+    A subclass defines which documents a window holds. Safe to share between threads.
     """
 
     def __init__(self, sequence_length: int, *, seed: int | None, window: int, start: WindowStart):
@@ -93,23 +93,23 @@ class WindowedRows(ABC):
 
     @abstractmethod
     def _documents_of(self, window: int) -> Iterable[tuple[int, int]]:
-        """The documents of a window, in an order that the seed decides, and their lengths."""
+        """Return the documents of a window, in an order that depends on the seed, and their lengths."""
 
     @abstractmethod
     def _row_key(self, window: int) -> tuple[int, ...]:
-        """What, beside the seed, decides the order of the window's rows."""
+        """Return the key that decides, with the seed, the order of the window's rows."""
 
     @property
     def next_window_row(self) -> int:
-        """The first row of the first window that has not been packed yet."""
+        """First row of the first window that has not been packed yet."""
         return self._starts[-1]
 
     def drawn_before(self, window: int) -> tuple[int, ...]:
-        """What a mixture has drawn when `window` begins, see `WindowStart`; () of one source."""
+        """Return what a mixture has drawn when `window` begins, see `WindowStart`; () without a mixture."""
         return ()
 
     def _ends_before(self, window: int) -> bool:
-        """Whether the sequence has no such window."""
+        """Return True if the sequence ends before `window`."""
         return False
 
     def __getitem__(self, row: int) -> list[Piece]:
@@ -118,10 +118,10 @@ class WindowedRows(ABC):
             return self._window(start.window)[row - start.row]
 
     def window_start(self, row: int) -> WindowStart:
-        """The start of the window that holds `row`; a plan that begins there knows all rows from there on."""
+        """Return the start of the window that holds `row`, from which another plan can start."""
         with self._lock:
             if row < self._starts[0]:
-                raise IndexError(f"row {row} lies before row {self._starts[0]}, where the plan starts")
+                raise IndexError(f"row {row} is before row {self._starts[0]}, where the plan starts")
             while self._starts[-1] <= row:
                 following = self._first_window + len(self._starts) - 1
                 if self._ends_before(following):
@@ -132,7 +132,7 @@ class WindowedRows(ABC):
             return WindowStart(window, self._starts[index], self.drawn_before(window))
 
     def _window(self, window: int) -> list[list[Piece]]:
-        """The rows of a window, packed or remembered. The caller holds the lock."""
+        """Return the rows of a window, from the cache if possible. The caller holds the lock."""
         if window not in self._kept:
             self._kept[window] = self._pack(window)
             if len(self._kept) > _KEPT_WINDOWS:
@@ -154,16 +154,7 @@ class WindowedRows(ABC):
 
 
 class RowPlan(WindowedRows):
-    """The sequence of rows over documents of the given lengths.
-
-    lengths          integers [documents], each at least 1 (a memory map will do)
-    sequence_length  tokens in a row; longer documents are cut into pieces of this length and a rest
-    seed             of the shuffles, not negative; None keeps the order of documents and windows, for one pass
-    window           documents packed together; more fill rows better and cost memory
-    start            a window start that this plan gave before; rows before it cannot be asked for
-
-    With a seed the sequence is endless; without one it has `num_rows` rows.
-    """
+    """The sequence of rows over documents of given lengths; endless with a seed, one epoch without."""
 
     def __init__(
         self,
@@ -174,6 +165,15 @@ class RowPlan(WindowedRows):
         window: int = DEFAULT_WINDOW,
         start: WindowStart = FIRST_WINDOW,
     ):
+        """Plan the rows.
+
+        Args:
+          lengths: tokens of each document, integers [documents], each at least 1; may be memory-mapped.
+          sequence_length: tokens in a row; longer documents are split into pieces of this length and a remainder.
+          seed: seed of the shuffles, not negative; None keeps the order of documents and windows, for one pass.
+          window: documents packed together; more fill rows better and cost memory.
+          start: a window start that such a plan returned before; earlier rows are not available.
+        """
         if len(lengths) == 0:
             raise ValueError("cannot pack 0 documents")
         super().__init__(sequence_length, seed=seed, window=window, start=start)
@@ -182,11 +182,11 @@ class RowPlan(WindowedRows):
         self.windows_per_epoch = max(1, round(len(lengths) / window))
 
     def epoch(self, row: int) -> int:
-        """How many times the documents had been gone through when `row` began."""
+        """Return the number of complete epochs before `row`."""
         return self.window_start(row).window // self.windows_per_epoch
 
     def rows_in_epoch(self, epoch: int = 0) -> int:
-        """Rows of one epoch; packs all its lengths, some 35 ms for 4,096 documents."""
+        """Return the number of rows of an epoch; packs all its lengths, some 35 ms for 4,096 documents."""
         windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)
         return sum(len(self._pack(window)) for window in windows)
 
@@ -207,7 +207,7 @@ class RowPlan(WindowedRows):
 
 
 def _shuffled(positions: range, total: int, seed: int | None, *key: int) -> list[int]:
-    """Which of range(total) stand at `positions` of the permutation drawn from (seed, *key)."""
+    """Return the elements of range(total) at `positions` of the permutation drawn from (seed, *key)."""
     if seed is None:
         return list(positions)
     word = shuffle_word(seed, *key)
@@ -215,19 +215,26 @@ def _shuffled(positions: range, total: int, seed: int | None, *key: int) -> list
 
 
 def shuffle_word(*key: int) -> int:
-    """The seed of one `index_shuffle`, drawn from non-negative numbers; stable across NumPy versions."""
+    """Derive the seed of an `index_shuffle` from non-negative numbers; stable across NumPy versions."""
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
 def fill_row(
     pieces: Sequence[Piece], sequence_length: int, read: Callable[[int], tuple[np.ndarray, np.ndarray]]
 ) -> dict[str, np.ndarray]:
-    """The arrays int32 [sequence_length] of one row: "inputs", "targets" and "segment_ids".
+    """Fill a row with its pieces.
 
-    read(document) gives its ids t1 ... tn, EOS and, as long, its targets: the ids themselves where every token is
-    predicted. Inputs are the ids one place later, led by EOS (which thus doubles as the start symbol) or, in a later
-    piece of a long document, by the token before it. Segments count 1, 2, ... along the row. The rest of the row, and
-    all of it without pieces, is 0: padding.
+    Inputs are the ids shifted by one, preceded by EOS (which thus doubles as the start symbol) or, in a later piece of
+    a long document, by the token before it. Segments are numbered 1, 2, ... along the row; the rest of it is padding.
+
+    Args:
+      pieces: the pieces of the row.
+      sequence_length: tokens in the row.
+      read: returns a document's ids t1 ... tn, EOS and its targets of the same length: the ids themselves where every
+        token is predicted.
+
+    Returns:
+      "inputs", "targets" and "segment_ids", each int32 [sequence_length], 0 in padding.
     """
     row = {name: np.zeros(sequence_length, np.int32) for name in ("inputs", "targets", "segment_ids")}
     begin = 0
@@ -235,7 +242,7 @@ def fill_row(
         ids, targets = read(document)
         end = begin + stop - start
         row["targets"][begin:end] = targets[start:stop]
-        row["inputs"][begin] = ids[start - 1]  # of a first piece: ids[-1], the EOS
+        row["inputs"][begin] = ids[start - 1]  # ids[-1], the EOS, for a first piece
         row["inputs"][begin + 1 : end] = ids[start : stop - 1]
         row["segment_ids"][begin:end] = segment
         begin = end

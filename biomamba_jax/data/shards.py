@@ -1,20 +1,18 @@
-"""Shards: tokenized documents on disk, one ArrayRecord record a document, and the manifest that vouches for them.
+"""Shards: tokenized documents on disk, one ArrayRecord record a document, and the manifest that describes them.
 
     output/manifest.json
     output/train/shard-00000-of-00004.array_record ...    records in global order: shard by shard
     output/train/lengths.npy                              uint32 [documents]: tokens of each document, EOS included
-    output/removed.jsonl                                  near duplicates and evaluation text left out, if asked for
+    output/removed.jsonl                                  near duplicates and evaluation text that was left out
 
 A record is msgpack {"ids": little-endian uint16 or uint32 bytes, "pmid": int | None, "version": int | None,
 "source": index into the manifest's sources, "bytes": UTF-8 length of the text}. Packing reads `lengths.npy` only.
 """
 
 import dataclasses
-import json
 import os
-import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -26,84 +24,92 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_any_json, replacing, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 LENGTHS_NAME = "lengths.npy"
-_SHARD_NAME = re.compile(r"shard-(\d{5})-of-(\d{5})\.array_record")
 _PREPARE_AGAIN = "run `python -m biomamba_jax.prepare` again into a new folder"
 
 
 class Document(NamedTuple):
-    """One stored document: int32 ids [tokens] that end with EOS, and what is needed to find its text again."""
+    """A stored document."""
 
     ids: np.ndarray
+    """int32 [tokens], the last one EOS."""
     pmid: int | None
     version: int | None
-    source: int  # index into Manifest.sources
-    num_bytes: int  # UTF-8 length of the text that the ids spell
+    source: int
+    """Index into Manifest.sources."""
+    num_bytes: int
+    """UTF-8 length of the text that the ids spell."""
 
     @property
     def targets(self) -> np.ndarray:
-        """What is predicted of the document: every token."""
+        """Tokens to predict, int32 [tokens]: all of them."""
         return self.ids
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInfo:
-    """Which tokenizer made the ids; `sha256` is that of `file`, a path relative to the manifest's folder."""
+    """The tokenizer that made the ids."""
 
     name: str
     sha256: str
+    """Digest of `file`; identifies the tokenizer."""
     file: str
+    """Path relative to the manifest's folder."""
     vocab_size: int
+    """One more than the largest id."""
     eos_id: int
+    """Id that ends every document."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SplitInfo:
-    """Totals of one split; `bytes` is the UTF-8 length of its text, `tokens` includes one EOS a document."""
+    """Totals of a split."""
 
     documents: int
     tokens: int
+    """Includes one EOS a document."""
     bytes: int
+    """UTF-8 length of its text."""
     shards: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The one description of a folder of shards; written last, so a folder without it is unfinished.
-
-    filters counts what was left out, by reason. sources lists the inputs, each at least {"name", "sha256"}.
-    settings repeats the options of the command that made the folder.
-    """
+    """The description of a folder of shards; written last, so a folder without it is unfinished."""
 
     tokenizer: TokenizerInfo
     splits: dict[str, SplitInfo]
     filters: dict[str, int]
+    """Number of records that were left out, by reason."""
     sources: list[dict[str, Any]]
+    """The input files, each at least {"name", "sha256"}."""
     settings: dict[str, Any]
+    """The settings that decided what the shards hold."""
     format_version: int = FORMAT_VERSION
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes `folder`/manifest.json, whole or not at all."""
-        path = Path(folder) / MANIFEST_NAME
-        temporary = path.with_suffix(".json.tmp")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        os.replace(temporary, path)
+        """Write `folder`/manifest.json."""
+        write_json(Path(folder) / MANIFEST_NAME, dataclasses.asdict(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Reads `folder`/manifest.json; UserError for a missing, broken or unknown one."""
+        """Read `folder`/manifest.json.
+
+        Raises:
+          UserError: it is missing, broken or of an unknown format.
+        """
         path = Path(folder) / MANIFEST_NAME
+        if not path.exists():
+            written = "the folder that `python -m biomamba_jax.prepare --output` wrote"
+            raise UserError(f"{path}: no such file; give {written}")
         try:
-            raw = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: no such file; give the folder that `python -m biomamba_jax.prepare --output` wrote"
-            ) from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read as JSON ({error}); {_PREPARE_AGAIN}") from None
+            raw = read_any_json(path)
+        except UserError as error:
+            raise UserError(f"{error}; {_PREPARE_AGAIN}") from None
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if version != FORMAT_VERSION:
             raise UserError(
@@ -118,7 +124,7 @@ class Manifest:
         return cls(**fields)
 
     def check_tokenizer(self, sha256: str) -> None:
-        """UserError unless the shards were made with the tokenizer file whose sha256 this is."""
+        """Raise UserError unless the shards were made with the tokenizer file of this sha256."""
         if sha256 != self.tokenizer.sha256:
             raise UserError(
                 f"the shards were made with tokenizer {self.tokenizer.name!r} (sha256 {self.tokenizer.sha256}), "
@@ -128,9 +134,9 @@ class Manifest:
 
 
 def _checked(path: Path, prefix: str, raw: Any, schema: type) -> dict[str, Any]:
-    """The mapping `raw`, if it has exactly the fields of dataclass `schema`, each of the right outer type."""
+    """Return the mapping `raw` if it has exactly the fields of `schema`, each of the right outer type."""
     if not isinstance(raw, dict):
-        raise UserError(f"{path}: {prefix.rstrip('.')} is no mapping; {_PREPARE_AGAIN}")
+        raise UserError(f"{path}: {prefix.rstrip('.')} is not a mapping; {_PREPARE_AGAIN}")
     fields = {field.name: field.type for field in dataclasses.fields(schema)}
     missing = [prefix + name for name in fields if name not in raw]
     unknown = [prefix + name for name in raw if name not in fields]
@@ -148,21 +154,22 @@ def _checked(path: Path, prefix: str, raw: Any, schema: type) -> dict[str, Any]:
 
 
 class ShardWriter:
-    """Writes one split, in the order of the calls; use it as a context manager.
+    """Writes a split of one shard, in the order of the calls; a context manager.
 
-        with ShardWriter(folder / "train", documents_per_shard=65_536, token_dtype="uint16") as writer:
+        with ShardWriter(folder / "train", token_dtype="uint16") as writer:
             writer.write(ids, pmid=1, version=1, source=0, num_bytes=1200)
         splits["train"] = writer.info
 
-    Shards get their final names, and lengths.npy is written, when the block ends; if it ends with an exception,
-    every file of the writer is removed again. `token_dtype` is "uint16" (vocabularies up to 65,536) or "uint32".
+    The shard and lengths.npy get their names when the block ends; if it ends with an exception, neither is left.
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str], *, documents_per_shard: int = 65_536, token_dtype: str = "uint16"
-    ):
-        if documents_per_shard < 1:
-            raise UserError(f"documents_per_shard must be at least 1, not {documents_per_shard}")
+    def __init__(self, folder: str | os.PathLike[str], *, token_dtype: str = "uint16"):
+        """Open the shard.
+
+        Args:
+          folder: folder of the split, without shards.
+          token_dtype: "uint16" (vocabularies up to 65,536) or "uint32".
+        """
         if token_dtype not in ("uint16", "uint32"):
             raise UserError(f"token_dtype must be 'uint16' or 'uint32', not {token_dtype!r}")
         self.folder = Path(folder)
@@ -170,28 +177,28 @@ class ShardWriter:
         taken = [p.name for p in self.folder.iterdir() if p.suffix in (".array_record", ".partial", ".npy")]
         if taken:
             raise UserError(f"{self.folder}: already holds {taken[0]}; remove the folder or choose another --output")
-        self._documents_per_shard = documents_per_shard
         self._dtype = np.dtype(token_dtype).newbyteorder("<")
         self._lengths = array("I")
         self._num_bytes = 0
-        self._shards: list[Path] = []
-        self._writer: ArrayRecordWriter | None = None
+        self._partial = self.folder / "shard.partial"
+        # Group size 1: every document is compressed by itself, so that one can be read without its neighbours.
+        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1")
 
     def write(self, ids: Any, *, pmid: int | None, version: int | None, source: int, num_bytes: int) -> None:
-        """Appends one document: `ids` a sequence of ints that ends with EOS, `num_bytes` its text's UTF-8 length."""
+        """Append a document.
+
+        Args:
+          ids: a sequence of ints that ends with EOS.
+          pmid: PMID, None: none.
+          version: version of the PubMed record, None: none.
+          source: index into the manifest's sources.
+          num_bytes: UTF-8 length of the text.
+        """
         ids = np.asarray(ids)
         if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() > np.iinfo(self._dtype).max:
             raise ValueError(f"ids of PMID {pmid} must be a non-empty list of ids that fit {self._dtype.name}")
-        if self._writer is None or len(self._lengths) % self._documents_per_shard == 0:
-            self._next_shard()
-        assert self._writer is not None
-        record = {
-            "ids": ids.astype(self._dtype).tobytes(),
-            "pmid": pmid,
-            "version": version,
-            "source": source,
-            "bytes": num_bytes,
-        }
+        stored = ids.astype(self._dtype).tobytes()
+        record = {"ids": stored, "pmid": pmid, "version": version, "source": source, "bytes": num_bytes}
         with _as_os_errors():
             self._writer.write(msgpack.packb(record))
         self._lengths.append(ids.size)
@@ -200,49 +207,46 @@ class ShardWriter:
     @property
     def info(self) -> SplitInfo:
         """Totals so far, for the manifest."""
-        return SplitInfo(len(self._lengths), sum(self._lengths), self._num_bytes, len(self._shards))
+        return SplitInfo(len(self._lengths), sum(self._lengths), self._num_bytes, 1)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if kind is None:
-                self._finish()
-        finally:
-            try:
-                self._close()
-            finally:
-                for path in self.folder.glob("*.partial"):  # none is left after _finish
-                    path.unlink()
-
-    def _close(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
             with _as_os_errors():
-                writer.close()
+                self._writer.close()
+            if kind is None:
+                _save_lengths(self.folder, np.array(self._lengths, np.uint32))
+                os.replace(self._partial, self.folder / _shard_name(0, 1))
+        finally:
+            self._partial.unlink(missing_ok=True)
 
-    def _next_shard(self) -> None:
-        self._close()
-        path = self.folder / f"shard-{len(self._shards):05d}.partial"
-        # Group size 1: every document is compressed by itself, so that one can be read without its neighbours.
-        self._writer = ArrayRecordWriter(str(path), "group_size:1")
-        self._shards.append(path)
 
-    def _finish(self) -> None:
-        if not self._shards:  # an empty split still is a valid one
-            self._next_shard()
-        self._close()
-        with open(self.folder / f"{LENGTHS_NAME}.partial", "wb") as file:
-            np.save(file, np.frombuffer(self._lengths, np.uint32) if self._lengths else np.zeros(0, np.uint32))
-        for i, path in enumerate(self._shards):
-            os.replace(path, self.folder / f"shard-{i:05d}-of-{len(self._shards):05d}.array_record")
-        os.replace(self.folder / f"{LENGTHS_NAME}.partial", self.folder / LENGTHS_NAME)
+def join_shards(parts: Sequence[str | os.PathLike[str]], folder: Path) -> None:
+    """Make a split of the shards of several writers' folders, by hard links where the file system has them."""
+    folder.mkdir()
+    _save_lengths(folder, np.concatenate([_load_lengths(Path(part)) for part in parts]))
+    for number, part in enumerate(parts):
+        shard, place = Path(part) / _shard_name(0, 1), folder / _shard_name(number, len(parts))
+        try:
+            os.link(shard, place)  # it also stays where it was, in case a later step fails
+        except OSError:  # a file system without links
+            os.replace(shard, place)
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"shard-{number:05d}-of-{count:05d}.array_record"
+
+
+def _save_lengths(folder: Path, lengths: np.ndarray) -> None:
+    with replacing(folder / LENGTHS_NAME) as temporary, open(temporary, "wb") as file:
+        np.save(file, lengths)
 
 
 @contextmanager
 def _as_os_errors() -> Iterator[None]:
-    """ArrayRecord's errors, of a full disk for one, as the OSErrors that other files give."""
+    """Turn ArrayRecord's errors, such as a full disk, into the OSErrors of other files."""
     try:
         yield
     except RuntimeError as error:
@@ -250,13 +254,17 @@ def _as_os_errors() -> Iterator[None]:
 
 
 class ShardReader:
-    """Random access to the documents of one split folder: `len(reader)`, `reader[i]`, `reader.lengths`.
+    """Random access to the documents of a split folder: `len(reader)`, `reader[i]`, `reader.lengths`.
 
-    Safe to share between threads and to pickle: files are opened at first use, in each process anew. UserError when
-    a shard or lengths.npy is missing, damaged, or does not belong to the others.
+    Safe to share between threads and to pickle: each process opens the files at first use.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
+        """Open the split.
+
+        Raises:
+          UserError: a shard or lengths.npy is missing, damaged, or does not belong to the others.
+        """
         self.folder = Path(folder)
         self.paths = _shard_paths(self.folder)
         try:
@@ -266,13 +274,13 @@ class ShardReader:
         self._lengths = _load_lengths(self.folder)
         if len(self._lengths) != len(self._records):
             raise UserError(
-                f"{self.folder / LENGTHS_NAME}: has {len(self._lengths)} documents, the shards beside it hold "
+                f"{self.folder / LENGTHS_NAME}: has {len(self._lengths)} documents, the shards next to it hold "
                 f"{len(self._records)}; {_PREPARE_AGAIN}"
             )
 
     @property
     def lengths(self) -> np.ndarray:
-        """uint32 [documents], memory-mapped: tokens of each document, EOS included."""
+        """Number of tokens of each document, EOS included, uint32 [documents], memory-mapped."""
         return self._lengths
 
     def __len__(self) -> int:
@@ -296,13 +304,17 @@ class ShardReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lengths = _load_lengths(self.folder)  # mapped again: a pickled map would be a copy
+        self._lengths = _load_lengths(self.folder)  # a pickled map would be a copy
 
 
 def open_split(
     folder: str | os.PathLike[str], split: str, *, tokenizer_sha256: str | None = None
 ) -> tuple[Manifest, ShardReader]:
-    """The manifest of `folder` and a reader of its split, once the two (and the tokenizer, if given) agree."""
+    """Open a split and return the manifest of its folder and a reader.
+
+    Raises:
+      UserError: shards are missing or damaged, or manifest, shards and tokenizer (if given) disagree.
+    """
     manifest = Manifest.load(folder)
     if tokenizer_sha256 is not None:
         manifest.check_tokenizer(tokenizer_sha256)
@@ -321,13 +333,11 @@ def open_split(
 
 
 def _shard_paths(folder: Path) -> list[Path]:
-    """The shards of a split in order; UserError unless their names are 0 ... n-1 of n."""
+    """Return the shards of a split in order; raise UserError unless their names are 0 ... n-1 of n."""
     paths = sorted(folder.glob("shard-*.array_record"))
     if not paths:
         raise UserError(f"{folder}: holds no shard-*.array_record; give a folder that `prepare` finished")
-    matches = [_SHARD_NAME.fullmatch(path.name) for path in paths]
-    numbers = [(int(match[1]), int(match[2])) if match else None for match in matches]
-    if numbers != [(i, len(paths)) for i in range(len(paths))]:
+    if [path.name for path in paths] != [_shard_name(i, len(paths)) for i in range(len(paths))]:
         raise UserError(
             f"{folder}: the shards {paths[0].name} ... {paths[-1].name} are not 0 to n-1 of n: "
             f"one is missing or foreign; {_PREPARE_AGAIN}"

@@ -1,7 +1,7 @@
-"""Runs of n words as numbers: what near duplicates and contamination are found by.
+"""Shingles: hashes of runs of n words, by which near duplicates and contamination are found.
 
-A word is a run of letters and digits, case aside, so that punctuation, white space and line ends do not count. A run
-of n words becomes one 64-bit number; two different runs share one with a probability of 2**-64.
+A word is a run of letters and digits, ignoring case, so that punctuation and white space do not count. A run of n words
+becomes one 64-bit hash; two different runs collide with a probability of 2**-64.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ import numpy as np
 
 _WORD = re.compile(r"\w+")
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
-_PADDING = 0  # stands behind the words of a text that has fewer than n
+_PADDING = 0  # follows the words of a text that has fewer than n
 
 
 @lru_cache(1 << 18)
@@ -22,10 +22,11 @@ def _word_hash(word: str) -> int:
 
 
 def shingles(texts: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]:
-    """The runs of `words` words of every text, in order, repeated ones repeated.
+    """Hash the runs of `words` words of every text, in order, with repetitions.
 
     Returns:
-      uint64 [runs of all texts] and int64 [texts + 1], where each text's runs begin; each text has at least one.
+      Hashes uint64 [runs of all texts], and the offsets of each text's runs, int64 [texts + 1]; each text has at least
+      one run.
     """
     hashes: list[int] = []
     lengths = []
@@ -42,7 +43,7 @@ def shingles(texts: Sequence[str], words: int) -> tuple[np.ndarray, np.ndarray]:
     runs = np.zeros(len(flat) - words + 1, np.uint64)
     for place in range(words):
         runs = runs * _FACTOR + flat[place : len(flat) - words + 1 + place]
-    runs ^= runs >> np.uint64(29)  # the lowest bits of a product hang on the lowest bits alone
+    runs ^= runs >> np.uint64(29)  # the lowest bits of a product depend on the lowest bits alone
     crossing = (
         ends[:-1, None] - np.arange(words - 1, 0, -1)
     ).ravel()  # runs that begin in one text and end in the next

@@ -1,4 +1,4 @@
-"""Clean text: what is done to every title, abstract and document before anything is counted or tokenized.
+"""Text normalization, applied to every title, abstract and document before it is counted or tokenized.
 
 All text is NFC with single spaces, one paragraph a line, so that decode(encode(text)) == text for our tokenizers.
 """
@@ -11,7 +11,7 @@ import unicodedata
 
 _ESCAPED = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
 _XML_NAMES = {"&lt;", "&gt;", "&amp;"}
-_MOST_ESCAPES = 3
+_MAX_ESCAPES = 3
 # Publishers also deliver HTML tags as escaped text. One with a known name is markup; `P<0.05`, `a<c>d` and
 # `a<b and c>d` are not.
 _ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE)
@@ -19,12 +19,12 @@ _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
 
 
 def clean_line(text: str) -> str:
-    """`text` in NFC with every run of white space (Unicode's: U+00A0, U+2009, U+202F, line ends ...) as one space."""
+    """Normalize to NFC, with every run of Unicode white space (also U+00A0, U+2009, U+202F, newlines) as one space."""
     return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
 
 
 def clean_document(text: str) -> str:
-    """Free text, line by line as `clean_line`, without empty lines; lone surrogates become U+FFFD."""
+    """Clean free text line by line and drop empty lines; lone surrogates become U+FFFD."""
     if not text.isascii():
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     lines = (clean_line(line) for line in text.split("\n"))
@@ -32,12 +32,12 @@ def clean_document(text: str) -> str:
 
 
 def clean_markup(text: str) -> str:
-    """The text content of an XML element as one clean line: what was escaped twice or more is unescaped.
+    """Clean the text content of an XML element to one line; unescape text that was escaped more than once.
 
-    HTML tags that arrive as escaped text are dropped. Only entities with a semicolon and a name of HTML's are known;
-    `AT&T;` and `R&D` stay.
+    HTML tags that arrive as escaped text are dropped. Only HTML entities with a semicolon are unescaped; `AT&T;` and
+    `R&D` stay.
     """
-    for _ in range(_MOST_ESCAPES):
+    for _ in range(_MAX_ESCAPES):
         before = text
         if "&" in text:
             text = _ESCAPED.sub(_unescape, text)
@@ -49,27 +49,27 @@ def clean_markup(text: str) -> str:
 
 
 def _unescape(match: re.Match[str]) -> str:
-    """The character of an entity; html.unescape alone would also take the `&not` of an unknown `&notit;`."""
+    """Unescape an entity; html.unescape alone would also replace the `&not` of an unknown `&notit;`."""
     known = match[0][1] == "#" or match[0][1:] in html.entities.html5
     return html.unescape(match[0]) if known else match[0]
 
 
 def html_entities(text: str) -> int:
-    """How many entities with a name of HTML's that XML does not have, `&nbsp;` or `&rsquo;`, are left in `text`."""
+    """Count HTML entities that XML does not have, such as `&nbsp;` or `&rsquo;`."""
     if "&" not in text:
         return 0
     return sum(name[1:] in html.entities.html5 and name not in _XML_NAMES for name in _ESCAPED.findall(text))
 
 
 def remaining_markup(text: str) -> tuple[bool, bool]:
-    """Whether a stored text still has (tags, entities): the two faults that corpora of PubMed are known for."""
+    """Return whether a text has (tags, entities) left: two known faults of PubMed corpora."""
     return _ESCAPED_TAG.search(text) is not None, any(
         name[1] == "#" or name[1:] in html.entities.html5 for name in _ESCAPED.findall(text)
     )
 
 
 def clean_title(text: str) -> str:
-    """A title as `clean_markup`, without the [brackets] that mark a translation and without NLM's placeholders."""
+    """Clean a title; drop the [brackets] that mark a translation, and NLM's placeholders."""
     title = clean_markup(text)
     if title.startswith("[") and title.endswith(("]", "].")) and _closing_bracket(title) >= len(title) - 2:
         title = (title[1:-2] + "." if title.endswith(".") else title[1:-1]).strip()
@@ -78,7 +78,7 @@ def clean_title(text: str) -> str:
 
 
 def _closing_bracket(text: str) -> int:
-    """Index of the bracket that closes text[0]; `[3H]Raffinose in [14C].` is no translation. -1: there is none."""
+    """Return the index of the bracket that closes text[0], -1 without one: `[3H]X in [14C].` is not a translation."""
     depth = 0
     for match in re.finditer(r"[\[\]]", text):
         depth += 1 if match[0] == "[" else -1
@@ -88,10 +88,10 @@ def _closing_bracket(text: str) -> int:
 
 
 def normalized_digest(text: str) -> bytes:
-    """16 bytes that are equal for texts that differ in case or white space only."""
+    """Return a 16-byte hash that ignores case and white space."""
     return hashlib.blake2b("".join(text.casefold().split()).encode(), digest_size=16).digest()
 
 
 def split_position(key: bytes) -> int:
-    """Where a document stands in [0, 2**32) when splits are cut: a hash of its key alone, so it never changes side."""
+    """Return a hash of a document's key in [0, 2**32), which alone decides its split."""
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big")

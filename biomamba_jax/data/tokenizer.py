@@ -1,7 +1,7 @@
-"""Tokenizers: one interface over Hugging Face's tokenizer.json and SentencePiece's .model, and training the latter.
+"""Tokenizers: one interface to Hugging Face's tokenizer.json and SentencePiece's .model, and SentencePiece training.
 
-Ids never contain a special token that the text merely spells (`<|endoftext|>` in a document is ordinary text), and
-nothing is added at either end: whoever stores documents appends `eos_id`.
+Special tokens that a text merely spells (`<|endoftext|>` in a document) are encoded as ordinary text, and none is added
+at either end: the writer of documents appends `eos_id`.
 """
 
 import hashlib
@@ -22,40 +22,39 @@ EOS = "<|endoftext|>"
 CHARACTER_COVERAGE = 0.9999
 """Fraction of the characters of the training text that become pieces of a SentencePiece model."""
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
-# Fixed, not the number of cores: the sums of unigram training depend on how the text is divided among threads.
+# Fixed, since the result of unigram training depends on the number of threads.
 _TRAINING_THREADS = 4
 _LARGE_SAMPLE_BYTES = 1_000_000_000  # from here on SentencePiece needs 64-bit suffix arrays
 
 
 class Tokenizer(ABC):
-    """A tokenizer file in use.
+    """A loaded tokenizer file."""
 
-    Attributes:
-      path: the file it was read from.
-      name: a name for people; `sha256`, of the file, is what identifies it.
-      vocab_size: one more than the largest id.
-      eos_id: id of the token that ends every stored document.
-    """
-
-    filename: str  # what `save_to` calls the copy
+    filename: str
+    """Name of the copy that `save_to` makes."""
 
     def __init__(self, path: Path, content: bytes, vocab_size: int, eos_id: int):
         self.path = path
+        """The file it was read from."""
         self.name = path.stem
+        """A name for people."""
         self.sha256 = hashlib.sha256(content).hexdigest()
+        """Digest of the file; identifies the tokenizer."""
         self.vocab_size = vocab_size
+        """One more than the largest id."""
         self.eos_id = eos_id
+        """Id of the token that ends every stored document."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, without any special token."""
+        """Return the ids of each text, without special tokens."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that the ids spell, special tokens included."""
+        """Return the text that the ids spell, including special tokens."""
 
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
-        """Copies the tokenizer's file into `folder` under its usual name and returns the copy's path."""
+        """Copy the tokenizer's file into `folder` under its usual name and return the copy's path."""
         return Path(shutil.copyfile(self.path, Path(folder) / self.filename))
 
 
@@ -65,7 +64,7 @@ class _HuggingFace(Tokenizer):
     def __init__(self, path: Path, content: bytes):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception for whatever is wrong with the file
+        except Exception as error:  # the library raises a bare Exception for any damage
             raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error}); give --tokenizer another") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -96,7 +95,7 @@ class _SentencePiece(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A control piece spells nothing in SentencePiece; here it is shown, as other tokenizers do.
+        # SentencePiece decodes a control piece to nothing; spell it, as other tokenizers do.
         spelled, start = [], 0
         ids = [int(i) for i in ids]
         for end in [i for i, token in enumerate(ids) if token == self.eos_id]:
@@ -115,10 +114,10 @@ def _known_eos(path: Path, eos: int | None) -> int:
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
-    """Reads a Hugging Face `tokenizer.json` (any name that ends in .json) or a SentencePiece `.model`.
+    """Load a Hugging Face `tokenizer.json` (any name that ends in .json) or a SentencePiece `.model`.
 
     Raises:
-      UserError: no such file, another kind of file, or a tokenizer without an end-of-text token.
+      UserError: the file cannot be read, is of another kind, or has no end-of-text token.
     """
     path = Path(path)
     kinds = {".json": _HuggingFace, ".model": _SentencePiece}

@@ -1,7 +1,6 @@
 """Wikipedia's own dumps (`enwiki-20260101-pages-articles.xml.bz2`): articles as plain prose, page by page.
 
-Needs mwparserfromhell (the [wikipedia] extra) to read the markup. Wikipedia as Parquet has its text ready and needs no
-such thing.
+Needs mwparserfromhell (the [wikipedia] extra) to parse the markup; Wikipedia as Parquet does not.
 """
 
 import re
@@ -19,7 +18,7 @@ from biomamba_jax.files import read_chunks
 _CHUNK_BYTES = 1 << 16
 _NO_PROSE = {"table", "gallery", "ref", "math", "chem", "score", "timeline"}
 _NOT_A_LINK = re.compile(r"^\s*:?(?:file|image|category|media)\s*:", re.IGNORECASE)
-# What follows these headings is lists of links.
+# Lists of links follow these headings.
 _TAIL = re.compile(
     r"^==+\s*(?:references|external links|see also|further reading|notes|bibliography|sources|citations)\s*==+\s*$",
     re.IGNORECASE | re.MULTILINE,
@@ -27,7 +26,7 @@ _TAIL = re.compile(
 
 
 def read_pages(path: str | Path) -> Iterator[tuple[str, str]]:
-    """(title, prose) of every page; prose is "" for a redirect and for what is no article.
+    """Yield (title, prose) of every page; prose is "" for redirects and for pages that are not articles.
 
     Raises:
       UserError: the file is broken, or mwparserfromhell is not installed.
@@ -52,7 +51,7 @@ def read_pages(path: str | Path) -> Iterator[tuple[str, str]]:
 
 
 def prose(markup: str) -> str:
-    """Wiki markup as text: links by their label; without templates, tables, references, files and link lists."""
+    """Convert wiki markup to text: keep links' labels, drop templates, tables, references, files and link lists."""
     try:
         import mwparserfromhell
     except ImportError:
@@ -62,6 +61,6 @@ def prose(markup: str) -> str:
     for node in [*code.filter_tags(), *code.filter_wikilinks()]:
         name = str(getattr(node, "tag", "")).strip().lower()
         if name in _NO_PROSE or (hasattr(node, "title") and _NOT_A_LINK.match(str(node.title))):
-            with suppress(ValueError):  # it went with one that it is in
+            with suppress(ValueError):  # removed with a node that contained it
                 code.remove(node)
     return code.strip_code(normalize=True, collapse=True)

@@ -1,8 +1,8 @@
-"""The folder in which shards are made: what is finished in it survives a kill and is used by the next run.
+"""The folder in which shards are made; finished parts of it survive a kill and are reused by the next run.
 
-`OUTPUT.partial` lies beside OUTPUT, on the same disk, and is locked by the run that uses it. OUTPUT itself appears at
-the very end by a rename. What a failed run leaves are finished spools and shards, for the same command to go on from;
-with none of them finished, nothing.
+`OUTPUT.partial` is next to OUTPUT, on the same disk, and locked by the run that uses it. OUTPUT itself appears at the
+end by a rename. A failed run leaves finished spools and shards, from which the same command continues; without any, it
+leaves nothing.
 """
 
 import errno
@@ -17,30 +17,35 @@ from biomamba_jax.errors import UserError
 
 
 class Work:
-    """The folders of one run: `spools` and `shards` are kept when it fails, `output` becomes OUTPUT at its end."""
+    """The folders of a run: `spools` and `shards` are kept if it fails, `output` becomes OUTPUT at its end."""
 
     def __init__(self, root: Path, spools: Path | None = None):
         self.root = root
         self.spools, self.shards, self.output = spools or root / "spools", root / "shards", root / "output"
         self.keeps = True
-        """Whether what is finished is worth keeping if the run fails."""
+        """False if finished parts are of no use to the next run."""
 
     @property
     def worth_keeping(self) -> bool:
+        """True if there are finished spools or shards for the next run."""
         finished = any((self.root / "spools").glob("*.json")) or any(self.shards.glob("*.done"))
         return self.keeps and finished
 
 
 @contextmanager
 def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
-    """The work folder of `output` for the block; UserError if `output` exists or another run is at it.
+    """Yield the work folder of `output`, which becomes `output` when the block ends.
 
     Args:
-      spools: a folder of its own for spools, which then stay when the run has ended, for runs to come.
+      output: the folder to write.
+      spools: a separate folder for spools, which then stay for later runs.
+
+    Raises:
+      UserError: `output` exists or cannot be written, or another run uses a folder.
     """
     work = Work(output.parent / f"{output.name}.partial", spools)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        if work.root.exists() and not work.output.exists():  # its run was killed after the rename
+        if work.root.exists() and not work.output.exists():  # left by a run that was killed after the rename
             with suppress(UserError), locked(work.root):
                 shutil.rmtree(work.root, ignore_errors=True)
         raise UserError(f"{output}: already exists; remove it or give another --output")
@@ -69,7 +74,7 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """The folder, made if it is not there, for this process alone; the system unlocks it with the process's end."""
+    """Make a folder and lock it for this process; the system unlocks it when the process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115
@@ -79,7 +84,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another run is at work here; wait for it or name another folder") from None
+            raise UserError(f"{folder}: another run uses it; wait for it or name another folder") from None
         except OSError as error:
             raise UserError(f"{folder}: cannot be locked ({error.strerror}); name one on another disk") from None
         yield

@@ -10,7 +10,7 @@ from flax import nnx
 
 from biomamba_jax.config import DataConfig, LossConfig
 from biomamba_jax.data.pipeline import Batch, evaluation_batches
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops.cross_entropy import LossSums, perplexity
 from biomamba_jax.parallel.layout import Layout
@@ -65,14 +65,15 @@ def held_out_evaluator(graph: nnx.GraphDef, data: DataConfig, layout: Layout, co
     Raises:
       UserError: the split is empty.
     """
-    info = Manifest.load(data.path).splits["validation"]
+    manifest, documents = open_split(data.path, "validation")
+    info = manifest.splits["validation"]
     if info.documents == 0:
         raise UserError(f"{data.path}: the validation split is empty; prepare with a larger validation_fraction")
     bytes_per_token = info.bytes / info.tokens
     rows = host_batch(data.batch_size, layout.mesh)
 
     def batches() -> Iterable[Batch]:
-        return itertools.islice(evaluation_batches(data.path, sequence_length=data.sequence_length, **rows), count)
+        return itertools.islice(evaluation_batches(documents, sequence_length=data.sequence_length, **rows), count)
 
     def metrics(sums: Metrics) -> Metrics:
         loss = sums["nll"] / sums["weight"]

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from biomamba_jax.config import PretrainConfig, RunConfig
-from biomamba_jax.data.pipeline import TrainIterator, train_iterator
+from biomamba_jax.data.pipeline import TrainIterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
@@ -85,12 +85,11 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
         steps=steps,
         epoch_steps=setup.epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
-        batches=train_iterator(
-            data.path,
+        batches=TrainIterator(
+            setup.training_documents(data, manifest),
             sequence_length=data.sequence_length,
             seed=config.train.seed,
             num_workers=data.num_workers,
-            mixture=setup.training_mixture(data),
             **host_batch(data.batch_size, program.layout.mesh, config.train.accumulation),
         ),
         tokenizer=Path(data.path) / manifest.tokenizer.file,

@@ -14,8 +14,8 @@ from flax.traverse_util import flatten_dict
 from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
-from biomamba_jax.data.mixture import Mixture, Share
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.mixture import MixedDocuments, Mixture, Share
+from biomamba_jax.data.shards import Manifest, ShardReader, open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.train.report import record_start
@@ -49,6 +49,22 @@ def training_mixture(data: DataConfig) -> Mixture | None:
     weights = data.mixture.weights
     shares = (Share(name, source.path, weights[name]) for name, source in data.mixture.sources.items())
     return Mixture(tuple(shares), data.mixture.counts)
+
+
+def training_documents(data: DataConfig, manifest: Manifest) -> ShardReader | MixedDocuments:
+    """Open the training split, or that of every source of the mixture.
+
+    Args:
+      data: shards or mixture.
+      manifest: that of data.path, whose tokenizer all sources must share.
+
+    Raises:
+      UserError: shards are missing, damaged or made with another tokenizer.
+    """
+    mixture = training_mixture(data)
+    if mixture is None:
+        return open_split(data.path, "train")[1]
+    return mixture.open(tokenizer_sha256=manifest.tokenizer.sha256)
 
 
 def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:

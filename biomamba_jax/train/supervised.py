@@ -18,7 +18,7 @@ from flax import nnx
 from biomamba_jax.config import FinetuneConfig, LoraConfig, LossConfig
 from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.packing import RowPlan
-from biomamba_jax.data.pipeline import every_batch, shuffled_batches
+from biomamba_jax.data.pipeline import TrainIterator, evaluation_batches
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.interop.adapters import fingerprint
@@ -79,7 +79,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     host_rows = host_batch(rows.batch_size, mesh)
 
     def development_batches() -> Iterable[Any]:
-        return every_batch(development, sequence_length=rows.sequence_length, **host_rows)
+        return evaluation_batches(development, sequence_length=rows.sequence_length, **host_rows)
 
     training = TrainingRun(
         config=config,
@@ -95,7 +95,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         steps=steps,
         epoch_steps=epoch_steps,
         evaluate=LossEvaluator(held_out, layout, development_batches, _metrics, frozen),
-        batches=shuffled_batches(
+        batches=TrainIterator(
             train,
             sequence_length=rows.sequence_length,
             seed=config.train.seed,

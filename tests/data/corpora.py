@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data.build import build_shards
-from biomamba_jax.data.shards import Manifest, ShardReader
+from biomamba_jax.data.shards import Manifest, ShardReader, ShardWriter, SplitInfo, join_shards
 from biomamba_jax.data.tokenizer import load_tokenizer
 
 WORDS = [
@@ -40,6 +41,21 @@ def make_shards(
     return build_shards(
         dataclasses.replace(settings, input=list(inputs), output=str(output), tokenizer=given, **changes)
     )
+
+
+def write_split(folder: Path, documents: Sequence[Sequence[int]], per_shard: int, **options) -> SplitInfo:
+    """Write token lists as a split of several shards; document i has PMID 1000 + i, source i % 2 and 10 * i bytes."""
+    parts, infos = [], []
+    for start in range(0, len(documents), per_shard):
+        with ShardWriter(folder.with_name(f"part-{start}"), **options) as writer:
+            for i, ids in enumerate(documents[start : start + per_shard], start):
+                writer.write(ids, pmid=1000 + i, version=None, source=i % 2, num_bytes=10 * i)
+        parts.append(writer.folder)
+        infos.append(writer.info)
+    join_shards(parts, folder)
+    for part in parts:
+        shutil.rmtree(part)
+    return SplitInfo(*(sum(totals) for totals in zip(*map(dataclasses.astuple, infos), strict=True)))
 
 
 def abstract(seed: object) -> str:

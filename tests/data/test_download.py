@@ -165,7 +165,7 @@ def test_ctrl_c_ends_downloads_that_would_go_on_for_ever(mirror, downloader):
 
 
 def test_two_downloads_into_one_folder_are_refused(mirror, downloader):
-    with locked(downloader.folder), pytest.raises(UserError, match="another run is at work here"):
+    with locked(downloader.folder), pytest.raises(UserError, match="another run uses it"):
         fetch_all(mirror, downloader)
 
 
@@ -182,7 +182,7 @@ def test_a_broken_connection_goes_on_where_it_broke(mirror, downloader):
     size = len(mirror.files[f"/pubmed/baseline/{name}"])
     ranges = [asked for requested, asked in mirror.requests if requested == name]
     assert ranges == [None, f"bytes={size // 2}-", f"bytes={size // 2 + (size - size // 2) // 2}-"]
-    assert next(what for file, what in told if file == name).startswith("again: the connection ended after")
+    assert next(what for file, what in told if file == name).startswith("again: the connection broke")
     assert_whole(mirror, downloader.folder)
 
 

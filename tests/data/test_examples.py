@@ -83,8 +83,8 @@ def test_templates_take_any_keys_of_a_line(tmp_path):
     [
         ('{"prompt": "a"}', "line 2: has no text 'answer', which data.answer names; its keys are prompt"),
         ('{"prompt": "a", "answer": null}', "line 2: has no text 'answer'"),
-        ("[1]", "line 2: give an object"),
-        ("{", "line 2: not JSON"),
+        ("[1]", "line 2: is not a mapping"),
+        ("{", "line 2: cannot be read as JSON"),
     ],
 )
 def test_a_line_without_prompt_and_answer_is_refused_by_number(tmp_path, line, message):
@@ -95,7 +95,7 @@ def test_a_line_without_prompt_and_answer_is_refused_by_number(tmp_path, line, m
 
 def test_a_template_that_is_none_is_refused(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"})
-    with pytest.raises(UserError, match=r"data.prompt = '\{prompt': is no template"):
+    with pytest.raises(UserError, match=r"data.prompt = '\{prompt': is not a template"):
         list(read_examples(file, "{prompt", "{answer}"))
 
 

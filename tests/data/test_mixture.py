@@ -9,7 +9,7 @@ import pytest
 from biomamba_jax.config import DataConfig
 from biomamba_jax.config.data import MixtureConfig, SourceConfig
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, Mixture, Share
-from biomamba_jax.data.pipeline import train_iterator
+from biomamba_jax.data.pipeline import TrainIterator
 from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.setup import epoch_tokens, training_mixture
@@ -47,9 +47,10 @@ def mixture(folders, weights=WEIGHTS, unit="tokens") -> Mixture:
     return Mixture(tuple(Share(name, str(folders / name), weight) for name, weight in weights.items()), unit)
 
 
-def iterator(folders, **changes):
-    how = {"sequence_length": LENGTH, "batch_size": BATCH, "seed": 5, "window": 20, "mixture": mixture(folders)}
-    return train_iterator(folders / "pubmed", **{**how, **changes})
+def iterator(folders, mixed=None, **changes):
+    documents = (mixed or mixture(folders)).open(tokenizer_sha256="ab")
+    how = {"sequence_length": LENGTH, "batch_size": BATCH, "seed": 5, "window": 20}
+    return TrainIterator(documents, **{**how, **changes})
 
 
 def rows_of(batches) -> np.ndarray:
@@ -157,7 +158,7 @@ def test_a_run_cannot_go_on_with_other_weights(folders):
     with iterator(folders) as batches:
         state = batches.get_state()
     other = mixture(folders, {**WEIGHTS, "c4": 2.0})
-    with iterator(folders, mixture=other) as batches, pytest.raises(UserError, match=r"c4\.weight is 2\.0"):
+    with iterator(folders, other) as batches, pytest.raises(UserError, match=r"c4\.weight is 2\.0"):
         batches.set_state(state)
 
 
@@ -166,13 +167,13 @@ def test_a_run_cannot_go_on_with_sources_in_another_order_or_fewer(folders, name
     with iterator(folders) as batches:
         state = json.loads(json.dumps(batches.get_state()))
     other = mixture(folders, {name: WEIGHTS[name] for name in names})
-    with iterator(folders, mixture=other) as batches, pytest.raises(UserError, match="mixture_sources is"):
+    with iterator(folders, other) as batches, pytest.raises(UserError, match="mixture_sources is"):
         batches.set_state(state)
 
 
 def test_a_source_of_another_tokenizer_is_refused(folders):
     with pytest.raises(UserError, match="made with tokenizer"):
-        iterator(folders, tokenizer_sha256="cd")
+        mixture(folders).open(tokenizer_sha256="cd")
 
 
 def test_an_epoch_of_a_mixture_goes_through_its_main_source_once(folders):

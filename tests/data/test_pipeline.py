@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from corpora import write_split
 
-from biomamba_jax.data.pipeline import evaluation_batches, train_iterator
+from biomamba_jax.data.pipeline import TrainIterator, evaluation_batches
 from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo, open_split
 from biomamba_jax.errors import UserError
 
@@ -28,19 +29,17 @@ def folder(tmp_path_factory):
     random, fresh = np.random.default_rng(0), itertools.count(1)
     splits = {}
     for split, documents in (("train", 80), ("validation", 30)):
-        with ShardWriter(folder / split, documents_per_shard=25) as writer:
-            for pmid in range(documents):
-                ids = [next(fresh) for _ in range(random.integers(50))]
-                writer.write([*ids, 0], pmid=pmid, version=1, source=0, num_bytes=5 * len(ids))
-        splits[split] = writer.info
+        tokens = [[*(next(fresh) for _ in range(random.integers(50))), 0] for _ in range(documents)]
+        splits[split] = write_split(folder / split, tokens, per_shard=25)
     sources = [{"name": "made up", "sha256": ""}]
     Manifest(TokenizerInfo("none", "ab", "none", 9_999, 0), splits, {}, sources, {}).save(folder)
     return folder
 
 
-def iterator(folder, **changes):
-    return train_iterator(
-        folder, **{"sequence_length": LENGTH, "batch_size": BATCH, "seed": 5, "window": WINDOW, **changes}
+def iterator(folder, split="train", **changes):
+    return TrainIterator(
+        open_split(folder, split)[1],
+        **{"sequence_length": LENGTH, "batch_size": BATCH, "seed": 5, "window": WINDOW, **changes},
     )
 
 
@@ -139,19 +138,20 @@ def test_a_state_of_other_rows_is_refused(folder, changes, name):
 
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_sees_every_document_once_in_batches_of_one_shape(folder, hosts):
+    _, documents = open_split(folder, "validation")
     parts = [
-        list(evaluation_batches(folder, sequence_length=64, batch_size=3, process_index=host, process_count=hosts))
+        list(evaluation_batches(documents, sequence_length=64, batch_size=3, process_index=host, process_count=hosts))
         for host in range(hosts)
     ]
     assert len({len(part) for part in parts}) == 1
     batches = list(itertools.chain.from_iterable(parts))
     assert all(batch[name].shape == (3, 64) for batch in batches for name in NAMES)
-    _, reader = open_split(folder, "validation")
-    assert sorted(documents_of(rows_of(batches))) == sorted(document.ids.tolist() for document in reader)
+    assert sorted(documents_of(rows_of(batches))) == sorted(document.ids.tolist() for document in documents)
 
 
 def test_evaluation_gives_the_same_batches_every_time(folder):
-    first, second = (rows_of(evaluation_batches(folder, sequence_length=64, batch_size=3)) for _ in range(2))
+    _, documents = open_split(folder, "validation")
+    first, second = (rows_of(evaluation_batches(documents, sequence_length=64, batch_size=3)) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
@@ -179,7 +179,7 @@ def test_a_closed_iterator_says_so(folder):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_workers": -1}, "num_workers"), ({"batch_size": 0}, "batch_size"), ({"tokenizer_sha256": "c"}, "tokenizer")],
+    [({"num_workers": -1}, "num_workers"), ({"batch_size": 0}, "batch_size")],
 )
 def test_impossible_settings_are_refused(folder, changes, message):
     with pytest.raises(UserError, match=message):
@@ -188,10 +188,12 @@ def test_impossible_settings_are_refused(folder, changes, message):
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
-from biomamba_jax.data.pipeline import train_iterator
+from biomamba_jax.data.pipeline import TrainIterator
+from biomamba_jax.data.shards import open_split
 
 if __name__ == "__main__":
-    batches = train_iterator(sys.argv[1], sequence_length=32, batch_size=4, seed=5, num_workers=1)
+    documents = open_split(sys.argv[1], "train")[1]
+    batches = TrainIterator(documents, sequence_length=32, batch_size=4, seed=5, num_workers=1)
     for _ in range(5):
         next(batches)
     print(*[child.pid for child in multiprocessing.active_children()], flush=True)
@@ -245,8 +247,10 @@ def test_the_data_room_starts_no_jax_device(folder):
     program = f"""
 import os
 os.environ["JAX_PLATFORMS"] = "no such platform"
-from biomamba_jax.data.pipeline import train_iterator
-with train_iterator({os.fspath(folder)!r}, sequence_length=32, batch_size=4, seed=5) as batches:
+from biomamba_jax.data.pipeline import TrainIterator
+from biomamba_jax.data.shards import open_split
+documents = open_split({os.fspath(folder)!r}, "train")[1]
+with TrainIterator(documents, sequence_length=32, batch_size=4, seed=5) as batches:
     next(batches)
 """
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -111,7 +111,7 @@ def test_finished_files_and_shards_are_not_done_again(many, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         used: list[Path] = []
         link = os.link
-        patch.setattr(encode.os, "link", lambda a, b: used.append(Path(a)) or link(a, b))
+        patch.setattr(shards.os, "link", lambda a, b: used.append(Path(a)) or link(a, b))
         make_shards(many, output, settings=SMALL, workers=1)
     assert {path for path in kept if path.suffix == ".array_record"} < set(used)
     assert contents(output) == contents(tmp_path / "whole")
@@ -128,7 +128,7 @@ def test_finished_shards_are_kept_when_the_last_step_fails(many, tmp_path, monke
 
 def test_without_links_between_files_shards_are_moved(many, tmp_path, monkeypatch):
     make_shards(many, tmp_path / "whole", settings=SMALL, workers=1)
-    monkeypatch.setattr(encode.os, "link", Mock(side_effect=PermissionError))
+    monkeypatch.setattr(shards.os, "link", Mock(side_effect=PermissionError))
     make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     assert contents(tmp_path / "o") == contents(tmp_path / "whole")
 
@@ -198,7 +198,7 @@ def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
 
 
 def test_two_runs_into_one_output_are_refused(many, tmp_path):
-    with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run is at work"):
+    with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run uses it"):
         make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
 
 

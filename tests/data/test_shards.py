@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from corpora import write_split
 
 from biomamba_jax.data.shards import (
     Manifest,
@@ -20,16 +21,9 @@ from biomamba_jax.errors import UserError
 DOCUMENTS = [[*range(1, n), 0] for n in (1, 5, 300, 2, 9, 1, 40, 7)]
 
 
-def write_split(folder, token_dtype="uint16"):
-    with ShardWriter(folder, documents_per_shard=3, token_dtype=token_dtype) as writer:
-        for i, ids in enumerate(DOCUMENTS):
-            writer.write(ids, pmid=1000 + i, version=None, source=i % 2, num_bytes=10 * i)
-    return writer.info
-
-
 @pytest.fixture
 def folder(tmp_path):
-    info = write_split(tmp_path / "train")
+    info = write_split(tmp_path / "train", DOCUMENTS, per_shard=3)
     tokenizer = TokenizerInfo("small", "ab" * 32, "tokenizer.json", 512, 0)
     Manifest(tokenizer, {"train": info}, {"no abstract": 3}, [{"name": "a.xml", "sha256": "cd" * 32}], {}).save(
         tmp_path
@@ -39,8 +33,8 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("token_dtype", ["uint16", "uint32"])
 def test_documents_are_read_back_in_any_order(tmp_path, token_dtype):
-    write_split(tmp_path, token_dtype)
-    reader = ShardReader(tmp_path)
+    write_split(tmp_path / "train", DOCUMENTS, per_shard=3, token_dtype=token_dtype)
+    reader = ShardReader(tmp_path / "train")
     assert len(reader) == len(DOCUMENTS)
     for i in reversed(range(len(DOCUMENTS))):
         ids, *rest = reader[i]
@@ -75,7 +69,7 @@ def test_an_empty_split_is_valid(tmp_path):
 
 
 def test_an_exception_leaves_no_file(tmp_path):
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, documents_per_shard=2) as writer:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path) as writer:
         for ids in DOCUMENTS:
             writer.write(ids, pmid=None, version=None, source=0, num_bytes=1)
         raise RuntimeError
@@ -172,7 +166,7 @@ def wrong_lengths(path):
         ("shard-00001-of-00003.array_record", cut, "a shard is damaged"),
         ("lengths.npy", os.remove, r"lengths\.npy: cannot be read"),
         ("lengths.npy", cut, r"lengths\.npy: cannot be read"),
-        ("lengths.npy", wrong_lengths, "has 3 documents, the shards beside it hold 8"),
+        ("lengths.npy", wrong_lengths, "has 3 documents, the shards next to it hold 8"),
     ],
 )
 def test_a_damaged_split_is_refused_when_it_is_opened(folder, name, damage, message):
