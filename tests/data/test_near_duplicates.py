@@ -63,6 +63,13 @@ def test_slightly_changed_copies_are_found_and_other_texts_are_not():
     assert len(found) >= 0.95 * len(expected) > 80
 
 
+@pytest.mark.parametrize(("threshold", "found"), [(0.5, {1: 0}), (0.51, {})])
+def test_a_pair_of_just_the_threshold_s_similarity_is_a_near_duplicate(threshold, found):
+    texts = ["a b c d e f g", "a b c d e f x"]  # two of four runs are shared
+    one_band = iter([np.zeros(2, np.uint64)])
+    assert {d.place: d.earlier for d in near_duplicates(one_band, texts.__getitem__, threshold)} == found
+
+
 def test_a_chain_of_copies_leaves_the_first_and_what_is_unlike_it():
     first = prose(0, 200)
     texts = [" ".join(changed(first, times, "x")) for times in (0, 0, 1, 1)] + [" ".join(prose(1))]

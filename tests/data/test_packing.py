@@ -78,6 +78,18 @@ def test_epochs_follow_one_another_without_a_gap_in_different_orders():
     assert order[0] != order[1]
 
 
+def test_the_windows_of_each_epoch_hold_other_documents():
+    plan = RowPlan(pubmed_like_lengths(500), 1024, seed=1, window=100)
+    first = [set(), set()]
+    row = 0
+    while (window := plan.window_start(row).window) <= plan.windows_per_epoch:
+        if window in (0, plan.windows_per_epoch):
+            first[window > 0] |= {piece.document for piece in plan[row]}
+        row += 1
+    assert len(first[0]) == len(first[1]) == 100
+    assert len(first[0] & first[1]) < 50  # 20 are expected
+
+
 def test_seeds_give_different_orders():
     lengths = pubmed_like_lengths(100)
     assert RowPlan(lengths, 1024, seed=1)[0] != RowPlan(lengths, 1024, seed=2)[0]

@@ -1,5 +1,6 @@
 """`prepare`: files in, shards out; every record accounted for, the same bytes however it is run, all or nothing."""
 
+import dataclasses
 import gzip
 import json
 import random
@@ -15,6 +16,7 @@ from nlm_xml import LONG, article, deletions, write_set
 from biomamba_jax import prepare
 from biomamba_jax.command_line import run_command
 from biomamba_jax.config import PrepareConfig
+from biomamba_jax.data import build
 from biomamba_jax.data.input_files import in_order
 from biomamba_jax.data.records import CODE, DELETION, KEPT
 from biomamba_jax.data.resolve import resolve
@@ -212,6 +214,27 @@ def test_an_output_that_exists_is_not_touched(files, output):
     with pytest.raises(UserError, match="already exists"):
         make_shards(files, output, settings=SMALL, workers=1)
     assert contents(output) == before
+
+
+def test_the_tokenizer_is_trained_on_a_seeded_sample_of_the_training_split(files, output, tmp_path, monkeypatch):
+    samples = []
+
+    def stop(texts, training, path):
+        samples.append(list(texts))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(build, "train_sentencepiece", stop)
+    for seed in (0, 0, 1):
+        settings = dataclasses.replace(SMALL, tokenizer_sample_bytes=20_000, seed=seed)
+        with pytest.raises(UserError, match="enough"):
+            make_shards(files, tmp_path / "o", settings=settings, workers=1)
+    assert samples[0] == samples[1] != samples[2]
+    tokenizer, reader = load_tokenizer(output / "tokenizer.model"), ShardReader(output / "train")
+    train = {tokenizer.decode(document.ids[:-1]) for document in reader}
+    for sample in samples:
+        assert set(sample) < train
+        size = sum(len(text.encode()) for text in sample)
+        assert 20_000 <= size < 20_000 + max(len(text.encode()) for text in train)
 
 
 def test_a_file_given_twice_is_refused(files, tmp_path):

