@@ -31,7 +31,7 @@ _DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.
 
 @contextmanager
 def naming_errors(path: str | Path) -> Iterator[None]:
-    """Turns the errors of reading a file into a UserError that names it."""
+    """Turn the errors of reading a file into a UserError that names it."""
     try:
         yield
     except _DAMAGED as error:
@@ -44,7 +44,7 @@ def naming_errors(path: str | Path) -> Iterator[None]:
 
 
 def uncompressed_name(path: str | Path) -> str:
-    """Returns the file's name without .gz, .bz2 or .zst."""
+    """Return the file's name without .gz, .bz2 or .zst."""
     path = Path(path)
     return path.stem if path.suffix in _DECOMPRESSORS else path.name
 
@@ -59,7 +59,7 @@ def _uncompressed(path: str | Path, raw: BinaryIO) -> BinaryIO:
 
 
 def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:
-    """Yields the file's bytes, uncompressed, to the end: the format's own checksum is always verified."""
+    """Yield the file's bytes, uncompressed, to the end: the format's own checksum is always verified."""
     with naming_errors(path), open(path, "rb") as raw:
         file = _uncompressed(path, raw)
         while chunk := file.read(size):
@@ -67,7 +67,7 @@ def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:
 
 
 def read_lines(path: str | Path) -> Iterator[str]:
-    """Yields the lines of a UTF-8 text file, uncompressed, without their line ends."""
+    """Yield the lines of a UTF-8 text file, uncompressed, without their line ends."""
     with (
         naming_errors(path),
         open(path, "rb") as raw,
@@ -78,7 +78,7 @@ def read_lines(path: str | Path) -> Iterator[str]:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
       UserError: the file cannot be read, is not JSON, or holds something else.
@@ -90,7 +90,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_any_json(path: str | Path) -> Any:
-    """Reads a JSON file, plain or compressed, whatever it holds.
+    """Read a JSON file, plain or compressed, whatever it holds.
 
     Raises:
       UserError: the file cannot be read or is not JSON.
@@ -104,7 +104,7 @@ def read_any_json(path: str | Path) -> Any:
 
 
 def read_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line number, mapping) for each line of a JSON lines file, plain or compressed; skips blank lines.
+    """Yield (line number, mapping) for each line of a JSON lines file, plain or compressed; skips blank lines.
 
     Args:
       path: the file.
@@ -120,7 +120,7 @@ def read_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Ite
 
 
 def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, Any]]:
-    """Yields (line number, value) for each line of a JSON lines file; arguments as those of `read_json_lines`.
+    """Yield (line number, value) for each line of a JSON lines file; arguments as those of `read_json_lines`.
 
     Raises:
       UserError: the file cannot be read, or a line is not JSON; names file and line.
@@ -138,7 +138,7 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`, moved to `path` when the block ends and removed when it raises.
+    """Yield a temporary path next to `path`, moved to `path` when the block ends and removed when it raises.
 
     The file is flushed to disk before it is moved: a kill or a power cut leaves the old file or the new one.
     """
@@ -155,13 +155,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Writes a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as strict, indented JSON, whole or not at all.
+    """Write a value as strict, indented JSON, whole or not at all.
 
     Raises:
       ValueError: the value holds NaN or an infinity, which JSON does not have.

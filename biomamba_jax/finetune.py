@@ -115,12 +115,12 @@ def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
-    """A run for each of the ten folds of PubMedQA's authors: trained on nine, the best weights chosen by the tenth.
+    """Train on nine of the ten folds of PubMedQA's authors, ten times; the tenth fold selects the best weights.
 
     Returns:
-      Measures of each fold, of all folds' predictions pooled, and of the official test set by each fold's weights; None
-      where a run was stopped. The pooled figure is of questions that the weights were chosen by, that of the test set
-      is not.
+      Metrics of each fold, of all folds' pooled predictions, and of the official test set with each fold's weights;
+      None if a run was stopped. The pooled metrics are of questions that selected the weights, those of the test set
+      are not.
     """
     if jax.process_count() > 1:
         raise UserError(f"cross_validate: runs on one host, not on {jax.process_count()}; train the folds one by one")

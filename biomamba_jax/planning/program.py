@@ -335,5 +335,5 @@ def _groups_along(mesh: str, along: str) -> list[list[int]]:
 
 
 def _groups(sizes: Sequence[int], order: Sequence[int], length: int) -> list[list[int]]:
-    """Number the devices of an array of `sizes`, transpose it by `order`, and split it into groups of `length`."""
+    """Enumerate the devices of an array of `sizes`, transpose it by `order`, and split it into groups of `length`."""
     return np.arange(math.prod(sizes)).reshape(sizes).transpose(order).reshape(-1, length).tolist()

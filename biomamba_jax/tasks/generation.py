@@ -21,7 +21,7 @@ from flax import struct
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.decode import InferenceModel, LayerStates
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.array_typing import Array, Float, Int, UInt
 from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left
 from biomamba_jax.tasks.sampling import Sampling, Steps, Values, next_tokens
 
@@ -276,7 +276,7 @@ def _prompt_keys(prompts: Sequence[Sequence[int]], occurrences: Sequence[int], s
 
 
 @jax.jit
-def _fold_keys(root: Array, checksums: Int[Array, " B"], occurrences: Int[Array, " B"]) -> Array:
+def _fold_keys(root: Array, checksums: UInt[Array, " B"], occurrences: UInt[Array, " B"]) -> Array:
     fold = jax.vmap(jax.random.fold_in)
     return fold(jax.vmap(jax.random.fold_in, (None, 0))(root, checksums), occurrences)
 

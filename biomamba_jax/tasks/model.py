@@ -138,7 +138,7 @@ class Model:
         Args:
           prompts: a text or several.
           sampling: how tokens are chosen and when to stop.
-          **settings: fields of `Sampling`, instead of `sampling`: max_new_tokens=64, temperature=0.8, stop=["\\n"], ...
+          **settings: fields of `Sampling`, instead of `sampling`: max_new_tokens=64, temperature=0.8, stop=["."], ...
 
         Returns:
           For each prompt `.text`, `.tokens` and `.finish_reason`; `str` of a result is its text.

@@ -144,7 +144,7 @@ def _in_leading_mass(x: Float[Array, "B V"], weights: Float[Array, "B V"], limit
     low = jnp.full((x.shape[0], 1), jnp.iinfo(jnp.int32).min)  # too low
     high = jnp.max(order, axis=-1, keepdims=True)  # high enough: nothing is greater
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # the mean, without overflow
         enough = jnp.sum(jnp.where(order > middle, weights, 0), axis=-1, keepdims=True) < limit
