@@ -19,7 +19,7 @@ def causal_conv1d(inputs: Inputs, activation: str | None) -> tuple[Float[Array, 
 
 
 def _run(inputs: Inputs, activation: str | None, save: bool):
-    del save  # the inputs are all that the backward pass needs
+    """Return the outputs; the residuals are the inputs alone."""
     x, weight, _, segment_ids, initial_state = inputs
     y = _linear(inputs)
     if activation == "silu":

@@ -96,17 +96,12 @@ def token_negative_log_likelihoods(
     Raises:
       UserError: shapes or sizes do not match.
     """
-    valid_vocab_size = _check(hidden, weight, targets, valid_vocab_size, chunk_size)
+    valid_vocab_size = _check(hidden, weight, targets, valid_vocab_size, chunk_size, devices=1)
     return xla.token_negative_log_likelihoods(hidden, weight, targets, valid_vocab_size, chunk_size)
 
 
 def _check(
-    hidden: Array,
-    weight: Array,
-    targets: Array,
-    valid_vocab_size: int | None,
-    chunk_size: int | None,
-    devices: int = 1,
+    hidden: Array, weight: Array, targets: Array, valid: int | None, chunk_size: int | None, devices: int
 ) -> int:
     """Return the number of valid ids; raise UserError if the arguments do not match."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or 0 in hidden.shape:
@@ -115,7 +110,7 @@ def _check(
         )
     check_shapes("linear_cross_entropy", {"targets": targets}, targets=hidden.shape[:1])
     rows = weight.shape[0] * devices
-    valid = rows if valid_vocab_size is None else valid_vocab_size
+    valid = rows if valid is None else valid
     if not 0 < valid <= rows:
         raise UserError(f"linear_cross_entropy: valid_vocab_size must be in 1..{rows}, not {valid}")
     if chunk_size is not None and chunk_size < 1:

@@ -17,7 +17,7 @@ from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, float32, struct_like
 from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as common
-from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_arrays import Gradients, Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import CHUNK, GROUP, VECTOR, Blocks
 
 _STEPS = 8  # time steps whose states are in registers at once
@@ -41,29 +41,6 @@ class Inputs(NamedTuple):
     """[B E Q 4]."""
     boundary: Any
     """[B chunks E Q 4]: the state before each chunk."""
-
-
-class Gradients(NamedTuple):
-    """Outputs of the kernel, to be summed over tiles (B, C) and over rows (A, D, dt_bias)."""
-
-    x: Any
-    """[B L E]."""
-    dt: Any
-    """[B L E]."""
-    z: Any
-    """[B L E], or None without a gate."""
-    B: Any
-    """[B tiles L Q 4] float32."""
-    C: Any
-    """[B tiles L Q 4] float32."""
-    A: Any
-    """[B E Q 4] float32."""
-    D: Any
-    """[B E] float32."""
-    dt_bias: Any
-    """[B E] float32."""
-    initial: Any
-    """[B E Q 4] float32."""
 
 
 class _Scratch(NamedTuple):

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, out_struct
 from biomamba_jax.ops.selective_scan import pallas_tpu_blocks as common
-from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
+from biomamba_jax.ops.selective_scan.pallas_arrays import Gradients, Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, STRIDE, SUBLANES, Blocks
 
 _UNROLL = 16
@@ -31,29 +31,6 @@ class Incoming(NamedTuple):
     """[B chunks tiles N tile]: the state before each chunk."""
     ungated: Any | None
     """[B L E]: y before the gate."""
-
-
-class Gradients(NamedTuple):
-    """Outputs of the kernel; gradients of parameters are per row of the batch."""
-
-    x: Any
-    """[B L E]."""
-    dt: Any
-    """[B L E]."""
-    z: Any | None
-    """[B L E]."""
-    B: Any
-    """[B L N] float32."""
-    C: Any
-    """[B L N] float32."""
-    A: Any
-    """[B tiles N tile] float32."""
-    D: Any
-    """[B tiles 1 tile] float32."""
-    dt_bias: Any
-    """[B tiles 1 tile] float32."""
-    initial: Any
-    """[B tiles N tile] float32; carries the cotangent of the state from chunk to chunk."""
 
 
 class _Scratch(NamedTuple):

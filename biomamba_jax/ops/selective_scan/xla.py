@@ -59,7 +59,6 @@ def selective_scan(
 
 def _run(inputs: Inputs, plan: _Plan, save: bool):
     """Return (y, final state) and the residuals, which cost nothing if unused."""
-    del save
     dtype = accumulator_dtype(inputs.x.dtype)
     rows, length, channels = inputs.x.shape
     A = inputs.A.T.astype(dtype)
