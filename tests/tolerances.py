@@ -1,6 +1,7 @@
 """The one table of tolerances: how far an op may lie from its float64 oracle, for each dtype of its inputs.
 
-Both figures are relative to the largest magnitude of the expected array: max|got - want| <= tolerance * max|want|.
+Both figures are relative to the largest magnitude of the expected array, max|got - want| <= tolerance * max|want|, and
+in the tests of single channels and heads to the largest magnitude of each one's slice.
 They follow from the rounding of the dtype and are never loosened to make a test pass.
 """
 

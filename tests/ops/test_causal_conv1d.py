@@ -14,11 +14,13 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d
 from biomamba_jax.ops.causal_conv1d import pallas_tpu
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
-from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
+from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts, with_one_small
 from tests.tolerances import TOLERANCES
 
 ARRAYS = ("x", "weight", "bias", "initial_state")
 ACTIVATIONS = {"x", "initial_state", "dy", "d_final_state"}
+CHANNEL_AXES = {"x": 2, "bias": 0, "initial_state": 2, "dy": 2, "d_final_state": 2}
+PER_CHANNEL = {"y": 2, "final_state": 2, "x": 2, "weight": 0, "initial_state": 2}
 
 
 class Shape(NamedTuple):
@@ -82,13 +84,14 @@ def assert_equals_oracle(
     dtype: str,
     activation: str | None = "silu",
     implementation: str = "xla",
+    per=None,
 ) -> None:
     values, gradients = values_and_gradients(implementation, activation)(inputs, segment_ids)
     oracle = values_and_gradients("reference", activation)
     want_values, want_gradients = in_float64(oracle, inputs, segment_ids)
     tolerance = TOLERANCES["causal_conv1d", dtype]
-    assert_close(values, want_values, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(values, want_values, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
     assert values["y"].dtype == dtype and values["final_state"].dtype == dtype
 
 
@@ -98,6 +101,13 @@ def assert_equals_oracle(
 def test_equals_the_plain_loop_in_values_and_all_gradients(shape, data, seed):
     segment_ids = data.draw(segment_layouts(shape.rows, shape.length))
     assert_equals_oracle(in_dtype(random_inputs(shape, seed), "float32", ACTIVATIONS), segment_ids, "float32")
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_every_channel_is_right_on_its_own_scale(implementation):
+    inputs = in_dtype(with_one_small(random_inputs(SHAPES[0], 10), CHANNEL_AXES), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [7, 12], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_oracle(inputs, segment_ids, "float32", implementation=implementation, per=PER_CHANNEL)
 
 
 @settings(max_examples=12)

@@ -14,11 +14,13 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu, reference, xla
 from biomamba_jax.ops.selective_scan.inputs import Inputs
-from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
+from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts, with_one_small
 from tests.tolerances import TOLERANCES
 
 ARRAYS = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_state")
 ACTIVATIONS = {"x", "dt", "B", "C", "z", "dy"}
+CHANNEL_AXES = {"x": 2, "dy": 2, "initial_state": 1, "d_final_state": 1}
+PER_CHANNEL = {"y": 2, "final_state": 1, "x": 2, "dt": 2, "A": 0, "z": 2, "initial_state": 1}
 CHUNK = 8
 FORMS = ("sequential", "associative")
 
@@ -83,12 +85,12 @@ def values_and_gradients(name: str):
     return jax.jit(compute)
 
 
-def assert_equals_oracle(name: str, inputs: dict[str, jax.Array], segment_ids, dtype: str) -> None:
+def assert_equals_oracle(name: str, inputs: dict[str, jax.Array], segment_ids, dtype: str, per=None) -> None:
     values, gradients = values_and_gradients(name)(inputs, segment_ids)
     want_values, want_gradients = in_float64(values_and_gradients("reference"), inputs, segment_ids)
     tolerance = TOLERANCES["selective_scan", dtype]
-    assert_close(values, want_values, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(values, want_values, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
     assert values["y"].dtype == dtype and values["final_state"].dtype == jnp.promote_types(dtype, jnp.float32)
 
 
@@ -100,6 +102,13 @@ def test_equals_the_plain_loop_in_values_and_all_gradients(shape, form, data, se
     segment_ids = data.draw(segment_layouts(shape.rows, shape.length))
     inputs = in_dtype(random_inputs(shape, seed), "float32", ACTIVATIONS)
     assert_equals_oracle(form, inputs, segment_ids, "float32")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_channel_is_right_on_its_own_scale(form):
+    inputs = in_dtype(with_one_small(random_inputs(SHAPES[0], 10), CHANNEL_AXES), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_oracle(form, inputs, segment_ids, "float32", PER_CHANNEL)
 
 
 @pytest.mark.parametrize("form", FORMS)

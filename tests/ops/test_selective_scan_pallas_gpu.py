@@ -16,8 +16,8 @@ from biomamba_jax.ops.selective_scan import pallas_gpu
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 from tests import h100
 from tests.ops import mosaic_interpreter
-from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
-from tests.ops.test_selective_scan import ACTIVATIONS, ARRAYS, Shape, random_inputs
+from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts, with_one_small
+from tests.ops.test_selective_scan import ACTIVATIONS, ARRAYS, CHANNEL_AXES, PER_CHANNEL, Shape, random_inputs
 from tests.ops.test_selective_scan import values_and_gradients as reference
 from tests.tolerances import TOLERANCES
 
@@ -41,12 +41,12 @@ def interpreted(*, with_ids: bool):
     return jax.jit(compute, compiler_options=mosaic_interpreter.COMPILER_OPTIONS)
 
 
-def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtype: str) -> None:
+def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtype: str, per=None) -> None:
     values, gradients = interpreted(with_ids=segment_ids is not None)(inputs, segment_ids)
     want_values, want_gradients = in_float64(reference("reference"), inputs, segment_ids)
     tolerance = TOLERANCES["selective_scan", dtype]
-    assert_close(values, want_values, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(values, want_values, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
     assert values["y"].dtype == dtype and values["final_state"].dtype == np.float32
     for name, gradient in gradients.items():
         assert gradient.dtype == inputs[name].dtype, name
@@ -69,6 +69,12 @@ def test_tiles_of_channels_and_many_states_add_up():
 def test_bfloat16_inputs_lose_no_more_than_the_rounding_of_the_results():
     segment_ids = np.repeat([[1, 2]], [20, 17], axis=1).repeat(2, axis=0).astype(np.int32)
     assert_equals_the_plain_loop(in_dtype(random_inputs(ODD, 2), "bfloat16", ACTIVATIONS), segment_ids, "bfloat16")
+
+
+def test_every_channel_is_right_on_its_own_scale():
+    inputs = in_dtype(with_one_small(random_inputs(ODD, 10), CHANNEL_AXES), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_the_plain_loop(inputs, segment_ids, "float32", PER_CHANNEL)
 
 
 def test_everything_optional_can_be_left_out():

@@ -16,10 +16,12 @@ from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 from tests.devices import on_devices
-from tests.ops.oracles import assert_close, in_dtype, segment_layouts
+from tests.ops.oracles import assert_close, in_dtype, segment_layouts, with_one_small
 from tests.ops.test_selective_scan import (
     ACTIVATIONS,
     ARRAYS,
+    CHANNEL_AXES,
+    PER_CHANNEL,
     Shape,
     assert_equals_oracle,
     random_inputs,
@@ -71,6 +73,12 @@ def test_long_and_extreme_decays_stay_finite_and_right():
     inputs["A"] = -np.logspace(-6, 6, 32).reshape(8, 4)
     segment_ids = (np.arange(512, dtype=np.int32)[None] > 300).astype(np.int32)
     assert_equals_oracle("pallas_tpu", in_dtype(inputs, "float32", ACTIVATIONS), segment_ids, "float32")
+
+
+def test_every_channel_is_right_on_its_own_scale():
+    inputs = in_dtype(with_one_small(random_inputs(SMALL, 10), CHANNEL_AXES), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_oracle("pallas_tpu", inputs, segment_ids, "float32", PER_CHANNEL)
 
 
 def test_a_decay_rate_of_zero_is_reset_like_any_other():

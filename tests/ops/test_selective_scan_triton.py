@@ -11,8 +11,8 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import selective_scan
 from tests.compilers import needs_triton
 from tests.ops import triton_interpreter
-from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts
-from tests.ops.test_selective_scan import ACTIVATIONS, ARRAYS, Shape, random_inputs
+from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts, with_one_small
+from tests.ops.test_selective_scan import ACTIVATIONS, ARRAYS, CHANNEL_AXES, PER_CHANNEL, Shape, random_inputs
 from tests.ops.test_selective_scan import values_and_gradients as reference
 from tests.tolerances import TOLERANCES
 
@@ -24,12 +24,12 @@ def triton(inputs: dict[str, jax.Array], segment_ids: np.ndarray | None) -> tupl
     return triton_interpreter.values_and_gradients("selective_scan", inputs, ARRAYS, segment_ids, {"CHUNK": 8})
 
 
-def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtype: str) -> None:
+def assert_equals_the_plain_loop(inputs: dict[str, jax.Array], segment_ids, dtype: str, per=None) -> None:
     values, gradients = triton(inputs, segment_ids)
     want_values, want_gradients = in_float64(reference("reference"), inputs, segment_ids)
     tolerance = TOLERANCES["selective_scan", dtype]
-    assert_close(values, want_values, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(values, want_values, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
     assert values["y"].dtype == dtype and values["final_state"].dtype == np.float32
     for name, gradient in gradients.items():
         assert gradient.dtype == inputs[name].dtype, name
@@ -49,6 +49,13 @@ def test_equals_the_plain_loop_in_values_and_all_gradients(shape, data, seed):
 def test_bfloat16_inputs_lose_no_more_than_the_rounding_of_the_results():
     segment_ids = np.repeat([[1, 2]], [4, 7], axis=1).repeat(2, axis=0)
     assert_equals_the_plain_loop(in_dtype(random_inputs(ODD, 0), "bfloat16", ACTIVATIONS), segment_ids, "bfloat16")
+
+
+@needs_triton
+def test_every_channel_is_right_on_its_own_scale():
+    inputs = in_dtype(with_one_small(random_inputs(ODD, 10), CHANNEL_AXES), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [4, 7], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_the_plain_loop(inputs, segment_ids, "float32", PER_CHANNEL)
 
 
 @needs_triton

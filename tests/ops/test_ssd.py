@@ -12,9 +12,13 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import ssd
+from tests.ops import oracles
+from tests.ops.oracles import assert_close, with_one_small
 from tests.tolerances import TOLERANCES
 
 ARRAYS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
+HEAD_AXES = {"x": 2, "dy": 2, "initial_state": 1, "d_final_state": 1}
+PER_HEAD = {"y": 2, "final_state": 1, "x": 2, "dt": 2, "B": 2, "C": 2, "initial_state": 1}
 
 
 class Shape(NamedTuple):
@@ -56,10 +60,7 @@ def random_inputs(shape: Shape, seed: int) -> dict[str, np.ndarray]:
 
 
 def in_dtype(inputs: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
-    """Activations in `dtype`, parameters and states in at least float32, as in a model."""
-    parameters = jnp.promote_types(dtype, jnp.float32)
-    activations = {"x", "dt", "B", "C", "dy"}
-    return {name: jnp.asarray(v, dtype if name in activations else parameters) for name, v in inputs.items()}
+    return oracles.in_dtype(inputs, dtype, {"x", "dt", "B", "C", "dy"})
 
 
 @cache
@@ -83,14 +84,7 @@ def values_and_gradients(implementation: str, chunk: int | None):
     return jax.jit(compute)
 
 
-def assert_close(got: dict, want: dict, tolerance: float) -> None:
-    for name, expected in want.items():
-        expected, actual = np.asarray(expected, np.float64), np.asarray(got[name], np.float64)
-        error, scale = np.max(np.abs(actual - expected)), np.max(np.abs(expected))
-        assert error <= tolerance * scale, f"{name}: {error:.2e} of {scale:.2e}"
-
-
-def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str, chunk: int) -> None:
+def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str, chunk: int, per=None) -> None:
     with jax.enable_x64(True):
         arrays = in_dtype(inputs, dtype)
         exact = {name: v.astype(jnp.float64) for name, v in arrays.items()}
@@ -99,8 +93,8 @@ def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype:
         for name, gradient in gradients.items():
             assert gradient.dtype == arrays[name].dtype, name
         tolerance = TOLERANCES["ssd", dtype]
-        assert_close(got, want, tolerance.value)
-        assert_close(gradients, want_gradients, tolerance.gradient)
+        assert_close(got, want, tolerance.value, per)
+        assert_close(gradients, want_gradients, tolerance.gradient, per)
 
 
 @st.composite
@@ -125,6 +119,12 @@ def test_values_and_all_gradients_match_the_recurrence(dtype, data):
     shape = data.draw(st.sampled_from(SHAPES))
     inputs = random_inputs(shape, data.draw(st.integers(0, 2**16)))
     assert_matches_recurrence(inputs, data.draw(segment_layouts(shape)), dtype, shape.chunk)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_head_is_right_on_its_own_scale(dtype):
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_matches_recurrence(with_one_small(random_inputs(SHAPES[0], 10), HEAD_AXES), segment_ids, dtype, 8, PER_HEAD)
 
 
 @settings(max_examples=10)

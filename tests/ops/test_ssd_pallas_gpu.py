@@ -16,7 +16,17 @@ from biomamba_jax.ops.ssd import pallas_gpu, reference
 from biomamba_jax.ops.ssd.inputs import Inputs
 from tests import h100
 from tests.ops import mosaic_interpreter
-from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
+from tests.ops.oracles import assert_close, with_one_small
+from tests.ops.test_ssd import (
+    ARRAYS,
+    HEAD_AXES,
+    PER_HEAD,
+    Shape,
+    extreme_inputs,
+    in_dtype,
+    random_inputs,
+    segment_layouts,
+)
 from tests.tolerances import TOLERANCES
 
 CHUNK = 64
@@ -48,7 +58,7 @@ def recurrence():
     return jax.jit(partial(values_and_gradients, reference.ssd))
 
 
-def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str) -> None:
+def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str, per=None) -> None:
     arrays = in_dtype(inputs, dtype)
     got, gradients = interpreted(arrays, segment_ids)
     for name, gradient in gradients.items():
@@ -58,8 +68,8 @@ def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype:
         want, want_gradients = recurrence()(exact, segment_ids)
     # The kernels' products are of bfloat16 whatever the dtype of the inputs.
     tolerance = TOLERANCES["ssd", "bfloat16"]
-    assert_close(got, want, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(got, want, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
 
 
 @pytest.mark.slow
@@ -69,6 +79,13 @@ def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype:
 def test_values_and_all_gradients_match_the_recurrence(shape, data):
     inputs = random_inputs(shape, data.draw(st.integers(0, 2**16)))
     assert_matches_recurrence(inputs, data.draw(segment_layouts(shape)), "bfloat16")
+
+
+@pytest.mark.slow
+def test_every_head_is_right_on_its_own_scale():
+    segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).astype(np.int32)
+    inputs = with_one_small(random_inputs(PAIR, 10), HEAD_AXES)
+    assert_matches_recurrence(inputs, segment_ids, "bfloat16", PER_HEAD)
 
 
 @pytest.mark.slow

@@ -20,7 +20,17 @@ from biomamba_jax.ops.ssd import pallas_tpu, reference
 from biomamba_jax.ops.ssd.inputs import Inputs
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from tests.compilers import needs_libtpu
-from tests.ops.test_ssd import ARRAYS, Shape, assert_close, extreme_inputs, in_dtype, random_inputs, segment_layouts
+from tests.ops.oracles import assert_close, with_one_small
+from tests.ops.test_ssd import (
+    ARRAYS,
+    HEAD_AXES,
+    PER_HEAD,
+    Shape,
+    extreme_inputs,
+    in_dtype,
+    random_inputs,
+    segment_layouts,
+)
 from tests.tolerances import TOLERANCES
 
 CHUNK = 128
@@ -52,7 +62,9 @@ def recurrence() -> Any:
     return jax.jit(partial(values_and_gradients, reference.ssd))
 
 
-def assert_matches_recurrence(shape: Shape, inputs: dict[str, np.ndarray], segment_ids: np.ndarray, dtype: str) -> None:
+def assert_matches_recurrence(
+    shape: Shape, inputs: dict[str, np.ndarray], segment_ids: np.ndarray, dtype: str, per=None
+) -> None:
     arrays = in_dtype(inputs, dtype)
     got, gradients = interpreted(shape, dtype)(arrays, segment_ids)
     for name, gradient in gradients.items():
@@ -62,8 +74,8 @@ def assert_matches_recurrence(shape: Shape, inputs: dict[str, np.ndarray], segme
         want, want_gradients = recurrence()(exact, segment_ids)
     # The kernels' products are of bfloat16 whatever the dtype of the inputs.
     tolerance = TOLERANCES["ssd", "bfloat16"]
-    assert_close(got, want, tolerance.value)
-    assert_close(gradients, want_gradients, tolerance.gradient)
+    assert_close(got, want, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
 
 
 @pytest.mark.slow
@@ -95,6 +107,12 @@ def test_float32_inputs_have_bfloat16_products_and_exact_skips():
     got, _ = interpreted(SMALLEST, "float32")(in_dtype(inputs, "float32"), segment_ids)
     skipped = inputs["D"][:, None] * inputs["x"]
     assert_close(got, {"y": skipped}, TOLERANCES["ssd", "float32"].value)
+
+
+def test_every_head_is_right_on_its_own_scale():
+    segment_ids = np.repeat([[1, 2]], [100, 29], axis=1).repeat(2, axis=0).astype(np.int32)
+    inputs = with_one_small(random_inputs(SMALLEST, 10), HEAD_AXES)
+    assert_matches_recurrence(SMALLEST, inputs, segment_ids, "float32", PER_HEAD)
 
 
 def test_nothing_at_all_crosses_a_segment_boundary():

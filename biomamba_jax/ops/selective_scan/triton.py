@@ -84,9 +84,8 @@ def _backward(inputs: FilledInputs, boundary: Array, cotangents, static: None) -
     sizes = BLOCKS["backward"]
     programs = cdiv(channels, sizes.channels)
     extent = length, channels // _vector(sizes, channels)
-    d_narrow, state, vector = (
-        float32(rows, *v) for v in ((programs, length, d_state), (d_state, channels), (channels,))
-    )
+    d_narrow = float32(rows, programs, length, d_state)
+    state, vector = float32(rows, d_state, channels), float32(rows, channels)
     dz_like = jax.ShapeDtypeStruct((1,), inputs.x.dtype) if inputs.z is None else struct_like(inputs.z)
     saved = float32(rows, CHUNK // sizes.steps, d_state, channels)
     dx, d_dt, dz, dB, dC, dA, dD, d_bias, d_initial, _ = triton_calls.call(

@@ -78,7 +78,7 @@ class _Shared(NamedTuple):
 class _Sums(NamedTuple):
     """Accumulated over the heads of one chunk."""
 
-    scores: Any  # gradient of the scores, both heads of a pair side by side
+    scores: Any  # gradient of the scores, both heads of a pair concatenated
     B: Any  # [l N]
     C: Any  # [l N]
     ends: Any  # [R l], all paths that end at each token
