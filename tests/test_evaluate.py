@@ -106,6 +106,13 @@ def test_pubmedqa_stands_beside_the_majority_and_keeps_every_prediction(output, 
     assert set(lines[0]["scores"]) == {"yes", "no", "maybe"}
     yes = sum(line["truth"] == "yes" for line in lines)
     assert task["majority"]["measures"]["accuracy"]["value"] == pytest.approx(yes / 50)
+    reference = (output / "predictions" / "pubmedqa" / "one.jsonl").read_text().splitlines()
+    only_this = sum(
+        line["correct"] > json.loads(other)["correct"] for line, other in zip(lines, reference, strict=True)
+    )
+    test = task["comparisons"]["two"]
+    assert (test["reference"], test["only_this"]) == ("one", only_this)
+    assert test["only_this"] != test["only_reference"]
 
 
 def test_thresholds_come_from_the_development_questions(report):

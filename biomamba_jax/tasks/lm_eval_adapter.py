@@ -9,7 +9,8 @@ Needs the [eval] extra.
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from biomamba_jax.command_line import run_command
@@ -34,26 +35,21 @@ class HarnessMethods:
         Returns:
           The log-likelihood in nats, and True if greedy decoding would produce the continuation, for each request.
         """
-        places: dict[str, list[int]] = {}
-        for place, request in enumerate(requests):
-            places.setdefault(request.args[0], []).append(place)
-        asked = [
-            Request(context, tuple(requests[place].args[1] for place in of_context))
-            for context, of_context in places.items()
-        ]
+        groups = _grouped(request.args[0] for request in requests)
+        asked = [Request(context, tuple(requests[i].args[1] for i in group)) for context, group in groups.items()]
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        for of_context, scored in zip(places.values(), self.scorer.continuations(asked), strict=True):
-            for place, found in zip(of_context, scored, strict=True):
+        for group, scored in zip(groups.values(), self.scorer.continuations(asked), strict=True):
+            for index, found in zip(group, scored, strict=True):
                 check_finite(self.scorer, found.total)
-                results[place] = found.total, found.greedy
+                results[index] = found.total, found.greedy
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """Return the log-likelihood of each whole text after the start symbol, in nats; its end is not predicted."""
         results = [0.0] * len(requests)
-        for place, nats in self.scorer.documents([request.args[0] for request in requests]):
+        for index, nats in self.scorer.documents([request.args[0] for request in requests]):
             check_finite(self.scorer, nats)
-            results[place] = -float((nats[:-1] if self.scorer.ends_documents else nats).sum())
+            results[index] = -float((nats[:-1] if self.scorer.ends_documents else nats).sum())
         return results
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
@@ -62,22 +58,28 @@ class HarnessMethods:
         Raises:
           UserError: a request wants sampling.
         """
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
-        for place, request in enumerate(requests):
-            settings = dict(request.args[1])
-            if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
-                raise UserError(
-                    "lm-eval: a task sets do_sample, but biomamba_jax generates greedily here; set it to false"
-                )
-            until = settings.get("until") or []
-            stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
-            groups.setdefault((int(settings.get("max_gen_toks", _MAX_GEN_TOKS)), stop), []).append(place)
-        results = [""] * len(requests)
-        for (tokens, stop), of_group in groups.items():
-            texts = self.scorer.generate([requests[place].args[0] for place in of_group], tokens, stop)
-            for place, text in zip(of_group, texts, strict=True):
-                results[place] = text
+        groups, results = _grouped(_length_and_stop(request.args[1]) for request in requests), [""] * len(requests)
+        for (tokens, stop), group in groups.items():
+            texts = self.scorer.generate([requests[index].args[0] for index in group], tokens, stop)
+            for index, text in zip(group, texts, strict=True):
+                results[index] = text
         return results
+
+
+def _grouped(keys: Iterable[Any]) -> dict[Any, list[int]]:
+    """Return the indices at which each key occurs."""
+    groups = defaultdict(list)
+    for index, key in enumerate(keys):
+        groups[key].append(index)
+    return groups
+
+
+def _length_and_stop(settings: Mapping[str, Any]) -> tuple[int, tuple[str, ...]]:
+    if settings.get("do_sample") and settings.get("temperature", 1.0) > 0:
+        raise UserError("lm-eval: a task sets do_sample, but biomamba_jax generates greedily here; set it to false")
+    until = settings.get("until") or []
+    stop = (until,) if isinstance(until, str) else tuple(text for text in until if text)
+    return int(settings.get("max_gen_toks", _MAX_GEN_TOKS)), stop
 
 
 @functools.cache

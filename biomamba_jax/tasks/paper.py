@@ -23,11 +23,11 @@ import numpy as np
 
 from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.ops.cross_entropy import perplexity
-from biomamba_jax.tasks import bioasq, measures, pubmedqa
+from biomamba_jax.tasks import measures, pubmedqa
 from biomamba_jax.tasks.answers import label_predictions, score_table
 from biomamba_jax.tasks.documents import Document
 from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
-from biomamba_jax.tasks.question_answering import TaskResult, classification_measures
+from biomamba_jax.tasks.question_answering import Questions, TaskResult, classification_measures
 from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling
 
@@ -148,7 +148,7 @@ def _with_margin(probabilities: np.ndarray, labels: Sequence[str], margin: float
     return "maybe" if close and probabilities[labels.index("maybe")] > maybe else labels[order[0]]
 
 
-def bioasq_majority(questions: Sequence[bioasq.Question], resampling: Resampling) -> TaskResult:
+def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
     """Return the result of always answering yes."""
     truth = [question.golden[0][0] for question in questions if question.kind == "yesno"]
     found = classification_measures(truth, ["yes"] * len(truth), resampling) if truth else {}
@@ -156,11 +156,7 @@ def bioasq_majority(questions: Sequence[bioasq.Question], resampling: Resampling
 
 
 def answer_bioasq(
-    scorer: Scorer,
-    config: BioASQConfig,
-    questions: Sequence[bioasq.Question],
-    development: Sequence[bioasq.Question],
-    resampling: Resampling,
+    scorer: Scorer, config: BioASQConfig, questions: Questions, development: Questions, resampling: Resampling
 ) -> TaskResult:
     """Answer the yes/no questions of all files together.
 

@@ -154,6 +154,8 @@ def _pubmedqa_result(
 
 # --- BioASQ ---
 
+Questions = Sequence[bioasq.Question]
+
 
 def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> list[bioasq.Question]:
     """Read the questions of golden files that have a golden answer and are of one of `config.types`.
@@ -168,18 +170,14 @@ def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> list[bioasq.Quest
     return questions
 
 
-def bioasq_majority(questions: Sequence[bioasq.Question], resampling: Resampling) -> TaskResult:
+def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
     """Return the result of always answering yes, the most frequent answer in BioASQ, and naming nothing."""
     given = {question: ["yes"] if question.kind == "yesno" else [] for question in questions}
     return _bioasq_result(questions, given, {}, resampling, 0.0, {"answer": "yes"})
 
 
 def answer_bioasq(
-    scorer: Scorer,
-    config: BioASQConfig,
-    questions: Sequence[bioasq.Question],
-    development: Sequence[bioasq.Question],
-    resampling: Resampling,
+    scorer: Scorer, config: BioASQConfig, questions: Questions, development: Questions, resampling: Resampling
 ) -> TaskResult:
     """Answer the questions: yes/no by likelihood or in generated text, names in generated text.
 
@@ -198,7 +196,7 @@ def answer_bioasq(
     details: dict[str, Any] = {}
     given: dict[bioasq.Question, list[str]] = {}
 
-    def score(questions: Sequence[bioasq.Question]) -> np.ndarray:
+    def score(questions: Questions) -> np.ndarray:
         prompts = [bioasq_prompt(config, question) for question in questions]
         return likelihood_scores(scorer, prompts, list(config.answers.values()))
 
@@ -246,7 +244,7 @@ def bioasq_measures(pairs: Sequence[tuple[bioasq.Question, list[str]]], resampli
 
 
 def _bioasq_result(
-    questions: Sequence[bioasq.Question],
+    questions: Questions,
     given: dict[bioasq.Question, list[str]],
     extras: dict[bioasq.Question, dict[str, Any]],
     resampling: Resampling,

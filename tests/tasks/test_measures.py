@@ -40,6 +40,11 @@ def test_resampled_macro_f1_of_the_sample_itself_is_its_macro_f1():
     assert both == pytest.approx([measures.classification(truth, predicted).macro_f1] * 2)
 
 
+def test_a_class_that_a_resample_lacks_counts_with_an_f1_of_0():
+    yes = np.zeros(4, int)
+    assert measures.macro_f1(yes, yes, 2) == 0.5
+
+
 @pytest.mark.parametrize(
     ("text", "read"),
     [("yes", "yes"), ("Yes, it does.", "yes"), ("NO", "no"), ("no, yes", "yes"), ("unknown", "no"), ("?", "none")],

@@ -66,6 +66,32 @@ def test_close_answers_become_maybe_where_that_pays_on_the_very_questions_that_a
     assert {prediction.prediction for prediction in result.predictions} == {"maybe"}
 
 
+def test_an_answer_counts_by_its_first_token_behind_2400_characters_of_context():
+    scorer, seen = Counting(), []
+    logp = {"yes": (-1.0, -9.0), "no": (-2.0, 0.0), "maybe": (-99.0, 0.0)}
+
+    def continuations(requests):
+        seen.extend(request.context for request in requests)
+        return [[Continuation(logp[text.strip().lower()], False) for text in r.continuations] for r in requests]
+
+    scorer.continuations = continuations
+    split = Split([], [Question("1", "?", (("", "x" * 3000),), "yes", "")])
+    result = paper.answer_pubmedqa(scorer, PubMedQAConfig(prompt="{context}{question}"), split, Resampling())
+    assert result.predictions[0].prediction == "yes" and result.predictions[0].scores["no"] == -2
+    assert seen == ["x" * 2400 + "...?"]
+
+
+def test_an_answer_that_is_ahead_of_maybe_is_not_maybe():
+    scorer, logp = Counting(), {"yes": math.log(0.6), "no": math.log(0.05), "maybe": math.log(0.35)}
+    scorer.continuations = lambda requests: [
+        [Continuation((logp[text.strip().lower()],), False) for text in r.continuations] for r in requests
+    ]
+    split = Split([], [Question("1", "?", (), "yes", "")])
+    result = paper.answer_pubmedqa(scorer, PubMedQAConfig(), split, Resampling())
+    assert result.predictions[0].prediction == "yes"
+    assert result.details["thresholds"]["margin"] == 0.05
+
+
 @pytest.mark.parametrize(
     ("text", "answer"),
     [

@@ -4,6 +4,7 @@ import json
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from biomamba_jax.errors import UserError
@@ -66,6 +67,7 @@ def test_the_published_subset_is_a_fifth_drawn_by_numpy(questions):
     subset = random_test(questions)
     assert len(subset) == len({question.key for question in subset}) == 200
     assert subset != official_split(questions).test
+    assert [int(question.key) for question in subset] == np.random.default_rng(42).permutation(1000)[:200].tolist()
 
 
 @pytest.mark.parametrize("broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, [], {"7": 1}])

@@ -55,6 +55,35 @@ def test_thresholds_turn_scores_that_order_questions_rightly_into_right_answers(
     assert (plain.answered, fitted.answered) == (20, 60)
 
 
+class Scripted:
+    """A scorer that prefers yes to no by as many nats as the context says, and maybe to neither."""
+
+    def continuations(self, requests):
+        return [
+            [Continuation(({"yes": 0.0, "no": -float(r.context.split()[0])}.get(text.strip(), -99.0),), False)
+             for text in r.continuations]
+            for r in requests
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("objective", "answer", "accuracy"), [("accuracy", "yes", 0.8), ("macro_f1", "no", 0.7)])
+def test_thresholds_are_fitted_and_cross_validated_by_the_measure_that_was_asked_for(objective, answer, accuracy):
+    fold = [(2, "yes")] * 3 + [(9, "yes")] * 5 + [(3, "no")] * 2
+    folds = [[Question(f"{f}{i}", "?", (("", str(d)),), a, "") for i, (d, a) in enumerate(fold)] for f in range(2)]
+    split = Split(folds, [Question("t", "?", (("", "3"),), "no", "")])
+    found = qa.answer_pubmedqa(Scripted(), prompt_config(thresholds=objective), split, QUICK)
+    assert [prediction.prediction for prediction in found.predictions] == [answer]
+    assert found.details["thresholds"]["cross_validated_accuracy"] == pytest.approx(accuracy)
+
+
+def test_long_answers_are_likelier_where_scores_are_divided_by_their_bytes():
+    scorer = Scripted()
+    scorer.continuations = lambda requests: [[Continuation((-4.0,), False)] * 3 for _ in requests]
+    split = Split([], [Question("t", "?", (), "maybe", "")])
+    found = {n: qa.answer_pubmedqa(scorer, prompt_config(normalize=n), split, QUICK) for n in ("none", "bytes")}
+    assert {n: result.predictions[0].prediction for n, result in found.items()} == {"none": "yes", "bytes": "maybe"}
+
+
 def test_the_test_set_s_answers_do_not_reach_the_thresholds(split):
     other = split._replace(test=[Question(q.key, q.question, q.contexts, "no", "") for q in split.test])
     found = [qa.answer_pubmedqa(Reader(), prompt_config(thresholds="macro_f1"), s, QUICK) for s in (split, other)]
@@ -77,6 +106,11 @@ def test_the_majority_of_the_real_questions_scores_55_2_and_23_7_percent(shared_
     assert found.measures["accuracy"].value == pytest.approx(0.552)
     assert found.measures["macro_f1"].value == pytest.approx(0.237, abs=5e-4)
     assert found.measures["accuracy"].low == pytest.approx(0.508, abs=1e-3)
+
+
+def test_the_majority_is_that_of_the_development_questions():
+    result = qa.pubmedqa_majority(Split([questions(2, "yes")], questions(2, "no")), QUICK)
+    assert [prediction.prediction for prediction in result.predictions] == ["yes", "yes"]
 
 
 def bioasq_question(kind, golden, key="1", batch="a"):
@@ -117,3 +151,5 @@ def test_only_answers_that_are_right_or_wrong_are_compared_between_models():
     questions = [bioasq_question("yesno", (("yes",),)), bioasq_question("list", (("x",),))]
     one, two = qa.bioasq_majority(questions, QUICK), qa.bioasq_majority(questions, QUICK)
     assert qa.shared_correctness(one, two) == ([True], [True])
+    wrong = qa.bioasq_majority([bioasq_question("yesno", (("no",),)), questions[1]], QUICK)
+    assert qa.shared_correctness(one, wrong) == ([True], [False])

@@ -191,6 +191,23 @@ def test_a_transformer_scores_documents_longer_than_its_positions(gpt2):
     assert np.isfinite(found[1]).all() and scorer.facts.context.startswith("up to 16 tokens")
 
 
+def test_a_token_of_a_long_document_is_predicted_from_the_window_in_which_it_is_new(gpt2):
+    """Windows of 16: tokens 0-15, then the last 8 of each of 8-23, 16-31, ..., and of 46-61 what is left."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = " ".join(np.random.default_rng(0).choice(WORDS, 60))
+    ((_, found),) = load_scorer("gpt2", str(gpt2), config()).documents([text])
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(gpt2).eval(), AutoTokenizer.from_pretrained(gpt2)
+    eos = tokenizer.eos_token_id
+    ids = torch.tensor([eos, *tokenizer(text, add_special_tokens=False)["input_ids"], eos])
+    for token in range(1, 62):
+        begin = 0 if token < 16 else min(token // 8 * 8 - 8, 46)
+        with torch.no_grad():
+            logits = model(ids[None, begin:token]).logits[0, -1]
+        assert found[token - 1] == pytest.approx(-float(logits.log_softmax(-1)[ids[token]]), abs=1e-5)
+
+
 def test_a_transformer_generates_and_scores_answers_behind_prompts_longer_than_its_positions(gpt2):
     scorer = load_scorer("gpt2", str(gpt2), config())
     (answers,) = scorer.continuations([Request("the " * 40, (" patients with", " insulin"))])

@@ -18,6 +18,15 @@ def test_wilson_s_interval_stays_inside_0_and_1():
     assert found.high == 1 and 0.7 < found.low < 0.73
 
 
+def test_intervals_are_at_the_level_that_was_asked_for():
+    # At 50 %: z = 0.674490; a mean of normal values is within z standard errors.
+    found = statistics.wilson(8, 10, 0.5)
+    assert (found.low, found.high) == pytest.approx((0.702491, 0.871401), abs=1e-6)
+    values = np.random.default_rng(0).normal(size=400)
+    found = statistics.bootstrap(np.mean, values, resampling=Resampling(confidence=0.5))
+    assert found.high - found.low == pytest.approx(2 * 0.674490 * values.std() / 20, rel=0.1)
+
+
 def test_mcnemar_looks_at_questions_that_one_model_alone_got_right():
     first = [True] * 8 + [False] * 2 + [True] * 5
     second = [False] * 8 + [True] * 2 + [True] * 5
