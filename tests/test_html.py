@@ -1,6 +1,7 @@
 """Pages and tables: what users name is shown as they named it."""
 
 import json
+import re
 
 import lxml.html
 import numpy as np
@@ -60,6 +61,20 @@ def test_a_logarithmic_axis_has_plain_numbers_and_the_plot_the_colour_of_the_pag
     svg = html.plot("title", draw).svg
     texts = [text.text_content() for text in lxml.html.fromstring(svg).xpath("//text")]
     assert "1,000" in texts and "10" in texts and "currentColor" in svg and "123456" not in svg
+
+
+def test_a_long_curve_has_as_many_points_as_are_seen_and_none_of_its_spikes_is_lost():
+    def heights(xs, ys):
+        """Vertical places of the curve, which is the longest path of the plot."""
+        svg = html.plot("title", lambda axes: axes.plot(xs, ys)).svg
+        curve = max(re.findall(r' d="([^"]*)"', svg), key=len)
+        return [float(height) for height in re.findall(r"[ML] \S+ (\S+)", curve)]
+
+    xs, ys = np.arange(100_000), np.random.default_rng(0).normal(size=100_000)
+    ys[12_345], ys[77_777], ys[-1] = 20, -30, 10
+    found, spikes = heights(xs, ys), heights([0, 12_345, 77_777, 99_999, 0] * 50, [0, 20, -30, 10, 0] * 50)
+    assert 500 < len(found) < 5000
+    np.testing.assert_allclose([min(found), max(found), found[-1]], [min(spikes), max(spikes), spikes[3]], atol=0.5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -216,7 +231,7 @@ def found_shards(name):
     return inspection.Inspection(
         manifest=manifest,
         split="train",
-        lengths=np.array([100, 200, 3000], np.uint32),
+        lengths=np.array([100, 1024, 3000], np.uint32),
         sequence_length=1024,
         packed=0.98765,
         markup=inspection.Markup(checked=2000, tags=20, entities=5),

@@ -24,9 +24,6 @@ from biomamba_jax.environment import environment
 from biomamba_jax.tables import Table
 from biomamba_jax.train.metrics import Record, read_metrics, read_timing
 
-MAX_POINTS = 2000
-"""Most points of one curve: more than a screen has columns, few enough for a page of some 100 kB."""
-
 Series = tuple[np.ndarray, np.ndarray]
 
 _MEASURES = {
@@ -110,16 +107,6 @@ def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -
     return Table(columns, cells, "".join(["Held-out text", *tokens]), left=(0, 1), emphasized=final)
 
 
-def thin(xs: np.ndarray, ys: np.ndarray, limit: int = MAX_POINTS) -> Series:
-    """Return at most `limit` points of a curve: the lowest and highest of each stretch, so that no spike is lost."""
-    if len(xs) <= limit:
-        return xs, ys
-    edges = np.linspace(0, len(xs), limit // 2 + 1).astype(int)
-    extremes = [[stretch.argmin(), stretch.argmax()] for stretch in np.split(ys, edges[1:-1])]
-    kept = np.unique(edges[:-1, None] + extremes)
-    return xs[kept], ys[kept]
-
-
 def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> list[tuple[str, str]]:
     """Return (figure, label) of what a reader looks for first."""
     trained = [record for record in metrics if record["split"] == "train"]
@@ -160,10 +147,10 @@ def _plot(title: str, curves: Mapping[str, Series]) -> html.Plot:
         axes.set_xlabel("step")
         for name, (xs, ys) in curves.items():
             if name in noisy and len(xs) > _MARKED:
-                (line,) = axes.plot(*thin(xs, ys), alpha=0.3, linewidth=0.8)
-                axes.plot(*thin(*_smooth(xs, ys)), color=line.get_color(), label=f"{name}, smoothed")
+                (line,) = axes.plot(xs, ys, alpha=0.3, linewidth=0.8)
+                axes.plot(*_smooth(xs, ys), color=line.get_color(), label=f"{name}, smoothed")
             else:
-                axes.plot(*thin(xs, ys), marker="o" if len(xs) <= _MARKED else None, label=name)
+                axes.plot(xs, ys, marker="o" if len(xs) <= _MARKED else None, label=name)
         if len(curves) > 1:
             axes.legend()
 
@@ -174,7 +161,8 @@ def _smooth(xs: np.ndarray, ys: np.ndarray) -> Series:
     """Return the mean of the 2 % of the curve around each point that has as many on both sides."""
     half = len(ys) // 100
     window = 2 * half + 1
-    return xs[half : len(xs) - half], np.convolve(ys, np.full(window, 1 / window), "valid")
+    total = np.concatenate([[0.0], np.cumsum(ys)])
+    return xs[half : len(xs) - half], (total[window:] - total[:-window]) / window
 
 
 # --- Values ---

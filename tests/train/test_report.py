@@ -13,7 +13,7 @@ from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.progress import Progress
-from biomamba_jax.train.report import _smooth, record_start, thin, write_report
+from biomamba_jax.train.report import _smooth, record_start, write_report
 
 
 @pytest.fixture
@@ -68,6 +68,15 @@ def test_the_first_figures_are_steps_tokens_the_last_evaluation_and_the_medians_
         ("41.2 %", "of peak (median)"),
         ("1:01:00", "wall clock"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [(999, "999"), (123_456, "123 k"), (1_500_000, "1.5 M"), (2_340_000_000, "2.34 B"), (3 * 10**12, "3 T")],
+)
+def test_tokens_are_counted_in_thousands_millions_billions_and_trillions(tmp_path, tokens, shown):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "split": "train", "tokens": tokens}) + "\n")
+    assert page(tmp_path).xpath("//div[@class='cards']/div/strong/text()") == ["1", shown]
 
 
 def test_a_smoothed_straight_line_is_that_line():
@@ -133,14 +142,6 @@ def test_a_broken_file_is_named_and_the_old_report_stays(run_dir):
     with pytest.raises(UserError, match=r"baselines\.json: cannot be read as JSON"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == before
-
-
-def test_a_long_curve_is_thinned_without_losing_its_spikes():
-    xs, ys = np.arange(100_000.0), np.zeros(100_000)
-    ys[12_345], ys[77_777], ys[-1] = 9.0, -9.0, 1.0
-    thin_xs, thin_ys = thin(xs, ys, limit=2000)
-    assert 1000 <= len(thin_xs) <= 2000 and (np.diff(thin_xs) > 0).all()
-    assert {x: y for x, y in zip(thin_xs, thin_ys, strict=True) if y} == {12_345: 9.0, 77_777: -9.0, 99_999: 1.0}
 
 
 def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(monkeypatch):
