@@ -14,7 +14,7 @@ from biomamba_jax.model import initializers
 from biomamba_jax.model.layers import RMSNorm
 from biomamba_jax.model.mamba1 import Mamba1Mixer
 from biomamba_jax.model.mamba2 import Mamba2Mixer
-from biomamba_jax.model.state import MixerState, ModelState, empty_state, reset_changed_segments
+from biomamba_jax.model.state import MixerState, ModelState, reset_changed_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import accumulator_dtype
@@ -89,7 +89,7 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: token ids.
-          state: from `empty_state` or the previous call; None before the first token.
+          state: from the previous call; None before the first token.
           segment_ids: document of each token; the state is reset where it changes.
 
         Returns:
@@ -111,7 +111,7 @@ class LanguageModel(nnx.Module):
 
         Args:
           tokens: token ids.
-          state: from `empty_state` or the previous call; None before the first token.
+          state: from the previous call; None before the first token.
           segment_ids: document of each token.
           collectives: of the devices that the model and its tokens are sharded over.
         """
@@ -142,7 +142,3 @@ class LanguageModel(nnx.Module):
     def head(self) -> nnx.Param:
         """The output head [V D], which is the embedding unless the config unties them."""
         return self.embedding if self.lm_head is None else self.lm_head
-
-    def empty_state(self, batch_size: int) -> ModelState:
-        """Return the state before the first token."""
-        return empty_state(self.config, batch_size, self.dtype)

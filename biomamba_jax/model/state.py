@@ -32,26 +32,21 @@ class ModelState:
     """Segment of each row's last token; a call whose first token is of another segment starts from an empty state."""
 
 
-def empty_state(config: ModelConfig, batch_size: int, dtype: DTypeLike) -> ModelState:
-    """Return the state before the first token.
+def empty_state(config: ModelConfig, rows: int, dtype: DTypeLike) -> MixerState:
+    """Return the state of one layer before the first token.
 
     Args:
       config: the model.
-      batch_size: number of rows.
+      rows: batch size.
       dtype: the model's compute dtype, that of the convolutions' inputs.
     """
-    mamba1, rows = config.kind == "mamba1", (config.n_layers, batch_size)
+    mamba1, past = config.kind == "mamba1", (rows, config.d_conv - 1)
     channels = (config.d_inner,) if mamba1 else (config.n_heads, config.headdim)
-
-    def conv(channels: int) -> Array:
-        return jnp.zeros((*rows, config.d_conv - 1, channels), dtype)
-
-    layers = MixerState(
-        conv_x=conv(config.d_inner),
-        conv_bc=None if mamba1 else conv(2 * config.n_groups * config.state_size),
-        ssm=jnp.zeros((*rows, *channels, config.state_size), accumulator_dtype(dtype)),
+    return MixerState(
+        conv_x=jnp.zeros((*past, config.d_inner), dtype),
+        conv_bc=None if mamba1 else jnp.zeros((*past, 2 * config.n_groups * config.state_size), dtype),
+        ssm=jnp.zeros((rows, *channels, config.state_size), accumulator_dtype(dtype)),
     )
-    return ModelState(layers=layers, segment_ids=jnp.zeros(batch_size, jnp.int32))
 
 
 def reset_changed_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:

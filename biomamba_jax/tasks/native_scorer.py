@@ -82,14 +82,15 @@ class NativeScorer:
         lengths = np.array([len(row) - 1 for row in rows], np.int64)  # predicted tokens
         rotated = [np.roll(np.asarray(row, np.int32), -1) for row in rows]  # targets; `fill_row` leads with the last id
         width = min(self._window, bucket_length(int(lengths.sum())))
+        model = self._model
         for batches in self._plan(lengths, width):
-            states = _empty_states(self._model, self._rows)
+            states: LayerStates = (empty_state(model.config, self._rows, model.dtype),) * model.config.n_layers
             parts: dict[int, list[np.ndarray]] = defaultdict(list)
             for batch in batches:
                 padded = [*batch, *[[]] * (self._rows - len(batch))]
                 filled = [fill_row(pieces, width, lambda index: (rotated[index], rotated[index])) for pieces in padded]
                 inputs = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
-                nats, states = _row_nats(self._model, inputs, states, self._generator.vocab_size, self._mesh)
+                nats, states = _row_nats(model, inputs, states, self._generator.vocab_size, self._mesh)
                 for row, pieces in zip(np.asarray(nats, np.float64), batch, strict=False):
                     ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()
                     for piece, end in zip(pieces, ends, strict=True):
@@ -168,11 +169,6 @@ class NativeScorer:
         """See `scoring.Scorer`."""
         sampling = Sampling(max_new_tokens=max_new_tokens, stop=list(stop))
         return [result.text for result in self._generator(prompts, sampling, batch_size=self._batch_size)]
-
-
-def _empty_states(model: InferenceModel, rows: int) -> LayerStates:
-    stacked = empty_state(model.config, rows, model.dtype).layers
-    return tuple(jax.tree.map(lambda x, layer=layer: x[layer], stacked) for layer in range(model.config.n_layers))
 
 
 @partial(jax.jit, static_argnames=("vocab_size", "mesh"))

@@ -96,10 +96,6 @@ class Checkpoints:
         restored = self._manager.restore(step, args=items)
         return restored["state"], restored["loop"]
 
-    def wait(self) -> None:
-        """Block until everything saved so far is on disk."""
-        self._manager.wait_until_finished()
-
 
 def check_same_tree(saved: Any, expected: Any, where: str) -> None:
     """Compare two trees of arrays (or of anything with shape and dtype) by path, shape and dtype.

@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled step is what was meant, and nothing else: never a token's activations to all."""
+"""The compiled step has the intended collectives and no others: activations are never all-gathered."""
 
 import re
 from collections import Counter
@@ -23,7 +23,7 @@ CONFIGS = {
 
 
 def collectives(config: ModelConfig, **sizes: int) -> dict[str, Counter]:
-    """Kind -> shapes of results -> how often they stand in the compiled step. A loop over layers counts once."""
+    """Return kind -> shape of the result -> occurrences in the compiled step, where a loop over layers counts once."""
     graph, layout = abstract_model(config, make_mesh(MeshConfig(**{"data": 1} | sizes)))
     optimizer = optax.sgd(0.1)
     state = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
@@ -48,12 +48,12 @@ def parameter_shapes(config: ModelConfig) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
 def test_fsdp_gathers_each_layer_twice_and_scatters_its_gradients_once(kind):
-    # Kernels as they are whole, and as they lie on one of 8 devices. The tied embedding serves two ends.
+    # Global shape of each kernel -> its shard on one of 8 devices. The tied embedding is used at both ends.
     kernels = {
         "mamba1": {(32, 64): (4, 64), (64, 16): (8, 16), (8, 64): (8, 8), (64, 32): (64, 4)},
         "mamba2": {(32, 64): (4, 64), (32, 10): (4, 10), (32, 16): (4, 16), (64, 32): (64, 4)},
     }[kind]
-    a_layer = {whole: 2 if whole == (32, 64) else 1 for whole in kernels}  # in_x and in_z are alike
+    a_layer = {whole: 2 if whole == (32, 64) else 1 for whole in kernels}  # in_x and in_z have the same shape
     found = collectives(CONFIGS[kind], fsdp=8)
     assert found.pop("all-gather") == {whole: 2 * count for whole, count in a_layer.items()} | {(80, 32): 1}
     assert found.pop("reduce-scatter") == {kernels[whole]: count for whole, count in a_layer.items()} | {(80, 4): 2}
@@ -63,7 +63,7 @@ def test_fsdp_gathers_each_layer_twice_and_scatters_its_gradients_once(kind):
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
-def test_tensor_adds_up_activations_where_channels_and_the_vocabulary_meet(kind):
+def test_tensor_all_reduces_activations_where_channels_and_the_vocabulary_meet(kind):
     # A layer's output and the gradient of its input, the same of the model's ends, and three figures a token for the
     # softmax; the rest is small: Mamba-1's dt, B and C, or Mamba-2's gradient of B and C and means for its norm.
     small = {"mamba1": {(8, 24, 16): 2}, "mamba2": {(8, 24, 10): 1, (8, 24, 1): 3}}[kind]
@@ -76,7 +76,7 @@ def test_tensor_adds_up_activations_where_channels_and_the_vocabulary_meet(kind)
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
-def test_sequence_hands_states_to_the_right_and_their_gradients_to_the_left(kind):
+def test_sequence_passes_states_to_the_right_and_their_gradients_to_the_left(kind):
     # One shift and three doublings for states, of which the last needs no decay; there and back.
     states = {"mamba1": {(8, 64, 4): 8 + 6}, "mamba2": {(8, 16, 4, 5): 8, (8, 16, 1, 1): 6}}[kind]
     halos = {"mamba1": {(8, 3, 64): 2}, "mamba2": {(8, 3, 64): 2, (8, 3, 10): 2}}[kind]

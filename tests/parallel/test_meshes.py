@@ -1,4 +1,4 @@
-"""However devices share the work, training is that of one device."""
+"""Training on any mesh gives the losses and gradients of one device."""
 
 import itertools
 
@@ -58,7 +58,7 @@ def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1):
         gradients = gradients or jax.device_get(state.optimizer[0])
     for name, kept in (("gradients", state.optimizer[0]), ("average", state.optimizer[1][-1].average)):
         same = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y.sharding, x.ndim), kept, state.params)
-        assert all(jax.tree.leaves(same)), f"{name} lie elsewhere than their parameters"
+        assert all(jax.tree.leaves(same)), f"{name} are sharded otherwise than their parameters"
     return losses, gradients, jax.device_get(state.params)
 
 

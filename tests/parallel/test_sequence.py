@@ -1,4 +1,4 @@
-"""The ops of a row whose tokens are spread over devices give what they give on one."""
+"""Ops on rows whose tokens are sharded over devices return what they return on one device."""
 
 from functools import partial
 
@@ -23,7 +23,7 @@ EVERYWHERE = PartitionSpec()
 
 
 def segments() -> np.ndarray:
-    """A row with one segment over several devices, one with borders just at the cuts, one with borders anywhere."""
+    """Return rows with a segment over several devices, with segments that end with shards, and with any segments."""
     ids = np.ones((ROWS, LENGTH), np.int32)
     ids[0, 5:] = 2
     ids[0, 5 + 4 * PER_DEVICE :] = 3
@@ -33,7 +33,7 @@ def segments() -> np.ndarray:
 
 
 def inputs(op: str) -> dict[str, tuple[np.ndarray, PartitionSpec]]:
-    """Arguments by name, and how each is spread; float64."""
+    """Return float64 arguments and their PartitionSpecs by name."""
     random = np.random.default_rng(0)
     shapes = {
         "causal_conv1d": {
@@ -89,7 +89,7 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op):
         arrays = {name: v for name, (v, _) in given.items() if name != left_out}
         specs = {name: spec for name, (_, spec) in given.items() if name != left_out}
 
-        def spread(arrays, y_weights, segment_ids, specs=specs):
+        def on_each_device(arrays, y_weights, segment_ids, specs=specs):
             continues = sequence.continues_segment(segment_ids, ROWS, DEVICES)
             function = partial(getattr(sequence, op), continues=continues, size=DEVICES)
             last = jax.lax.axis_index("sequence") == DEVICES - 1
@@ -101,7 +101,7 @@ def test_outputs_states_and_gradients_are_those_of_one_device(op):
             return y, jax.lax.psum(jnp.where(last, state, 0), "sequence"), gradients
 
         mapped = jax.shard_map(
-            spread,
+            on_each_device,
             mesh=mesh,
             in_specs=(specs, TOKENS, None if segment_ids is None else TOKENS),
             out_specs=(TOKENS, EVERYWHERE, specs),
@@ -133,7 +133,7 @@ def test_a_device_with_too_few_tokens_for_the_convolution_is_refused():
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 @on_devices(8)
-def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_spread_over_more(kind):
+def test_memory_of_each_device_falls_as_a_row_of_262144_tokens_is_sharded_over_more(kind):
     import optax
     from jax.sharding import NamedSharding
 

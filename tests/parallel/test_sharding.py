@@ -22,7 +22,7 @@ def mesh_of(**sizes: int) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.get(name, 1) for name in AXES), AXES)
 
 
-def test_parameters_are_spread_by_the_first_rule_that_matches():
+def test_parameters_are_sharded_by_the_first_rule_that_matches():
     rules = [("a/kernel", PartitionSpec("fsdp", "tensor")), (".*", PartitionSpec())]
     specs = parameter_specs(PARAMS, rules, mesh_of(fsdp=2, tensor=4))
     assert specs == {"a/kernel": PartitionSpec("fsdp", "tensor"), "b": PartitionSpec()}
@@ -78,7 +78,7 @@ def test_one_axis_takes_what_the_others_leave():
 
 @dataclass(frozen=True)
 class Chip:
-    """What JAX tells of one chip of a TPU."""
+    """The attributes of a JAX device that the mesh is built from."""
 
     id: int
     slice_index: int
@@ -99,7 +99,7 @@ def test_between_slices_there_are_only_copies_of_the_weights(sizes):
     of = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
     for copy in of:  # fsdp, tensor and sequence stay inside a slice
         assert len(np.unique(copy)) == 1
-    first, second = np.split(of, 2)  # a slice's copies lie side by side: sums run inside it before they leave it
+    first, second = np.split(of, 2)  # a slice's replicas are adjacent: it is reduced first
     assert (first == 0).all() and (second == 1).all()
 
 

@@ -36,9 +36,8 @@ def test_what_was_saved_comes_back_in_another_session(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused_with_the_differences(tmp_path, expected, message):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(4, state(), {})
-        checkpoints.wait()
-        with pytest.raises(UserError) as refusal:
-            checkpoints.restore(expected)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints, pytest.raises(UserError) as refusal:
+        checkpoints.restore(expected)
     assert message in str(refusal.value)
 
 
@@ -72,6 +71,6 @@ def test_training_on_while_a_checkpoint_is_written_does_not_change_it(tmp_path):
         checkpoints.save(0, current, {})
         for _ in range(20):
             current = advance(current)
-        checkpoints.wait()
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         restored, _ = checkpoints.restore(current)
     np.testing.assert_array_equal(restored["weight"], np.arange(1_000_000, dtype=np.float32))

@@ -6,7 +6,7 @@ from tests import h100
 
 
 def step(devices, kind: str):
-    """A builder: the step and its arguments, rows spread over all devices."""
+    """Return the step and the shapes of its arguments, with rows sharded over all devices."""
     import jax
     import jax.numpy as jnp
     import optax

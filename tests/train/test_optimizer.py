@@ -1,4 +1,4 @@
-"""What AdamW does to which parameter, and the learning rate over a run."""
+"""AdamW's update of each kind of parameter, and the learning rate over a run."""
 
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,7 @@ SMALL = (
 
 @pytest.fixture
 def batches(tmp_path, monkeypatch):
-    """What the steps of all runs are given, in order."""
+    """The batches of all steps of all runs, in order."""
     monkeypatch.chdir(tmp_path)
     write_shards(tmp_path / "shards")
     given = []

@@ -1,4 +1,4 @@
-"""One optimizer step: what it computes, however the batch is cut, and what it refuses to apply."""
+"""One training step: loss, gradient and update, accumulation, and skipped updates."""
 
 import dataclasses
 
@@ -52,9 +52,9 @@ def test_the_loss_is_the_mean_over_tokens_that_are_not_padding(state):
 def test_accumulation_gives_the_same_update_though_parts_hold_unequal_tokens(state):
     whole, _ = step(1)(state, batch())
     for parts in (2, 4):
-        cut, report = step(parts)(state, batch())
+        accumulated, report = step(parts)(state, batch())
         assert report.sums.weight == (batch()["segment_ids"] != 0).sum()
-        for ours, theirs in zip(jax.tree.leaves(cut.params), jax.tree.leaves(whole.params), strict=True):
+        for ours, theirs in zip(jax.tree.leaves(accumulated.params), jax.tree.leaves(whole.params), strict=True):
             np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
