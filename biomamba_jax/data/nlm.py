@@ -145,9 +145,9 @@ def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle
     if pmid is None or version is None:
         return NotAnArticle("no_pmid")
     article = _child(citation, "Article")
-    title_element = _child(article, "ArticleTitle")
-    title = "" if title_element is None else _text(title_element, where)
-    parts = _abstract_parts(_child(article, "Abstract"), where)
+    title = _text(_child(article, "ArticleTitle"), where)
+    abstract = _children(_child(article, "Abstract"), "AbstractText")
+    parts = [(part.get("Label", ""), _text(part, where)) for part in abstract]
     issue_date = _child(_child(_child(article, "Journal"), "JournalIssue"), "PubDate")
     year, data = _year(issue_date), _child(element, "PubmedData")
     return Article(
@@ -164,13 +164,6 @@ def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle
     )
 
 
-def _abstract_parts(abstract: etree._Element | None, where: str) -> list[tuple[str, str]]:
-    """Return (label, text) of each AbstractText."""
-    if abstract is None:
-        return []
-    return [(part.get("Label", ""), _text(part, where)) for part in abstract.iterchildren("AbstractText")]
-
-
 def _abstract(parts: list[tuple[str, str]]) -> str:
     """Return clean paragraphs as lines, each after its label."""
     paragraphs = []
@@ -183,23 +176,17 @@ def _abstract(parts: list[tuple[str, str]]) -> str:
 
 def _pmcid(identifiers: etree._Element | None) -> str | None:
     """Return the article's own PMCID; those of its references are nested deeper."""
-    if identifiers is not None:
-        for identifier in identifiers.iterchildren("ArticleId"):
-            if identifier.get("IdType") == "pmc":
-                return (identifier.text or "").strip() or None
-    return None
+    own = [child.text or "" for child in _children(identifiers, "ArticleId") if child.get("IdType") == "pmc"]
+    return own[0].strip() or None if own else None
 
 
 def _first_day(
     article: etree._Element | None, issue_date: etree._Element | None, data: etree._Element | None
 ) -> int | None:
     """Return the earliest date on which the article was public, YYYYMMDD, ignoring dates without a month."""
-    days = [_day(issue_date)]
-    if article is not None:
-        days += map(_day, article.iterchildren("ArticleDate"))
-    history = _child(data, "History")
-    if history is not None:
-        days += [_day(date) for date in history.iterchildren("PubMedPubDate") if date.get("PubStatus") in _PUBLIC]
+    history = _children(_child(data, "History"), "PubMedPubDate")
+    public = (date for date in history if date.get("PubStatus") in _PUBLIC)
+    days = map(_day, (issue_date, *_children(article, "ArticleDate"), *public))
     return min((day for day in days if day is not None), default=None)
 
 
@@ -222,21 +209,25 @@ def _year(date: etree._Element | None) -> int | None:
     return int(match[0]) if match else None
 
 
-def _text(element: etree._Element, where: str) -> str:
+def _text(element: etree._Element | None, where: str) -> str:
     """Return all text of the element and its descendants, tails included."""
-    if not len(element):
-        return element.text or ""
+    if element is None or not len(element):
+        return "" if element is None else element.text or ""
     if next(element.iter(etree.Entity), None) is not None:
         raise UserError(f"{where}: a record uses an XML entity that nothing declares; {_AGAIN}")
     return "".join(element.itertext())
 
 
+def _children(element: etree._Element | None, tag: str) -> Iterable[etree._Element]:
+    return () if element is None else element.iterchildren(tag)
+
+
 def _child(element: etree._Element | None, tag: str) -> etree._Element | None:
-    return None if element is None else next(element.iterchildren(tag), None)
+    return next(iter(_children(element, tag)), None)
 
 
 def _texts(element: etree._Element | None, tag: str) -> tuple[str, ...]:
-    return () if element is None else tuple((child.text or "").strip() for child in element.iterchildren(tag))
+    return tuple((child.text or "").strip() for child in _children(element, tag))
 
 
 def _number(element: etree._Element | None, largest: int, attribute: str | None = None) -> int | None:

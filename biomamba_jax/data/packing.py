@@ -181,10 +181,6 @@ class RowPlan(WindowedRows):
         # Windows of equal size: a small last one would end every epoch with rows that are nearly empty.
         self.windows_per_epoch = max(1, round(len(lengths) / window))
 
-    def epoch(self, row: int) -> int:
-        """Return the number of complete epochs before `row`."""
-        return self.window_start(row).window // self.windows_per_epoch
-
     def rows_in_epoch(self, epoch: int = 0) -> int:
         """Return the number of rows of an epoch; packs all its lengths, some 35 ms for 4,096 documents."""
         windows = range(epoch * self.windows_per_epoch, (epoch + 1) * self.windows_per_epoch)

@@ -1,4 +1,4 @@
-"""`prepare tokenizers`: the lengths that tokenizers give the same text."""
+"""`prepare tokenizers`: a comparison of tokenizers on the same text."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,17 +18,17 @@ _TERMS = Path(__file__).with_name("terms.txt")  # 104 common biomedical terms
 
 
 class Comparison(NamedTuple):
-    """One tokenizer's figures."""
+    """Results of a tokenizer."""
 
     name: str
     vocab_size: int
     tokens: int
-    """Of the whole text, without EOS."""
+    """Tokens of the whole text, without EOS."""
     bytes_per_token: float
     tokens_per_word: float
-    """Words are what white space separates."""
+    """Words are separated by white space."""
     single_terms: float
-    """Share of the terms that are one token after a space, 0 to 1."""
+    """Fraction of the terms that are one token after a space."""
     tokens_per_term: float
 
 
@@ -37,7 +37,7 @@ def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> l
 
     Args:
       config: the text, the terms and how much of each input is read.
-      tokenizers: tokenizer files, or folders of shards, which hold one.
+      tokenizers: tokenizer files, or folders of shards with one.
 
     Raises:
       UserError: there is no text, no tokenizer, or one that cannot be read.

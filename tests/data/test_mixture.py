@@ -109,6 +109,19 @@ def test_each_epoch_of_a_source_holds_all_its_documents_in_another_order(folders
         assert len({tuple(epoch) for epoch in whole}) == len(whole)
 
 
+def test_sources_of_equal_size_are_shuffled_differently(folders):
+    shares = tuple(Share(name, str(folders / "c4"), 1.0) for name in "ab")
+    documents = Mixture(shares, "documents").open(tokenizer_sha256="ab")
+    plan = MixedRowPlan(documents, LENGTH, seed=0, window=20)
+    plan[0]
+    drawn = {piece.document for row in range(plan.next_window_row) for piece in plan[row]}
+    first, second = (
+        {d - documents.first_of(source) for d in drawn if documents.source_of(d) == source} for source in (0, 1)
+    )
+    assert len(first) == len(second) == 10
+    assert first != second
+
+
 def test_documents_stay_whole_and_their_sources_are_counted(folders, expected):
     with iterator(folders) as batches:
         counted = [next(batches) and dict(batches.tokens_by_source) for _ in range(STEPS)]
