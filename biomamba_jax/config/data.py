@@ -18,12 +18,12 @@ class RowsConfig(Settings, section="data"):
 
 @dataclass(frozen=True)
 class SourceConfig(Settings, section="data.mixture.sources.NAME"):
-    """One source of a mixture."""
+    """A source of a mixture."""
 
     path: str
     """Folder of shards, made with the same tokenizer as those of data.path."""
     weight: PositiveFloat = 1.0
-    """Its share, relative to the other sources' weights."""
+    """Weight relative to the other sources."""
 
 
 MIXTURES = {"biomamba_v3": {"pubmed": 10.0, "c4": 1.0, "wikipedia": 1.0}}
@@ -32,14 +32,14 @@ MIXTURES = {"biomamba_v3": {"pubmed": 10.0, "c4": 1.0, "wikipedia": 1.0}}
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Several folders of shards as one training text, whole documents drawn by weight."""
+    """A weighted mixture of several folders of shards, drawn by whole documents."""
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    """Name of each source, and its path and weight; none: the training text is data.path alone."""
+    """Path and weight of each source by its name; default: the training text is data.path alone."""
     unit: Literal["tokens", "documents"] = "tokens"
-    """What the weights count."""
+    """Unit of the weights."""
     preset: Literal["biomamba_v3"] | None = None
-    """Published weights instead: biomamba_v3 is pubmed, c4 and wikipedia at 83.3/8.3/8.3 % of the documents."""
+    """Use published weights instead: biomamba_v3 is pubmed, c4 and wikipedia at 83.3/8.3/8.3 % of the documents."""
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -55,17 +55,17 @@ class MixtureConfig:
 
     @property
     def counts(self) -> Literal["tokens", "documents"]:
-        """What the weights count; the published ones count documents."""
+        """Unit of the weights; documents for published ones."""
         return self.unit if self.preset is None else "documents"
 
 
 @dataclass(frozen=True)
 class DataConfig(RowsConfig):
-    """Tokenized shards and how they become batches."""
+    """Tokenized shards and their batches."""
 
     path: LocalFolder = "data/pubmed"
     """Folder of shards, as `python -m biomamba_jax.prepare` writes it: training text, held-out text and tokenizer."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
-    """Training text of several folders; held-out text and tokenizer are still those of path."""
+    """Training text from several folders; held-out text and tokenizer are still those of path."""
     num_workers: NonNegativeInt = 2
-    """Worker processes of each host that read and pack rows ahead; 0 does it in the training process."""
+    """Worker processes of each host that read and pack rows ahead; 0: a thread of the training process."""

@@ -109,59 +109,59 @@ class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
 
 @dataclass(frozen=True)
 class DownloadConfig(Settings):
-    """NLM's files onto this machine."""
+    """Download of NLM's files."""
 
     output: str = "data/nlm"
-    """Folder to download into; what is there whole is not fetched again."""
+    """Folder to download into; complete files are not fetched again."""
     part: Literal["baseline", "updates", "all"] = "all"
     """The yearly baseline, the daily updates since, or both."""
     numbers: str | None = None
-    """Files by number, such as 1-20,1335; left out: all of the part."""
+    """Numbers of the files, such as 1-20,1335; default: all of the part."""
     mirror: str = "https://ftp.ncbi.nlm.nih.gov/pubmed"
     """URL of a folder that holds baseline/ and updatefiles/, with listings and .md5 files."""
     connections: PositiveInt = 4
-    """Files that are fetched at a time."""
+    """Number of files that are fetched at a time."""
     tries: PositiveInt = 5
-    """How often a file is fetched before it is given up."""
+    """Tries for each file."""
     timeout: PositiveFloat = 60.0
-    """Seconds without a byte after which a connection is given up."""
+    """Seconds without a byte after which a connection is closed."""
 
 
 @dataclass(frozen=True)
 class InspectConfig(Settings):
-    """What a folder of shards holds."""
+    """Inspection of a folder of shards."""
 
     path: str = ""
     """Folder of shards, as `python -m biomamba_jax.prepare` writes it."""
     split: str = "train"
-    """The split that is looked into."""
+    """The split to inspect."""
     samples: int = 3
-    """Documents that are shown."""
+    """Number of documents to show."""
     input: list[str] = field(default_factory=list)
-    """NLM files that the shards were made from, to show the same documents before."""
+    """NLM files that the shards were made from, to show the XML of the same documents."""
     checked: PositiveInt = 100_000
-    """Documents that are searched for markup and entities that were left."""
+    """Number of documents to search for remaining markup and entities."""
     sequence_length: PositiveInt = 1024
-    """Row length for the estimate of packing and the mixture's preview."""
+    """Tokens of a row, for the estimate of packing and the mixture's preview."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """A mixture to preview, as in data.mixture of a pretraining config."""
     preview_tokens: PositiveInt = 10_000_000
-    """Tokens of that preview."""
+    """Number of tokens in that preview."""
     seed: int = 0
-    """Of the choice of samples and of the mixture's order."""
+    """Seed of the samples and of the mixture's order."""
     report: str | None = None
-    """An HTML file to write the same into, with plots."""
+    """HTML file to write the report to, with plots."""
 
 
 @dataclass(frozen=True)
 class TokenizersConfig(Settings):
-    """Tokenizers on the same text."""
+    """Comparison of tokenizers on the same text."""
 
     tokenizers: list[str] = field(default_factory=list)
     """SentencePiece .model or Hugging Face tokenizer.json files, folders of shards, or the name gpt-neox."""
     input: list[str] = field(default_factory=list)
-    """Text to measure on, of the kinds that prepare reads."""
+    """Files of text to encode, of the kinds that prepare reads."""
     terms: str | None = None
-    """A file of terms, one a line; left out: a list of 104 common biomedical ones."""
+    """File of terms, one a line; default: a list of 104 common biomedical terms."""
     max_bytes: PositiveInt = 10_000_000
-    """Text that is read, the same amount of each input."""
+    """Bytes of text to read, divided equally among the inputs."""
