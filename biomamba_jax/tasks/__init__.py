@@ -1,1 +1,1 @@
-"""What a trained model is used for: generating text, scoring it, answering questions."""
+"""Uses of a trained model: text generation, scoring, question answering, evaluation."""

@@ -55,19 +55,18 @@ class Generation:
 
 
 class Generator:
-    """Continues prompts with a model and its tokenizer."""
+    """Continues prompts with a model and its tokenizer.
+
+    Args:
+      model: the model.
+      tokenizer: its tokenizer; only `decode` works without one.
+      name: the model's name in errors.
+
+    Raises:
+      UserError: the tokenizer has ids that the model does not have.
+    """
 
     def __init__(self, model: InferenceModel, tokenizer: Tokenizer | None = None, name: str = "the model"):
-        """Check that the tokenizer fits the model.
-
-        Args:
-          model: the model.
-          tokenizer: its tokenizer; only `decode` works without one.
-          name: the model's name in errors.
-
-        Raises:
-          UserError: the tokenizer has ids that the model does not have.
-        """
         self.model, self._tokenizer, self.name = model, tokenizer, name
         known = model.config.known_vocab
         if tokenizer is not None and tokenizer.vocab_size > known:
@@ -282,16 +281,15 @@ def _fold_keys(root: Array, checksums: UInt[Array, " B"], occurrences: UInt[Arra
 
 
 class Detokenizer:
-    """Incremental detokenizer of one growing row, which also finds its first stop string."""
+    """Incremental detokenizer of one growing row, which also finds its first stop string.
+
+    Args:
+      tokenizer: the row's tokenizer.
+      prompt: token ids before the row.
+      stop: strings that end the text.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
-        """Start a row.
-
-        Args:
-          tokenizer: the row's tokenizer.
-          prompt: token ids before the row.
-          stop: strings that end the text.
-        """
         # Decoded together with the prompt: some tokenizers drop a space at the beginning of a text.
         self._decode, self._context = tokenizer.decode, list(prompt[-_DECODE_CONTEXT:])
         self._start = len(self._decode(self._context))

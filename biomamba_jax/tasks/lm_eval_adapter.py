@@ -1,6 +1,8 @@
-"""python -m biomamba_jax.tasks.lm_eval_adapter --model biomamba_jax --model_args path=DIR --tasks TASK ...
+"""Run EleutherAI's lm-eval on this package's models.
 
-EleutherAI's lm-eval on our models: its own command line with the additional model type biomamba_jax. Or from Python:
+python -m biomamba_jax.tasks.lm_eval_adapter --model biomamba_jax --model_args path=DIR --tasks TASK ...
+
+This is lm-eval's own command line with the additional model type biomamba_jax. From Python:
 
     lm_eval.simple_evaluate(model=harness_model("DIR"), tasks=["pubmedqa"])
 

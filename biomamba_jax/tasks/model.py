@@ -80,15 +80,14 @@ def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | N
 
 
 class Model:
-    """A model with its tokenizer and, if it was fine-tuned with one, its classifier; see `load`."""
+    """A model with its tokenizer and, if it was fine-tuned with one, its classifier; made by `load`.
+
+    Args:
+      generator: the model and its tokenizer.
+      classifier: a linear layer on the hidden state after a text's last token.
+    """
 
     def __init__(self, generator: Generator, classifier: Classifier | None = None):
-        """Wrap a loaded model.
-
-        Args:
-          generator: the model and its tokenizer.
-          classifier: a linear layer on the hidden state after a text's last token.
-        """
         self.generator = generator
         """Continues prompts; `generate` with more control."""
         self._model, self._path, self._classifier = generator.model, generator.name, classifier

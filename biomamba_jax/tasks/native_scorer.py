@@ -30,23 +30,22 @@ _BLOCK = 2048
 
 
 class NativeScorer:
-    """A `scoring.Scorer` that runs one of this package's models."""
+    """A `scoring.Scorer` that runs one of this package's models.
+
+    Args:
+      name: the model's name in the config.
+      generator: the model and its tokenizer.
+      path: its folder.
+      window: tokens in a row.
+      batch_size: rows in a batch; rounded up to a multiple of the devices.
+
+    Raises:
+      UserError: the model has no tokenizer.
+    """
 
     ends_documents = True
 
     def __init__(self, name: str, generator: Generator, path: str, window: int, batch_size: int):
-        """Prepare a model for scoring.
-
-        Args:
-          name: the model's name in the config.
-          generator: the model and its tokenizer.
-          path: its folder.
-          window: tokens in a row.
-          batch_size: rows in a batch; rounded up to a multiple of the devices.
-
-        Raises:
-          UserError: the model has no tokenizer.
-        """
         self._generator, self._model, self._tokenizer = generator, generator.model, generator.tokenizer
         self._window, self._batch_size = window, batch_size
         devices = jax.local_device_count()
