@@ -17,7 +17,9 @@ import pytest
 from corpora import SMALL, abstract, contents, documents, make_shards
 from nlm_xml import article, deletions, write_set
 
+from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data import build, encode, shards, work
+from biomamba_jax.data.build import FileTask
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.errors import UserError
 
@@ -182,6 +184,30 @@ def test_a_spool_whose_text_was_cut_short_is_made_again(many, tmp_path):
         os.truncate(text, text.stat().st_size // 2)
     make_shards(many[:2], tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
     assert contents(tmp_path / "before") == contents(tmp_path / "after")
+
+
+def stem(path: str, evaluation: str = "", **settings) -> str:
+    return FileTask(Path(path), Path("spools"), PrepareConfig(**settings), evaluation).stem
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"min_abstract_characters": 60}, {"languages": ["fre"]}, {"near_duplicates": 0.8}, {"evaluation": "ab"}],
+)
+def test_a_spool_of_other_settings_is_not_used(many, settings):
+    assert stem(many[0], **settings) != stem(many[0])
+
+
+def test_a_spool_of_another_overlap_is_not_used_and_settings_of_later_steps_do_not_matter(many):
+    assert stem(many[0], "ab", decontaminate_overlap=0.5) != stem(many[0], "ab")
+    assert stem(many[0], decontaminate_overlap=0.5, seed=1, test_fraction=0.3) == stem(many[0])
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, "uint16"), ((1 << 16) + 1, "uint32")])
+def test_ids_are_stored_in_two_bytes_if_all_of_the_vocabulary_fit(tmp_path, vocab_size, dtype):
+    tokenizer = Mock(path=tmp_path / "tokenizer.json", sha256="ab", vocab_size=vocab_size)
+    (task,) = encode.plan_shards([], {"train": []}, tokenizer, tmp_path)["train"]
+    assert task.token_dtype == dtype
 
 
 def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
