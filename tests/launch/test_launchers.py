@@ -43,6 +43,7 @@ def test_xpk_submits_and_follows_until_the_end(stage):
     assert submit[3:-1] == [*kind, *again, *image, "--termination-grace-period-seconds=300"]
     assert submit[-1].startswith("--command=pip install --quiet '.[tpu]' && mkdir -p /tmp/x && { trap ")
     assert stage.calls[2][-2].endswith("jobset-name=pubmed,batch.kubernetes.io/job-completion-index=0")
+    assert stage.calls[2][-1] == "--tail=-1"  # the whole log: with a selector kubectl shows ten lines by default
 
 
 def test_a_workload_that_failed_is_an_error(stage):
