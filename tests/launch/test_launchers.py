@@ -1,5 +1,6 @@
 """launch/gke_xpk.sh, slurm.sbatch, local_multiprocess.sh, and what holds for all launchers."""
 
+import re
 import shlex
 import shutil
 import signal
@@ -162,6 +163,14 @@ def test_slurm_runs_a_process_a_gpu_from_the_folder_of_submission(stage, job, tm
     (call,) = stage.calls
     assert call[:6] == ["srun", "--cpus-per-task=12", "--kill-on-bad-exit=1", "--label", "bash", "-c"]
     assert call[7:] == ["train", "python", "train", "my run"]
+
+
+def test_a_job_may_be_requeued_has_a_process_a_gpu_and_five_minutes_to_save():
+    header = re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
+    flags = dict(header)
+    assert "requeue" in flags
+    assert flags["ntasks-per-node"] == flags["gpus-per-node"]
+    assert flags["signal"] == "TERM@300"  # to the job's steps, not to the shell (B:), whose guard waits for them
 
 
 def test_a_preempted_job_goes_back_into_the_queue(stage, job):
