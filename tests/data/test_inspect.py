@@ -145,6 +145,14 @@ def test_tokenizers_are_compared_on_the_same_text(nlm, shards, tmp_path, capsys)
     assert capsys.readouterr().out.count(f"{found.bytes_per_token:.3f}") == 2
 
 
+def test_tokens_are_divided_by_words_and_into_bytes(shards, tmp_path):
+    text = " ".join(["naïve β-cells grew in mice"] * 40)
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    (found,) = compare_tokenizers(TokenizersConfig(input=[str(tmp_path / "text.txt")]), [str(shards)])
+    assert found.tokens_per_word == pytest.approx(found.tokens / 200) and found.tokens > 200
+    assert found.bytes_per_token == pytest.approx(len(text.encode()) / found.tokens)
+
+
 def _all(folder):
     reader = ShardReader(folder)
     return [reader[i] for i in range(len(reader))]
