@@ -97,7 +97,8 @@ def results(names, **settings):
     config = EvaluateConfig(models=dict.fromkeys(names, "x"), domains={"d": {"path": "x"}}, **settings)
     found = Evaluation(config, names[0], environment={"host": names[0], "versions": {"jax": "1", "flax": "2"}})
     domain = found.domains["d"] = Domain(["x"], documents=1200, bytes=34567, words=890)
-    task = found.tasks["t"] = Task("A task", 40, TaskResult({"accuracy": Estimate(0.5, 0.4, 0.6)}, [], 40, 0, 0))
+    majority = TaskResult({"accuracy": Estimate(0.5, 0.4, 0.6)}, [], 40, 0, 0, {"classes": {"maybe": {"f1": 0.9}}})
+    task = found.tasks["t"] = Task("A task", 40, majority)
     for i, name in enumerate(names):
         found.models[name] = ModelFacts(
             name, f"/{i}", "masked" if i == 2 else "causal", "biomamba-jax", 1_234_567 + i, "bpe", "all", "float32"

@@ -123,7 +123,7 @@ def _task(results: Evaluation, task: Task, columns: Sequence[str]) -> tuple[str,
     every = [result for _, result in models]
     rows = _measure_rows([result.measures for result in every])
     classes = [result.details.get("classes", {}) for result in every]
-    for label in dict.fromkeys(label for found in classes for label in found):
+    for label in dict.fromkeys(label for found in classes[-len(task.models) :] for label in found):
         rows.append(_row(f"F1 of {label}", [found.get(label, {}).get("f1") for found in classes], _percent))
     if task.comparisons:
         tests = [None if result is task.majority else task.comparisons.get(name) for name, result in models]
