@@ -1,11 +1,11 @@
-"""Reads plain and compressed text and JSON with errors that name the file; writes a file whole or not at all."""
+"""Reading of plain and compressed text and JSON with errors that name the file, and atomic writing."""
 
 import bz2
 import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -21,17 +21,17 @@ else:
 from biomamba_jax.errors import UserError
 
 _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
-    ".gz": lambda raw: igzip.IGzipFile(fileobj=raw),  # takes a third of the time of gzip's
+    ".gz": lambda raw: igzip.IGzipFile(fileobj=raw),  # three times as fast as gzip
     ".bz2": bz2.BZ2File,
     ".zst": zstd.ZstdFile,
 }
-# The library's own annotation calls its exception class an exception.
+# The library annotates its exception class as an instance.
 _DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
 
 
 @contextmanager
 def naming_errors(path: str | Path) -> Iterator[None]:
-    """Turn the errors of reading a file into a UserError that names it."""
+    """Convert the errors of reading a file into a UserError that names it."""
     try:
         yield
     except _DAMAGED as error:
@@ -53,13 +53,13 @@ def _uncompressed(path: str | Path, raw: BinaryIO) -> BinaryIO:
     decompressor = _DECOMPRESSORS.get(Path(path).suffix)
     if decompressor is None:
         return raw
-    if os.fstat(raw.fileno()).st_size == 0:  # gzip's reader takes it for the end of a file
+    if os.fstat(raw.fileno()).st_size == 0:  # which gzip's reader accepts
         raise EOFError("it is empty")
     return decompressor(raw)
 
 
 def read_chunks(path: str | Path, size: int) -> Iterator[bytes]:
-    """Yield the file's bytes, uncompressed, to the end: the format's own checksum is always verified."""
+    """Yield the file's bytes, uncompressed, to the end, which verifies the format's checksum."""
     with naming_errors(path), open(path, "rb") as raw:
         file = _uncompressed(path, raw)
         while chunk := file.read(size):
@@ -81,7 +81,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON file that holds a mapping.
 
     Raises:
-      UserError: the file cannot be read, is not JSON, or holds something else.
+      UserError: the file cannot be read or is not a JSON mapping.
     """
     raw = read_any_json(path)
     if not isinstance(raw, dict):
@@ -90,17 +90,23 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_any_json(path: str | Path) -> Any:
-    """Read a JSON file, plain or compressed, whatever it holds.
+    """Read a JSON file of any type, plain or compressed.
 
     Raises:
       UserError: the file cannot be read or is not JSON.
     """
     content = b"".join(read_chunks(path, 1 << 20))
+    with naming_errors(path):
+        text = content.decode("utf-8-sig")
+    return _parse_json(text, str(path))
+
+
+def _parse_json(text: str, where: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{path}: cannot be read as JSON ({reason})") from None
+        raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
 
 
 def read_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -126,21 +132,15 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
       UserError: the file cannot be read, or a line is not JSON; names file and line.
     """
     for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise UserError(f"{path}, line {number}: cannot be read as JSON ({reason})") from None
-        yield number, record
+        if line.strip():
+            yield number, _parse_json(line, f"{path}, line {number}")
 
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, moved to `path` when the block ends and removed when it raises.
 
-    The file is flushed to disk before it is moved: a kill or a power cut leaves the old file or the new one.
+    The file is flushed to disk before it is moved: after a kill or a power cut there is the old file or the new one.
     """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
@@ -155,15 +155,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, content: str) -> None:
-    """Write a UTF-8 text file, whole or not at all."""
+    """Write a UTF-8 text file atomically."""
     with replacing(path) as temporary:
         temporary.write_text(content, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a value as strict, indented JSON, whole or not at all.
+    """Write a value as strict, indented JSON, atomically.
 
     Raises:
-      ValueError: the value holds NaN or an infinity, which JSON does not have.
+      ValueError: the value contains NaN or an infinity, which JSON lacks.
     """
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Write strict JSON lines atomically; creates the folder.
+
+    Raises:
+      ValueError: a record contains NaN or an infinity, which JSON lacks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
+    write_text(path, "".join(lines))

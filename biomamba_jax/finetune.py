@@ -9,7 +9,6 @@ command takes the run directory as a model, adapters merged.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,18 +58,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
             print(f"predictions and {RESULTS}: {config.run_dir}")
         elif results is not None and first:
-            print(f"answered by one host alone: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")
+            print(f"for predictions, on one host: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")
     exit_if_stopped(complete=results is not None)
 
 
 def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
-    """Fine-tunes, then answers the development and test splits with the best weights.
+    """Fine-tune, then answer the development and test splits with the best weights.
 
     Returns:
-      Measures by "task split", as in results.json; empty where the run has several hosts, None where it was stopped.
+      Measures by "task split", as in results.json; empty if the run has several hosts, None if it was stopped.
     """
     if weights.tokenizer_file is None:
-        raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` puts one beside the weights")
+        raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
     tokenizer = load_tokenizer(weights.tokenizer_file)
     tasks = read_tasks(config)
     train = [example for task in tasks for example in task.train]
@@ -93,7 +92,7 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
 
 
 def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
-    """Predicts with the run's best weights, writes predictions/ and results.json, and returns the measures."""
+    """Predict with the run's best weights, write predictions/ and results.json, and return the measures."""
     run_dir, classifier = Path(config.run_dir), config.head == "classifier"
     model, results = load(run_dir), {}
     for task in tasks:
@@ -108,9 +107,10 @@ def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
                     window=config.data.sequence_length,
                     batch_size=config.data.batch_size,
                 )
-                _write_predictions(run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl", predictions)
+                path = run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl"
+                files.write_json_lines(path, map(dataclasses.asdict, predictions))
                 results[f"{task.name} {split}"] = measure(predictions, majority)
-    _write(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+    files.write_json(run_dir / RESULTS, results)
     return results
 
 
@@ -123,7 +123,9 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
       are not.
     """
     if jax.process_count() > 1:
-        raise UserError(f"cross_validate: runs on one host, not on {jax.process_count()}; train the folds one by one")
+        raise UserError(
+            f"cross_validate: runs on one host, not on {jax.process_count()}; train each fold in a run of its own"
+        )
     results: dict[str, Any] = {}
     pooled: list[Prediction] = []
     tests = []
@@ -135,32 +137,20 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
         if of_fold is None:
             return None
         results[f"fold {fold}"] = of_fold["pubmedqa development"]
-        pooled += _read_predictions(run_dir / PREDICTIONS / "pubmedqa-development.jsonl")
+        lines = files.read_json_lines(run_dir / PREDICTIONS / "pubmedqa-development.jsonl")
+        pooled += [Prediction(**values) for _, values in lines]
         tests.append(of_fold["pubmedqa test"])
     majority = results["fold 0"]["majority"]
     results["all folds"] = measure(pooled, majority)
     results["test, mean of folds"] = tests[0] | {
         key: sum(test[key] for test in tests) / FOLDS for key in ("accuracy", "macro_f1")
     }
-    _write(Path(config.run_dir) / RESULTS, json.dumps(results, indent=2) + "\n")
+    files.write_json(Path(config.run_dir) / RESULTS, results)
     return results
 
 
 def _cell(value: float | int | None) -> str | None:
     return f"{value:,}" if isinstance(value, int) else None if value is None else f"{100 * value:.1f} %"
-
-
-def _write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    _write(path, "".join(json.dumps(dataclasses.asdict(each), ensure_ascii=False) + "\n" for each in predictions))
-
-
-def _read_predictions(path: Path) -> list[Prediction]:
-    return [Prediction(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-
-
-def _write(path: Path, content: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, content)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command, valid_unicode
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json_lines, read_lines
 from biomamba_jax.tasks.sampling import Sampling
 
 VERBATIM = ("prompt", "stop")
@@ -87,24 +88,14 @@ def _stream(generator, config: GenerateConfig, out: TextIO) -> None:
 
 
 def _read_lines(path: Path) -> list[str]:
-    try:  # not splitlines: Unicode's other line ends belong to the prompt
-        lines = path.read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check --file") from None
-    if not (prompts := [line for line in lines if line.strip()]):
+    if not (prompts := [line for line in read_lines(path) if line.strip()]):
         raise UserError(f"{path}: contains no prompt; write one per line")
     return prompts
 
 
 def _read_jsonl(source: Iterable[str]) -> Iterator[str]:
-    for number, line in enumerate(_decoded(source), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"standard input, line {number}: not JSON ({error})") from None
-        if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+    for number, record in read_json_lines("standard input", _decoded(source)):
+        if not isinstance(record.get("prompt"), str):
             raise UserError(f'standard input, line {number}: give an object with a text: {{"prompt": "..."}}')
         yield valid_unicode(f"standard input, line {number}", record["prompt"])
 

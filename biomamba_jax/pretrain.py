@@ -8,7 +8,6 @@ per byte before and after training, next to those of n-gram models of the same t
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,7 +102,7 @@ def write_baselines(config: PretrainConfig) -> None:
     tokenizer = manifest.tokenizer
     baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps([dataclasses.asdict(b) | {"split": "validation"} for b in baselines], indent=1))
+    files.write_json(path, [dataclasses.asdict(b) | {"split": "validation"} for b in baselines])
 
 
 def show_results(run_dir: Path) -> None:

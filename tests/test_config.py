@@ -147,6 +147,10 @@ def test_a_config_survives_being_written_and_read(tmp_path):
         (("--config", "missing.yaml"), "missing.yaml"),
         (("--optimizer.clip", "-1"), "optimizer.clip = -1.0: must be 0 or more"),
         (("--schedule.final_fraction", "-1"), "schedule.final_fraction = -1.0: must be in [0, 1]"),
+        (
+            ("--schedule.kind", "wsd", "--schedule.warmup_fraction", "0.5", "--schedule.stable_fraction", "0.6"),
+            "schedule.warmup_fraction + stable_fraction = 1.1: must be at most 1",
+        ),
         (("--train.eval_batches", "0"), "train.eval_batches = 0: must be at least 1"),
         (("--train.seed", "-1"), "train.seed = -1: must be in 0..2^32 - 1"),
         (("--loss.chunk_size", "0"), "loss.chunk_size = 0: must be at least 1"),
@@ -178,6 +182,11 @@ def test_a_mistake_is_refused_by_name(argv, message):
 def test_a_value_outside_its_limits_is_refused_in_python_too(section, values, message):
     with pytest.raises(UserError, match=re.escape(message)):
         section(**values)
+
+
+def test_the_ends_of_a_closed_interval_are_accepted():
+    config = read("--schedule.final_fraction", "1", "--optimizer.layer_decay", "1", "--train.seed", str(2**32 - 1))
+    assert (config.schedule.final_fraction, config.optimizer.layer_decay, config.train.seed) == (1, 1, 2**32 - 1)
 
 
 def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path):

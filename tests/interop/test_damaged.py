@@ -179,7 +179,14 @@ def test_a_size_that_is_null_comes_from_the_tensors(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    "index", [{"weight_map": {"a": 5}}, {"weight_map": {"a": 5, "b": "c"}}, {"weight_map": []}, []]
+    "index",
+    [
+        {"weight_map": {"a": 5}},
+        {"weight_map": {"a": 5, "b": "c"}},
+        {"weight_map": {"a": "../b"}},
+        {"weight_map": []},
+        [],
+    ],
 )
 def test_an_index_that_names_no_files_is_named(folder, index, capsys):
     (folder / "model.safetensors").unlink()

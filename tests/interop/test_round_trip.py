@@ -144,6 +144,27 @@ def test_the_command_converts_and_lists_what_it_wrote(weights, tmp_path, capsys)
     assert_equal(weights, read_model(tmp_path / "out"))
 
 
+def test_an_export_is_strict_json_and_states_what_transformers_needs(weights, tmp_path):
+    if weights.config.tie_embeddings:
+        weights.config = dataclasses.replace(weights.config, norm_eps=1e-3)
+    weights.about = {"steps": 3, "tokens": 99, "evaluation": {"step": 3, "loss": float("nan")}}
+    write_model(weights, tmp_path / "hf", "hf")
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    for path in (tmp_path / "hf").glob("*.json"):
+        json.loads(path.read_text(), parse_constant=refuse)
+    config, raw = weights.config, json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert raw["intermediate_size"] == raw["expand"] * raw["hidden_size"] == config.d_inner
+    assert raw["layer_norm_epsilon"] == config.norm_eps and raw["tie_word_embeddings"] == config.tie_embeddings
+    assert (raw["vocab_size"], raw["unpadded_vocab_size"]) == (config.padded_vocab, config.known_vocab)
+    again = read_model(tmp_path / "hf")
+    assert again.config == config and again.about["evaluation"]["loss"] == "NaN"
+    write_model(again, tmp_path / "native", "native")
+    json.loads((tmp_path / "native" / "model.json").read_text(), parse_constant=refuse)
+
+
 def test_an_existing_folder_is_left_alone(weights, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):

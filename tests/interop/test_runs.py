@@ -1,10 +1,12 @@
 """A run directory of `pretrain` is taken as it is: the newest checkpoint, its average, its tokenizer and its story."""
 
+import dataclasses
 import json
 
 import jax
 import numpy as np
 import pytest
+import yaml
 from random_weights import random_weights
 from synthetic import write_shards
 
@@ -13,13 +15,14 @@ from biomamba_jax.config import CheckpointConfig, DataConfig, ModelConfig, Optim
 from biomamba_jax.data.tokenizer import train_sentencepiece
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import dialect_of, read_model, write_model
+from biomamba_jax.interop.adapters import fingerprint
 from biomamba_jax.interop.names import flatten
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.optimizer import evaluation_weights, make_optimizer
 from biomamba_jax.train.step import TrainState
 
 
-def write_run(folder, ema: float):
+def write_run(folder, ema: float, best: int | None = None):
     """Two checkpoints, as `train` writes them; returns the weights that are to be evaluated at the second."""
     config = PretrainConfig(
         run_dir=str(folder),
@@ -36,7 +39,7 @@ def write_run(folder, ema: float):
     second = jax.tree.map(lambda x: np.full_like(x, next(numbers)), first)
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         for step, state in ((9, first), (10, second)):
-            checkpoints.save(step, state, {})
+            checkpoints.save(step, state, {} if best is None else {"best": {"step": best}})
     (folder / "config.yaml").write_text(to_yaml(config))
     lines = [{"step": step, "split": "validation", "perplexity": 100.0 - step} for step in (0, 10, 20)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -53,6 +56,38 @@ def test_the_newest_checkpoint_gives_the_weights_that_were_evaluated(tmp_path, e
     for path in expected:
         np.testing.assert_array_equal(found[path], expected[path])
     assert weights.config.d_state == 8 and weights.config.unroll == 1
+
+
+def test_the_best_checkpoint_is_read_where_the_run_keeps_it(tmp_path):
+    write_run(tmp_path / "run", 0.0, best=9)
+    assert read_model(tmp_path / "run").about["steps"] == 10
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    settings["checkpoint"]["keep_best"] = True
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert read_model(tmp_path / "run").about["steps"] == 9
+
+
+def test_adapters_are_merged_with_alpha_over_rank_into_their_base(tmp_path):
+    base = random_weights(ModelConfig(kind="mamba2", d_model=32, n_layers=2, vocab_size=31, d_state=8, headdim=16))
+    write_model(base, tmp_path / "base", "native")
+    draw = np.random.default_rng(0)
+    a, b = (draw.standard_normal(shape, np.float32) for shape in ((2, 64, 4), (2, 4, 32)))
+    zero = np.zeros((), np.int32)
+    adapters = {"layers": {"mixer": {"out": {"kernel": {"a": a, "b": b}}}}}
+    with Checkpoints(tmp_path / "run", CheckpointConfig()) as checkpoints:
+        state = TrainState(zero, adapters, {}, np.zeros(2, np.uint32), zero, zero)
+        checkpoints.save(3, state, {"base_sha256": fingerprint(base.params)})
+    settings = {
+        "model": dataclasses.asdict(base.config),
+        "data": {"batch_size": 1, "sequence_length": 8},
+        "lora": {"rank": 4, "alpha": 6.0},
+        "init_from": str(tmp_path / "base"),
+    }
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    found, expected = flatten(read_model(tmp_path / "run").params), flatten(base.params)
+    expected["layers/mixer/out/kernel"] = expected["layers/mixer/out/kernel"] + 1.5 * (a @ b)
+    for path in expected:
+        np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-5, err_msg=path)
 
 
 def test_the_model_card_tells_how_the_weights_came_about(tmp_path):

@@ -79,6 +79,12 @@ def test_a_tokenizer_that_the_model_cannot_have_had_is_refused_before_anything_i
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_with_as_many_ids_as_the_model_is_accepted(folder, tmp_path):
+    words = ["--input", str(folder), "--output", str(tmp_path / "out")]
+    convert.main([*words, "--tokenizer", str(train_tokenizer(tmp_path).path)])
+    assert read_model(tmp_path / "out").config.known_vocab == 310
+
+
 def test_a_given_tokenizer_takes_the_place_of_the_input_s(folder, tmp_path):
     small = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "other": 1}, unk_token="other"))
     small.save(str(tmp_path / "small.json"))
