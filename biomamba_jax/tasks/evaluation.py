@@ -214,9 +214,7 @@ def _document_records(documents: Sequence[Document], scores: DomainScores) -> It
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
-        files.write_text(path, "".join(lines))
+        files.write_json_lines(path, records)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); give another output") from None
 

@@ -85,6 +85,16 @@ def test_a_tokenizer_with_as_many_ids_as_the_model_is_accepted(folder, tmp_path)
     assert read_model(tmp_path / "out").config.known_vocab == 310
 
 
+def test_rows_beyond_the_tokenizer_s_ids_are_padding_where_the_config_does_not_say(folder, tmp_path):
+    weights = dataclasses.replace(read_model(folder), tokenizer_file=train_tokenizer(tmp_path).path)
+    assert weights.config.padded_vocab == 320
+    write_model(weights, tmp_path / "own", "hf")
+    raw = json.loads((tmp_path / "own" / "config.json").read_text())
+    del raw["unpadded_vocab_size"]
+    (tmp_path / "own" / "config.json").write_text(json.dumps(raw))
+    assert read_model(tmp_path / "own").config.known_vocab == 310
+
+
 def test_a_given_tokenizer_takes_the_place_of_the_input_s(folder, tmp_path):
     small = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "other": 1}, unk_token="other"))
     small.save(str(tmp_path / "small.json"))
