@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import jaxtyping
 import pytest
 
 # Compilers for other chips may be installed too (`make test-long`): they are no devices.
@@ -34,11 +36,43 @@ if _COMPILED:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED  # read by jax, imported later, and handed down to workers
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import flax.struct  # noqa: E402  (JAX reads the variables above when it is imported)
+
+# Shapes in signatures are executed: every call of a module that annotates arrays is checked. `tasks` is left out: its
+# tests pass values of wrong types on purpose.
+_PACKAGE = Path(__file__).resolve().parents[1] / "biomamba_jax"
+_ANNOTATED = [
+    ".".join(path.relative_to(_PACKAGE.parent).with_suffix("").parts)
+    for room in ("ops", "parallel", "model", "train")
+    for path in (_PACKAGE / room).rglob("*.py")
+    if "array_typing import" in path.read_text(encoding="utf-8")
+]
+jaxtyping.install_import_hook(_ANNOTATED, "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+_dataclass = flax.struct.dataclass
+
+
+def _unchecked_dataclass(cls: type, **options: bool) -> type:
+    """A pytree, which may hold shapes, shardings or specifications in place of its arrays."""
+    made = _dataclass(cls, **options)
+    made.__init__.__no_type_check__ = True
+    return made
+
+
+flax.struct.dataclass = _unchecked_dataclass
+
 
 def pytest_unconfigure() -> None:
     """Removes what was compiled, in the process that made the folder."""
     if _COMPILED:
         shutil.rmtree(_COMPILED, ignore_errors=True)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Calls without the shape checker, for tests of what the package itself refuses."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

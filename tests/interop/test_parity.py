@@ -94,7 +94,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(config, tmp_path):
     @jax.jit
     @jax.grad
     def gradients(params):
-        logits, _ = nnx.merge(graph, params)(text)
+        logits, _ = nnx.merge(graph, params)(jnp.asarray(text))
         log_p = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_p, jnp.asarray(text)[:, 1:, None], -1).mean()
 

@@ -192,18 +192,21 @@ def test_segment_ids_take_no_gradient():
     assert pull_back(inputs["dy"])[0].dtype == jax.dtypes.float0
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_array_that_does_not_fit_is_named():
     inputs = in_dtype(random_inputs(SHAPES[0], 6), "float32", ACTIVATIONS)
     with pytest.raises(UserError, match=r"causal_conv1d: bias has shape \(5,\), expected \(6,\)"):
         causal_conv1d(inputs["x"], inputs["weight"], inputs["bias"][1:])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_unknown_activation_is_refused():
     inputs = in_dtype(random_inputs(SHAPES[0], 7), "float32", ACTIVATIONS)
     with pytest.raises(UserError, match="activation 'relu' is unknown"):
         causal_conv1d(inputs["x"], inputs["weight"], activation="relu")
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(("x", "weight"), [((4, 3), (3, 4)), ((1, 4, 3), (3,))])
 def test_arrays_without_the_axes_are_refused_by_name(x, weight):
     with pytest.raises(UserError, match=r"causal_conv1d: x must be \[B L C\] and weight \[C K\], not \("):

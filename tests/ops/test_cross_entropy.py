@@ -200,6 +200,7 @@ def test_the_logits_of_the_whole_batch_never_exist():
     assert memory.temp_size_in_bytes < 300e6
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -217,6 +218,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(change, message):
         linear_cross_entropy(**(inputs | change))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_implementation_that_does_not_exist_is_refused():
     inputs = in_dtype(random_inputs(CASES[0], 9), "float32")
     with pytest.raises(UserError, match="implementation 'triton' does not exist"):

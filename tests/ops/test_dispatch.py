@@ -40,6 +40,7 @@ def test_none_is_the_best_that_runs_on_the_device(platform, capability, name):
     assert chosen(platform, capability) == name
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
     unsupported = {"pallas_gpu": "headdim is 32, not 64"}
     assert chosen("gpu", 90, unsupported=unsupported) == "triton"
@@ -56,6 +57,7 @@ def convolution_of(width, dtype=jnp.bfloat16):
     return causal_conv1d, tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in ((1, 32, 256), (256, width)))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
@@ -78,6 +80,7 @@ def test_on_tpu_arrays_that_do_not_suit_the_kernels_go_to_xla_and_are_refused_by
                 jax.eval_shape(partial(op, implementation="pallas_tpu"), *arguments)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("platform", "capability", "name", "reason"),
     [

@@ -257,6 +257,7 @@ def test_no_array_of_length_times_d_state_survives_the_forward_pass(form):
     assert max(v.size for v in jax.tree.leaves(kept)) <= 2048 * 1536
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_array_that_does_not_fit_is_named():
     inputs = in_dtype(random_inputs(SHAPES[0], 9), "float32", ACTIVATIONS)
     arrays = {name: inputs[name] for name in ARRAYS}
@@ -264,12 +265,14 @@ def test_an_array_that_does_not_fit_is_named():
         selective_scan(**arrays | {"z": arrays["z"][:, 1:]})
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_unknown_implementation_is_refused():
     inputs = in_dtype(random_inputs(SHAPES[0], 9), "float32", ACTIVATIONS)
     with pytest.raises(UserError, match="'cuda' does not exist; choose one of"):
         selective_scan(**{name: inputs[name] for name in ARRAYS}, implementation="cuda")
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(("x", "A"), [((4, 3), (3, 2)), ((1, 4, 3), (3,))])
 def test_arrays_without_the_axes_are_refused_by_name(x, A):
     with pytest.raises(UserError, match=r"selective_scan: x must be \[B L E\] and A \[E N\], not \("):

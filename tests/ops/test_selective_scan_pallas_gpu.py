@@ -103,6 +103,7 @@ def test_no_gradient_passes_a_change_of_segment():
     assert not np.any(gradients["initial_state"])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("dtype", "d_state", "target", "reason"),
     [

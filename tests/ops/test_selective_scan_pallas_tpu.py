@@ -158,6 +158,7 @@ def test_a_tpu_program_takes_the_kernels_and_its_single_tokens_do_not():
     assert "pallas_call" in str(whole) and "pallas_call" not in str(step)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_tpu_the_kernels_refuse_and_say_why():
     arrays = {n: jnp.asarray(v, jnp.float32) for n, v in random_inputs(SMALL, 8).items() if n in ARRAYS}
     with pytest.raises(UserError, match="'pallas_tpu' cannot run: it needs a TPU, and this program is for cpu"):

@@ -87,6 +87,7 @@ def test_no_gradient_passes_a_change_of_segment():
     assert not np.any(gradients["initial_state"])
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     arrays = {n: jnp.asarray(v, jnp.float32) for n, v in random_inputs(ODD, 5).items() if n in ARRAYS}
     with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):

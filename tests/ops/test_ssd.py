@@ -244,7 +244,7 @@ def test_a_packed_row_equals_its_documents_run_one_by_one():
 @pytest.mark.parametrize("cuts", [[10], [1, 2, 30], [8, 16], [36]])
 def test_calls_that_hand_on_the_state_equal_one_call(cuts):
     inputs = in_dtype(random_inputs(SHAPES[0], 5), "float32")
-    segment_ids = np.repeat([[1, 2]], [20, 17], axis=1).repeat(2, axis=0)
+    segment_ids = jnp.repeat(jnp.asarray([[1] * 20 + [2] * 17]), 2, axis=0)
     fixed = {name: inputs[name] for name in ("A", "D", "dt_bias")}
 
     def run(start, stop, state):
@@ -295,6 +295,7 @@ def test_forward_and_backward_keep_no_quadratic_array_of_the_whole_length():
     assert memory.temp_size_in_bytes < 80e6
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -313,6 +314,7 @@ def test_shapes_that_do_not_fit_are_refused_by_name(name, shape, message):
         ssd(**arrays)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_implementation_that_does_not_exist_is_refused():
     inputs = in_dtype(random_inputs(SHAPES[0], 9), "float32")
     with pytest.raises(UserError, match="implementation 'cuda' does not exist"):

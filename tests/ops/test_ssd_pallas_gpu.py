@@ -132,6 +132,7 @@ def test_nothing_at_all_crosses_a_segment_boundary():
         np.testing.assert_array_equal(gradients[name][inside], changed_gradients[name][inside], err_msg=name)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changes", "target", "reason"),
     [

@@ -170,6 +170,7 @@ def test_on_tpu_the_kernels_are_chosen_where_they_pay():
     assert not kernels_in(chunk_size=64), "another chunk was asked for"
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("changes", "platform", "reason"),
     [

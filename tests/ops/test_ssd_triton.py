@@ -109,6 +109,7 @@ def test_nothing_at_all_crosses_a_segment_boundary():
         np.testing.assert_array_equal(gradients[name][inside], changed_gradients[name][inside], err_msg=name)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     inputs = in_dtype(random_inputs(GROUPS, 6), "float32")
     with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):

@@ -124,6 +124,7 @@ def compare(name: str, got: jax.Array, want: jax.Array, tolerance: float) -> Non
     assert error <= tolerance, f"{name}: {error:.1e} > {tolerance:.0e}"
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_a_device_with_too_few_tokens_for_the_convolution_is_refused():
     x = jnp.zeros((1, 2, 4))
     with pytest.raises(UserError, match=r"mesh.sequence = 8: leaves 2 tokens"):
