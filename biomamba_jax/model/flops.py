@@ -3,6 +3,16 @@
 from biomamba_jax.config import ModelConfig
 
 
+def matrix_parameters(config: ModelConfig) -> int:
+    """Return the number of parameters in matrices, nearly all of a model's, with tied embeddings."""
+    d, e, n = config.d_model, config.d_inner, config.state_size
+    if config.kind == "mamba1":
+        projections = 2 * d * e + e * (config.rank + 2 * n) + config.rank * e + e * d
+    else:
+        projections = d * (2 * e + 2 * config.n_groups * n + config.n_heads) + e * d
+    return config.n_layers * projections + d * config.padded_vocab
+
+
 def training_flops_per_token(config: ModelConfig) -> float:
     """Return the FLOPs of training on one token, forward and backward, with a multiply-add counted as two.
 
@@ -10,10 +20,5 @@ def training_flops_per_token(config: ModelConfig) -> float:
     its step-by-step form (decay, input, sum and output: 6 per channel and state). Recomputation, norms and activations
     do not count. The backward pass costs twice the forward pass.
     """
-    d, e, n = config.d_model, config.d_inner, config.state_size
-    if config.kind == "mamba1":
-        projections = 2 * d * e + e * (config.rank + 2 * n) + config.rank * e + e * d
-    else:
-        projections = d * (2 * e + 2 * config.n_groups * n + config.n_heads) + e * d
-    layer = 2 * projections + 2 * config.d_conv * config.conv_channels + 6 * e * n
-    return 3.0 * (config.n_layers * layer + 2 * d * config.padded_vocab)
+    elementwise = 2 * config.d_conv * config.conv_channels + 6 * config.d_inner * config.state_size
+    return 3.0 * (2 * matrix_parameters(config) + config.n_layers * elementwise)

@@ -1,8 +1,9 @@
 """Prints a plan as tables."""
 
 from biomamba_jax.hardware import GIB
+from biomamba_jax.model.flops import matrix_parameters
 from biomamba_jax.planning.plan import Answer, Plan
-from biomamba_jax.planning.search import describe, parameter_count
+from biomamba_jax.planning.search import describe
 from biomamba_jax.tables import summary_table
 
 
@@ -32,7 +33,7 @@ def heading(plan: Plan) -> str:
     mesh = " x ".join(f"{name} {size}" for name, size in plan.compiled.mesh.items() if size > 1) or "one device"
     parts = f" in {plan.config.train.accumulation} accumulation steps" if plan.config.train.accumulation > 1 else ""
     return (
-        f"{model.kind}, {model.n_layers} x {model.d_model} ({parameter_count(model) / 1e6:,.0f} M parameters), "
+        f"{model.kind}, {model.n_layers} x {model.d_model} ({matrix_parameters(model) / 1e6:,.0f} M parameters), "
         f"remat {model.remat}, batch {data.batch_size:,} x {data.sequence_length:,}{parts} on {topology} "
         f"({topology.chips:,} chips; {mesh})"
     )

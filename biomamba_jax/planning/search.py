@@ -5,9 +5,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from biomamba_jax.config import MeshConfig, ModelConfig
+from biomamba_jax.config import MeshConfig
 from biomamba_jax.config.plan import PlanConfig
-from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 from biomamba_jax.planning.compile import Compiled
 from biomamba_jax.planning.topology import Topology
 
@@ -144,21 +144,11 @@ def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
     return sorted(hopeful, key=lambda setting: guessed_seconds(setting, topology))
 
 
-def parameter_count(model: ModelConfig) -> float:
-    """Return the number of parameters in matrices, which is nearly all."""
-    e, d = model.d_inner, model.d_model
-    if model.kind == "mamba1":
-        layer = 3 * d * e + e * (2 * model.rank + 2 * model.state_size)
-    else:
-        layer = 3 * d * e + d * (2 * model.n_groups * model.state_size + model.n_heads)
-    return model.n_layers * layer + model.padded_vocab * d
-
-
 def guessed_memory(config: PlanConfig, topology: Topology) -> float:
     """Return a rough size of weights, moments, gradients and saved activations in bytes of one device."""
     mesh, model = resolved_mesh(config, topology.devices), config.model
     copies = 4 + (config.optimizer.ema > 0)
-    state = 4 * copies * parameter_count(model) / (mesh.fsdp * mesh.tensor)
+    state = 4 * copies * matrix_parameters(model) / (mesh.fsdp * mesh.tensor)
     rows = config.data.batch_size / (config.train.accumulation * mesh.data * mesh.fsdp)
     tokens = rows * config.data.sequence_length / mesh.sequence
     kept = {"none": 16 * model.d_inner, "dots": 6 * model.d_inner, "full": 0}[model.remat] / mesh.tensor
@@ -171,7 +161,7 @@ def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
     tokens = config.data.batch_size * config.data.sequence_length / topology.devices
     again = {"none": 1.0, "dots": 1.1, "full": 4 / 3}[model.remat]
     compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
-    weights = parameter_count(model) / mesh.tensor
+    weights = matrix_parameters(model) / mesh.tensor
     sent = 0.0
     if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
         sent += 8 * weights / mesh.fsdp
