@@ -91,6 +91,7 @@ def test_the_least_work_is_inputs_and_results_once_and_the_products_of_chunks():
     assert kernels_gpu.work("selective_scan", "forward and backward", settings) == (2 * (11 * 64 + 6 * 16), 0)
     products = 2 * (64 * 64 + 2 * 128 * 64 + 64 * 128)
     assert kernels_gpu.work("ssd", "forward", settings) == (2 * (2 * 64 + 2 * 128), products)
+    assert kernels_gpu.work("ssd", "forward and backward", settings) == (2 * (5 * 64 + 6 * 128), 3 * products)
 
 
 @pytest.mark.ahead_of_time

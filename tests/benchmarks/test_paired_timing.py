@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.paired_timing import ALLOCATORS, Contender, ContenderError, Spread, alternate, fastest, try_out
+from benchmarks import contenders
+from benchmarks.paired_timing import ALLOCATORS, Contender, ContenderError, Spread, Timing, alternate, fastest, try_out
 from biomamba_jax.errors import UserError
 
 
@@ -63,6 +64,15 @@ def test_the_fastest_is_the_one_with_the_shortest_median(tmp_path):
     assert fastest(tried, list(tried)) is quick
     with pytest.raises(UserError, match="broken: RuntimeError"):
         fastest(tried, [broken])
+
+
+def test_the_ratio_is_theirs_over_ours_within_pairs(monkeypatch, capsys):
+    pair = Contender("ours", "default", refuse), Contender("theirs", "default", refuse)
+    timings = [Timing([1.0, 2.0, 4.0], 10**9), Timing([3.0, 4.0, 20.0], 10**9)]
+    monkeypatch.setattr(contenders, "alternate", lambda *arguments: timings)
+    contenders.compare("x", 1000, *pair, rounds=3, limit_seconds=1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "ratio within pairs" in line]
+    assert "3.00" in line and "2.00–5.00" in line
 
 
 def test_a_spread_is_median_and_range():

@@ -13,9 +13,11 @@ import pytest
 
 from biomamba_jax import plan as command
 from biomamba_jax.command_line import parse
+from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import GIB
+from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.planning import compile as compiling
 from biomamba_jax.planning import plan
 from biomamba_jax.planning.ahead_of_time import run_in_child
@@ -70,7 +72,17 @@ def test_json_has_the_figures_exactly(compiler, capsys):
     tokens_per_second = 8 * 512 / 0.1075
     assert found["tokens_per_second"] == pytest.approx(tokens_per_second)
     assert found["chip_hours"] == pytest.approx(4 * 1e9 / tokens_per_second / 3600)
+    model = parse(PlanConfig, SMALL).model
+    peak = 4 * 197e12
+    assert found["share_of_peak"] == pytest.approx(training_flops_per_token(model) * tokens_per_second / peak)
     assert "not measured" in found["estimate"]
+
+
+def test_chip_hours_count_chips_and_not_their_devices(compiler, capsys):
+    command.main([*SMALL, "--topology", "tpu7x-8", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (found["chips"], found["devices"]) == (4, 8)
+    assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
 
 
 def test_a_plan_names_the_kernels_whose_time_is_only_a_lower_bound(compiler, capsys):
@@ -127,6 +139,11 @@ def test_released_weights_have_their_sizes(compiler, monkeypatch, capsys):
     assert "mamba2, 64 x 2560 (2,700 M parameters)" in capsys.readouterr().out
     with pytest.raises(UserError, match="sizes are known for mamba-130m"):
         command.main([*SMALL, "--init_from", "someone/else"])
+
+
+@pytest.mark.parametrize(("name", "rows"), [("state-spaces/mamba-130m-hf", 50280), ("state-spaces/mamba2-130m", 50288)])
+def test_released_embeddings_are_padded_as_released(name, rows):
+    assert plan.released_sizes(ModelConfig(), name).padded_vocab == rows
 
 
 @pytest.mark.parametrize(

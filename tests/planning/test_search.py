@@ -71,6 +71,20 @@ def test_the_nearest_fit_is_found_in_a_few_compilations(monkeypatch, wanted):
     assert len(compiled) <= 8
 
 
+def test_the_averaged_weights_count_and_hopeless_settings_are_not_compiled():
+    plain = search.guessed_memory(CONFIG, V5E)
+    averaged = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.999))
+    assert search.guessed_memory(averaged, V5E) - plain == pytest.approx(4 * matrix_parameters(CONFIG.model))
+    compiled = []
+
+    def compile_(setting):
+        compiled.append(setting)
+        return Compiled()
+
+    nearest_fit(CONFIG, V5E, compile_, tries=8)
+    assert compiled and all(search.guessed_memory(s, V5E) < V5E.chip.memory_bytes for s in compiled)
+
+
 def test_where_nothing_fits_one_compilation_says_so():
     compiled = []
 

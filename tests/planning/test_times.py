@@ -6,6 +6,7 @@ import pytest
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.planning import kernels
+from biomamba_jax.planning.ahead_of_time import Estimate
 from biomamba_jax.planning.compile import Compiled
 from biomamba_jax.planning.costs import Costs, KernelCall
 from biomamba_jax.planning.program import Collective, Work
@@ -52,6 +53,21 @@ def test_a_missing_profile_is_logged_with_its_reason(monkeypatch, caplog):
         "ssd on v5e: no profile, so the time of its kernels is a lower bound: the compiler's process ended: Aborted"
     ]
     kernels.kernel_rates.cache_clear()
+
+
+def test_a_rate_is_the_slope_of_the_cycles_over_clock_and_cores(monkeypatch):
+    def profiled(requests, **options):
+        return [Estimate(static_cycles={"ssd_forward.1": 10**6 + 1000 * r.arguments["length"]}) for r in requests]
+
+    monkeypatch.setattr(kernels, "estimates", profiled)
+    chip = parse_topology("v5p-8").chip
+    kernels.kernel_rates.cache_clear()
+    (rate,) = kernels.kernel_rates("mamba2", "v5p").values()
+    kernels.kernel_rates.cache_clear()
+    assert chip.cores == 2
+    # Bytes a token: x, dt and y of 1,536 channels (24 heads), B and C of 128 states, bfloat16; segment ids; states.
+    at_least = 2 * (2 * 1536 + 24 + 2 * 128) + 4
+    assert 0.5 < rate * at_least * chip.clock * chip.cores / 1000 <= 1
 
 
 def collective(seconds, between, overlaps):
