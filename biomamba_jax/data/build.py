@@ -107,7 +107,7 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
 
     Args:
       config: its `input` and `tokenizer` are files; NLM's files are sorted, since a later one wins.
-      progress: told of each step's progress.
+      progress: called as each step advances.
 
     Returns:
       The manifest of the new folder.
