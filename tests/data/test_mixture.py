@@ -203,5 +203,5 @@ def test_the_published_mixture_is_a_preset_by_document(folders):
     weights = np.array([share.weight for share in found.shares])
     assert found.unit == "documents"
     assert (100 * weights / weights.sum()).round(1).tolist() == [83.3, 8.3, 8.3]
-    with pytest.raises(UserError, match="biomamba_v3 is"):
+    with pytest.raises(UserError, match="biomamba_v3 needs"):
         MixtureConfig({"pubmed": sources["pubmed"]}, preset="biomamba_v3")
