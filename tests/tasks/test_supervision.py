@@ -1,0 +1,45 @@
+"""Examples for fine-tuning from PubMedQA: which questions are learnt, which choose the weights, which are the test."""
+
+import json
+import random
+
+import pytest
+
+from biomamba_jax.config import FinetuneConfig, PubMedQAConfig
+from biomamba_jax.tasks.supervision import read_tasks
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    draw = random.Random(0)
+    entries = {
+        str(10_000 + i): {
+            "QUESTION": f"Question {i}?",
+            "CONTEXTS": [f"Context {i}."],
+            "LABELS": ["RESULTS"],
+            "final_decision": draw.choices(["yes", "no", "maybe"], [55, 34, 11])[0],
+            "LONG_ANSWER": f"Answer {i}.",
+        }
+        for i in range(1000)
+    }
+    path = tmp_path_factory.mktemp("pubmedqa") / "ori_pqal.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+@pytest.mark.parametrize("fold", [0, 9])
+def test_no_question_is_in_two_of_training_development_and_test(path, fold):
+    config = FinetuneConfig(init_from="unused", fold=fold, pubmedqa=PubMedQAConfig(path=str(path)))
+    (task,) = read_tasks(config)
+    parts = [{example.key for example in part} for part in (task.train, task.development, task.test)]
+    assert [len(part) for part in parts] == [450, 50, 500]
+    assert len(set.union(*parts)) == 1000
+
+
+def test_the_folds_development_questions_are_the_500_that_are_not_the_test(path):
+    chosen, test = set(), set()
+    for fold in range(10):
+        (task,) = read_tasks(FinetuneConfig(init_from="unused", fold=fold, pubmedqa=PubMedQAConfig(path=str(path))))
+        chosen |= {example.key for example in task.development}
+        test |= {example.key for example in task.test}
+    assert len(chosen) == 500 and not chosen & test
