@@ -35,7 +35,9 @@ def random_adapters(params, targets, rank):
 
 
 def model_of(config, params):
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))), params)
+    return nnx.merge(
+        nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))), jax.tree.map(jnp.asarray, params)
+    )
 
 
 @pytest.mark.parametrize("kind", list(CONFIGS))

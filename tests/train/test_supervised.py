@@ -93,7 +93,7 @@ def encoded(tokenizer, labels=()):
 
 def test_the_loss_is_that_of_the_answers_tokens_and_of_the_end(weights, tokenizer):
     """Each example by itself, as a model is used: prompt in, log probabilities of the answer's tokens and EOS out."""
-    model, by_hand, count = nnx.merge(graph_of(weights.config), weights.params), 0.0, 0
+    model, by_hand, count = nnx.merge(graph_of(weights.config), jax.tree.map(jnp.asarray, weights.params)), 0.0, 0
     for example in EXAMPLES:
         prompt, answer = tokenizer.encode_batch([example.prompt, example.answer])
         whole = [tokenizer.eos_id, *prompt, *answer, tokenizer.eos_id]
@@ -111,7 +111,7 @@ def test_the_loss_is_that_of_the_answers_tokens_and_of_the_end(weights, tokenize
 
 def test_a_classifiers_loss_is_that_of_the_class_after_the_last_token(weights, tokenizer):
     params = weights.params | {"classifier": np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)}
-    model, by_hand = nnx.merge(graph_of(weights.config), weights.params), 0.0
+    model, by_hand = nnx.merge(graph_of(weights.config), jax.tree.map(jnp.asarray, weights.params)), 0.0
     for example in EXAMPLES:
         [prompt] = tokenizer.encode_batch([example.prompt])
         state = np.asarray(model.hidden(jnp.asarray([[tokenizer.eos_id, *prompt]]))[0][0, -1], np.float64)
