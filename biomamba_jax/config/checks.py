@@ -12,7 +12,7 @@ class Limit(NamedTuple):
     """A condition on a setting, as metadata of its type; `--help` shows its words."""
 
     words: str
-    """What the setting must be, behind "must be"."""
+    """The condition in words, to follow "must be"."""
     holds: Callable[[Any], bool]
     """Returns True if a value satisfies the condition."""
 

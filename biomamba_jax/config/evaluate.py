@@ -99,7 +99,7 @@ class BioASQConfig(Settings, section="bioasq"):
     answers: dict[str, str] = field(default_factory=lambda: {"yes": " yes", "no": " no"})
     """Texts of yes and no as they follow the prompt."""
     method: Method = "likelihood"
-    """How yes/no questions are answered. Factoid and list answers are a generated line, split at semicolons."""
+    """Answering of yes/no questions. Factoid and list answers are a generated line, split at semicolons."""
     thresholds: Thresholds = "none"
     """likelihood: fit an offset of the score of no on the development files, by accuracy or macro F1."""
     max_snippets: NonNegativeInt = 10

@@ -142,7 +142,7 @@ class RunConfig(Settings):
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the work is sharded over devices."""
+    """Sharding of the work over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     """How the processes of several hosts find each other."""
     tensorboard: bool = True
@@ -169,4 +169,4 @@ class PretrainConfig(RunConfig):
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """How to make the shards if data.path does not exist (output is data.path; without input, they must exist)."""
+    """Preparation of the shards if data.path does not exist (output is data.path; without input, they must exist)."""
