@@ -111,6 +111,19 @@ def test_gradients_of_the_loss_equal_those_of_transformers(config, tmp_path):
         np.testing.assert_allclose(ours[path], expected, atol=1e-4 * scale, rtol=0, err_msg=path)
 
 
+def rounding_of_products(width: int) -> float:
+    """Rounding error of JAX's float32 matrix products on this CPU, in units of torch's.
+
+    The two libraries add `width` terms in different orders; on an AMD Milan (AVX2) JAX's error is twice torch's.
+    """
+    rng = np.random.default_rng(0)
+    x, w = (rng.normal(size=shape).astype(np.float32) for shape in ((512, width), (width, width)))
+    exact = x.astype(np.float64) @ w.astype(np.float64)
+    products = np.asarray(jax.jit(jnp.dot)(x, w)), (torch.as_tensor(x) @ torch.as_tensor(w)).numpy()
+    ours, theirs = (np.sqrt(np.mean((product - exact) ** 2)) for product in products)
+    return ours / theirs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_the_130m_shape_is_exact_in_float64_and_rounds_like_transformers_in_float32(kind, tmp_path):
@@ -125,8 +138,9 @@ def test_the_130m_shape_is_exact_in_float64_and_rounds_like_transformers_in_floa
     print(f"{kind}, float64: distance {np.abs(exact - theirs_exact).max():.1e} of {np.abs(exact).max():.1f}")
     ours = np.abs(our_logits(weights, text) - exact).max()
     theirs = np.abs(their_logits(export(weights, tmp_path / "hf"), text) - exact).max()
-    print(f"{kind}: distance to float64 of ours {ours:.2e}, of transformers {theirs:.2e}")
-    assert ours <= 2 * theirs
+    products = rounding_of_products(weights.config.d_model)
+    print(f"{kind}: distance to float64 of ours {ours:.2e}, of transformers {theirs:.2e}; products {products:.2f}x")
+    assert ours <= 2 * max(1.0, products) * theirs
 
 
 def test_no_tensor_of_an_export_is_left_to_chance(tmp_path):
