@@ -46,8 +46,8 @@ def convert(config: ConvertConfig) -> list[Path]:
     from biomamba_jax.data.sample import gpt_neox_tokenizer
     from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import dialect_of, read_model, write_model
+    from biomamba_jax.interop.models import refuse_existing
     from biomamba_jax.interop.tensors import BIN
-    from biomamba_jax.interop.weights import refuse_existing
     from biomamba_jax.tables import summary_table
 
     for key in ("input", "output"):
@@ -74,8 +74,7 @@ def convert(config: ConvertConfig) -> list[Path]:
 
 
 def _bytes(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 if __name__ == "__main__":

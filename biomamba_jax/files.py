@@ -136,6 +136,27 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
             yield number, _parse_json(line, f"{path}, line {number}")
 
 
+def read_step_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield each line of a run's metrics with its record, except for a last line that is still being written.
+
+    Raises:
+      UserError: a line is not a record with a step; names the file and the line.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return  # truncated by SIGKILL, or being written right now
+            try:
+                record = json.loads(line)
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError
+            except ValueError:
+                raise UserError(
+                    f"{path}, line {number}: not a record with a step; repair the line or delete it"
+                ) from None
+            yield line, record
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path next to `path`, moved to `path` when the block ends and removed when it raises.

@@ -13,14 +13,15 @@ import biomamba_jax
 from biomamba_jax import files
 from biomamba_jax.tables import shown
 
-_TEMPLATES = jinja2.Environment(
+TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("biomamba_jax"),
-    autoescape=True,
+    autoescape=lambda name: not str(name).endswith(".md.jinja"),
     undefined=jinja2.StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES.filters["shown"] = shown
+"""The package's templates: HTML with autoescape, and the Markdown of model cards."""
+TEMPLATES.filters["shown"] = shown
 _INK = "#123456"  # in plots.mplstyle, where the colour of the page's text is to be
 
 
@@ -44,7 +45,7 @@ def write(path: Path, template: str, **content: Any) -> Path:
     Returns:
       `path`.
     """
-    page = _TEMPLATES.get_template(f"{template}.html.jinja")
+    page = TEMPLATES.get_template(f"{template}.html.jinja")
     written = time.strftime("%Y-%m-%d %H:%M:%S %z")
     files.write_text(path, page.render(content, written=written, version=biomamba_jax.__version__))
     return path

@@ -1,11 +1,12 @@
 """Random weights of any shape for tests of formats and parity: of sensible size, and nothing in them is 0 or 1."""
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.interop import Weights
 from biomamba_jax.interop.configs import portable
-from biomamba_jax.interop.names import native_shapes, unflatten
+from biomamba_jax.interop.names import native_shapes
 
 # Mean and spread by a parameter's last name; matrices are spread by the root of their inputs instead.
 _MOMENTS = {"A_log": (1.0, 0.5), "D": (1.0, 0.2), "dt_bias": (-4.0, 1.0), "bias": (0.0, 0.1), "embedding": (0.0, 0.3)}
@@ -25,4 +26,4 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
         return (mean + spread * random.standard_normal(shape, dtype=np.float32)).astype(np.float32)
 
     params = {path: values(path, shape) for path, shape in native_shapes(config).items()}
-    return Weights(portable(config), unflatten(params))
+    return Weights(portable(config), unflatten_dict(params, sep="/"))

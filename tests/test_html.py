@@ -287,7 +287,7 @@ def test_a_table_s_figures_stand_right_and_its_emphasized_rows_in_bold():
     content = Table(
         ["name", "n", "note"], [["a", 1234, None], ["heading"], ["b", ("5", "[4, 6]"), "x"]], "", (0, 2), (2,)
     )
-    root = lxml.html.fromstring(html._TEMPLATES.from_string(source).render(content=content))
+    root = lxml.html.fromstring(html.TEMPLATES.from_string(source).render(content=content))
     assert cells(root) == [["name", "n", "note"], ["a", "1,234", "–"], ["heading"], ["b", "5 [4, 6]", "x"]]
     assert [cell.text_content() for cell in root.xpath("//*[@class='number']")] == ["n", "1,234", "5 [4, 6]"]
     assert [row.text_content().split() for row in root.xpath("//tr[@class='emphasized']")] == [

@@ -7,6 +7,7 @@ Sources: `mamba_ssm.modules` of state-spaces/mamba at e9594ce, `transformers.mod
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import jax
@@ -82,8 +83,8 @@ class Tensor:
     part_shapes: tuple[Shape, ...]
     """Native shape of each part, of one layer."""
     layout: Layout
-    layer: int | None = None
-    """Index of the layer; None outside the layers."""
+    layer: int | EllipsisType = ...
+    """Index of the layer; an ellipsis outside the layers."""
 
     @property
     def shape(self) -> Shape:
@@ -96,14 +97,12 @@ class Tensor:
         row = 0
         for path, shape in zip(self.parts, self.part_shapes, strict=True):
             rows = self.layout.shape(shape)[0]
-            target = params[path] if self.layer is None else params[path][self.layer]
-            target[...] = self.layout.to_native(tensor[row : row + rows])
+            params[path][self.layer][...] = self.layout.to_native(tensor[row : row + rows])
             row += rows
 
     def build(self, params: dict[str, np.ndarray]) -> np.ndarray:
         """Return the foreign tensor of native parameters, flat by path."""
-        parts = [params[path] if self.layer is None else params[path][self.layer] for path in self.parts]
-        foreign = [self.layout.to_foreign(part) for part in parts]
+        foreign = [self.layout.to_foreign(params[path][self.layer]) for path in self.parts]
         return foreign[0] if len(foreign) == 1 else np.concatenate(foreign)
 
 
@@ -148,15 +147,3 @@ def flatten(tree: Params) -> dict[str, Any]:
     """Return {"layers/norm/weight": leaf, ...} of a nested dict."""
     paths, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {path_name(path): leaf for path, leaf in paths}
-
-
-def unflatten(flat: dict[str, Any]) -> Params:
-    """Return the nested dict of `flatten`'s result."""
-    tree: Params = {}
-    for path, leaf in flat.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = leaf
-    return tree

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ _LAYER = re.compile(r"^backbone\.layers\.(\d+)\.(.*)$")
 # Padded GPT-NeoX vocabularies of the released models, with 50,277 ids in use.
 _KNOWN_PADDING = {50280: 50277, 50288: 50277}
 _USUAL_MULTIPLES = (16, 8, 4, 2, 1)
+# Size -> tensor of a layer and its axis.
+_COMMON_AXES = {
+    "d_model": ("norm.weight", 0),
+    "d_conv": ("mixer.conv1d.weight", 2),
+    "inner": ("mixer.out_proj.weight", 1),
+}
+_AXES = {
+    "mamba1": _COMMON_AXES | {"d_state": ("mixer.A_log", 1), "dt_rank": ("mixer.dt_proj.weight", 1)},
+    "mamba2": _COMMON_AXES | {"heads": ("mixer.A_log", 0), "channels": ("mixer.conv1d.weight", 0)},
+}
 
 
 def model_config(
@@ -45,29 +56,18 @@ def _from_tensors(kind: str, shapes: dict[str, Shape], dialect: str) -> dict[str
     """Return the sizes that can be inferred from the tensors."""
     first = {match[2]: shape for key, shape in shapes.items() if (match := _LAYER.match(key)) and match[1] == "0"}
     layers = [int(match[1]) for key in shapes if (match := _LAYER.match(key))]
-    found: dict[str, Any] = {"n_layers": max(layers, default=0) + 1, "bias": "mixer.in_proj.bias" in first}
-    found |= {"conv_bias": "mixer.conv1d.bias" in first, "tie_embeddings": dialect == "mamba_ssm" or HEAD not in shapes}
-
-    def size(field: str, key: str, axis: int) -> None:
-        if key in first and len(first[key]) > axis:
-            found[field] = first[key][axis]
-
-    size("d_model", "norm.weight", 0)
-    size("d_conv", "mixer.conv1d.weight", 2)
-    size("inner", "mixer.out_proj.weight", 1)
-    if kind == "mamba1":
-        size("d_state", "mixer.A_log", 1)
-        size("dt_rank", "mixer.dt_proj.weight", 1)
-    else:
-        size("heads", "mixer.A_log", 0)
-        size("channels", "mixer.conv1d.weight", 0)
-    inner, heads, channels = (found.pop(name, None) for name in ("inner", "heads", "channels"))
+    found: dict[str, Any] = {
+        size: first[key][axis] for size, (key, axis) in _AXES[kind].items() if len(first.get(key, ())) > axis
+    }
+    inner, heads, channels = (found.pop(name, 0) for name in ("inner", "heads", "channels"))
     if inner and "d_model" in found:
         found["expand"] = max(inner // found["d_model"], 1)
     if inner and heads:
         found["headdim"] = max(inner // heads, 1)
-    if inner and channels and channels > inner:
+    if inner and channels > inner:
         found["d_state"] = (channels - inner) // 2  # assumes one group unless the config states more
+    found |= {"n_layers": max(layers, default=0) + 1, "bias": "mixer.in_proj.bias" in first}
+    found |= {"conv_bias": "mixer.conv1d.bias" in first, "tie_embeddings": dialect == "mamba_ssm" or HEAD not in shapes}
     return found
 
 
@@ -93,26 +93,19 @@ def _vocabulary(path: Path, rows: int, stated: dict[str, Any], tokenizer_vocab: 
 
 def compare(path: Path, config: ModelConfig, shapes: dict[str, Shape], dialect: str) -> None:
     """Raise a UserError with a table unless `shapes` are exactly those of `config`'s tensors."""
-    expected = {tensor.key: tensor.shape for tensor in expected_tensors(config, shapes, dialect)}
-    keys = sorted(expected.keys() | shapes.keys(), key=lambda key: (_pattern(key), _layer(key)))
+    wanted = {tensor.key: str(list(tensor.shape)) for tensor in expected_tensors(config, shapes, dialect)}
+    found = {key: str(list(shape)) for key, shape in shapes.items()}
     groups: dict[tuple[str, str, str], list[int]] = {}
-    for key in keys:
-        want, have = expected.get(key), shapes.get(key)
-        if want != have:
-            row = (
-                _pattern(key),
-                "unexpected" if want is None else f"{list(want)}",
-                "missing" if have is None else f"{list(have)}",
-            )
-            groups.setdefault(row, []).append(_layer(key))
+    for pattern, layer, key in sorted((*_pattern(key), key) for key in wanted.keys() | found.keys()):
+        row = (pattern, wanted.get(key, "unexpected"), found.get(key, "missing"))
+        if row[1] != row[2]:
+            groups.setdefault(row, []).append(layer)
     if groups:
-        table = "; ".join(
-            f"{key.replace('*', _ranges(layers))}: {want}, {have}" for (key, want, have), layers in groups.items()
+        rows = (f"{key.replace('*', _ranges(layers))}: {want}, {have}" for (key, want, have), layers in groups.items())
+        raise UserError(
+            f"{path}: {config.kind} of {config.n_layers} layers, d_model {config.d_model}, d_state {config.state_size}"
+            f", expand {config.expand} does not fit the tensors (key: expected, found): {'; '.join(rows)}"
         )
-        sizes = (
-            f"{config.n_layers} layers, d_model {config.d_model}, d_state {config.state_size}, expand {config.expand}"
-        )
-        raise UserError(f"{path}: {config.kind} of {sizes} does not fit the tensors (key: expected, found): {table}")
 
 
 def expected_tensors(config: ModelConfig, shapes: dict[str, Shape], dialect: str) -> list[Tensor]:
@@ -126,21 +119,13 @@ def expected_tensors(config: ModelConfig, shapes: dict[str, Shape], dialect: str
     return tensors
 
 
-def _pattern(key: str) -> str:
-    return f"backbone.layers.*.{match[2]}" if (match := _LAYER.match(key)) else key
-
-
-def _layer(key: str) -> int:
-    return int(match[1]) if (match := _LAYER.match(key)) else -1
+def _pattern(key: str) -> tuple[str, int]:
+    """Return ("backbone.layers.*.NAME", layer), or (key, -1) of a tensor outside the layers."""
+    return (f"backbone.layers.*.{match[2]}", int(match[1])) if (match := _LAYER.match(key)) else (key, -1)
 
 
 def _ranges(layers: list[int]) -> str:
     """Return "{0-2,5}" for [0, 1, 2, 5], and a single number without braces."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][1] + 1:
-            runs[-1][1] = layer
-        else:
-            runs.append([layer, layer])
-    text = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs)
+    runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), lambda pair: pair[1] - pair[0])]
+    text = ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     return f"{{{text}}}" if len(layers) > 1 else text

@@ -6,11 +6,12 @@ of the memory map, and safetensors are written by hand, since the library's writ
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  (makes bfloat16 known to numpy)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -20,41 +21,39 @@ from biomamba_jax.interop.names import Shape
 
 SAFETENSORS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 METADATA = "biomamba_jax"
-DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-class TensorSource(Protocol):
+@dataclass(frozen=True)
+class TensorSource:
     """Named tensors of one folder."""
 
     shapes: dict[str, Shape]
     """Shape of every tensor, by name."""
     metadata: dict[str, str]
     """Metadata of the files' headers."""
-
-    def read(self, key: str) -> np.ndarray:
-        """Return one tensor as float32."""
-        ...
+    read: Callable[[str], np.ndarray]
+    """Returns one tensor as float32."""
 
 
-class _Safetensors:
-    def __init__(self, files: list[Path]):
-        self.shapes: dict[str, Shape] = {}
-        self.metadata: dict[str, str] = {}
-        self._file: dict[str, Path] = {}
-        for path in files:
-            with _opened(path) as file:
-                self.metadata |= file.metadata() or {}
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    tensor = file.get_slice(key)
-                    if tensor.get_dtype() not in _FLOATS:
-                        raise UserError(f"{path}: {key} has dtype {tensor.get_dtype()}, which is not floating-point")
-                    self.shapes[key], self._file[key] = tuple(tensor.get_shape()), path
+def _safetensors(files: list[Path]) -> TensorSource:
+    home: dict[str, Path] = {}
+    source = TensorSource({}, {}, lambda key: _read_tensor(home[key], key))
+    for path in files:
+        with _opened(path) as file:
+            source.metadata.update(file.metadata() or {})
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                tensor = file.get_slice(key)
+                if tensor.get_dtype() not in _FLOATS:
+                    raise UserError(f"{path}: {key} has dtype {tensor.get_dtype()}, which is not floating-point")
+                source.shapes[key], home[key] = tuple(tensor.get_shape()), path
+    return source
 
-    def read(self, key: str) -> np.ndarray:
-        with _opened(self._file[key]) as file:
-            return file.get_tensor(key).astype(np.float32, copy=False)
+
+def _read_tensor(path: Path, key: str) -> np.ndarray:
+    with _opened(path) as file:
+        return file.get_tensor(key).astype(np.float32, copy=False)
 
 
 def _opened(path: Path) -> Any:
@@ -66,31 +65,26 @@ def _opened(path: Path) -> Any:
         raise UserError(f"{path}: damaged or truncated ({error}); download it again") from None
 
 
-class _TorchBin:
-    def __init__(self, path: Path):
-        try:
-            torch = importlib.import_module("torch")
-        except ImportError:
-            raise UserError(
-                f"{path}: reading this format needs torch: pip install torch==2.13.0, or give {SAFETENSORS} instead"
-            ) from None
-        try:
-            self._tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: depends on the file's bytes
-            reason = str(error).strip().split("\n")[0].split(". ")[0]
-            raise UserError(
-                f"{path}: refused by torch's weights-only loader ({reason}); a file of plain tensors is needed"
-            ) from None
-        good = isinstance(self._tensors, dict) and all(
-            isinstance(key, str) and torch.is_tensor(t) and t.is_floating_point() for key, t in self._tensors.items()
-        )
-        if not good:
-            raise UserError(f"{path}: is not a flat mapping from names to floating-point tensors")
-        self.shapes = {key: tuple(tensor.shape) for key, tensor in self._tensors.items()}
-        self.metadata: dict[str, str] = {}
-
-    def read(self, key: str) -> np.ndarray:
-        return self._tensors[key].float().numpy()  # numpy has no bfloat16
+def _torch_bin(path: Path) -> TensorSource:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        raise UserError(
+            f"{path}: reading this format needs torch: pip install torch==2.13.0, or give {SAFETENSORS} instead"
+        ) from None
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # UnpicklingError, RuntimeError, EOFError, ...: depends on the file's bytes
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
+        raise UserError(
+            f"{path}: refused by torch's weights-only loader ({reason}); a file of plain tensors is needed"
+        ) from None
+    if not isinstance(tensors, dict) or not all(
+        isinstance(key, str) and torch.is_tensor(t) and t.is_floating_point() for key, t in tensors.items()
+    ):
+        raise UserError(f"{path}: is not a flat mapping from names to floating-point tensors")
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return TensorSource(shapes, {}, lambda key: tensors[key].float().numpy())  # numpy has no bfloat16
 
 
 def open_tensors(folder: Path) -> TensorSource:
@@ -100,15 +94,15 @@ def open_tensors(folder: Path) -> TensorSource:
       UserError: there are none, or a file is damaged or would run code.
     """
     if (folder / SAFETENSORS).exists():
-        return _Safetensors([folder / SAFETENSORS])
+        return _safetensors([folder / SAFETENSORS])
     if (index := folder / INDEX).exists():
         weight_map = read_json(index).get("weight_map")
         names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name for name in names):
             raise UserError(f"{index}: weight_map must map tensors to files of this folder; download it again")
-        return _Safetensors([folder / name for name in sorted(set(names))])
+        return _safetensors([folder / name for name in sorted(set(names))])
     if (folder / BIN).exists():
-        return _TorchBin(folder / BIN)
+        return _torch_bin(folder / BIN)
     raise UserError(f"{folder}: holds no weights: {SAFETENSORS}, {INDEX} with its files, or {BIN}")
 
 
@@ -126,7 +120,7 @@ def write_safetensors(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
     for key, shape in shapes.items():
-        start, end = end, end + int(np.prod(shape)) * DTYPES[dtype].itemsize
+        start, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
         header[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -135,7 +129,7 @@ def write_safetensors(
         for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape, (key, tensor.shape, shape)
             with np.errstate(over="ignore"):  # overflow is reported below
-                array = np.ascontiguousarray(tensor, dtype=DTYPES[dtype])
+                array = np.ascontiguousarray(tensor, dtype=np.dtype(dtype))
             if dtype == "float16" and not np.isfinite(array).all() and np.isfinite(tensor).all():
                 raise UserError(f"{key} holds values beyond float16's range; give --dtype bfloat16 or float32")
             file.write(array.reshape(-1).view(np.uint8).data)

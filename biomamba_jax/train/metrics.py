@@ -176,21 +176,8 @@ def read_timing(run_dir: str | os.PathLike[str]) -> list[Record]:
 
 def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
     """Yield each complete line with its record."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return  # truncated by SIGKILL, or being written right now
-            try:
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-                    raise ValueError
-            except ValueError:
-                raise UserError(
-                    f"{path}, line {number}: not a record with a step; repair the line or delete it"
-                ) from None
-            yield line, {key: _NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in record.items()}
+    for line, record in files.read_step_lines(path) if path.exists() else ():
+        yield line, {key: _NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in record.items()}
 
 
 def _drop_after(path: Path, last_step: int | None) -> None:

@@ -1,0 +1,75 @@
+"""Folders of Hugging Face transformers and of mamba_ssm: config.json, tensors, and a tokenizer for transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json, write_json
+from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers
+from biomamba_jax.interop.weights import Weights
+
+
+def read(folder: Path, dialect: str) -> Weights:
+    """Read a folder of `dialect`, "hf" or "mamba_ssm"; float16 and bfloat16 are converted to float32.
+
+    Raises:
+      UserError: a file is damaged, or tensors do not fit the config; lists all of these.
+    """
+    source, config_json = tensors.open_tensors(folder), folder / "config.json"
+    stated = (configs.read_hf if dialect == "hf" else configs.read_mamba_ssm)(config_json, read_json(config_json))
+    tokenizer_file = tokenizers.find(folder)
+    vocabulary = load_tokenizer(tokenizer_file).vocab_size if tokenizer_file else None
+    config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
+    try:
+        about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
+    except ValueError as error:
+        raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is not JSON ({error})") from None
+    params = _read_params(config, source, dialect, folder)
+    ids: dict[str, Any] = {}
+    for path in (config_json, folder / "generation_config.json") if dialect == "hf" else ():  # the last one wins
+        ids |= configs.token_ids(path, read_json(path)) if path.exists() else {}
+    return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model), ids)
+
+
+def _read_params(config: ModelConfig, source: tensors.TensorSource, dialect: str, folder: Path) -> dict[str, Any]:
+    params = {path: np.empty(shape, np.float32) for path, shape in names.native_shapes(config).items()}
+    for tensor in sizes.expected_tensors(config, source.shapes, dialect):
+        value = source.read(tensor.key)
+        if not (tensor.key == names.HEAD and config.tie_embeddings):
+            tensor.read_into(params, value)
+        elif not np.array_equal(value.view(np.int32), params["embedding"].view(np.int32)):
+            raise UserError(
+                f"{folder}: the config ties the head to the embedding, but {names.HEAD} and "
+                f"{names.EMBEDDINGS[dialect]} differ; set tie_embeddings (tie_word_embeddings) to false"
+            )
+    return unflatten_dict(params, sep="/")
+
+
+def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
+    """Write everything but the tokenizer's own file, which must be in `folder`; arguments as of `write_model`."""
+    config, source = weights.config, weights.tokenizer_file
+    if dialect == "hf":
+        ids = weights.token_ids
+        if source:  # its EOS token is authoritative, and the default of the other special tokens
+            eos = load_tokenizer(source).eos_id
+            ids = dict.fromkeys(configs.TOKEN_IDS, eos) | ids | {"eos_token_id": eos}
+            beside = source.parent / tokenizers.TOKENIZER_CONFIG
+            tokenizers.write_for_transformers(source, folder, read_json(beside) if beside.exists() else {}, ids)
+        raw = configs.write_hf(config, dtype, ids)
+        write_json(folder / "generation_config.json", tokenizers.generation_config(config, ids))
+    else:
+        raw = configs.write_mamba_ssm(config)
+    write_json(folder / "config.json", raw)
+    table, flat = list(names.foreign_tensors(config, dialect)), names.flatten(weights.params)
+    metadata = {tensors.METADATA: json.dumps(weights.about)} if weights.about else {}
+    shapes = {tensor.key: tensor.shape for tensor in table}
+    built = (tensor.build(flat) for tensor in table)
+    tensors.write_safetensors(folder / tensors.SAFETENSORS, shapes, built, dtype, metadata)
+    if dialect == "mamba_ssm":
+        tensors.write_bin(folder)

@@ -1,0 +1,143 @@
+"""Reading and writing of models in every format.
+
+Dialects: "native" (model.json, params/ of orbax), "run" (a run directory of `pretrain`, read-only), "hf" (Hugging Face
+transformers) and "mamba_ssm" (the authors' library). Each is recognised by its files.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json, write_text
+from biomamba_jax.interop import adapters, classifier, foreign, native, runs
+from biomamba_jax.interop.hub import local_folder
+from biomamba_jax.interop.model_card import model_card
+from biomamba_jax.interop.weights import Weights
+
+Dialect = Literal["native", "run", "hf", "mamba_ssm"]
+
+
+def dialect_of(path: str | os.PathLike[str]) -> Dialect:
+    """Return the dialect of a folder.
+
+    Raises:
+      UserError: the folder doesn't exist or has none of the dialects.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give the folder of a model")
+    if (folder / native.MODEL_JSON).exists():
+        return "native"
+    if (folder / "checkpoints").is_dir():
+        return "run"
+    if (folder / "config.json").exists():
+        raw = read_json(folder / "config.json")
+        if "model_type" in raw:
+            return "hf"
+        if "d_model" in raw and "n_layer" in raw:
+            return "mamba_ssm"
+        raise UserError(
+            f"{folder / 'config.json'}: has neither Hugging Face's model_type nor mamba_ssm's d_model and n_layer"
+        )
+    raise UserError(
+        f"{folder}: holds no model: no {native.MODEL_JSON} (native), checkpoints/ (a run directory) or config.json "
+        "(Hugging Face and mamba_ssm)"
+    )
+
+
+def read_model(path: str | os.PathLike[str]) -> Weights:
+    """Read a model of any dialect; of a run directory see `runs.read`, with adapters merged into their base.
+
+    float16 and bfloat16 are converted to float32. Memory: the float32 weights and one tensor.
+
+    Raises:
+      UserError: a file is damaged or unknown, or tensors do not fit the config; lists all of these.
+    """
+    folder, dialect = Path(path), dialect_of(path)
+    if dialect == "native":
+        return native.read(folder)
+    if dialect != "run":
+        return foreign.read(folder, dialect)
+    weights, base = runs.read(folder)
+    if base is not None:
+        params = read_model(local_folder(base.path)).params
+        weights.params = adapters.merged(params, weights.params, base)
+    return weights
+
+
+def write_model(
+    weights: Weights,
+    folder: str | os.PathLike[str],
+    dialect: Literal["native", "hf", "mamba_ssm"],
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+) -> list[Path]:
+    """Write a model as a new folder, atomically.
+
+    native: model.json, params/ and the tokenizer. hf: files for `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline`.
+    mamba_ssm: files for `MambaLMHeadModel.from_pretrained`; pytorch_model.bin only if torch is installed. Each with a
+    model card, README.md, and with classifier.safetensors if there is a classifier.
+
+    Args:
+      weights: the model.
+      folder: folder to create.
+      dialect: format to write.
+      dtype: dtype of the tensors; native is always float32.
+
+    Returns:
+      The paths written, in `folder`.
+
+    Raises:
+      UserError: the folder exists, or the dialect or dtype cannot represent the model.
+    """
+    if dialect == "native" and dtype != "float32":
+        raise UserError(f"--dtype {dtype}: native weights are float32; give --to hf or mamba_ssm for other types")
+    # Strict JSON has no NaN: these become strings.
+    weights = dataclasses.replace(weights, about=json.loads(json.dumps(weights.about), parse_constant=str))
+    with _whole_folder(Path(folder)) as new:
+        tokenizer_file = weights.tokenizer_file and load_tokenizer(weights.tokenizer_file).save_to(new)
+        if dialect == "native":
+            native.write(weights, new)
+        else:
+            foreign.write(weights, new, dialect, dtype)
+        if weights.classifier is not None:
+            classifier.write(weights.classifier, new)
+        card = model_card(Path(folder).name, dialect, weights.config, dtype, weights.about, tokenizer_file is not None)
+        write_text(new / "README.md", card)
+    return sorted(Path(folder).iterdir())
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raise a UserError if `folder` exists or cannot exist."""
+    try:
+        exists = folder.exists()
+    except OSError as error:  # the name is too long, or a parent folder not accessible
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); give --output another folder") from None
+    if exists:
+        raise UserError(f"{folder}: exists already; give --output a new folder")
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `folder`, renamed to it when the block ends and removed when it raises."""
+    refuse_existing(folder)
+    new = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        yield new
+        new.chmod(0o755)
+        os.rename(new, folder)
+    except BaseException as error:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{folder}: cannot be written ({error})") from None
+        raise

@@ -1,0 +1,120 @@
+"""Run directories of `pretrain` and `finetune`, read-only: their best or newest checkpoint and what trained it."""
+
+import dataclasses
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+import yaml
+from etils import epath
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_step_lines
+from biomamba_jax.interop import native, tokenizers
+from biomamba_jax.interop.adapters import Base
+from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.configs import portable
+from biomamba_jax.interop.weights import Weights
+
+_RECIPE = ("optimizer", "schedule", "loss", "train")
+_SECTIONS = ("data", "checkpoint", "lora")
+
+
+def read(folder: Path) -> tuple[Weights, Base | None]:
+    """Read the best checkpoint of a run directory if the run keeps it, else the newest; EMA weights if there are any.
+
+    Returns:
+      The model, and None; or adapters instead of the parameters, and their base weights.
+
+    Raises:
+      UserError: there is no checkpoint, or a file is damaged.
+    """
+    settings, config = _settings(folder / "config.yaml")
+    entries = [entry for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
+    # A checkpoint without a state was deleted or copied in part.
+    steps = [int(entry.name) for entry in entries if (entry / "state").is_dir()]
+    if not steps:
+        raise UserError(
+            f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
+        )
+    step, loop = max(steps), _loop(folder / "checkpoints" / str(max(steps)) / "loop")
+    best = (loop.get("best") or {}).get("step")
+    if settings["checkpoint"].get("keep_best") and best in steps:
+        step = best
+    checkpoint = folder / "checkpoints" / str(step) / "state"
+    shapes = native.saved_shapes(checkpoint)
+    average = next((path for path in shapes if "/average/" in path), None)
+    prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
+    labels = tuple(settings.get("labels", ())) if settings.get("head") == "classifier" else ()
+    expected = native.native_shapes(config) | ({"classifier": (len(labels), config.d_model)} if labels else {})
+    base, lora = None, settings["lora"]
+    if lora.get("rank"):
+        try:
+            base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{folder}: its config or {step}/loop lacks the adapters' base weights ({error!r})"
+            ) from None
+        expected = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
+    data = Path(settings["data"].get("path") or "")
+    manifest = Manifest.load(data) if (data / MANIFEST_NAME).exists() else None
+    tokenizer_file = tokenizers.find(folder)
+    if tokenizer_file is None and manifest and (data / manifest.tokenizer.file).exists():
+        tokenizer_file = data / manifest.tokenizer.file
+    about = describe(folder, settings, step, manifest)
+    params = native.restore(checkpoint, prefix, expected)
+    head = Classifier(params.pop("classifier"), labels) if labels else None
+    return Weights(config, params, tokenizer_file, about, head), base
+
+
+def _settings(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """Return the config.yaml of a run, with its sections as mappings, and the model's section as a ModelConfig."""
+    try:
+        settings = yaml.safe_load(path.read_text("utf-8"))
+        settings |= {name: dict(settings.get(name) or {}) for name in _SECTIONS}
+        rows = settings["data"]
+        if not all(type(rows.get(key)) is int for key in ("batch_size", "sequence_length")):
+            raise TypeError("data.batch_size or data.sequence_length is not an integer")
+        return settings, portable(ModelConfig(**settings["model"]))
+    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not the config of a run ({error})") from None
+
+
+def _loop(path: Path) -> dict[str, Any]:
+    """Return the training loop's entry of a checkpoint, {} if it has none."""
+    if not path.exists():
+        return {}
+    with native.naming_errors(path), closing(ocp.JsonCheckpointHandler()) as handler:
+        loop = handler.restore(epath.Path(path.absolute()))
+    if not isinstance(loop, dict) or not isinstance(loop.get("best") or {}, dict):
+        raise UserError(f"{path}: was not written by the training loop")
+    return loop
+
+
+def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manifest | None) -> dict[str, Any]:
+    """Return the information of a model card about a run.
+
+    Returns:
+      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings}, "evaluation": the last
+      held-out line up to `step`, "text": {"sources", "splits", "tokenizer"} of the shards' manifest}; the last two only
+      if metrics.jsonl and the shards exist.
+    """
+    rows = settings["data"]
+    sections = (*_RECIPE, "lora") if settings["lora"].get("rank") else _RECIPE
+    about: dict[str, Any] = {
+        "steps": step,
+        "tokens": step * rows["batch_size"] * rows["sequence_length"],
+        "recipe": {key: settings[key] for key in sections if key in settings},
+    }
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists():
+        lines = (line for _, line in read_step_lines(metrics) if line["step"] <= step)
+        held_out = [line for line in lines if line.get("split") == "validation"]
+        about |= {"evaluation": held_out[-1]} if held_out else {}
+    if manifest is not None:
+        splits = {name: dataclasses.asdict(split) for name, split in manifest.splits.items()}
+        about["text"] = {"sources": manifest.sources, "splits": splits, "tokenizer": manifest.tokenizer.name}
+    return about
