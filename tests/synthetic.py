@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
+from biomamba_jax.data.shards import Document, Manifest, TokenizerInfo, write_documents
 
 EOS = 0
 
@@ -15,13 +15,13 @@ def write_shards(folder: Path, *, documents: int = 200, vocab_size: int = 31, lo
     following = random.integers(1, vocab_size, (vocab_size, 3))
     splits = {}
     for split, count in (("train", documents), ("validation", documents // 10)):
-        with ShardWriter(folder / split) as writer:
-            for pmid in range(count):
-                ids = [int(random.integers(1, vocab_size))]
-                while len(ids) < random.integers(1, longest):
-                    ids.append(int(following[ids[-1], random.integers(3)]))
-                writer.write([*ids, EOS], pmid=pmid + 1, version=1, source=0, num_bytes=4 * len(ids))
-        splits[split] = writer.info
+        chains = []
+        for pmid in range(count):
+            ids = [int(random.integers(1, vocab_size))]
+            while len(ids) < random.integers(1, longest):
+                ids.append(int(following[ids[-1], random.integers(3)]))
+            chains.append(Document(np.array([*ids, EOS]), pmid + 1, 1, 0, 4 * len(ids)))
+        splits[split] = write_documents(folder / split, chains)
     tokenizer = TokenizerInfo("made-up", "0" * 64, "none", vocab_size, EOS)
     Manifest(tokenizer, splits, filters={}, sources=[{"name": "made-up", "sha256": "0" * 64}], settings={}).save(folder)
     return folder

@@ -41,20 +41,20 @@ from biomamba_jax.data.resolve import drop_near_duplicates, resolve
 from biomamba_jax.data.shards import Manifest, SplitInfo, TokenizerInfo, join_shards
 from biomamba_jax.data.source import Source, Spool
 from biomamba_jax.data.spool import SPOOL_VERSION, finished_spool, write_spool
-from biomamba_jax.data.tokenizer import CHARACTER_COVERAGE, Tokenizer, load_tokenizer, train_sentencepiece
+from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from biomamba_jax.data.work import Work, work_folder
-from biomamba_jax.data.workers import Workers, start_workers
+from biomamba_jax.data.workers import start_workers
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import naming_errors, write_text
+from biomamba_jax.files import naming_errors, write_json_lines
 
 SPLITS = ("train", "validation", "test")
 RECENT = "recent"
 """The split of records that became public on `recent_from` or later; only with that setting."""
 REMOVED_NAME = "removed.jsonl"
+_PLACES = ("input", "output", "tokenizer", "spools", "workers")  # settings that do not decide what the shards hold
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, and how many parts of it are done, of how many."""
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,9 @@ class FileTask:
         with naming_errors(self.path):
             found = os.stat(self.path)
         file = (os.path.abspath(self.path), found.st_size, found.st_mtime_ns)
-        config, bands = self.config, _bands(self.config)
-        overlap = config.decontaminate_overlap if self.evaluation else None
-        what = (SPOOL_VERSION, *file, _filters(config), self.evaluation, overlap, bands)
+        filters = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(FilterConfig)}
+        overlap = self.config.decontaminate_overlap if self.evaluation else None
+        what = (SPOOL_VERSION, *file, filters, self.evaluation, overlap, _bands(self.config))
         return str(self.folder / hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest())
 
 
@@ -126,7 +126,8 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # so is a wrong tokenizer
     kept = None if config.spools is None else Path(config.spools)
     with work_folder(Path(config.output), kept) as work, start_workers(config.workers) as pool:
-        spools = _run(pool, spool_file, _file_tasks(paths, work.spools, config), "read", len(paths), progress)
+        tasks = _file_tasks(paths, work.spools, config)
+        spools = _collect(pool.map(spool_file, tasks), "read", len(paths), progress)
         statuses = resolve([spool.load_index for spool in spools])
         sources = [Source(*each) for each in zip(spools, statuses, strict=True)]
         removed = list(_evaluation_removals(sources))
@@ -138,66 +139,52 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
             raise UserError("no document is left after the filters; give more --input or relax the filters")
         tokenizer = given or _train_tokenizer(sources, work, config)
 
-        tasks = plan_shards(sources, _splits(sources, config), tokenizer, work.shards)
-        flat = [task for split in tasks.values() for task in split]
-        infos = iter(_run(pool, write_shard, flat, "tokenize", documents, progress, lambda info: info.documents))
+        planned = plan_shards(sources, _splits(sources, config), tokenizer, work.shards)
+        written = pool.map(write_shard, [task for split in planned.values() for task in split])
+        infos = iter(_collect(written, "tokenize", documents, progress, lambda info: info.documents))
         splits: dict[str, SplitInfo] = {}
-        for name, split in tasks.items():
+        for name, split in planned.items():
             join_shards([task.folder for task in split], work.output / name)
             each = [next(infos) for _ in split]
             splits[name] = SplitInfo(*(sum(totals) for totals in zip(*map(dataclasses.astuple, each), strict=True)))
         if config.decontaminate or config.near_duplicates is not None:
-            lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in removed)
-            write_text(work.output / REMOVED_NAME, "".join(lines))
+            write_json_lines(work.output / REMOVED_NAME, removed)
         file = tokenizer.save_to(work.output).name
         manifest = Manifest(
             tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, file, tokenizer.vocab_size, tokenizer.eos_id),
             splits=splits,
             filters=_count_reasons(sources),
             sources=[source.describe() for source in sources],
-            settings=_settings(config),
+            settings={name: value for name, value in dataclasses.asdict(config).items() if name not in _PLACES},
         )
         manifest.save(work.output)
     return manifest
 
 
-def _run(
-    pool: Workers,
-    function: Callable[[Task], Result],
-    tasks: Sequence[Task],
-    step: str,
-    total: int,
-    progress: Progress,
-    size: Callable[[Result], int] = lambda result: 1,
-) -> list[Result]:
-    """Run a function on all tasks, and report `size` of each result as progress of the step."""
-    results: list[Result] = []
-    done = 0
+def _collect(
+    results: Iterable[T], step: str, total: int, progress: Progress, size: Callable[[T], int] = lambda result: 1
+) -> list[T]:
+    """Return the results as they come in, and report `size` of each as progress of the step."""
+    collected, done = [], 0
     progress(step, done, total)
-    for result in pool.map(function, tasks):
-        results.append(result)
+    for result in results:
+        collected.append(result)
         done += size(result)
         progress(step, done, total)
-    return results
+    return collected
 
 
 def _file_tasks(paths: Iterable[Path], folder: Path, config: PrepareConfig) -> list[FileTask]:
-    digest = ""
-    if config.decontaminate:
-        evaluation = read_evaluation(config.decontaminate)
-        digest = evaluation.digest
-    tasks = [FileTask(path, folder, config, digest) for path in paths]
-    if config.decontaminate:
-        evaluation.save(tasks[0].evaluation_path)
+    if not config.decontaminate:
+        return [FileTask(path, folder, config) for path in paths]
+    evaluation = read_evaluation(config.decontaminate)
+    tasks = [FileTask(path, folder, config, evaluation.digest) for path in paths]
+    evaluation.save(tasks[0].evaluation_path)
     return tasks
 
 
 def _bands(config: PrepareConfig) -> Bands | None:
     return None if config.near_duplicates is None else choose_bands(config.near_duplicates)
-
-
-def _filters(config: PrepareConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(FilterConfig)}
 
 
 def _evaluation_removals(sources: Sequence[Source]) -> Iterator[dict[str, Any]]:
@@ -253,28 +240,3 @@ def _train_tokenizer(sources: Sequence[Source], work: Work, config: PrepareConfi
         text for source, rows, part in zip(sources, train, parts, strict=True) for text in source.texts(rows[part])
     )
     return train_sentencepiece(texts, config, work.root / f"sentencepiece-{config.train_tokenizer}.model")
-
-
-def _settings(config: PrepareConfig) -> dict[str, Any]:
-    """Return the settings that decide what the shards hold, under their names in the manifest."""
-    training = {
-        "vocab_size": config.train_tokenizer,
-        "kind": config.tokenizer_kind,
-        "sample_bytes": config.tokenizer_sample_bytes,
-        "byte_fallback": config.tokenizer_byte_fallback,
-        "split_digits": config.tokenizer_split_digits,
-        "coverage": CHARACTER_COVERAGE,
-    }
-    return {
-        "selection": {
-            "filters": _filters(config),
-            "near_duplicates": config.near_duplicates,
-            "evaluation": config.decontaminate,
-            "evaluation_overlap": config.decontaminate_overlap,
-        },
-        "validation_fraction": config.validation_fraction,
-        "test_fraction": config.test_fraction,
-        "recent_from": config.recent_from and int(config.recent_from.replace("-", "")),
-        "train_tokenizer": None if config.train_tokenizer is None else training,
-        "seed": config.seed,
-    }

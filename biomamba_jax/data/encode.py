@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from biomamba_jax.data.shards import ShardWriter, SplitInfo
+from biomamba_jax.data.shards import Document, SplitInfo, write_documents
 from biomamba_jax.data.source import Source
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.files import read_json, write_json
@@ -101,18 +101,21 @@ def write_shard(task: ShardTask) -> SplitInfo:
     if done.exists() and any(Path(task.folder).glob("*.array_record")):
         return SplitInfo(**read_json(done))
     shutil.rmtree(task.folder, ignore_errors=True)
+    info = write_documents(task.folder, _documents(task), token_dtype=task.token_dtype)
+    write_json(done, asdict(info))
+    return info
+
+
+def _documents(task: ShardTask) -> Iterator[Document]:
+    """Tokenize the documents of a shard."""
     tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_sha256)
-    with ShardWriter(task.folder, token_dtype=task.token_dtype) as writer:
-        for part in task.parts:
-            index = part.source.rows
-            for rows in _batches(part.rows, index["size"]):
-                documents_ids = tokenizer.encode_batch(part.source.texts(rows))
-                for row, ids in zip(index[rows], documents_ids, strict=True):
-                    pmid, version, size = (int(row[name]) for name in ("pmid", "version", "size"))
-                    ids.append(tokenizer.eos_id)
-                    writer.write(ids, pmid=pmid or None, version=version or None, source=part.number, num_bytes=size)
-    write_json(done, asdict(writer.info))
-    return writer.info
+    for part in task.parts:
+        index = part.source.rows
+        for rows in _batches(part.rows, index["size"]):
+            encoded = tokenizer.encode_batch(part.source.texts(rows))
+            for row, ids in zip(index[rows], encoded, strict=True):
+                pmid, version, size = (int(row[name]) for name in ("pmid", "version", "size"))
+                yield Document(np.array([*ids, tokenizer.eos_id]), pmid or None, version or None, part.number, size)
 
 
 @cache

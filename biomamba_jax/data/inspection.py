@@ -11,7 +11,7 @@ import numpy as np
 from biomamba_jax import html
 from biomamba_jax.config.prepare import InspectConfig
 from biomamba_jax.data.build import REMOVED_NAME
-from biomamba_jax.data.mixture import MixedRowPlan, Mixture, Share
+from biomamba_jax.data.mixture import MixedRowPlan, open_mixture
 from biomamba_jax.data.nlm import find_records
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.records import REASONS
@@ -114,15 +114,11 @@ def inspect(config: InspectConfig) -> Inspection:
 
 def preview(config: InspectConfig) -> list[SourceShare]:
     """Return each source's share of the mixture's first tokens; [] without a mixture."""
-    sources = config.mixture.sources
-    if not sources:
+    if not config.mixture.sources:
         return []
-    weights = config.mixture.weights
-    shares = tuple(Share(name, source.path, weights[name]) for name, source in sources.items())
-    sha256 = Manifest.load(config.path).tokenizer.sha256
-    documents = Mixture(shares, config.mixture.counts).open(tokenizer_sha256=sha256)
+    documents = open_mixture(config.mixture, tokenizer_sha256=Manifest.load(config.path).tokenizer.sha256)
     plan = MixedRowPlan(documents, config.sequence_length, seed=config.seed)
-    tokens, window = np.zeros(len(shares), np.int64), 0
+    tokens, window = np.zeros(len(documents.names), np.int64), 0
     while tokens.sum() < config.preview_tokens:
         window = plan.window_start(plan.next_window_row).window + 1
         drawn = np.array(plan.drawn_before(window), np.int64).reshape(2, -1)

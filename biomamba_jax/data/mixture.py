@@ -10,13 +10,13 @@ every source, and a run resumes without replay.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from grain.experimental import index_shuffle
 
+from biomamba_jax.config.data import MixtureConfig
 from biomamba_jax.data.packing import (
     DEFAULT_WINDOW,
     FIRST_WINDOW,
@@ -28,56 +28,18 @@ from biomamba_jax.data.packing import (
 from biomamba_jax.data.shards import Document, Manifest, ShardReader, open_split
 from biomamba_jax.errors import UserError
 
-Unit = Literal["tokens", "documents"]
-
-
-@dataclass(frozen=True)
-class Share:
-    """A source of a mixture."""
-
-    name: str
-    folder: str
-    """Its folder of shards."""
-    weight: float
-    """Relative to the other sources' weights."""
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Sources and their weights."""
-
-    shares: tuple[Share, ...]
-    unit: Unit = "tokens"
-    """Unit of the weights; BioMamba was published with documents."""
-
-    def open(self, split: str = "train", *, tokenizer_sha256: str) -> "MixedDocuments":
-        """Open a split of all sources.
-
-        Raises:
-          UserError: a source is missing, damaged, empty, or made with another tokenizer.
-        """
-        readers = [open_split(share.folder, split, tokenizer_sha256=tokenizer_sha256)[1] for share in self.shares]
-        return MixedDocuments(self, readers)
-
-    def tokens_an_epoch(self, split: str = "train") -> int:
-        """Return the tokens of all sources drawn during one epoch of the source with the greatest weight."""
-        infos = [Manifest.load(share.folder).splits[split] for share in self.shares]
-        mean = [info.tokens / max(info.documents, 1) if self.unit == "documents" else 1.0 for info in infos]
-        drawn = [share.weight * tokens for share, tokens in zip(self.shares, mean, strict=True)]
-        main = max(range(len(infos)), key=lambda i: self.shares[i].weight)
-        return round(infos[main].tokens * sum(drawn) / drawn[main])
-
 
 class MixedDocuments:
     """The documents of all sources, concatenated in the order of `readers`."""
 
-    def __init__(self, mixture: Mixture, readers: Sequence[ShardReader]):
-        for share, reader in zip(mixture.shares, readers, strict=True):
+    def __init__(self, mixture: MixtureConfig, readers: Sequence[ShardReader]):
+        for name, reader in zip(mixture.sources, readers, strict=True):
             if not len(reader):
-                raise UserError(f"{reader.folder}: holds no document; leave {share.name!r} out of the mixture")
-        self.mixture = mixture
+                raise UserError(f"{reader.folder}: holds no document; leave {name!r} out of the mixture")
         self.readers = readers
-        self.names = [share.name for share in mixture.shares]
+        self.names = list(mixture.sources)
+        self.weights = list(mixture.weights.values())
+        self.unit = mixture.counts
         self.folder = ", ".join(str(reader.folder) for reader in readers)
         self._ends = np.cumsum([len(reader) for reader in readers])
 
@@ -98,12 +60,32 @@ class MixedDocuments:
 
     def identity(self) -> dict[str, Any]:
         """Return what must be equal to resume from a checkpoint: the sources' order, sizes, weights and unit."""
-        found: dict[str, Any] = {"mixture_unit": self.mixture.unit, "mixture_sources": self.names}
-        for share, reader in zip(self.mixture.shares, self.readers, strict=True):
-            found[f"{share.name}.weight"] = share.weight
-            found[f"{share.name}.documents"] = len(reader)
-            found[f"{share.name}.tokens"] = int(reader.lengths.sum(dtype=np.int64))
+        found: dict[str, Any] = {"mixture_unit": self.unit, "mixture_sources": self.names}
+        for name, weight, reader in zip(self.names, self.weights, self.readers, strict=True):
+            found[f"{name}.weight"] = weight
+            found[f"{name}.documents"] = len(reader)
+            found[f"{name}.tokens"] = int(reader.lengths.sum(dtype=np.int64))
         return found
+
+
+def open_mixture(mixture: MixtureConfig, split: str = "train", *, tokenizer_sha256: str) -> MixedDocuments:
+    """Open a split of all sources.
+
+    Raises:
+      UserError: a source is missing, damaged, empty, or made with another tokenizer.
+    """
+    paths = [source.path for source in mixture.sources.values()]
+    return MixedDocuments(mixture, [open_split(path, split, tokenizer_sha256=tokenizer_sha256)[1] for path in paths])
+
+
+def tokens_an_epoch(mixture: MixtureConfig, split: str = "train") -> int:
+    """Return the tokens of all sources drawn during one epoch of the source with the greatest weight."""
+    infos = {name: Manifest.load(source.path).splits[split] for name, source in mixture.sources.items()}
+    drawn = dict(mixture.weights)
+    if mixture.counts == "documents":
+        drawn = {name: weight * infos[name].tokens / max(infos[name].documents, 1) for name, weight in drawn.items()}
+    main = max(mixture.weights, key=lambda name: mixture.weights[name])
+    return round(infos[main].tokens * sum(drawn.values()) / drawn[main])
 
 
 class MixedRowPlan(WindowedRows):
@@ -136,8 +118,7 @@ class MixedRowPlan(WindowedRows):
         sources = len(mixed.readers)
         drawn = self.drawn_before(window)
         documents, tokens = list(drawn[:sources]), list(drawn[sources:])
-        behind = documents if mixed.mixture.unit == "documents" else tokens
-        weights = [share.weight for share in mixed.mixture.shares]
+        behind, weights = documents if mixed.unit == "documents" else tokens, mixed.weights
         for _ in range(self._window_documents):
             source = min(range(sources), key=lambda i: behind[i] / weights[i])
             reader = mixed.readers[source]

@@ -101,10 +101,6 @@ def _pairs(values: np.ndarray) -> np.ndarray:
     order = np.argsort(values, kind="stable")
     same = values[order[1:]] == values[order[:-1]]
     later, last = order[1:][same], order[:-1][same]
-    starts = (
-        np.maximum.accumulate(np.where(np.concatenate([[True], ~same]), np.arange(len(order)), 0))
-        if len(order)
-        else order
-    )
-    first = order[starts[1:][same]]
+    starts = np.maximum.accumulate(np.where(same, 0, np.arange(1, len(order))))  # of the run of equals, or 0
+    first = order[starts[same]]
     return np.concatenate([np.stack([later, last], 1), np.stack([later, first], 1)])

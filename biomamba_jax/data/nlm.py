@@ -27,6 +27,7 @@ _MONTHS |= {form: number for number in range(1, 13) for form in (f"{number}", f"
 _DAYS = {form: number for number in range(1, 32) for form in (f"{number}", f"{number:02d}")}
 _MAX_PMID, _MAX_VERSION = 2**32 - 1, 2**16 - 1
 _CHUNK_BYTES = 1 << 16
+_NOTHING = etree.Element("nothing")
 _AGAIN = "download it again, or leave it out of --input"
 
 
@@ -66,10 +67,9 @@ def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
     found: dict[int, str] = {}
     _check_head(path)
     for element in _elements(path, etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)):
-        citation = _child(element, "MedlineCitation")
-        pmid = _number(_child(citation, "PMID"), _MAX_PMID)
+        pmid = _number(element.find("MedlineCitation/PMID"), _MAX_PMID)
         if pmid is not None and pmid in pmids:
-            parts = (_child(_child(citation, "Article"), tag) for tag in ("ArticleTitle", "Abstract"))
+            parts = (element.find(f"MedlineCitation/Article/{tag}") for tag in ("ArticleTitle", "Abstract"))
             found[pmid] = "\n".join(
                 etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
             )
@@ -139,27 +139,26 @@ def _read_record(element: etree._Element, where: str) -> Iterator[Article | Dele
 
 
 def _read_article(element: etree._Element, where: str) -> Article | NotAnArticle:
-    citation = _child(element, "MedlineCitation")
-    identifier = _child(citation, "PMID")
+    identifier = element.find("MedlineCitation/PMID")
     pmid, version = _number(identifier, _MAX_PMID), _number(identifier, _MAX_VERSION, "Version")
     if pmid is None or version is None:
         return NotAnArticle("no_pmid")
-    article = _child(citation, "Article")
-    title = _text(_child(article, "ArticleTitle"), where)
-    abstract = _children(_child(article, "Abstract"), "AbstractText")
-    parts = [(part.get("Label", ""), _text(part, where)) for part in abstract]
-    issue_date = _child(_child(_child(article, "Journal"), "JournalIssue"), "PubDate")
-    year, data = _year(issue_date), _child(element, "PubmedData")
+    article = element.find("MedlineCitation/Article")
+    article = _NOTHING if article is None else article
+    title = _text(article.find("ArticleTitle"), where)
+    parts = [(part.get("Label", ""), _text(part, where)) for part in article.iterfind("Abstract/AbstractText")]
+    issue_date = article.find("Journal/JournalIssue/PubDate")
+    year = _year(issue_date)
     return Article(
         pmid=pmid,
         version=version,
         title=clean_title(title),
         abstract=_abstract(parts),
         languages=_texts(article, "Language"),
-        publication_types=_texts(_child(article, "PublicationTypeList"), "PublicationType"),
+        publication_types=_texts(article, "PublicationTypeList/PublicationType"),
         year=year,
-        date=_first_day(article, issue_date, data) or (year * 10_000 + 101 if year else None),
-        pmcid=_pmcid(_child(data, "ArticleIdList")),
+        date=_first_day(element, issue_date) or (year * 10_000 + 101 if year else None),
+        pmcid=_pmcid(element),
         html_entities=html_entities(title) + sum(html_entities(text) for _, text in parts),
     )
 
@@ -174,19 +173,18 @@ def _abstract(parts: list[tuple[str, str]]) -> str:
     return "\n".join(paragraphs)
 
 
-def _pmcid(identifiers: etree._Element | None) -> str | None:
+def _pmcid(element: etree._Element) -> str | None:
     """Return the article's own PMCID; those of its references are nested deeper."""
-    own = [child.text or "" for child in _children(identifiers, "ArticleId") if child.get("IdType") == "pmc"]
+    identifiers = element.iterfind("PubmedData/ArticleIdList/ArticleId")
+    own = [child.text or "" for child in identifiers if child.get("IdType") == "pmc"]
     return own[0].strip() or None if own else None
 
 
-def _first_day(
-    article: etree._Element | None, issue_date: etree._Element | None, data: etree._Element | None
-) -> int | None:
+def _first_day(element: etree._Element, issue_date: etree._Element | None) -> int | None:
     """Return the earliest date on which the article was public, YYYYMMDD, ignoring dates without a month."""
-    history = _children(_child(data, "History"), "PubMedPubDate")
+    history = element.iterfind("PubmedData/History/PubMedPubDate")
     public = (date for date in history if date.get("PubStatus") in _PUBLIC)
-    days = map(_day, (issue_date, *_children(article, "ArticleDate"), *public))
+    days = map(_day, (issue_date, *element.iterfind("MedlineCitation/Article/ArticleDate"), *public))
     return min((day for day in days if day is not None), default=None)
 
 
@@ -203,9 +201,8 @@ def _day(date: etree._Element | None) -> int | None:
 
 def _year(date: etree._Element | None) -> int | None:
     """Return the year of a PubDate, from Year or a MedlineDate such as `1978 Jul-Aug` or `Winter 1998-1999`."""
-    stated = _child(date, "Year")
-    stated = _child(date, "MedlineDate") if stated is None else stated
-    match = None if stated is None else _YEAR.search(stated.text or "")
+    stated = None if date is None else date.findtext("Year", date.findtext("MedlineDate"))
+    match = _YEAR.search(stated or "")
     return int(match[0]) if match else None
 
 
@@ -218,16 +215,8 @@ def _text(element: etree._Element | None, where: str) -> str:
     return "".join(element.itertext())
 
 
-def _children(element: etree._Element | None, tag: str) -> Iterable[etree._Element]:
-    return () if element is None else element.iterchildren(tag)
-
-
-def _child(element: etree._Element | None, tag: str) -> etree._Element | None:
-    return next(iter(_children(element, tag)), None)
-
-
-def _texts(element: etree._Element | None, tag: str) -> tuple[str, ...]:
-    return tuple((child.text or "").strip() for child in _children(element, tag))
+def _texts(element: etree._Element, path: str) -> tuple[str, ...]:
+    return tuple((child.text or "").strip() for child in element.iterfind(path))
 
 
 def _number(element: etree._Element | None, largest: int, attribute: str | None = None) -> int | None:

@@ -6,14 +6,11 @@ the iterator is one row number, valid for any number of hosts, workers or rows a
 number of workers.
 """
 
-import os
 import signal
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import cached_property
-from multiprocessing import connection, parent_process
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -23,6 +20,7 @@ from absl import flags
 
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowedRows, WindowStart, fill_row
+from biomamba_jax.data.workers import end_with_parent
 from biomamba_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -64,9 +62,6 @@ class _Batches:
     def __post_init__(self) -> None:
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(f"process_index {self.process_index} is not in 0 ... {self.process_count - 1}")
-        if min(self.batch_size, self.sequence_length) < 1:
-            shape = f"batch_size {self.batch_size} and sequence_length {self.sequence_length}"
-            raise UserError(f"{shape} must be at least 1")
         if len(self.documents) == 0:
             raise UserError(f"{self.documents.folder}: holds no document; prepare more text or choose another split")
 
@@ -154,10 +149,8 @@ class TrainIterator:
           window: documents packed together; see `packing.RowPlan`.
 
         Raises:
-          UserError: a setting is out of range, or there is no document.
+          UserError: there is no document.
         """
-        if num_workers < 0:
-            raise UserError(f"num_workers must not be negative, is {num_workers}")
         self._documents = documents
         self._num_workers = num_workers
         self._rows: dict[str, Any] = {"sequence_length": sequence_length, "window": window, "seed": seed}
@@ -273,11 +266,4 @@ def _prepare_worker(index: int, count: int) -> None:
     """Initialize a worker: it leaves Ctrl-C and SIGTERM to its parent and ends with it, even after a SIGKILL."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def follow_parent() -> None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, name="follow-parent", daemon=True).start()
+    end_with_parent()

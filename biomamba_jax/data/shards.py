@@ -10,21 +10,22 @@ A record is msgpack {"ids": little-endian uint16 or uint32 bytes, "pmid": int | 
 """
 
 import dataclasses
+import json
 import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import msgpack
 import numpy as np
+import pydantic
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_any_json, replacing, write_json
+from biomamba_jax.files import read_json, replacing, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -107,21 +108,20 @@ class Manifest:
             written = "the folder that `python -m biomamba_jax.prepare --output` wrote"
             raise UserError(f"{path}: no such file; give {written}")
         try:
-            raw = read_any_json(path)
+            raw = read_json(path)
         except UserError as error:
             raise UserError(f"{error}; {_PREPARE_AGAIN}") from None
-        version = raw.get("format_version") if isinstance(raw, dict) else None
+        version = raw.get("format_version")
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_PREPARE_AGAIN}"
             )
-        fields = _checked(path, "", raw, cls)
-        fields["tokenizer"] = TokenizerInfo(**_checked(path, "tokenizer.", raw["tokenizer"], TokenizerInfo))
-        fields["splits"] = {
-            name: SplitInfo(**_checked(path, f"splits.{name}.", split, SplitInfo))
-            for name, split in raw["splits"].items()
-        }
-        return cls(**fields)
+        try:
+            return pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise UserError(f"{path}: {key}: {first['msg']}; {_PREPARE_AGAIN}") from None
 
     def check_tokenizer(self, sha256: str) -> None:
         """Raise UserError unless the shards were made with the tokenizer file of this sha256."""
@@ -133,92 +133,46 @@ class Manifest:
             )
 
 
-def _checked(path: Path, prefix: str, raw: Any, schema: type) -> dict[str, Any]:
-    """Return the mapping `raw` if it has exactly the fields of `schema`, each of the right outer type."""
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: {prefix.rstrip('.')} is not a mapping; {_PREPARE_AGAIN}")
-    fields = {field.name: field.type for field in dataclasses.fields(schema)}
-    missing = [prefix + name for name in fields if name not in raw]
-    unknown = [prefix + name for name in raw if name not in fields]
-    if missing or unknown:
-        what = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has unknown {', '.join(unknown)}"] * bool(unknown)
-        raise UserError(f"{path}: {' and '.join(what)}; {_PREPARE_AGAIN}")
-    for name, declared in fields.items():
-        outer = getattr(declared, "__origin__", declared)
-        expected = outer if outer in (int, str, list) else dict  # nested dataclasses are mappings in JSON
-        if not isinstance(raw[name], expected) or isinstance(raw[name], bool):
-            raise UserError(
-                f"{path}: {prefix}{name} is {raw[name]!r}, not of type {expected.__name__}; {_PREPARE_AGAIN}"
-            )
-    return dict(raw)
+def write_documents(
+    folder: str | os.PathLike[str], documents: Iterable[Document], *, token_dtype: str = "uint16"
+) -> SplitInfo:
+    """Write documents as a split of one shard; if it raises, neither the shard nor lengths.npy is left.
 
+    Args:
+      folder: folder of the split, without shards.
+      documents: in the order of the split; `ids` may be any sequence of ints that ends with EOS.
+      token_dtype: "uint16" (vocabularies up to 65,536) or "uint32".
 
-class ShardWriter:
-    """Writes a split of one shard, in the order of the calls; a context manager.
-
-        with ShardWriter(folder / "train", token_dtype="uint16") as writer:
-            writer.write(ids, pmid=1, version=1, source=0, num_bytes=1200)
-        splits["train"] = writer.info
-
-    The shard and lengths.npy get their names when the block ends; if it ends with an exception, neither is left.
+    Returns:
+      Totals, for the manifest.
     """
-
-    def __init__(self, folder: str | os.PathLike[str], *, token_dtype: str = "uint16"):
-        """Open the shard.
-
-        Args:
-          folder: folder of the split, without shards.
-          token_dtype: "uint16" (vocabularies up to 65,536) or "uint32".
-        """
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        taken = [p.name for p in self.folder.iterdir() if p.suffix in (".array_record", ".partial", ".npy")]
-        if taken:
-            raise UserError(f"{self.folder}: already holds {taken[0]}; remove the folder or choose another --output")
-        self._dtype = np.dtype(token_dtype).newbyteorder("<")
-        self._lengths = array("I")
-        self._num_bytes = 0
-        self._partial = self.folder / "shard.partial"
-        # Group size 1: every document is compressed by itself, so that one can be read without its neighbours.
-        self._writer = ArrayRecordWriter(str(self._partial), "group_size:1")
-
-    def write(self, ids: Any, *, pmid: int | None, version: int | None, source: int, num_bytes: int) -> None:
-        """Append a document.
-
-        Args:
-          ids: a sequence of ints that ends with EOS.
-          pmid: PMID, None: none.
-          version: version of the PubMed record, None: none.
-          source: index into the manifest's sources.
-          num_bytes: UTF-8 length of the text.
-        """
-        ids = np.asarray(ids)
-        if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() > np.iinfo(self._dtype).max:
-            raise ValueError(f"ids of PMID {pmid} must be a non-empty list of ids that fit {self._dtype.name}")
-        stored = ids.astype(self._dtype).tobytes()
-        record = {"ids": stored, "pmid": pmid, "version": version, "source": source, "bytes": num_bytes}
-        with _as_os_errors():
-            self._writer.write(msgpack.packb(record))
-        self._lengths.append(ids.size)
-        self._num_bytes += num_bytes
-
-    @property
-    def info(self) -> SplitInfo:
-        """Totals so far, for the manifest."""
-        return SplitInfo(len(self._lengths), sum(self._lengths), self._num_bytes, 1)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype, lengths, num_bytes = np.dtype(token_dtype).newbyteorder("<"), array("I"), 0
+    with replacing(folder / _shard_name(0, 1)) as temporary, _closing_writer(temporary) as writer:
+        for document in documents:
+            ids = np.asarray(document.ids)
+            if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() > np.iinfo(dtype).max:
+                raise ValueError(f"ids of PMID {document.pmid} must be a non-empty list of ids that fit {dtype.name}")
+            record = {"ids": ids.astype(dtype).tobytes(), "pmid": document.pmid, "version": document.version}
+            record |= {"source": document.source, "bytes": document.num_bytes}
             with _as_os_errors():
-                self._writer.close()
-            if kind is None:
-                _save_lengths(self.folder, np.array(self._lengths, np.uint32))
-                os.replace(self._partial, self.folder / _shard_name(0, 1))
-        finally:
-            self._partial.unlink(missing_ok=True)
+                writer.write(msgpack.packb(record))
+            lengths.append(ids.size)
+            num_bytes += document.num_bytes
+    _save_lengths(folder, np.array(lengths, np.uint32))
+    return SplitInfo(len(lengths), sum(lengths), num_bytes, 1)
+
+
+@contextmanager
+def _closing_writer(path: Path) -> Iterator[ArrayRecordWriter]:
+    # Group size 1: every document is compressed by itself, so that one can be read without its neighbours.
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    try:
+        yield writer
+    finally:
+        with _as_os_errors():
+            writer.close()
 
 
 def join_shards(parts: Sequence[str | os.PathLike[str]], folder: Path) -> None:

@@ -19,8 +19,6 @@ from biomamba_jax.config.prepare import TokenizerTraining
 from biomamba_jax.errors import UserError
 
 EOS = "<|endoftext|>"
-CHARACTER_COVERAGE = 0.9999
-"""Fraction of the characters of the training text that become pieces of a SentencePiece model."""
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
 # Fixed, since the result of unigram training depends on the number of threads.
 _TRAINING_THREADS = 4
@@ -159,7 +157,7 @@ def train_sentencepiece(
             user_defined_symbols=["\n"],
             byte_fallback=training.tokenizer_byte_fallback,
             split_digits=training.tokenizer_split_digits,
-            character_coverage=CHARACTER_COVERAGE,
+            character_coverage=0.9999,  # fraction of the training text's characters that become pieces
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,

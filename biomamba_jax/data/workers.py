@@ -76,11 +76,16 @@ def _begin() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"  # else MinHash uses all cores
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this worker process as soon as its parent ends, even by SIGKILL."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
+    assert parent is not None
+
+    def follow() -> None:
         parent.join()
         os._exit(1)
+
+    threading.Thread(target=follow, name="follow-parent", daemon=True).start()

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
-from biomamba_jax.data.mixture import MixedDocuments, Mixture, Share
+from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
 from biomamba_jax.data.shards import Manifest, ShardReader, open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
@@ -42,15 +42,6 @@ def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> Model
     return dataclasses.replace(model, **{name: getattr(execution, name) for name in settings})
 
 
-def training_mixture(data: DataConfig) -> Mixture | None:
-    """Return the mixture of sources to train on; None for data.path alone."""
-    if not data.mixture.sources:
-        return None
-    weights = data.mixture.weights
-    shares = (Share(name, source.path, weights[name]) for name, source in data.mixture.sources.items())
-    return Mixture(tuple(shares), data.mixture.counts)
-
-
 def training_documents(data: DataConfig, manifest: Manifest) -> ShardReader | MixedDocuments:
     """Open the training split, or that of every source of the mixture.
 
@@ -61,10 +52,9 @@ def training_documents(data: DataConfig, manifest: Manifest) -> ShardReader | Mi
     Raises:
       UserError: shards are missing, damaged or made with another tokenizer.
     """
-    mixture = training_mixture(data)
-    if mixture is None:
+    if not data.mixture.sources:
         return open_split(data.path, "train")[1]
-    return mixture.open(tokenizer_sha256=manifest.tokenizer.sha256)
+    return open_mixture(data.mixture, tokenizer_sha256=manifest.tokenizer.sha256)
 
 
 def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
@@ -74,8 +64,7 @@ def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
       data: shards or mixture.
       manifest: that of data.path.
     """
-    mixture = training_mixture(data)
-    return max(manifest.splits["train"].tokens if mixture is None else mixture.tokens_an_epoch(), 1)
+    return max(tokens_an_epoch(data.mixture) if data.mixture.sources else manifest.splits["train"].tokens, 1)
 
 
 def total_steps(config: PretrainConfig, manifest: Manifest) -> int:

@@ -7,9 +7,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.data.build import build_shards
-from biomamba_jax.data.shards import Manifest, ShardReader, ShardWriter, SplitInfo, join_shards
+from biomamba_jax.data.shards import Document, Manifest, ShardReader, SplitInfo, join_shards, write_documents
 from biomamba_jax.data.tokenizer import load_tokenizer
 
 WORDS = [
@@ -47,11 +49,10 @@ def write_split(folder: Path, documents: Sequence[Sequence[int]], per_shard: int
     """Write token lists as a split of several shards; document i has PMID 1000 + i, source i % 2 and 10 * i bytes."""
     parts, infos = [], []
     for start in range(0, len(documents), per_shard):
-        with ShardWriter(folder.with_name(f"part-{start}"), **options) as writer:
-            for i, ids in enumerate(documents[start : start + per_shard], start):
-                writer.write(ids, pmid=1000 + i, version=None, source=i % 2, num_bytes=10 * i)
-        parts.append(writer.folder)
-        infos.append(writer.info)
+        parts.append(folder.with_name(f"part-{start}"))
+        own = enumerate(documents[start : start + per_shard], start)
+        stored = (Document(np.array(ids), 1000 + i, None, i % 2, 10 * i) for i, ids in own)
+        infos.append(write_documents(parts[-1], stored, **options))
     join_shards(parts, folder)
     for part in parts:
         shutil.rmtree(part)

@@ -137,8 +137,8 @@ def test_the_command_takes_filters_and_counts_them(dated, tmp_path, capsys):
     options = ["--languages", "eng", "fre", "--last-year=2030", "--exclude-article-types", "Review", "--keep-retracted"]
     manifest = run(dated, tmp_path / "o", *options)
     assert manifest.filters["language"] == 50
-    assert manifest.settings["selection"]["filters"]["keep_retracted"] is True
-    assert manifest.settings["selection"]["filters"]["languages"] == ["eng", "fre"]
+    assert manifest.settings["keep_retracted"] is True
+    assert manifest.settings["languages"] == ["eng", "fre"]
     assert "language" in capsys.readouterr().out
 
 

@@ -2,17 +2,18 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from biomamba_jax.config import DataConfig
 from biomamba_jax.config.data import MixtureConfig, SourceConfig
-from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, Mixture, Share
+from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, open_mixture
 from biomamba_jax.data.pipeline import TrainIterator
-from biomamba_jax.data.shards import Manifest, ShardWriter, TokenizerInfo
+from biomamba_jax.data.shards import Document, Manifest, TokenizerInfo, write_documents
 from biomamba_jax.errors import UserError
-from biomamba_jax.train.setup import epoch_tokens, training_mixture
+from biomamba_jax.train.setup import epoch_tokens
 
 LENGTH, BATCH, STEPS = 32, 4, 30
 SIZES = {"pubmed": 80, "c4": 25, "wikipedia": 10}
@@ -34,21 +35,20 @@ def folders(tmp_path_factory):
     """Three folders of documents whose tokens tell the source: thousands digit 1, 2 or 3."""
     root, random = tmp_path_factory.mktemp("shards"), np.random.default_rng(0)
     for number, (name, documents) in enumerate(SIZES.items(), 1):
-        with ShardWriter(root / name / "train") as writer:
-            for document in range(documents):
-                ids = [1000 * number + document] * random.integers(1, 60)
-                writer.write([*ids, 0], pmid=document, version=1, source=0, num_bytes=5 * len(ids))
+        ids = [[1000 * number + document] * random.integers(1, 60) for document in range(documents)]
+        stored = (Document(np.array([*each, 0]), pmid, 1, 0, 5 * len(each)) for pmid, each in enumerate(ids))
+        info = write_documents(root / name / "train", stored)
         tokenizer = TokenizerInfo("none", "ab", "none", 9_999, 0)
-        Manifest(tokenizer, {"train": writer.info}, {}, [{"name": name, "sha256": ""}], {}).save(root / name)
+        Manifest(tokenizer, {"train": info}, {}, [{"name": name, "sha256": ""}], {}).save(root / name)
     return root
 
 
-def mixture(folders, weights=WEIGHTS, unit="tokens") -> Mixture:
-    return Mixture(tuple(Share(name, str(folders / name), weight) for name, weight in weights.items()), unit)
+def mixture(folders, weights=WEIGHTS, unit="tokens") -> MixtureConfig:
+    return MixtureConfig({name: SourceConfig(str(folders / name), weight) for name, weight in weights.items()}, unit)
 
 
 def iterator(folders, mixed=None, **changes):
-    documents = (mixed or mixture(folders)).open(tokenizer_sha256="ab")
+    documents = open_mixture(mixed or mixture(folders), tokenizer_sha256="ab")
     how = {"sequence_length": LENGTH, "batch_size": BATCH, "seed": 5, "window": 20}
     return TrainIterator(documents, **{**how, **changes})
 
@@ -68,8 +68,7 @@ def test_shares_of_ten_million_tokens_are_those_asked_for_within_half_a_percent(
     random = np.random.default_rng(1)
     shapes = ((300, 0.5, 30_000), (480, 1.0, 3_000), (600, 1.1, 1_500))
     readers = [Lengths(np.ceil(random.lognormal(np.log(m), s, n)).astype(np.uint32)) for m, s, n in shapes]
-    shares = tuple(Share(name, "", weight) for name, weight in WEIGHTS.items())
-    documents = MixedDocuments(Mixture(shares), readers)
+    documents = MixedDocuments(mixture(Path()), readers)
     plan = MixedRowPlan(documents, 1024, seed=0)
     tokens, row = Counter(), 0
     while tokens.total() < 10_000_000:
@@ -81,7 +80,7 @@ def test_shares_of_ten_million_tokens_are_those_asked_for_within_half_a_percent(
 
 
 def test_every_source_is_within_a_document_of_its_share_at_every_window(folders):
-    documents = mixture(folders).open(tokenizer_sha256="ab")
+    documents = open_mixture(mixture(folders), tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=3, window=7)
     for window in range(1, 40):
         while plan.window_start(row := plan.next_window_row).window < window:
@@ -91,14 +90,15 @@ def test_every_source_is_within_a_document_of_its_share_at_every_window(folders)
 
 
 def test_a_mixture_by_documents_counts_documents(folders):
-    documents = mixture(folders, {"pubmed": 10.0, "c4": 1.0, "wikipedia": 1.0}, "documents").open(tokenizer_sha256="ab")
+    mixed = mixture(folders, {"pubmed": 10.0, "c4": 1.0, "wikipedia": 1.0}, "documents")
+    documents = open_mixture(mixed, tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=0, window=120)
     plan[plan.next_window_row]
     assert plan.drawn_before(1)[:3] == (100, 10, 10)
 
 
 def test_each_epoch_of_a_source_holds_all_its_documents_in_another_order(folders):
-    documents = mixture(folders).open(tokenizer_sha256="ab")
+    documents = open_mixture(mixture(folders), tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=0, window=50)
     order = [document for window in range(12) for document, _ in plan._documents_of(window)]
     for source, size in enumerate(SIZES.values()):
@@ -110,8 +110,8 @@ def test_each_epoch_of_a_source_holds_all_its_documents_in_another_order(folders
 
 
 def test_sources_of_equal_size_are_shuffled_differently(folders):
-    shares = tuple(Share(name, str(folders / "c4"), 1.0) for name in "ab")
-    documents = Mixture(shares, "documents").open(tokenizer_sha256="ab")
+    mixed = MixtureConfig({name: SourceConfig(str(folders / "c4")) for name in "ab"}, "documents")
+    documents = open_mixture(mixed, tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=0, window=20)
     plan[0]
     drawn = {piece.document for row in range(plan.next_window_row) for piece in plan[row]}
@@ -186,7 +186,7 @@ def test_a_run_cannot_go_on_with_sources_in_another_order_or_fewer(folders, name
 
 def test_a_source_of_another_tokenizer_is_refused(folders):
     with pytest.raises(UserError, match="made with tokenizer"):
-        mixture(folders).open(tokenizer_sha256="cd")
+        open_mixture(mixture(folders), tokenizer_sha256="cd")
 
 
 def test_an_epoch_of_a_mixture_goes_through_its_main_source_once(folders):
@@ -199,9 +199,9 @@ def test_an_epoch_of_a_mixture_goes_through_its_main_source_once(folders):
 
 def test_the_published_mixture_is_a_preset_by_document(folders):
     sources = {name: SourceConfig(str(folders / name)) for name in SIZES}
-    found = training_mixture(DataConfig(mixture=MixtureConfig(sources, preset="biomamba_v3")))
-    weights = np.array([share.weight for share in found.shares])
-    assert found.unit == "documents"
+    found = MixtureConfig(sources, preset="biomamba_v3")
+    weights = np.array(list(found.weights.values()))
+    assert found.counts == "documents"
     assert (100 * weights / weights.sum()).round(1).tolist() == [83.3, 8.3, 8.3]
     with pytest.raises(UserError, match="biomamba_v3 needs"):
         MixtureConfig({"pubmed": sources["pubmed"]}, preset="biomamba_v3")

@@ -4,19 +4,18 @@ import random
 from collections import Counter
 from math import exp, isclose, log
 
+import numpy as np
 import pytest
 
 from biomamba_jax.data import ngrams
 from biomamba_jax.data.ngrams import ngram_baselines
-from biomamba_jax.data.shards import ShardReader, ShardWriter
+from biomamba_jax.data.shards import Document, ShardReader, write_documents
 
 V, EOS = 7, 0
 
 
 def write(folder, documents) -> ShardReader:
-    with ShardWriter(folder) as writer:
-        for ids in documents:
-            writer.write(ids, pmid=None, version=None, source=0, num_bytes=2 * len(ids))
+    write_documents(folder, (Document(np.array(ids), None, None, 0, 2 * len(ids)) for ids in documents))
     return ShardReader(folder)
 
 

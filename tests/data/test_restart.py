@@ -124,7 +124,7 @@ def test_finished_shards_are_kept_when_the_last_step_fails(many, tmp_path, monke
         patch.setattr(build.Manifest, "save", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
     with monkeypatch.context() as patch:
-        patch.setattr(encode, "ShardWriter", Mock(side_effect=AssertionError("a shard was written again")))
+        patch.setattr(encode, "write_documents", Mock(side_effect=AssertionError("a shard was written again")))
         make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
 
 
