@@ -22,43 +22,38 @@ from biomamba_jax.errors import UserError
 
 
 def step(argv: Sequence[str], prog: str) -> None:
-    """Measure the training step."""
+    """Measure tokens/s, memory and share of peak of the training step, on random tokens."""
     from benchmarks.step import StepBenchmark, measure_step
 
-    description = "Tokens/s, memory and share of peak of the training step, on random tokens."
-    measure_step(parse(StepBenchmark, argv, f"{prog}\n\n{description}"))
+    measure_step(parse(StepBenchmark, argv, f"{prog}\n\n{step.__doc__}"))
 
 
 def decode(argv: Sequence[str], prog: str) -> None:
-    """Measure greedy decoding."""
+    """Measure tokens/s and memory of greedy decoding, on random prompts."""
     from benchmarks.decode import DecodeBenchmark, measure_decode
 
-    description = "Tokens/s and memory of greedy decoding, on random prompts."
-    measure_decode(parse(DecodeBenchmark, argv, f"{prog}\n\n{description}"))
+    measure_decode(parse(DecodeBenchmark, argv, f"{prog}\n\n{decode.__doc__}"))
 
 
 def kernels(argv: Sequence[str], prog: str) -> None:
-    """Measure the ops on this machine's GPU, or estimate them for an absent TPU or GPU."""
-    from benchmarks import kernels, kernels_gpu
+    """Time the kernels and their alternatives: measured on this machine's GPU, the compiler's estimate for others."""
+    from benchmarks.kernels import KernelsBenchmark, measure_kernels
+    from benchmarks.kernels_gpu import measure_kernels_gpu, print_static
 
-    description = "Time of the kernels and their alternatives: measured on GPU, the compiler's estimate for TPU."
-    settings = parse(kernels.KernelsBenchmark, argv, f"{prog}\n\n{description}")
+    settings = parse(KernelsBenchmark, argv, f"{prog}\n\n{kernels.__doc__}")
     if settings.target == "gpu":
-        kernels_gpu.measure_kernels_gpu(settings)
+        measure_kernels_gpu(settings)
     elif settings.target.startswith("sm_"):
-        kernels_gpu.print_static(settings)
+        print_static(settings)
     else:
-        kernels.measure_kernels(settings)
+        measure_kernels(settings)
 
 
 def prepare(argv: Sequence[str], prog: str) -> None:
-    """Measure reading NLM's XML."""
+    """Measure records/s, MB/s and memory of reading NLM's XML; with --peer in paired timing with pubmed_parser."""
     from benchmarks.parsing import PrepareBenchmark, measure_parsing
 
-    description = (
-        "Records/s, MB/s and memory of reading NLM's XML, in paired timing with pubmed_parser if --peer names it."
-    )
-    measure_parsing(parse(PrepareBenchmark, argv, f"{prog}\n\n{description}"))
+    measure_parsing(parse(PrepareBenchmark, argv, f"{prog}\n\n{prepare.__doc__}"))
 
 
 SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare}

@@ -9,13 +9,13 @@ and writes each line again with "label" and "probabilities".
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config.checks import FolderName, Settings
 from biomamba_jax.data.examples import fill_template
-from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
 _AT_ONCE = 64
@@ -23,10 +23,10 @@ _AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class ClassifyConfig:
+class ClassifyConfig(Settings):
     """The texts to classify, and the model."""
 
-    model: str = ""
+    model: FolderName = ""
     """Folder of the model."""
     file: str | None = None
     """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
@@ -34,10 +34,6 @@ class ClassifyConfig:
     """Template of the prompt, as in training; {name} stands for that key of the line."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
-
-    def __post_init__(self) -> None:
-        if not self.model:
-            raise UserError("--model is missing; name the folder of a model")
 
 
 def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None:
@@ -54,18 +50,14 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
     from biomamba_jax.tasks.model import load
 
     model = load(config.model, config.dtype)
-    records = _prompts(config, source)
-    while batch := list(itertools.islice(records, _AT_ONCE)):
-        for (record, _), found in zip(batch, model.classify([prompt for _, prompt in batch]), strict=True):
-            result = record | {"label": found.label, "probabilities": found.probabilities}
+    name = config.file or "standard input"
+    lines = read_json_lines(name, None if config.file else source)
+    while batch := list(itertools.islice(lines, _AT_ONCE)):
+        prompts = [fill_template(config.prompt, line, f"{name}, line {number}", "prompt") for number, line in batch]
+        for (_, line), found in zip(batch, model.classify(prompts), strict=True):
+            result = line | {"label": found.label, "probabilities": found.probabilities}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
         out.flush()
-
-
-def _prompts(config: ClassifyConfig, source: Iterable[str]) -> Iterator[tuple[dict[str, Any], str]]:
-    name = config.file or "standard input"
-    for number, record in read_json_lines(name, None if config.file else source):
-        yield record, fill_template(config.prompt, record, f"{name}, line {number}", "prompt")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config.checks import FolderName, Settings
 from biomamba_jax.errors import UserError
 
 
 @dataclass(frozen=True)
-class ConvertConfig:
+class ConvertConfig(Settings):
     """The model to convert, and the format to write."""
 
-    input: str = ""
+    input: FolderName = ""
     """Folder of the model to read: Hugging Face, mamba_ssm, native, or a run directory."""
-    output: str = ""
+    output: FolderName = ""
     """Folder to write; must not exist."""
     to: Literal["native", "hf", "mamba_ssm"] = "hf"
     """Format to write."""
@@ -43,20 +44,17 @@ def convert(config: ConvertConfig) -> list[Path]:
     Raises:
       UserError: the input is damaged or doesn't fit its config, or the output exists; nothing is written.
     """
-    from biomamba_jax.data.sample import gpt_neox_tokenizer
+    from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import dialect_of, read_model, write_model
     from biomamba_jax.interop.models import refuse_existing
     from biomamba_jax.interop.tensors import BIN
     from biomamba_jax.tables import summary_table
 
-    for key in ("input", "output"):
-        if not getattr(config, key):
-            raise UserError(f"--{key} is missing; name the folder")
     refuse_existing(Path(config.output))
     weights = read_model(config.input)
     if config.tokenizer:
-        file = gpt_neox_tokenizer() if config.tokenizer == "gpt-neox" else Path(config.tokenizer)
+        file = tokenizer_file(config.tokenizer)
         if (ids := load_tokenizer(file).vocab_size) > weights.config.known_vocab:
             raise UserError(
                 f"--tokenizer {config.tokenizer}: has {ids} ids, the model {weights.config.known_vocab}; "

@@ -19,11 +19,7 @@ def environment() -> dict[str, Any]:
     """Return versions, devices, host and command line of this process; no environment variables."""
     devices = jax.devices()
     versions = {"biomamba-jax": biomamba_jax.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions |= {package: importlib.metadata.version(package) for package in _PACKAGES}
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join(sys.orig_argv),

@@ -131,9 +131,10 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
     Raises:
       UserError: the file cannot be read, or a line is not JSON; names file and line.
     """
-    for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
-        if line.strip():
-            yield number, _parse_json(line, f"{path}, line {number}")
+    with naming_errors(path):  # those of `lines`
+        for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
+            if line.strip():
+                yield number, _parse_json(line, f"{path}, line {number}")
 
 
 def read_step_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

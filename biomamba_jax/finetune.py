@@ -99,14 +99,7 @@ def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
         majority = most_frequent(task.train) if classifier or task.answers else None
         for split, examples in (("development", task.development), ("test", task.test)):
             if examples:
-                predictions = predict(
-                    model,
-                    task,
-                    examples,
-                    classifier=classifier,
-                    window=config.data.sequence_length,
-                    batch_size=config.data.batch_size,
-                )
+                predictions = predict(model, task, examples, config.data, classifier=classifier)
                 path = run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl"
                 files.write_json_lines(path, map(dataclasses.asdict, predictions))
                 results[f"{task.name} {split}"] = measure(predictions, majority)
@@ -122,29 +115,23 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
       None if a run was stopped. The pooled metrics are of questions that selected the weights, those of the test set
       are not.
     """
-    if jax.process_count() > 1:
-        raise UserError(
-            f"cross_validate: runs on one host, not on {jax.process_count()}; train each fold in a run of its own"
-        )
+    if (hosts := jax.process_count()) > 1:
+        raise UserError(f"cross_validate: runs on one host, not on {hosts}; train each fold in a run of its own")
     results: dict[str, Any] = {}
-    pooled: list[Prediction] = []
-    tests = []
+    tests, pooled = [], []
     for fold in range(FOLDS):
-        run_dir = Path(config.run_dir) / f"fold-{fold}"
-        of_fold = train_and_answer(
-            dataclasses.replace(config, run_dir=str(run_dir), fold=fold, cross_validate=False), weights
-        )
+        run_dir = f"{config.run_dir}/fold-{fold}"
+        settings = dataclasses.replace(config, run_dir=run_dir, fold=fold, cross_validate=False)
+        of_fold = train_and_answer(settings, weights)
         if of_fold is None:
             return None
         results[f"fold {fold}"] = of_fold["pubmedqa development"]
-        lines = files.read_json_lines(run_dir / PREDICTIONS / "pubmedqa-development.jsonl")
-        pooled += [Prediction(**values) for _, values in lines]
         tests.append(of_fold["pubmedqa test"])
-    majority = results["fold 0"]["majority"]
-    results["all folds"] = measure(pooled, majority)
-    results["test, mean of folds"] = tests[0] | {
-        key: sum(test[key] for test in tests) / FOLDS for key in ("accuracy", "macro_f1")
-    }
+        lines = files.read_json_lines(Path(run_dir) / PREDICTIONS / "pubmedqa-development.jsonl")
+        pooled += [Prediction(**values) for _, values in lines]
+    results["all folds"] = measure(pooled, results["fold 0"]["majority"])
+    means = {key: sum(test[key] for test in tests) / FOLDS for key in ("accuracy", "macro_f1")}
+    results["test, mean of folds"] = tests[0] | means
     files.write_json(Path(config.run_dir) / RESULTS, results)
     return results
 

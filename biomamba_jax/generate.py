@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command, valid_unicode
+from biomamba_jax.config.checks import FolderName, PositiveInt
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines, read_lines
 from biomamba_jax.tasks.sampling import Sampling
@@ -27,7 +28,7 @@ VERBATIM = ("prompt", "stop")
 class GenerateConfig(Sampling):
     """The prompts to continue, the model, and how tokens are chosen."""
 
-    model: str = ""
+    model: FolderName = ""
     """Folder of the model."""
     prompt: list[str] = field(default_factory=list)
     """Texts to continue."""
@@ -35,19 +36,15 @@ class GenerateConfig(Sampling):
     """A text file with one prompt per line, instead of --prompt."""
     jsonl: bool = False
     """Prompts and results as JSON lines on standard input and output, instead of --prompt."""
-    batch_size: int = 8
+    batch_size: PositiveInt = 8
     """Prompts continued at a time."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise UserError("--model is missing; name the folder of a model")
         if bool(self.prompt) + bool(self.file) + self.jsonl != 1:
             raise UserError("give one of --prompt, --file and --jsonl")
-        if self.batch_size < 1:
-            raise UserError(f"batch_size = {self.batch_size}: must be at least 1")
 
 
 def generate(config: GenerateConfig, source: TextIO, out: TextIO) -> None:
@@ -94,17 +91,10 @@ def _read_lines(path: Path) -> list[str]:
 
 
 def _read_jsonl(source: Iterable[str]) -> Iterator[str]:
-    for number, record in read_json_lines("standard input", _decoded(source)):
+    for number, record in read_json_lines("standard input", source):
         if not isinstance(record.get("prompt"), str):
             raise UserError(f'standard input, line {number}: give an object with a text: {{"prompt": "..."}}')
         yield valid_unicode(f"standard input, line {number}", record["prompt"])
-
-
-def _decoded(source: Iterable[str]) -> Iterator[str]:
-    try:
-        yield from source
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: is not UTF-8 ({error}); convert it") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

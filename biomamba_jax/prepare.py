@@ -28,12 +28,11 @@ from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, Tokenizer
 from biomamba_jax.data.build import build_shards
 from biomamba_jax.data.inspection import manifest_tables
 from biomamba_jax.data.readers import files_in
-from biomamba_jax.data.sample import gpt_neox_tokenizer, nlm_sample, wiki_sample
+from biomamba_jax.data.sample import nlm_sample, tokenizer_file, wiki_sample
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.tables import print_tables
 
-GPT_NEOX = "gpt-neox"
 SAMPLES = {"nlm-sample": nlm_sample, "wiki-sample": wiki_sample}
 
 
@@ -45,7 +44,7 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     if not config.output:
         raise UserError("--output is missing; name the folder to write")
-    tokenizer = None if config.tokenizer is None else tokenizer_file(config.tokenizer)
+    tokenizer = None if config.tokenizer is None else str(tokenizer_file(config.tokenizer))
     with _progress() as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -67,17 +66,11 @@ def input_files(names: Sequence[str]) -> list[str]:
     return [str(path) for name in names for path in (SAMPLES[name]() if name in SAMPLES else files_in(name))]
 
 
-def tokenizer_file(name: str) -> str:
-    """Return the file of --tokenizer."""
-    return str(gpt_neox_tokenizer()) if name == GPT_NEOX else name
-
-
 def download(argv: Sequence[str], prog: str) -> None:
-    """Download NLM's files."""
+    """Download NLM's baseline and update files: in parallel, resumable, verified by MD5."""
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 
-    description = "Download NLM's baseline and update files: in parallel, resumable, verified by MD5."
-    config = parse(DownloadConfig, argv, f"{prog}\n\n{description}")
+    config = parse(DownloadConfig, argv, f"{prog}\n\n{download.__doc__}")
     files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
     chosen = choose(files, config.numbers)
     downloader = Downloader(Path(config.output), config.tries, config.timeout)
@@ -97,11 +90,10 @@ def download(argv: Sequence[str], prog: str) -> None:
 
 
 def inspect(argv: Sequence[str], prog: str) -> None:
-    """Show the content of a folder of shards."""
+    """Show counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."""
     from biomamba_jax.data import inspection
 
-    description = "Show counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."
-    config = parse(InspectConfig, argv, f"{prog}\n\n{description}", positional="path")
+    config = parse(InspectConfig, argv, f"{prog}\n\n{inspect.__doc__}", positional="path")
     if not config.path:
         raise UserError(f"no folder is given; name a folder of shards: {prog} data/pubmed")
     found = inspection.inspect(dataclasses.replace(config, input=input_files(config.input)))
@@ -112,12 +104,11 @@ def inspect(argv: Sequence[str], prog: str) -> None:
 
 
 def tokenizers(argv: Sequence[str], prog: str) -> None:
-    """Compare tokenizers on the same text."""
+    """Compare bytes per token, tokens per word and the share of biomedical terms that are one token."""
     from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
-    description = "Compare bytes per token, tokens per word and the share of biomedical terms that are one token."
-    config = parse(TokenizersConfig, argv, f"{prog}\n\n{description}")
-    files = [tokenizer_file(name) for name in config.tokenizers]
+    config = parse(TokenizersConfig, argv, f"{prog}\n\n{tokenizers.__doc__}")
+    files = [str(tokenizer_file(name)) for name in config.tokenizers]
     show(compare_tokenizers(dataclasses.replace(config, input=input_files(config.input)), files))
 
 

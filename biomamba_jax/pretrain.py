@@ -27,28 +27,24 @@ _LARGEST_BASELINE = 100_000_000
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    from biomamba_jax.parallel.distributed import (
-        DATA_TIMEOUT,
-        barrier,
-        exit_if_stopped,
-        processes,
-        require_same_config,
-    )
+    from biomamba_jax.parallel import distributed
     from biomamba_jax.train.loop import train
 
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     config = parse(PretrainConfig, argv, __doc__)
-    with processes(config.distributed) as first:
-        require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+    with distributed.processes(config.distributed) as first:
+        distributed.require_same_config(
+            dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig()))
+        )
         if first:
             prepare_if_missing(config)
             write_baselines(config)
-        barrier("data", timeout=DATA_TIMEOUT)
+        distributed.barrier("data", timeout=distributed.DATA_TIMEOUT)
         complete = train(*with_initial_weights(config))
         if first:
             show_results(Path(config.run_dir))
-    exit_if_stopped(complete)
+    distributed.exit_if_stopped(complete)
 
 
 def prepare_if_missing(config: PretrainConfig) -> None:

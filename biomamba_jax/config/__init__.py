@@ -18,26 +18,3 @@ from biomamba_jax.config.train import (
     ScheduleConfig,
     TrainConfig,
 )
-
-__all__ = [
-    "BioASQConfig",
-    "CheckpointConfig",
-    "DataConfig",
-    "DistributedConfig",
-    "DomainConfig",
-    "EvaluateConfig",
-    "ExamplesConfig",
-    "FinetuneConfig",
-    "LoraConfig",
-    "LossConfig",
-    "MeshConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "PrepareConfig",
-    "PretrainConfig",
-    "PubMedQAConfig",
-    "RowsConfig",
-    "RunConfig",
-    "ScheduleConfig",
-    "TrainConfig",
-]

@@ -29,6 +29,7 @@ Fraction = Annotated[float, Limit("in [0, 1]", lambda x: 0 <= x <= 1)]
 FractionBelowOne = Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)]
 PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
 InnerFraction = Annotated[float, Limit("in (0, 1)", lambda x: 0 < x < 1)]
+FolderName = Annotated[str, Limit("the name of a folder", bool)]
 LocalFolder = Annotated[
     str,
     Limit("a folder of this machine; mount a bucket (gcsfuse) and give its path", lambda path: "://" not in path),

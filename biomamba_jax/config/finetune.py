@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from biomamba_jax.config.checks import (
-    FractionBelowOne,
-    InnerFraction,
-    Limit,
-    LocalFolder,
-    NonNegativeInt,
-    PositiveFloat,
-    Settings,
-    check,
-)
+from biomamba_jax.config import checks
+from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import RowsConfig
 from biomamba_jax.config.evaluate import BioASQConfig, PubMedQAConfig
 from biomamba_jax.config.train import CheckpointConfig, RunConfig, TrainConfig
@@ -34,7 +26,7 @@ class ExamplesConfig(RowsConfig):
     """Template of the prompt; {name} stands for that key of the line."""
     answer: str = "{answer}"
     """Template of the answer that follows the prompt, with its leading space; EOS is appended."""
-    development_fraction: InnerFraction = 0.1
+    development_fraction: checks.InnerFraction = 0.1
     """Fraction of the examples, chosen by a hash of each, for development if no development split is given."""
 
 
@@ -42,13 +34,13 @@ class ExamplesConfig(RowsConfig):
 class LoraConfig(Settings, section="lora"):
     """LoRA adapters (Hu et al. 2021); only the adapters are trained and saved."""
 
-    rank: NonNegativeInt = 0
+    rank: checks.NonNegativeInt = 0
     """Rank of the adapters; 0: train the whole model."""
-    alpha: PositiveFloat = 16.0
+    alpha: checks.PositiveFloat = 16.0
     """Adapters are scaled by alpha / rank."""
-    dropout: FractionBelowOne = 0.0
+    dropout: checks.FractionBelowOne = 0.0
     """Dropout rate of the input channels of each adapter."""
-    targets: Annotated[list[str], Limit("a list of at least one name", bool)] = field(
+    targets: Annotated[list[str], checks.Limit("a list of at least one name", bool)] = field(
         default_factory=lambda: ["in_proj", "out_proj"]
     )
     """Matrices with an adapter, as regular expressions that match parameter paths or released names: in_proj, out_proj,
@@ -64,13 +56,13 @@ class LoraConfig(Settings, section="lora"):
 class FinetuneConfig(RunConfig):
     """One fine-tuning run on data.files, pubmedqa.path and bioasq.path, as far as they are given."""
 
-    run_dir: LocalFolder = "runs/finetune"
+    run_dir: checks.LocalFolder = "runs/finetune"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
     data: ExamplesConfig = field(default_factory=ExamplesConfig)
     """JSON lines of examples, and the shape of batches."""
     pubmedqa: PubMedQAConfig = field(default_factory=PubMedQAConfig)
     """PubMedQA, with the same prompt and answers as in `evaluate`."""
-    fold: Annotated[int, Limit(f"in 0..{FOLDS - 1}", lambda x: 0 <= x < FOLDS)] = 0
+    fold: Annotated[int, checks.Limit(f"in 0..{FOLDS - 1}", lambda x: 0 <= x < FOLDS)] = 0
     """PubMedQA: index of the development split among the authors' ten folds; the other nine are trained on."""
     cross_validate: bool = False
     """PubMedQA: one run for each of the ten folds, in run_dir/fold-0 and so on, and a table of all."""

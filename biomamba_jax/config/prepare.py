@@ -4,17 +4,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Annotated, Literal
 
-from biomamba_jax.config.checks import (
-    Limit,
-    LocalFolder,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveFraction,
-    PositiveInt,
-    Settings,
-    check,
-)
+from biomamba_jax.config import checks
+from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import MixtureConfig
 
 
@@ -32,7 +23,7 @@ class PrepareFiles(Settings, section="prepare"):
     input: list[str] = field(default_factory=list)
     """NLM PubmedArticleSet files (.xml), JSON lines (.jsonl, .json), text (.txt), each also .gz, .bz2 or .zst, Parquet,
     Wikipedia's pages-articles dumps, folders of such files, nlm-sample or wiki-sample."""
-    output: LocalFolder = ""
+    output: checks.LocalFolder = ""
     """Folder to write; must not exist yet. An interrupted run continues from what it had finished."""
     tokenizer: str | None = None
     """A SentencePiece .model, a Hugging Face tokenizer.json, or the name gpt-neox."""
@@ -47,7 +38,7 @@ class TokenizerTraining(Settings, section="prepare"):
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model; unigram encodes 3.5 times faster than bpe at the same bytes per token. `convert --to
     hf` needs unigram, and the defaults of tokenizer_byte_fallback and tokenizer_split_digits."""
-    tokenizer_sample_bytes: PositiveInt = 10_000_000
+    tokenizer_sample_bytes: checks.PositiveInt = 10_000_000
     """Bytes of text that it is trained on, sampled from the training split; takes some 20 times as much memory. More
     lowers the bytes per token by less than 1 % at 4,096 pieces; a large vocabulary needs more."""
     tokenizer_byte_fallback: bool = True
@@ -82,19 +73,19 @@ class FilterConfig:
 class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
     """Text to tokenized shards."""
 
-    validation_fraction: NonNegativeFloat = 0.01
+    validation_fraction: checks.NonNegativeFloat = 0.01
     """Fraction of documents, chosen by a hash of the PMID, that is held out for validation."""
-    test_fraction: NonNegativeFloat = 0.01
+    test_fraction: checks.NonNegativeFloat = 0.01
     """Fraction of documents, chosen by a hash of the PMID, that is held out for the final test."""
-    recent_from: Annotated[str, Limit("a date such as 2024-01-31", _is_date)] | None = None
+    recent_from: Annotated[str, checks.Limit("a date such as 2024-01-31", _is_date)] | None = None
     """A date, YYYY-MM-DD: records that became public on that day or later form a split of their own, named recent."""
-    near_duplicates: PositiveFraction | None = None
+    near_duplicates: checks.PositiveFraction | None = None
     """Drop documents whose Jaccard similarity to an earlier one, over runs of 5 words, is this or more, such as 0.8."""
     decontaminate: list[str] = field(default_factory=list)
     """Evaluation text to keep out: .json of PubMedQA or BioASQ (and their source articles, by PMID), .jsonl or .txt."""
-    decontaminate_overlap: PositiveFraction = 0.25
+    decontaminate_overlap: checks.PositiveFraction = 0.25
     """Fraction of the shorter text's runs of 8 words at which a document counts as evaluation text."""
-    workers: NonNegativeInt = 0
+    workers: checks.NonNegativeInt = 0
     """Worker processes; 0: one per core."""
     spools: str | None = None
     """Folder that keeps what was read of each file, so that a later run with more files reads only the new ones."""
@@ -119,11 +110,11 @@ class DownloadConfig(Settings):
     """Numbers of the files, such as 1-20,1335; default: all of the part."""
     mirror: str = "https://ftp.ncbi.nlm.nih.gov/pubmed"
     """URL of a folder that holds baseline/ and updatefiles/, with listings and .md5 files."""
-    connections: PositiveInt = 4
+    connections: checks.PositiveInt = 4
     """Number of files that are fetched at a time."""
-    tries: PositiveInt = 5
+    tries: checks.PositiveInt = 5
     """Tries for each file."""
-    timeout: PositiveFloat = 60.0
+    timeout: checks.PositiveFloat = 60.0
     """Seconds without a byte after which a connection is closed."""
 
 
@@ -139,13 +130,13 @@ class InspectConfig(Settings):
     """Number of documents to show."""
     input: list[str] = field(default_factory=list)
     """NLM files that the shards were made from, to show the XML of the same documents."""
-    checked: PositiveInt = 100_000
+    checked: checks.PositiveInt = 100_000
     """Number of documents to search for remaining markup and entities."""
-    sequence_length: PositiveInt = 1024
+    sequence_length: checks.PositiveInt = 1024
     """Tokens of a row, for the estimate of packing and the mixture's preview."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """A mixture to preview, as in data.mixture of a pretraining config."""
-    preview_tokens: PositiveInt = 10_000_000
+    preview_tokens: checks.PositiveInt = 10_000_000
     """Number of tokens in that preview."""
     seed: int = 0
     """Seed of the samples and of the mixture's order."""
@@ -163,5 +154,5 @@ class TokenizersConfig(Settings):
     """Files of text to encode, of the kinds that prepare reads."""
     terms: str | None = None
     """File of terms, one a line; default: a list of 104 common biomedical terms."""
-    max_bytes: PositiveInt = 10_000_000
+    max_bytes: checks.PositiveInt = 10_000_000
     """Bytes of text to read, divided equally among the inputs."""

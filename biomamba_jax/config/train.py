@@ -3,19 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import (
-    Fraction,
-    FractionBelowOne,
-    LocalFolder,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveFraction,
-    PositiveInt,
-    Seed,
-    Settings,
-    check,
-)
+from biomamba_jax.config import checks
+from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import DataConfig, RowsConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
@@ -26,23 +15,23 @@ from biomamba_jax.config.prepare import PrepareConfig
 class OptimizerConfig(Settings, section="optimizer"):
     """AdamW. Norms, biases, A_log, D and dt biases are never decayed."""
 
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: checks.PositiveFloat = 1e-3
     """Peak learning rate."""
-    beta1: FractionBelowOne = 0.9
+    beta1: checks.FractionBelowOne = 0.9
     """Decay of the first moment."""
-    beta2: FractionBelowOne = 0.95
+    beta2: checks.FractionBelowOne = 0.95
     """Decay of the second moment."""
-    epsilon: PositiveFloat = 1e-8
+    epsilon: checks.PositiveFloat = 1e-8
     """Added to the square root of the second moment."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: checks.NonNegativeFloat = 0.1
     """Decoupled weight decay of matrices."""
-    clip: NonNegativeFloat = 1.0
+    clip: checks.NonNegativeFloat = 1.0
     """Global norm that the gradient is clipped to; 0: no clipping."""
-    layer_decay: PositiveFraction = 1.0
+    layer_decay: checks.PositiveFraction = 1.0
     """Learning rate of each layer relative to the layer above it; 1: the same for all layers."""
     embedding_rate: Literal["bottom", "full"] = "bottom"
     """With layer_decay: the embedding counts as the lowest layer, or has the full rate (as published for BioMamba)."""
-    ema: FractionBelowOne = 0.0
+    ema: checks.FractionBelowOne = 0.0
     """Decay of the exponential moving average of the weights, which is then evaluated and exported; 0: no average."""
 
 
@@ -52,30 +41,28 @@ class ScheduleConfig(Settings, section="schedule"):
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Schedule after the warm-up; wsd: stable, then cosine decay."""
-    warmup_fraction: Fraction = 0.1
+    warmup_fraction: checks.Fraction = 0.1
     """Fraction of the run that is warm-up."""
-    stable_fraction: Fraction = 0.65
+    stable_fraction: checks.Fraction = 0.65
     """wsd: fraction of the run at the peak rate."""
-    final_fraction: Fraction = 0.1
+    final_fraction: checks.Fraction = 0.1
     """Learning rate at the end of the run relative to the peak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        total = self.warmup_fraction + self.stable_fraction
-        check(
-            self.kind != "wsd" or total <= 1, self.key("warmup_fraction + stable_fraction"), total, "must be at most 1"
-        )
+        total, fits = self.warmup_fraction + self.stable_fraction, self.kind != "wsd"
+        check(fits or total <= 1, "schedule.warmup_fraction + stable_fraction", total, "must be at most 1")
 
 
 @dataclass(frozen=True)
 class LossConfig(Settings, section="loss"):
     """Cross-entropy of the next token."""
 
-    label_smoothing: FractionBelowOne = 0.0
+    label_smoothing: checks.FractionBelowOne = 0.0
     """Probability mass distributed uniformly over the vocabulary."""
-    z_loss: NonNegativeFloat = 0.0
+    z_loss: checks.NonNegativeFloat = 0.0
     """Weight of the squared log-partition, which keeps logits from drifting."""
-    chunk_size: PositiveInt | None = None
+    chunk_size: checks.PositiveInt | None = None
     """Tokens whose logits are materialised at a time; default: the fastest for the platform."""
 
 
@@ -83,23 +70,23 @@ class LossConfig(Settings, section="loss"):
 class TrainConfig(Settings, section="train"):
     """Length of a run, and how often it logs and evaluates."""
 
-    steps: PositiveInt | None = None
+    steps: checks.PositiveInt | None = None
     """Optimizer steps; default: determined by epochs."""
-    epochs: PositiveFloat = 1.0
+    epochs: checks.PositiveFloat = 1.0
     """Passes over the training text, counted in tokens, unless steps is given."""
-    accumulation: PositiveInt = 1
+    accumulation: checks.PositiveInt = 1
     """Microbatches that a batch is split into; gradients are weighted by tokens."""
-    seed: Seed = 0
+    seed: checks.Seed = 0
     """Seed of the initial weights and of the order of documents."""
-    log_every: PositiveInt = 10
+    log_every: checks.PositiveInt = 10
     """Steps between lines of metrics.jsonl."""
-    eval_every: NonNegativeInt = 500
+    eval_every: checks.NonNegativeInt = 500
     """Steps between evaluations on held-out text; 0: only before and after training."""
-    eval_batches: PositiveInt | None = None
+    eval_batches: checks.PositiveInt | None = None
     """Held-out batches of each evaluation, always the same ones; default: the whole validation split."""
-    patience: PositiveInt | None = None
+    patience: checks.PositiveInt | None = None
     """Consecutive evaluations without a lower held-out loss after which the run stops early; default: never."""
-    max_skipped_steps: PositiveInt = 10
+    max_skipped_steps: checks.PositiveInt = 10
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
     compiler_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; docs/plans.md has two for TPUs."""
@@ -109,11 +96,11 @@ class TrainConfig(Settings, section="train"):
 class CheckpointConfig(Settings, section="checkpoint"):
     """Checkpoints of a run."""
 
-    every: PositiveInt = 500
+    every: checks.PositiveInt = 500
     """Steps between checkpoints; the final step is always saved."""
-    keep_last: PositiveInt = 2
+    keep_last: checks.PositiveInt = 2
     """Number of newest checkpoints to keep."""
-    keep_every: PositiveInt | None = None
+    keep_every: checks.PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_best: bool = False
     """Also save and keep the weights with the lowest held-out loss, which are then exported."""
@@ -123,7 +110,7 @@ class CheckpointConfig(Settings, section="checkpoint"):
 class RunConfig(Settings):
     """Settings of every run, whatever it trains on."""
 
-    run_dir: LocalFolder = "runs/run"
+    run_dir: checks.LocalFolder = "runs/run"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model. With init_from, its sizes are those of the weights."""
@@ -152,19 +139,15 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.data.batch_size % self.train.accumulation == 0,
-            "train.accumulation",
-            self.train.accumulation,
-            f"must divide data.batch_size = {self.data.batch_size}",
-        )
+        rows, parts = self.data.batch_size, self.train.accumulation
+        check(rows % parts == 0, "train.accumulation", parts, f"must divide data.batch_size = {rows}")
 
 
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """One pretraining run."""
 
-    run_dir: LocalFolder = "runs/pretrain"
+    run_dir: checks.LocalFolder = "runs/pretrain"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""

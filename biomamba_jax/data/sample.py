@@ -67,9 +67,12 @@ def nlm_sample() -> list[Path]:
     return fetch(NLM_SAMPLE)
 
 
-def gpt_neox_tokenizer() -> Path:
-    """Return tokenizer.json of GPT-NeoX-20b, which the released Mamba models use; the first call downloads 2.7 MB."""
-    return fetch(GPT_NEOX)[0]
+def tokenizer_file(name: str) -> Path:
+    """Return the file of a --tokenizer: itself, or for "gpt-neox" that of GPT-NeoX-20b (and of the released models).
+
+    The first call of that name downloads 2.7 MB.
+    """
+    return fetch(GPT_NEOX)[0] if name == "gpt-neox" else Path(name)
 
 
 def wiki_sample() -> list[Path]:

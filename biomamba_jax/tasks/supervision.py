@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig
+from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig, RowsConfig
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
@@ -105,7 +105,7 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
 
 
 def predict(
-    model: Model, task: Task, examples: Sequence[Example], *, classifier: bool, window: int, batch_size: int
+    model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig, *, classifier: bool
 ) -> list[Prediction]:
     """Predict the answer of each example.
 
@@ -113,13 +113,12 @@ def predict(
       model: the fine-tuned model.
       task: the examples' task.
       examples: what to predict.
+      rows: shape of the batches.
       classifier: use the model's classifier; otherwise the most likely answer of the task, or greedy text up to a line
         end where answers are free text.
-      window: tokens in a row.
-      batch_size: rows in a batch.
     """
     prompts, labels = [example.prompt for example in examples], list(task.answers)
-    scorer = NativeScorer(task.name, model.generator, task.name, window, batch_size)
+    scorer = NativeScorer(task.name, model.generator, task.name, rows.sequence_length, rows.batch_size)
     texts: list[str] | None = None
     scores: list[dict[str, float]] | None = None
     if classifier:
