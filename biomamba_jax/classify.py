@@ -6,7 +6,6 @@ The model is the run directory, or what `convert` exported from it. Reads JSON l
 and writes each line again with "label" and "probabilities".
 """
 
-import itertools
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -48,11 +47,12 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
       UserError: the model has no classifier, or a line lacks a key of the template.
     """
     from biomamba_jax.tasks.model import load
+    from biomamba_jax.tasks.padding import batched
 
     model = load(config.model, config.dtype)
     name = config.file or "standard input"
     lines = read_json_lines(name, None if config.file else source)
-    while batch := list(itertools.islice(lines, _AT_ONCE)):
+    for batch in batched(lines, _AT_ONCE):
         prompts = [fill_template(config.prompt, line, f"{name}, line {number}", "prompt") for number, line in batch]
         for (_, line), found in zip(batch, model.classify(prompts), strict=True):
             result = line | {"label": found.label, "probabilities": found.probabilities}

@@ -7,13 +7,11 @@ Every figure has its confidence interval. Writes report.html and report.json, ea
 """
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from biomamba_jax.command_line import parse, run_command, to_yaml
 from biomamba_jax.config import EvaluateConfig
-from biomamba_jax.errors import UserError
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -29,22 +27,15 @@ def evaluate(config: EvaluateConfig) -> Path:
     from biomamba_jax.tasks import evaluation, evaluation_report
 
     output = Path(config.output)
-    with _writing(output):
+    with files.naming_write_errors(output, "give another --output"):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()  # refuse now, not after hours of evaluation
     results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
-    with _writing(output):  # also the config: a run that fails leaves an earlier report with its own config
+    with files.naming_write_errors(output, "give another --output"):
+        # The config too: a run that fails leaves an earlier report with its own config.
         files.write_text(output / "config.yaml", to_yaml(config))
         files.write_text(output / "report.json", evaluation.to_json(results))
         return evaluation_report.write(results, output)
-
-
-@contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 
 
 def main(argv: Sequence[str] | None = None) -> None:

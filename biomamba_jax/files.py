@@ -137,6 +137,15 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
                 yield number, _parse_json(line, f"{path}, line {number}")
 
 
+@contextmanager
+def naming_write_errors(path: str | Path, remedy: str) -> Iterator[None]:
+    """Convert the errors of writing a file or folder into a UserError that names it and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
+
+
 def read_step_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield each line of a run's metrics with its record, except for a last line that is still being written.
 

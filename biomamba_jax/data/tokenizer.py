@@ -10,6 +10,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -52,6 +53,15 @@ class Tokenizer(ABC):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
 
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each prompt, preceded by what a text followed in training; never empty.
+
+        A Hugging Face tokenizer.json's post-processor defines it (GPT-NeoX's adds nothing) and its special tokens are
+        recognized in prompts, as in transformers. Our SentencePiece models precede each document with the end-of-text
+        token, which also stands for an empty prompt.
+        """
+        return [[self.eos_id, *ids] for ids in self.encode_batch(texts)]
+
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text that the ids spell, including special tokens."""
@@ -78,6 +88,13 @@ class _HuggingFace(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _of_prompts(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())  # it recognizes special tokens
+
+    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids or [self.eos_id] for encoding in self._of_prompts.encode_batch(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)

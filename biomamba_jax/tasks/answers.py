@@ -119,14 +119,12 @@ def fit_offsets(scores: np.ndarray, truth: np.ndarray, objective: Objective) -> 
     return candidates[goodness.argmax()]
 
 
-def cross_validated(
-    scores: np.ndarray, truth: np.ndarray, folds: Sequence[Sequence[int]], objective: Objective
-) -> np.ndarray:
-    """Return predictions [questions]: those of each fold with offsets fitted on the other folds."""
+def cross_validated(scores: np.ndarray, truth: np.ndarray, folds: Sequence[int], objective: Objective) -> np.ndarray:
+    """Return predictions [questions]: those of each fold with offsets fitted on the others; `folds` names each's."""
     predicted = np.zeros(len(truth), np.int64)
-    for fold in folds:
-        others = np.setdiff1d(np.arange(len(truth)), fold)
-        predicted[fold] = choose(scores[fold], fit_offsets(scores[others], truth[others], objective))
+    for fold in set(folds):
+        inside = np.equal(folds, fold)
+        predicted[inside] = choose(scores[inside], fit_offsets(scores[~inside], truth[~inside], objective))
     return predicted
 
 

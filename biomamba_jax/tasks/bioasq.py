@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from biomamba_jax.config import BioASQConfig
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json
@@ -38,9 +39,15 @@ class Question:
     batch: str = ""
     """The file."""
 
-    def context(self, max_snippets: int) -> str:
-        """Return the first snippets, one a line."""
-        return "\n".join(self.snippets[:max_snippets])
+    @property
+    def answer(self) -> str:
+        """Golden answer of a yes/no question."""
+        return self.golden[0][0]
+
+    def prompt(self, config: BioASQConfig, context: str | None = None) -> str:
+        """Return the question's prompt, by default with its first snippets, one a line, as context."""
+        context = "\n".join(self.snippets[: config.max_snippets]) if context is None else context
+        return getattr(config, f"{self.kind}_prompt").format(question=self.question, context=context)
 
     @property
     def text(self) -> str:

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,8 +13,7 @@ from typing import Any
 from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.environment import environment
-from biomamba_jax.errors import UserError
-from biomamba_jax.tasks import bioasq, paper, pubmedqa
+from biomamba_jax.tasks import paper
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
 from biomamba_jax.tasks.load_scorer import load_scorer
@@ -90,16 +90,6 @@ class Evaluation:
     """Versions, devices and command line."""
 
 
-@dataclass(frozen=True)
-class _Inputs:
-    """Texts and questions, read once and before the first model is loaded."""
-
-    domains: dict[str, list[Document]]
-    pubmedqa: pubmedqa.Split | None
-    development: list[bioasq.Question]
-    bioasq: list[bioasq.Question]
-
-
 def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = lambda line: None) -> Evaluation:
     """Run an evaluation; results of documents and questions are written as soon as a model has them.
 
@@ -111,19 +101,19 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
     Raises:
       UserError: a model, text or question file cannot be read; all texts are read before anything is measured.
     """
-    inputs = _read(config)
+    domains = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
     resampling = Resampling(config.resamples, config.confidence, config.seed)
     results = Evaluation(config, config.reference or next(iter(config.models)))
-    for name, documents in inputs.domains.items():
+    for name, documents in domains.items():
         sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
         results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes)
-    results.tasks = _tasks(config, inputs, resampling)
-    scores: dict[str, dict[str, DomainScores]] = {name: {} for name in inputs.domains}
+    results.tasks, answer = _read_tasks(config, resampling)
+    scores: dict[str, dict[str, DomainScores]] = {name: {} for name in domains}
     for name, path in config.models.items():
         scorer = load_scorer(name, path, config)
         results.models[name] = scorer.facts
         say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
-        for key, documents in inputs.domains.items():
+        for key, documents in domains.items():
             domain = results.domains[key]
             if config.protocol == "paper":
                 domain.paper[name] = paper.domain_perplexity(scorer, documents, config.domains[key].paper_rows)
@@ -135,7 +125,7 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
             _write_lines(output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores[key][name]))
             say(f"{name} on {key}: {_domain_line(scorer.facts, domain.models[name])}")
         for key, task in results.tasks.items():
-            task.models[name] = result = _answer(scorer, key, config, inputs, resampling)
+            task.models[name] = result = answer[key](scorer)
             _write_lines(output / "predictions" / key / f"{name}.jsonl", map(dataclasses.asdict, result.predictions))
             shown = ", ".join(f"{m} {e.value:.4f}" for m, e in result.measures.items())
             say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
@@ -144,48 +134,34 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
     return results
 
 
-def _read(config: EvaluateConfig) -> _Inputs:
-    asked = config.bioasq
-    return _Inputs(
-        domains={name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()},
-        pubmedqa=_protocol(config).read_pubmedqa(config.pubmedqa) if config.pubmedqa.path else None,
-        bioasq=qa.read_bioasq(asked, asked.path) if asked.path else [],
-        development=qa.read_bioasq(asked, asked.development) if asked.thresholds != "none" else [],
-    )
-
-
-def _protocol(config: EvaluateConfig) -> ModuleType:
-    """Return the module that answers questions: both have the same functions."""
-    return paper if config.protocol == "paper" else qa
-
-
-def _tasks(config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> dict[str, Task]:
-    majorities, published = {}, config.protocol == "paper"
-    if inputs.pubmedqa is not None:
-        title = "PubMedQA, official test set"
+def _read_tasks(
+    config: EvaluateConfig, resampling: Resampling
+) -> tuple[dict[str, Task], dict[str, Callable[[Scorer], qa.TaskResult]]]:
+    """Read the questions of each task; return the tasks, and for each the function that lets a model answer it."""
+    published, asked = config.protocol == "paper", config.bioasq
+    protocol: ModuleType = paper if published else qa  # both have the same functions
+    found: dict[str, tuple[str, qa.TaskResult, Callable[[Scorer], qa.TaskResult]]] = {}
+    if config.pubmedqa.path:
+        split = protocol.read_pubmedqa(config.pubmedqa)
+        title = f"PubMedQA, {'part of the ' if config.pubmedqa.max_questions else ''}official test set"
         if published:
-            count = len(inputs.pubmedqa.test)
-            title = f"PubMedQA, {count} random questions, thresholds chosen on them (protocol paper)"
-        elif config.pubmedqa.max_questions is not None:
-            title = "PubMedQA, part of the official test set"
-        majorities["pubmedqa"] = title, qa.pubmedqa_majority(inputs.pubmedqa, resampling)
-    if inputs.bioasq:
+            title = f"PubMedQA, {len(split.test)} random questions, thresholds chosen on them (protocol paper)"
+        answer = partial(protocol.answer_pubmedqa, config=config.pubmedqa, split=split, resampling=resampling)
+        found["pubmedqa"] = title, qa.pubmedqa_majority(split, resampling), answer
+    if asked.path:
         title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
-        majorities["bioasq"] = title, _protocol(config).bioasq_majority(inputs.bioasq, resampling)
-    return {key: Task(title, majority.questions, majority) for key, (title, majority) in majorities.items()}
+        given = {"config": asked, "questions": qa.read_bioasq(asked, asked.path), "resampling": resampling}
+        development = qa.read_bioasq(asked, asked.development) if asked.thresholds != "none" else []
+        answer = partial(protocol.answer_bioasq, **given, development=development)
+        found["bioasq"] = title, protocol.bioasq_majority(given["questions"], resampling), answer
+    tasks = {key: Task(title, majority.questions, majority) for key, (title, majority, _) in found.items()}
+    return tasks, {key: answer for key, (*_, answer) in found.items()}
 
 
 def _domain_line(facts: ModelFacts, found: DomainMeasures) -> str:
     pseudo = "pseudo-" if facts.kind == "masked" else ""
     figures = f"{pseudo}perplexity {found.perplexity.value:.4f}, {found.bits_per_byte.value:.4f} bits per byte"
     return f"{figures} ({found.tokens:,} tokens, {found.tokens_per_second:,.0f} tokens/s)"
-
-
-def _answer(scorer: Scorer, key: str, config: EvaluateConfig, inputs: _Inputs, resampling: Resampling) -> qa.TaskResult:
-    protocol = _protocol(config)
-    if key == "pubmedqa":
-        return protocol.answer_pubmedqa(scorer, config.pubmedqa, inputs.pubmedqa, resampling)
-    return protocol.answer_bioasq(scorer, config.bioasq, inputs.bioasq, inputs.development, resampling)
 
 
 def _compare(results: Evaluation, scores: Mapping[str, Mapping[str, DomainScores]], resampling: Resampling) -> None:
@@ -213,10 +189,8 @@ def _document_records(documents: Sequence[Document], scores: DomainScores) -> It
 
 
 def _write_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    try:
+    with files.naming_write_errors(path, "give another output"):
         files.write_json_lines(path, records)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); give another output") from None
 
 
 def to_json(results: Evaluation) -> str:

@@ -6,8 +6,9 @@ has ended, or every few tokens where the host must see the text in between: to s
 """
 
 import dataclasses
+import itertools
 import zlib
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -15,7 +16,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 from flax import struct
 
 from biomamba_jax.data.tokenizer import Tokenizer
@@ -110,20 +110,16 @@ class Generator:
         Raises:
           UserError: the model has no tokenizer, or its logits are NaN.
         """
-        repeats, first = Counter[str](), 0
-        for batch in batched(prompts, batch_size):
-            occurrences = []
-            for prompt in batch:
-                occurrences.append(repeats[prompt])
-                repeats[prompt] += 1
-            ids = encode_prompts(self.tokenizer, batch)
+        repeats: dict[str, Iterator[int]] = defaultdict(itertools.count)
+        for number, batch in enumerate(batched(prompts, batch_size)):
+            ids = self.tokenizer.encode_prompts(batch)
             detokenizers = [Detokenizer(self.tokenizer, prompt, sampling.stop) for prompt in ids]
-            update = partial(_detokenize, detokenizers, on_text, first)
+            update = partial(_detokenize, detokenizers, on_text, number * batch_size)
             rows = self.decode(
                 ids,
                 sampling,
                 eos_id=self.tokenizer.eos_id,
-                occurrences=occurrences,
+                occurrences=[next(repeats[prompt]) for prompt in batch],
                 should_stop=update if on_text or sampling.stop else None,
                 check_every=_STREAM_EVERY if on_text else _CHECK_EVERY,
             )
@@ -133,7 +129,6 @@ class Generator:
                 if detokenizer.stopped_at is not None:
                     tokens, reason = tokens[: detokenizer.stopped_at], "stop"
                 yield Generation(prompt, detokenizer.text, tokens, reason)
-            first += len(batch)
 
     def decode(
         self,
@@ -268,9 +263,8 @@ def _seen(prompts: Sequence[Sequence[int]], vocabulary: int) -> Array:
 
 def _prompt_keys(prompts: Sequence[Sequence[int]], occurrences: Sequence[int], seed: int) -> Array:
     """Return a random key for each row that depends only on the seed, the prompt and how often it occurred before."""
-    checksums = [zlib.crc32(np.asarray(prompt, "<i4").tobytes()) for prompt in prompts]
-    padding = [0] * (bucket_rows(len(prompts)) - len(prompts))
-    columns = (jnp.array([*column, *padding], jnp.uint32) for column in (checksums, occurrences))
+    columns = np.zeros((2, bucket_rows(len(prompts))), np.uint32)
+    columns[:, : len(prompts)] = [zlib.crc32(np.asarray(prompt, "<i4").tobytes()) for prompt in prompts], occurrences
     return _fold_keys(jax.random.key(seed), *columns)
 
 
@@ -349,20 +343,3 @@ def truncate_at_stop(text: str, stops: Sequence[str]) -> str:
 def _overlap(text: str, stop: str) -> int:
     """Return the length of the longest prefix of `stop` that `text` ends with."""
     return next(size for size in range(min(len(stop), len(text)), -1, -1) if text.endswith(stop[:size]))
-
-
-def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the ids of each prompt, preceded by what a text followed in training.
-
-    A Hugging Face tokenizer.json's post-processor defines it (GPT-NeoX's adds nothing) and its special tokens are
-    recognized in prompts, as in transformers. Our SentencePiece models precede each document with the end-of-text
-    token, which also stands for an empty prompt.
-    """
-    if tokenizer.path.suffix == ".json":
-        library = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-        library.no_padding()
-        library.no_truncation()
-        rows = [encoding.ids for encoding in library.encode_batch(list(prompts))]
-    else:
-        rows = [[tokenizer.eos_id, *ids] for ids in tokenizer.encode_batch(prompts)]
-    return [row or [tokenizer.eos_id] for row in rows]

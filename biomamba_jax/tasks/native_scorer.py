@@ -20,7 +20,7 @@ from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
-from biomamba_jax.tasks.generation import Generator, encode_prompts, prefill
+from biomamba_jax.tasks.generation import Generator, prefill
 from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left, pad_right
 from biomamba_jax.tasks.sampling import Sampling
 from biomamba_jax.tasks.scoring import Continuation, ModelFacts, Request, Tokens, encode_requests
@@ -125,7 +125,7 @@ class NativeScorer:
 
     def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
         """See `scoring.Scorer`."""
-        encoded = encode_requests(requests, self.encode, partial(encode_prompts, self._tokenizer))
+        encoded = encode_requests(requests, self.encode, self._tokenizer.encode_prompts)
         results: list[list[Continuation]] = [[] for _ in encoded]
         # Contexts of a batch have similar lengths, and the first batch shows whether all fit into memory.
         order = sorted(range(len(encoded)), key=lambda index: -len(encoded[index][0]))

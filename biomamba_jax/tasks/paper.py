@@ -22,12 +22,12 @@ from typing import Literal
 import numpy as np
 
 from biomamba_jax.config import BioASQConfig, PubMedQAConfig
+from biomamba_jax.config.evaluate import YES_NO_MAYBE
 from biomamba_jax.ops.cross_entropy import perplexity
 from biomamba_jax.tasks import measures, pubmedqa
-from biomamba_jax.tasks.answers import label_predictions, score_table
+from biomamba_jax.tasks.answers import score_table
 from biomamba_jax.tasks.documents import Document
-from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
-from biomamba_jax.tasks.question_answering import Questions, TaskResult, classification_measures
+from biomamba_jax.tasks.question_answering import Questions, TaskResult, labelled_result
 from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling
 
@@ -103,13 +103,11 @@ def answer_pubmedqa(
     Raises:
       UserError: a log-likelihood is NaN or infinite.
     """
-    start = time.perf_counter()
-    questions, labels = split.test, list(config.answers)
+    start, questions, labels = time.perf_counter(), split.test, list(config.answers)
     spellings = tuple(space + each for label in labels for space in ("", " ") for each in (label, label.capitalize()))
     requests = []
     for question in questions:
-        sections = [f"{label}: {text}" if label else text for label, text in question.contexts]
-        requests.append(Request(pubmedqa_prompt(config, question, _truncated("\n\n".join(sections))), spellings))
+        requests.append(Request(question.prompt(config, _truncated("\n\n".join(question.paragraphs))), spellings))
     found = scorer.continuations(requests)
     check_finite(scorer, [value for row in found for c in row for value in c.logprobs])
     first = [[c.logprobs[0] if c.logprobs else -math.inf for c in row] for row in found]
@@ -122,19 +120,9 @@ def answer_pubmedqa(
         for margin, maybe in itertools.product(MARGINS, MAYBES)
     }
     best = max(tried, key=lambda key: measures.classification(truth, tried[key]).accuracy)  # the first of equal ones
-    keys = [question.key for question in questions]
-    details = {
-        "thresholds": {"margin": best[0], "maybe": best[1], "chosen_by": "accuracy on these same questions"},
-        "confusion": measures.classification(truth, tried[best]).confusion,
-    }
-    return TaskResult(
-        classification_measures(truth, tried[best], resampling),
-        label_predictions(keys, truth, tried[best], scores=score_table(labels, scores)),
-        len(questions),
-        time.perf_counter() - start,
-        len(questions),
-        details,
-    )
+    thresholds = {"margin": best[0], "maybe": best[1], "chosen_by": "accuracy on these same questions"}
+    seconds, table, details = time.perf_counter() - start, score_table(labels, scores), {"thresholds": thresholds}
+    return labelled_result(questions, tried[best], resampling, seconds, len(truth), details, scores=table)
 
 
 def _truncated(context: str) -> str:
@@ -150,9 +138,8 @@ def _with_margin(probabilities: np.ndarray, labels: Sequence[str], margin: float
 
 def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
     """Return the result of always answering yes."""
-    truth = [question.golden[0][0] for question in questions if question.kind == "yesno"]
-    found = classification_measures(truth, ["yes"] * len(truth), resampling) if truth else {}
-    return TaskResult(found, [], len(truth), 0.0, 0, {"answer": "yes"})
+    yesno = [question for question in questions if question.kind == "yesno"]
+    return labelled_result(yesno, ["yes"] * len(yesno), resampling, details={"answer": "yes"})
 
 
 def answer_bioasq(
@@ -173,13 +160,11 @@ def answer_bioasq(
     start = time.perf_counter()
     yesno = [question for question in questions if question.kind == "yesno"]
     contexts = [_truncated("\n\n".join(snippet.strip() for snippet in question.snippets)) for question in yesno]
-    prompts = [bioasq_prompt(config, *each) for each in zip(yesno, contexts, strict=True)]
+    prompts = [q.prompt(config, context) for q, context in zip(yesno, contexts, strict=True)]
     texts = scorer.generate(prompts, NEW_TOKENS, [])
-    truth, read = [question.golden[0][0] for question in yesno], [read_leniently(text) for text in texts]
-    keys, files = [question.key for question in yesno], [question.batch for question in yesno]
-    predictions = label_predictions(keys, truth, read, text=texts, batch=files)
-    found = classification_measures(truth, read, resampling) if truth else {}
-    return TaskResult(found, predictions, len(truth), time.perf_counter() - start, len(truth))
+    read, files = [read_leniently(text) for text in texts], [question.batch for question in yesno]
+    seconds = time.perf_counter() - start
+    return labelled_result(yesno, read, resampling, seconds, len(yesno), text=texts, batch=files)
 
 
 def read_leniently(text: str) -> str:
@@ -192,13 +177,7 @@ def read_leniently(text: str) -> str:
     for prefix in ("answer:", "the answer is", "a:", "(yes/no):", "yes/no:"):
         line = line.replace(prefix, "")
     line = line.lstrip(" \t:;,-.")
-    for label in ("yes", "no", "maybe"):
-        if line.startswith(label):
-            return label
-    words = line.split()
-    for word in (word.strip(".,;:!?()[]{}\"' ") for word in words[:5]):
-        if word in ("yes", "no", "maybe"):
-            return word
-        if word in ("uncertain", "unclear"):
-            return "maybe"
-    return words[0] if words else ""
+    words, read = line.split(), {"yes": "yes", "no": "no", "maybe": "maybe", "uncertain": "maybe", "unclear": "maybe"}
+    begun = [label for label in YES_NO_MAYBE if line.startswith(label)]
+    among = [read[word] for word in (word.strip(".,;:!?()[]{}\"' ") for word in words[:5]) if word in read]
+    return next(iter([*begun, *among, *words]), "")

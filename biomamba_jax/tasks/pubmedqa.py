@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from biomamba_jax.config.evaluate import YES_NO_MAYBE
+from biomamba_jax.config.evaluate import YES_NO_MAYBE, PubMedQAConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 
@@ -40,7 +40,16 @@ class Question:
     @property
     def context(self) -> str:
         """The sections, one paragraph each, with their labels in front."""
-        return "\n".join(f"{label}: {text}" if label else text for label, text in self.contexts)
+        return "\n".join(self.paragraphs)
+
+    @property
+    def paragraphs(self) -> list[str]:
+        """The sections with their labels in front."""
+        return [f"{label}: {text}" if label else text for label, text in self.contexts]
+
+    def prompt(self, config: PubMedQAConfig, context: str | None = None) -> str:
+        """Return the question's prompt, with its own context by default."""
+        return config.prompt.format(question=self.question, context=self.context if context is None else context)
 
 
 class Split(NamedTuple):

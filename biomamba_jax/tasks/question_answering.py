@@ -2,10 +2,11 @@
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +14,6 @@ from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import answers, bioasq, measures, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
-from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
 from biomamba_jax.tasks.scoring import Scorer
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, wilson
 
@@ -38,37 +38,87 @@ class TaskResult:
     """Confusion matrix, thresholds, batches and the like, as JSON values."""
 
 
-def classification_measures(truth: Sequence[str], predicted: Sequence[str], resampling: Resampling) -> Measures:
-    """Return accuracy with its Wilson interval and macro-F1 with its bootstrap interval."""
-    correct = sum(t == p for t, p in zip(truth, predicted, strict=True))
-    labels = list(dict.fromkeys([*truth, *predicted]))
-    columns = measures.encode(labels, truth, predicted)
-    return {
-        "accuracy": wilson(correct, len(truth), resampling.confidence),
-        "macro_f1": bootstrap(partial(measures.macro_f1, classes=len(labels)), *columns, resampling=resampling),
-    }
+def labelled_result(
+    questions: Sequence[pubmedqa.Question] | Sequence[bioasq.Question],
+    predicted: Sequence[str],
+    resampling: Resampling,
+    seconds: float = 0.0,
+    answered: int = 0,
+    details: Mapping[str, Any] = MappingProxyType({}),
+    **columns: Any,
+) -> TaskResult:
+    """Return the result of questions that have one correct label.
+
+    Accuracy has its Wilson interval and macro-F1 its bootstrap interval.
+
+    Args:
+      questions: questions with an `answer`.
+      predicted: their predicted labels.
+      resampling: of the intervals.
+      seconds: time to answer; 0 for a baseline.
+      answered: number of questions answered in that time.
+      details: further details of the result.
+      **columns: further fields of `Prediction`, one value a question.
+    """
+    if not questions:
+        return TaskResult({}, [], 0, seconds, answered, dict(details))
+    truth = [question.answer for question in questions]
+    found = measures.classification(truth, predicted)
+    classes = {label: values._asdict() for label, values in found.classes.items()}
+    encoded = measures.encode(list(classes), truth, predicted)
+    macro_f1 = partial(measures.macro_f1, classes=len(classes))
+    return TaskResult(
+        {
+            "accuracy": wilson(round(found.accuracy * len(truth)), len(truth), resampling.confidence),
+            "macro_f1": bootstrap(macro_f1, *encoded, resampling=resampling),
+        },
+        label_predictions([question.key for question in questions], truth, predicted, **columns),
+        len(truth),
+        seconds,
+        answered,
+        {"classes": classes, "confusion": found.confusion, **details},
+    )
 
 
-def _fit_thresholds(
-    labels: Sequence[str],
-    scores: np.ndarray,
-    truth: Sequence[str],
-    objective: answers.Objective,
-    folds: Sequence[Sequence[int]] = (),
-) -> tuple[np.ndarray, dict[str, Any]]:
-    """Return offsets fitted on development questions, and what a report says of them."""
-    (indices,) = measures.encode(labels, truth)
-    offsets = answers.fit_offsets(scores, indices, objective)
-    details: dict[str, Any] = {
-        "offsets": dict(zip(labels, offsets.tolist(), strict=True)),
-        "chosen_by": objective,
-        "development_questions": len(truth),
-    }
-    if folds:
-        held_out = [labels[index] for index in answers.cross_validated(scores, indices, folds, objective)]
-        found = measures.classification(truth, held_out)
-        details |= {"cross_validated_accuracy": found.accuracy, "cross_validated_macro_f1": found.macro_f1}
-    return offsets, details
+def _likeliest(
+    scorer: Scorer,
+    config: Any,
+    questions: Sequence[Any],
+    development: Sequence[Any],
+    folds: Sequence[int] = (),
+    normalize: Literal["none", "bytes"] = "none",
+) -> tuple[list[str], list[dict[str, float]], dict[str, Any]]:
+    """Return the likeliest answer to each question, every answer's score, and what a report says of thresholds.
+
+    Args:
+      scorer: the model.
+      config: prompts, answers and thresholds of the task.
+      questions: what to answer.
+      development: the questions that thresholds are fitted on.
+      folds: each development question's fold, to cross-validate thresholds.
+      normalize: what scores are divided by.
+    """
+    labels, texts = list(config.answers), list(config.answers.values())
+
+    def score(questions: Sequence[Any]) -> np.ndarray:
+        return likelihood_scores(scorer, [question.prompt(config) for question in questions], texts, normalize)
+
+    scores, offsets, details = score(questions), None, {}
+    if config.thresholds != "none":
+        tried, truth = score(development), [question.answer for question in development]
+        (indices,) = measures.encode(labels, truth)
+        offsets = answers.fit_offsets(tried, indices, config.thresholds)
+        details["thresholds"] = {
+            "offsets": dict(zip(labels, offsets.tolist(), strict=True)),
+            "chosen_by": config.thresholds,
+            "development_questions": len(truth),
+        }
+        if folds:
+            held_out = [labels[i] for i in answers.cross_validated(tried, indices, folds, config.thresholds)]
+            measured = measures.classification(truth, held_out)
+            found = {"cross_validated_accuracy": measured.accuracy, "cross_validated_macro_f1": measured.macro_f1}
+            details["thresholds"] |= found
+    return [labels[index] for index in answers.choose(scores, offsets)], score_table(labels, scores), details
 
 
 # --- PubMedQA ---
@@ -88,7 +138,7 @@ def read_pubmedqa(config: PubMedQAConfig) -> pubmedqa.Split:
 def pubmedqa_majority(split: pubmedqa.Split, resampling: Resampling) -> TaskResult:
     """Return the result of always giving the most frequent answer of the development questions."""
     ((label, _),) = Counter(question.answer for question in split.development).most_common(1)
-    return _pubmedqa_result(split.test, [label] * len(split.test), resampling, 0.0, 0, {"answer": label})
+    return labelled_result(split.test, [label] * len(split.test), resampling, details={"answer": label})
 
 
 def answer_pubmedqa(
@@ -105,51 +155,21 @@ def answer_pubmedqa(
     Raises:
       UserError: log-likelihoods are NaN, or the model cannot generate.
     """
-    labels, start = list(config.answers), time.perf_counter()
+    start, questions = time.perf_counter(), split.test
+    columns: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    development = split.development if config.thresholds != "none" else []
     if config.method == "generation":
-        prompts = [pubmedqa_prompt(config, question) for question in split.test]
-        texts = scorer.generate(prompts, config.max_new_tokens, ["\n"])
-        predicted = [answers.read_label(text, labels) for text in texts]
-        seconds = time.perf_counter() - start
-        return _pubmedqa_result(split.test, predicted, resampling, seconds, len(texts), text=texts)
-
-    def score(questions: Sequence[pubmedqa.Question]) -> np.ndarray:
-        prompts = [pubmedqa_prompt(config, question) for question in questions]
-        return likelihood_scores(scorer, prompts, list(config.answers.values()), config.normalize)
-
-    scores, offsets, details, answered = score(split.test), None, {}, len(split.test)
-    if config.thresholds != "none":
-        ends = np.cumsum([len(fold) for fold in split.folds]).tolist()
-        folds = [range(end - len(fold), end) for fold, end in zip(split.folds, ends, strict=True)]
-        truth = [question.answer for question in split.development]
-        offsets, fitted = _fit_thresholds(labels, score(split.development), truth, config.thresholds, folds)
-        details["thresholds"] = fitted
-        answered += len(truth)
-    predicted = [labels[index] for index in answers.choose(scores, offsets)]
-    seconds, table = time.perf_counter() - start, score_table(labels, scores)
-    return _pubmedqa_result(split.test, predicted, resampling, seconds, answered, details, scores=table)
-
-
-def _pubmedqa_result(
-    questions: Sequence[pubmedqa.Question],
-    predicted: Sequence[str],
-    resampling: Resampling,
-    seconds: float,
-    answered: int,
-    details: dict[str, Any] | None = None,
-    **columns: Any,
-) -> TaskResult:
-    truth = [question.answer for question in questions]
-    found = measures.classification(truth, predicted)
-    classes = {label: values._asdict() for label, values in found.classes.items()}
-    return TaskResult(
-        classification_measures(truth, predicted, resampling),
-        label_predictions([question.key for question in questions], truth, predicted, **columns),
-        len(truth),
-        seconds,
-        answered,
-        {"classes": classes, "confusion": found.confusion} | (details or {}),
-    )
+        prompts = [question.prompt(config) for question in questions]
+        columns["text"] = scorer.generate(prompts, config.max_new_tokens, ["\n"])
+        predicted = [answers.read_label(text, list(config.answers)) for text in columns["text"]]
+    else:
+        folds = [number for number, fold in enumerate(split.folds) for _ in fold]
+        predicted, columns["scores"], details = _likeliest(
+            scorer, config, questions, development, folds, config.normalize
+        )
+    seconds, answered = time.perf_counter() - start, len(questions) + len(development)
+    return labelled_result(questions, predicted, resampling, seconds, answered, details, **columns)
 
 
 # --- BioASQ ---
@@ -191,30 +211,21 @@ def answer_bioasq(
     Raises:
       UserError: log-likelihoods are NaN, the model cannot generate, or thresholds lack a yes/no question to fit on.
     """
-    start, labels = time.perf_counter(), list(config.answers)
-    extras: dict[bioasq.Question, dict[str, Any]] = {}
+    start = time.perf_counter()
     details: dict[str, Any] = {}
+    extras: dict[bioasq.Question, dict[str, Any]] = {}
     given: dict[bioasq.Question, list[str]] = {}
-
-    def score(questions: Questions) -> np.ndarray:
-        prompts = [bioasq_prompt(config, question) for question in questions]
-        return likelihood_scores(scorer, prompts, list(config.answers.values()))
 
     yesno = [question for question in questions if question.kind == "yesno" and config.method == "likelihood"]
     if yesno:
-        scores, offsets = score(yesno), None
-        if config.thresholds != "none":
-            known = [question for question in development if question.kind == "yesno"]
-            if not known:
-                raise UserError("bioasq.development: has no yes/no question to fit thresholds on; give other files")
-            truth = [question.golden[0][0] for question in known]
-            offsets, details["thresholds"] = _fit_thresholds(labels, score(known), truth, config.thresholds)
-        chosen, table = answers.choose(scores, offsets), score_table(labels, scores)
-        for question, index, row in zip(yesno, chosen, table, strict=True):
-            given[question], extras[question] = [labels[index]], {"scores": row}
+        known = [question for question in development if question.kind == "yesno"]
+        if config.thresholds != "none" and not known:
+            raise UserError("bioasq.development: has no yes/no question to fit thresholds on; give other files")
+        chosen, table, details = _likeliest(scorer, config, yesno, known)
+        for question, label, row in zip(yesno, chosen, table, strict=True):
+            given[question], extras[question] = [label], {"scores": row}
     if generated := [question for question in questions if question not in given]:
-        prompts = [bioasq_prompt(config, question) for question in generated]
-        texts = scorer.generate(prompts, config.max_new_tokens, ["\n"])
+        texts = scorer.generate([q.prompt(config) for q in generated], config.max_new_tokens, ["\n"])
         for question, text in zip(generated, texts, strict=True):
             given[question] = [text] if question.kind == "yesno" else answers.read_names(text)
             extras[question] = {"text": text}
@@ -224,7 +235,7 @@ def answer_bioasq(
 def bioasq_measures(pairs: Sequence[tuple[bioasq.Question, list[str]]], resampling: Resampling) -> Measures:
     """Return the official measures of (question, answer) pairs, for each kind of question that occurs."""
     found: Measures = {}
-    if yesno := [(q.golden[0][0], "".join(answer)) for q, answer in pairs if q.kind == "yesno"]:
+    if yesno := [(q.answer, "".join(answer)) for q, answer in pairs if q.kind == "yesno"]:
         truth, given = zip(*yesno, strict=True)
         official = measures.yesno(truth, given)
         columns = measures.encode(("yes", "no"), truth, measures.yesno_predictions(truth, given))
@@ -269,8 +280,8 @@ def _bioasq_result(
 
 def _bioasq_prediction(question: bioasq.Question, answer: list[str], extra: dict[str, Any]) -> Prediction:
     if question.kind == "yesno":
-        truth, read = question.golden[0][0], measures.read_yesno("".join(answer))
-        return Prediction(question.key, truth, read, truth == read, batch=question.batch, **extra)
+        read = measures.read_yesno("".join(answer))
+        return Prediction(question.key, question.answer, read, question.answer == read, batch=question.batch, **extra)
     golden = [list(synonyms) for synonyms in question.golden]
     correct = bool(measures.factoid(question.golden, answer).strict) if question.kind == "factoid" else None
     return Prediction(question.key, golden, answer, correct, batch=question.batch, **extra)

@@ -74,8 +74,7 @@ class Values(NamedTuple):
     @classmethod
     def of(cls, sampling: Sampling) -> "Values":
         """Return the numbers of `sampling`: top_k as int32, the others as float32."""
-        types = [jnp.int32 if name == "top_k" else jnp.float32 for name in cls._fields]
-        return cls(*(dtype(getattr(sampling, name)) for name, dtype in zip(cls._fields, types, strict=True)))
+        return cls(*(jnp.asarray(getattr(sampling, name)) for name in cls._fields))
 
 
 def next_tokens(

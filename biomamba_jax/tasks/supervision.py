@@ -15,7 +15,6 @@ from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood
 from biomamba_jax.tasks.measures import classification
 from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
-from biomamba_jax.tasks.prompts import bioasq_prompt, pubmedqa_prompt
 
 _MAX_NEW_TOKENS = 64
 
@@ -67,7 +66,7 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
     assert config.path is not None
 
     def examples(questions: Sequence[pubmedqa.Question]) -> list[Example]:
-        return [Example(pubmedqa_prompt(config, q), config.answers[q.answer], q.answer, q.key) for q in questions]
+        return [Example(q.prompt(config), config.answers[q.answer], q.answer, q.key) for q in questions]
 
     questions = pubmedqa.read_questions(config.path)
     if not any(question.answer == "maybe" for question in questions):
@@ -84,7 +83,7 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
     def example(question: bioasq.Question) -> Example:
         label = "; ".join(synonyms[0] for synonyms in question.golden)
         text = config.answers[label] if question.kind == "yesno" else f" {label}"
-        return Example(bioasq_prompt(config, question), text, label, question.key)
+        return Example(question.prompt(config), text, label, question.key)
 
     def read(files: Sequence[str], kinds: Sequence[str]) -> list[Example]:
         questions = [question for path in files for question in bioasq.read_questions(path)]

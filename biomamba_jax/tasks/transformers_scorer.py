@@ -9,6 +9,7 @@ text, are lower than a causal model's by their nature, and are labelled wherever
 """
 
 import importlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -153,12 +154,12 @@ class _Causal(_Model):
 
     def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
         """See `scoring.Scorer`. Continuations that differ in their last token alone share one pass."""
-        jobs: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = []
-        for context, texts in encode_requests(requests, self.encode, self._encode_context):
-            targets = [tuple(ids[-self._limit :]) for ids in texts]
-            jobs.append([(tuple([*context, *ids[:-1]][-self._limit :]), ids) for ids in targets])
+        jobs = [
+            [(tuple([*context, *ids[:-1]][-self._limit :]), tuple(ids[-self._limit :])) for ids in texts]
+            for context, texts in encode_requests(requests, self.encode, self._encode_context)
+        ]
         wanted: dict[tuple[int, ...], set[tuple[int, ...]]] = defaultdict(set)
-        for inputs, ids in (job for of_request in jobs for job in of_request):
+        for inputs, ids in itertools.chain(*jobs):
             wanted[inputs].add(ids)
         rows = sorted(wanted, key=len)
         scored = {}

@@ -68,7 +68,7 @@ def test_a_fold_s_own_questions_do_not_set_its_thresholds():
     """Alone the third question is wrong without a threshold; one that was fitted on it too would answer it rightly."""
     scores, truth = np.array([[0.0, -9], [-9, 0.0], [0.0, -1]]), np.array([0, 1, 1])
     assert answers.choose(scores, answers.fit_offsets(scores, truth, "accuracy")).tolist() == [0, 1, 1]
-    assert answers.cross_validated(scores, truth, [[0], [1], [2]], "accuracy").tolist() == [0, 1, 0]
+    assert answers.cross_validated(scores, truth, [0, 1, 2], "accuracy").tolist() == [0, 1, 0]
 
 
 def test_fitting_is_by_the_measure_that_was_asked_for():

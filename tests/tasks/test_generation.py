@@ -16,7 +16,7 @@ from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.tasks.generation import Detokenizer, Generator, encode_prompts, prefill
+from biomamba_jax.tasks.generation import Detokenizer, Generator, prefill
 from biomamba_jax.tasks.padding import bucket_length, pad_left
 from biomamba_jax.tasks.sampling import Sampling
 
@@ -180,9 +180,9 @@ def test_part_of_a_character_and_of_a_stop_string_is_held_back(tokenizer):
 
 
 def test_prompts_begin_as_documents_did_in_training(tokenizer, shared_data):
-    assert encode_prompts(tokenizer, ["insulin"]) == [[tokenizer.eos_id, *tokenizer.encode_batch(["insulin"])[0]]]
+    assert tokenizer.encode_prompts(["insulin"]) == [[tokenizer.eos_id, *tokenizer.encode_batch(["insulin"])[0]]]
     neox = load_tokenizer(shared_data / "tokenizers" / "gpt_neox_20b_tokenizer.json")
-    assert encode_prompts(neox, ["insulin", "", "a<|endoftext|>"]) == [neox.encode_batch(["insulin"])[0], [0], [66, 0]]
+    assert neox.encode_prompts(["insulin", "", "a<|endoftext|>"]) == [neox.encode_batch(["insulin"])[0], [0], [66, 0]]
 
 
 def test_lengths_are_rounded_to_few_sizes():
