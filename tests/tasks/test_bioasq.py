@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from biomamba_jax.config import DomainConfig
+from biomamba_jax.config import BioASQConfig, DomainConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.bioasq import read_questions
 from biomamba_jax.tasks.documents import read_domain
@@ -52,7 +52,7 @@ def test_exact_answers_of_every_layout(tmp_path, case):
 def test_ideal_answers_and_snippets_of_old_files_are_strings(tmp_path):
     (read,) = read_questions(write(tmp_path, question(ideal_answer="It is.", snippets=["one", "two"])))
     assert (read.ideal_answers, read.snippets) == (("It is.",), ("one", "two"))
-    assert read.context(1) == "one"
+    assert read.prompt(BioASQConfig(max_snippets=1)).startswith("one\n\nQuestion: ")
 
 
 def test_its_own_text_is_a_domain_each_question_a_document(tmp_path):
