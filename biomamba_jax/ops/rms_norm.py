@@ -1,12 +1,12 @@
 """RMSNorm, plain and gated, with its own backward pass."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.kernel_arrays import differentiable
 from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
 
 
@@ -39,12 +39,13 @@ def rms_norm(
     Returns:
       An array of x's shape in float32 (float64 for float64 x), which the caller casts to its compute dtype.
     """
-    return _rms_norm(x, weight, gate, eps, _Means(groups, axis, peers))
+    return _rms_norm((x, weight, gate), _Means(eps, groups, axis, peers))
 
 
 class _Means(NamedTuple):
-    """The channels that a mean is over."""
+    """The channels that a mean is over, and what is added to it."""
 
+    eps: float
     groups: int
     axis: str | None
     peers: tuple[tuple[int, ...], ...] | None
@@ -65,20 +66,17 @@ def _mean(x: Array, means: _Means) -> Array:
     return jnp.broadcast_to(jnp.mean(grouped, axis=-1, keepdims=True), grouped.shape).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _rms_norm(x: Array, weight: Array, gate: Array | None, eps: float, means: _Means) -> Array:
+def _run(inputs: tuple[Array, Array, Array | None], means: _Means, save: bool) -> tuple[Array, None]:
+    """Return the outputs; the residuals are the inputs alone."""
+    x, weight, gate = inputs
     u = _gated(x, gate)
-    return u * jax.lax.rsqrt(_mean(u * u, means) + eps) * weight
+    return u * jax.lax.rsqrt(_mean(u * u, means) + means.eps) * weight, None
 
 
-def _forward(x: Array, weight: Array, gate: Array | None, eps: float, means: _Means):
-    return _rms_norm(x, weight, gate, eps, means), (x, weight, gate)
-
-
-def _backward(eps: float, means: _Means, residuals, dy: Array):
-    x, weight, gate = residuals
+def _backward(inputs: tuple[Array, Array, Array | None], residuals: None, dy: Array, means: _Means):
+    x, weight, gate = inputs
     u = _gated(x, gate)
-    scale = jax.lax.rsqrt(_mean(u * u, means) + eps)
+    scale = jax.lax.rsqrt(_mean(u * u, means) + means.eps)
     normed = u * scale
     d_normed = dy * weight
     du = scale * (d_normed - normed * _mean(d_normed * normed, means))
@@ -92,4 +90,4 @@ def _backward(eps: float, means: _Means, residuals, dy: Array):
     return dx.astype(x.dtype), d_weight, d_gate.astype(gate.dtype)
 
 
-_rms_norm.defvjp(_forward, _backward)
+_rms_norm = differentiable(_run, _backward)

@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import importlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -120,8 +120,11 @@ def call(
         like = tuple(v if isinstance(v, int) else jax.ShapeDtypeStruct(v.shape, v.dtype) for v in arguments)
         calls.append(Call(kernel, like, tuple(outputs), grid, launch, constants))
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
-    run, options = _triton_call()
-    results = run(
+    jax_triton = importlib.import_module("jax_triton")
+    options: dict[str, Any] = {"out_shape": list(outputs)}
+    if not jax_triton.__version__.startswith("0.3."):
+        options = {"out_type": list(outputs), "backend_options": {"ptx_version": PTX_VERSION, "enable_fp_fusion": True}}
+    results = jax_triton.triton_call(
         *arguments,
         kernel=kernel,
         name=kernel.__name__,
@@ -129,22 +132,8 @@ def call(
         num_warps=launch.warps,
         num_stages=launch.stages,
         compute_capability=dispatch.compute_capability(),
-        **options(list(outputs)),
+        **options,
         **constants,
     )
     axes = varying_axes(arguments)
     return [vary_over(v, axes) for v in results]
-
-
-def _triton_call() -> tuple[Callable[..., Any], Callable[[list[jax.ShapeDtypeStruct]], dict[str, Any]]]:
-    """Return jax-triton's `triton_call` and the version-specific keyword arguments for given outputs."""
-    jax_triton = importlib.import_module("jax_triton")
-
-    def new(outputs: list[jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        options = {"ptx_version": PTX_VERSION, "enable_fp_fusion": True}
-        return {"out_type": outputs, "backend_options": options}
-
-    def old(outputs: list[jax.ShapeDtypeStruct]) -> dict[str, Any]:
-        return {"out_shape": outputs}
-
-    return jax_triton.triton_call, old if jax_triton.__version__.startswith("0.3.") else new

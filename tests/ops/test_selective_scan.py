@@ -86,12 +86,19 @@ def values_and_gradients(name: str):
 
 
 def assert_equals_oracle(name: str, inputs: dict[str, jax.Array], segment_ids, dtype: str, per=None) -> None:
-    values, gradients = values_and_gradients(name)(inputs, segment_ids)
+    assert_equal_the_plain_loop(values_and_gradients(name)(inputs, segment_ids), inputs, segment_ids, dtype, per)
+
+
+def assert_equal_the_plain_loop(results, inputs: dict[str, jax.Array], segment_ids, dtype: str, per=None) -> None:
+    """Values and gradients equal those of the plain loop in float64, in the dtypes of `selective_scan`."""
+    values, gradients = results
     want_values, want_gradients = in_float64(values_and_gradients("reference"), inputs, segment_ids)
     tolerance = TOLERANCES["selective_scan", dtype]
     assert_close(values, want_values, tolerance.value, per)
     assert_close(gradients, want_gradients, tolerance.gradient, per)
     assert values["y"].dtype == dtype and values["final_state"].dtype == jnp.promote_types(dtype, jnp.float32)
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype, name
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -1,7 +1,8 @@
 """`ssd` against the plain recurrence in float64, and what packing, decoding and memory rely on."""
 
-from functools import cache
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import ssd
+from biomamba_jax.ops.ssd import reference
+from biomamba_jax.ops.ssd.inputs import Inputs
 from tests.ops import oracles
 from tests.ops.oracles import assert_close, with_one_small
 from tests.tolerances import TOLERANCES
@@ -84,17 +87,36 @@ def values_and_gradients(implementation: str, chunk: int | None):
     return jax.jit(compute)
 
 
+def of_kernels(compute: Callable[..., Any], inputs: dict[str, jax.Array], segment_ids: Any) -> tuple[dict, dict]:
+    """Values and gradients by name of compute(Inputs, None); arrays missing in inputs are left out."""
+
+    def run(arrays):
+        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
+
+    (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS if name in inputs})
+    (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"]))
+    return {"y": y, "final_state": final_state}, gradients
+
+
+_recurrence = jax.jit(partial(of_kernels, reference.ssd))
+
+
+def assert_equal_the_recurrence(results, inputs: dict[str, jax.Array], segment_ids, tolerance, per=None) -> None:
+    """Values and gradients equal those of the plain loop in float64, in the dtypes of `ssd`."""
+    got, gradients = results
+    assert got["y"].dtype == inputs["x"].dtype and got["final_state"].dtype == inputs["A"].dtype
+    for name, gradient in gradients.items():
+        assert gradient.dtype == inputs[name].dtype, name
+    want, want_gradients = oracles.in_float64(_recurrence, inputs, segment_ids)
+    assert_close(got, want, tolerance.value, per)
+    assert_close(gradients, want_gradients, tolerance.gradient, per)
+
+
 def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str, chunk: int, per=None) -> None:
     with jax.enable_x64(True):
         arrays = in_dtype(inputs, dtype)
-        exact = {name: v.astype(jnp.float64) for name, v in arrays.items()}
-        want, want_gradients = values_and_gradients("reference", None)(exact, segment_ids)
-        got, gradients = values_and_gradients("xla", chunk)(arrays, segment_ids)
-        for name, gradient in gradients.items():
-            assert gradient.dtype == arrays[name].dtype, name
-        tolerance = TOLERANCES["ssd", dtype]
-        assert_close(got, want, tolerance.value, per)
-        assert_close(gradients, want_gradients, tolerance.gradient, per)
+        results = values_and_gradients("xla", chunk)(arrays, segment_ids)
+        assert_equal_the_recurrence(results, arrays, segment_ids, TOLERANCES["ssd", dtype], per)
 
 
 @st.composite

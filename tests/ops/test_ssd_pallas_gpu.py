@@ -1,7 +1,7 @@
 """The Mosaic GPU kernels of `ssd`: numbers by Pallas's interpreter against the plain recurrence in float64, and
 programs by the compiler for an H100 that is not there."""
 
-from functools import cache, partial
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, ssd
-from biomamba_jax.ops.ssd import pallas_gpu, reference
-from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.ops.ssd import pallas_gpu
 from tests import h100
 from tests.ops import mosaic_interpreter
 from tests.ops.oracles import assert_close, with_one_small
 from tests.ops.test_ssd import (
-    ARRAYS,
     HEAD_AXES,
     PER_HEAD,
     Shape,
+    assert_equal_the_recurrence,
     extreme_inputs,
     in_dtype,
+    of_kernels,
     random_inputs,
     segment_layouts,
 )
@@ -35,41 +35,20 @@ GROUPS = PAIR._replace(rows=2, heads=4, groups=2, length=40)
 TWO_TILES = PAIR._replace(heads=1, d_state=128)  # of 64 states
 
 
-def values_and_gradients(compute, inputs, segment_ids):
-    def run(arrays):
-        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
-
-    (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS if name in inputs})
-    (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"]))
-    return {"y": y, "final_state": final_state}, gradients
-
-
 def interpreted(inputs, segment_ids):
     return mosaic_interpreter.in_threads(_interpreted, jax.tree.map(np.asarray, inputs), segment_ids)
 
 
 def _interpreted(inputs, segment_ids):
     kernels = partial(pallas_gpu.ssd, interpret=mosaic_interpreter.parameters())
-    return jax.tree.map(np.asarray, values_and_gradients(kernels, jax.tree.map(jnp.asarray, inputs), segment_ids))
-
-
-@cache
-def recurrence():
-    return jax.jit(partial(values_and_gradients, reference.ssd))
+    return jax.tree.map(np.asarray, of_kernels(kernels, jax.tree.map(jnp.asarray, inputs), segment_ids))
 
 
 def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids, dtype: str, per=None) -> None:
     arrays = in_dtype(inputs, dtype)
-    got, gradients = interpreted(arrays, segment_ids)
-    for name, gradient in gradients.items():
-        assert gradient.dtype == arrays[name].dtype, name
-    with jax.enable_x64(True):
-        exact = {name: jnp.asarray(np.asarray(v, np.float64)) for name, v in arrays.items()}
-        want, want_gradients = recurrence()(exact, segment_ids)
     # The kernels' products are of bfloat16 whatever the dtype of the inputs.
     tolerance = TOLERANCES["ssd", "bfloat16"]
-    assert_close(got, want, tolerance.value, per)
-    assert_close(gradients, want_gradients, tolerance.gradient, per)
+    assert_equal_the_recurrence(interpreted(arrays, segment_ids), arrays, segment_ids, tolerance, per)
 
 
 @pytest.mark.slow

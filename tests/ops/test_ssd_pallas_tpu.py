@@ -16,18 +16,18 @@ from jax.experimental.pallas import tpu as pltpu
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, ssd
-from biomamba_jax.ops.ssd import pallas_tpu, reference
-from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.ops.ssd import pallas_tpu
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from tests.compilers import needs_libtpu
 from tests.ops.oracles import assert_close, with_one_small
 from tests.ops.test_ssd import (
-    ARRAYS,
     HEAD_AXES,
     PER_HEAD,
     Shape,
+    assert_equal_the_recurrence,
     extreme_inputs,
     in_dtype,
+    of_kernels,
     random_inputs,
     segment_layouts,
 )
@@ -39,43 +39,22 @@ PUBLISHED = Shape(rows=1, length=150, heads=24, headdim=64, d_state=128, groups=
 SMALLEST = Shape(rows=2, length=129, heads=2, headdim=64, d_state=8, groups=1, chunk=CHUNK)
 
 
-def values_and_gradients(compute: Any, inputs: dict, segment_ids: jax.Array) -> tuple[dict, dict]:
-    def run(arrays):
-        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
-
-    (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS})
-    (gradients,) = pull_back((inputs["dy"], inputs["d_final_state"]))
-    return {"y": y, "final_state": final_state}, gradients
-
-
 @cache
 def interpreted(shape: Shape, dtype: str) -> Any:
     """The kernels compiled for the CPU, hardly optimised: compiling is what takes the time."""
-    function = jax.jit(partial(values_and_gradients, partial(pallas_tpu.ssd, interpret=True)))
+    function = jax.jit(partial(of_kernels, partial(pallas_tpu.ssd, interpret=True)))
     ids = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32)
     lowered = function.lower(in_dtype(random_inputs(shape, 0), dtype), ids)
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
-
-
-@cache
-def recurrence() -> Any:
-    return jax.jit(partial(values_and_gradients, reference.ssd))
 
 
 def assert_matches_recurrence(
     shape: Shape, inputs: dict[str, np.ndarray], segment_ids: np.ndarray, dtype: str, per=None
 ) -> None:
     arrays = in_dtype(inputs, dtype)
-    got, gradients = interpreted(shape, dtype)(arrays, segment_ids)
-    for name, gradient in gradients.items():
-        assert gradient.dtype == arrays[name].dtype, name
-    with jax.enable_x64(True):
-        exact = {name: jnp.asarray(np.asarray(v, np.float64)) for name, v in arrays.items()}
-        want, want_gradients = recurrence()(exact, segment_ids)
     # The kernels' products are of bfloat16 whatever the dtype of the inputs.
     tolerance = TOLERANCES["ssd", "bfloat16"]
-    assert_close(got, want, tolerance.value, per)
-    assert_close(gradients, want_gradients, tolerance.gradient, per)
+    assert_equal_the_recurrence(interpreted(shape, dtype)(arrays, segment_ids), arrays, segment_ids, tolerance, per)
 
 
 @pytest.mark.slow
@@ -139,7 +118,7 @@ def test_no_step_of_the_grid_races_with_another():
     inputs = in_dtype(random_inputs(SMALLEST, 6), "bfloat16")
     ids = np.zeros((SMALLEST.rows, SMALLEST.length), np.int32)
     compute = partial(pallas_tpu.ssd, interpret=pltpu.InterpretParams(detect_races=True))
-    values, gradients = jax.jit(partial(values_and_gradients, compute))(inputs, ids)
+    values, gradients = jax.jit(partial(of_kernels, compute))(inputs, ids)
     jax.block_until_ready((values, gradients))
     assert not interpret_pallas_call.races.races_found
 

@@ -17,12 +17,12 @@ from tests.ops.test_ssd import (
     HEAD_AXES,
     PER_HEAD,
     Shape,
+    assert_equal_the_recurrence,
     extreme_inputs,
     in_dtype,
     random_inputs,
     segment_layouts,
 )
-from tests.ops.test_ssd import values_and_gradients as by_name
 from tests.tolerances import TOLERANCES
 
 CHUNK = 64
@@ -36,16 +36,7 @@ def triton(inputs: dict[str, jax.Array], segment_ids: np.ndarray | None) -> tupl
 
 def assert_matches_recurrence(inputs: dict[str, np.ndarray], segment_ids: np.ndarray, dtype: str, per=None) -> None:
     arrays = in_dtype(inputs, dtype)
-    got, gradients = triton(arrays, segment_ids)
-    with jax.enable_x64(True):
-        exact = {name: jnp.asarray(np.asarray(v, np.float64)) for name, v in arrays.items()}
-        want, want_gradients = by_name("reference", None)(exact, segment_ids)
-    tolerance = TOLERANCES["ssd", dtype]
-    assert_close(got, want, tolerance.value, per)
-    assert_close(gradients, want_gradients, tolerance.gradient, per)
-    assert got["y"].dtype == dtype and got["final_state"].dtype == np.float32
-    for name, gradient in gradients.items():
-        assert gradient.dtype == arrays[name].dtype, name
+    assert_equal_the_recurrence(triton(arrays, segment_ids), arrays, segment_ids, TOLERANCES["ssd", dtype], per)
 
 
 @needs_triton

@@ -3,6 +3,8 @@
 The backward pass recomputes the activation's inputs, K times per token, from the cache.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from biomamba_jax.ops import triton_calls
@@ -16,6 +18,25 @@ _KERNELS = f"{__package__}.triton_kernels"
 _CHANNELS = 128  # of a program
 _TOKENS = {"forward": 32, "backward": 16}  # of a program; the most that do not spill
 _LAUNCH = Launch(4)
+
+
+class Sizes(NamedTuple):
+    """What the kernels are compiled for."""
+
+    C: int
+    """Channels of a row."""
+    K: int
+    """Width of the convolution."""
+    T: int
+    """Tokens of a program."""
+    BC: int
+    """Channels of a program."""
+    SILU: bool
+    """True if the activation is SiLU."""
+    SEGMENTED: bool
+    """True if there are segment ids."""
+    INITIAL: bool
+    """True if there are inputs before the first token."""
 
 
 def causal_conv1d(inputs: Inputs, activation: str | None) -> tuple[Float[Array, "B L C"], Float[Array, "B past C"]]:
@@ -33,7 +54,7 @@ def _run(inputs: Inputs, activation: str | None, save: bool) -> tuple[Array, Non
         outputs=[struct_like(inputs.x)],
         grid=_grid(inputs, _TOKENS["forward"]),
         launch=_LAUNCH,
-        constants=_constants(inputs, activation, _TOKENS["forward"]),
+        constants={"sizes": _sizes(inputs, activation, _TOKENS["forward"])},
     )
     return y, None
 
@@ -54,7 +75,7 @@ def _backward(inputs: Inputs, residuals: None, dy: Array, activation: str | None
         ],
         grid=grid,
         launch=_LAUNCH,
-        constants=_constants(inputs, activation, tokens) | {"BEFORE": next_power_of_2(width)},
+        constants={"sizes": _sizes(inputs, activation, tokens), "BEFORE": next_power_of_2(width)},
     )
     sums = jnp.sum(d_weight, (0, 1))
     return Inputs(
@@ -75,17 +96,10 @@ def _grid(inputs: Inputs, tokens: int) -> tuple[int, int, int]:
     return cdiv(length, tokens), cdiv(channels, _CHANNELS), rows
 
 
-def _constants(inputs: Inputs, activation: str | None, tokens: int) -> dict[str, int | bool]:
+def _sizes(inputs: Inputs, activation: str | None, tokens: int) -> Sizes:
     channels, width = inputs.weight.shape
-    return {
-        "C": channels,
-        "K": width,
-        "T": tokens,
-        "BC": _CHANNELS,
-        "SILU": activation == "silu",
-        "SEGMENTED": inputs.segment_ids is not None,
-        "INITIAL": inputs.initial_state is not None and width > 1,
-    }
+    initial = inputs.initial_state is not None and width > 1
+    return Sizes(channels, width, tokens, _CHANNELS, activation == "silu", inputs.segment_ids is not None, initial)
 
 
 def _kernel_inputs(inputs: Inputs) -> tuple[Array, ...]:

@@ -1,6 +1,6 @@
 """The arrays of one selective scan, as `api.selective_scan` passes them and as their cotangents are returned."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,31 @@ class FilledInputs(NamedTuple):
     segment_ids: Int[Array, "B L"] | None
     initial_state: Float[Array, "B E N"]
 
-    def crop(self, cotangents: "FilledInputs") -> "FilledInputs":
-        """Slice padded cotangents to the shapes of these inputs and cast them to their dtypes."""
-        return jax.tree.map(crop_like, cotangents, self._replace(segment_ids=None))
+    def crop(self, g: "Gradients") -> "FilledInputs":
+        """Return the cotangents of these inputs: padded gradients sliced to their shapes and cast to their dtypes."""
+        A, D, dt_bias = (jnp.sum(v, axis=0) for v in (g.A, g.D, g.dt_bias))
+        padded = FilledInputs(g.x, g.dt, A, g.B, g.C, D.reshape(-1), g.z, dt_bias.reshape(-1), None, g.initial)
+        return jax.tree.map(crop_like, padded, self._replace(segment_ids=None))
+
+
+class Gradients(NamedTuple):
+    """Outputs of a backward kernel, in its layouts; those of parameters are per row of the batch."""
+
+    x: Any
+    """[B L E]."""
+    dt: Any
+    """[B L E]."""
+    z: Any
+    """[B L E], or None without a gate."""
+    B: Any
+    """float32; TPU: [B L N]. GPU: [B tiles L Q 4], to be summed over tiles."""
+    C: Any
+    """Like B."""
+    A: Any
+    """float32; TPU: [B tiles N tile]. GPU: [B E Q 4]."""
+    D: Any
+    """float32; TPU: [B tiles 1 tile]. GPU: [B E]."""
+    dt_bias: Any
+    """Like D."""
+    initial: Any
+    """Like A. On TPU it carries the cotangent of the state from chunk to chunk."""

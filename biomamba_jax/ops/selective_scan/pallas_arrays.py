@@ -42,29 +42,6 @@ class Parameters(NamedTuple):
     """[E]."""
 
 
-class Gradients(NamedTuple):
-    """Outputs of a backward kernel, in its layouts; those of parameters are per row of the batch."""
-
-    x: Any
-    """[B L E]."""
-    dt: Any
-    """[B L E]."""
-    z: Any
-    """[B L E], or None without a gate."""
-    B: Any
-    """float32; TPU: [B L N]. GPU: [B tiles L Q 4], to be summed over tiles."""
-    C: Any
-    """Like B."""
-    A: Any
-    """float32; TPU: [B tiles N tile]. GPU: [B E Q 4]."""
-    D: Any
-    """float32; TPU: [B tiles 1 tile]. GPU: [B E]."""
-    dt_bias: Any
-    """Like D."""
-    initial: Any
-    """Like A. On TPU it carries the cotangent of the state from chunk to chunk."""
-
-
 def padded(inputs: FilledInputs, length: int, channels: int, d_state: int) -> tuple[Tokens, Parameters]:
     """Pad all inputs. Padded steps have delta = softplus(-inf) = 0, which leaves the state unchanged."""
     rows = inputs.x.shape[0]

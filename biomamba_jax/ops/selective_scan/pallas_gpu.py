@@ -59,20 +59,8 @@ def _backward(inputs: FilledInputs, boundary: Array, cotangents, interpret: Any)
     dy = pad(cotangents[0].astype(inputs.x.dtype), tokens.x.shape)
     arguments = pallas_gpu_backward.Inputs(tokens, parameters, dy, _split_state(cotangents[1], blocks), boundary)
     g = pallas_gpu_backward.backward(arguments, blocks, interpret)
-    return inputs.crop(
-        FilledInputs(
-            x=g.x,
-            dt=g.dt,
-            A=jnp.sum(_merge_quarters(g.A), axis=0),
-            B=_merge_quarters(jnp.sum(g.B, axis=1)),
-            C=_merge_quarters(jnp.sum(g.C, axis=1)),
-            D=jnp.sum(g.D, axis=0),
-            z=g.z,
-            dt_bias=jnp.sum(g.dt_bias, axis=0),
-            segment_ids=None,
-            initial_state=_merge_quarters(g.initial),
-        )
-    )
+    dB, dC = (_merge_quarters(jnp.sum(v, axis=1)) for v in (g.B, g.C))
+    return inputs.crop(g._replace(A=_merge_quarters(g.A), B=dB, C=dC, initial=_merge_quarters(g.initial)))
 
 
 _scan = differentiable(_run, _backward)

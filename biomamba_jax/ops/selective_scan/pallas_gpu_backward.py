@@ -17,7 +17,8 @@ from biomamba_jax.ops import mosaic_gpu
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, float32, struct_like
 from biomamba_jax.ops.selective_scan import pallas_gpu_blocks as common
-from biomamba_jax.ops.selective_scan.pallas_arrays import Gradients, Parameters, Tokens
+from biomamba_jax.ops.selective_scan.inputs import Gradients
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_gpu_blocks import CHUNK, GROUP, VECTOR, Blocks
 
 _STEPS = 8  # time steps whose states are in registers at once

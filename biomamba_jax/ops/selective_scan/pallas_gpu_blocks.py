@@ -126,14 +126,9 @@ def group(j: int) -> Any:
     return slice(j * GROUP, (j + 1) * GROUP)
 
 
-def broadcast_channels(v: Array, blocks: Blocks) -> Array:
-    """Broadcast [32] -> [32 Q 4]."""
-    return mosaic_gpu.broadcast(v, blocks.state, (0,), STATE)
-
-
 def read_channels(ref: Any, t: Any, j: int, blocks: Blocks) -> Array:
     """Read the value of each channel at step t, broadcast to its states."""
-    return broadcast_channels(mosaic_gpu.to_layout(ref[t, group(j)], CHANNEL), blocks)
+    return mosaic_gpu.broadcast(mosaic_gpu.to_layout(ref[t, group(j)], CHANNEL), blocks.state, (0,), STATE)
 
 
 def read_narrow(ref: Any, t: Any, blocks: Blocks) -> Array:
@@ -179,11 +174,6 @@ def over_steps(v: Array, steps: int) -> Array:
     return mosaic_gpu.broadcast(v, (steps, v.shape[0]), (1,), TOKEN)
 
 
-def over_channels(v: Array, width: int) -> Array:
-    """Broadcast per-step values over the channels: [T] -> [T C]."""
-    return mosaic_gpu.broadcast(v, (v.shape[0], width), (0,), TOKEN)
-
-
 def sum_partials(ref: Any) -> Array:
     """Finish the sums over d_state: [T C Q] -> [T C]."""
     return jnp.sum(mosaic_gpu.read(ref, PARTIAL), axis=2)
@@ -195,7 +185,7 @@ def prepare(tokens: Tokens, bias: Array, scratch: Any, blocks: Blocks) -> None:
     scratch.delta[...] = delta
     if scratch.exponent_step is not None:
         reset = mosaic_gpu.to_layout(tokens.reset[...], VECTOR_OF_STEPS)
-        scratch.exponent_step[...] = delta + over_channels(reset, blocks.width)
+        scratch.exponent_step[...] = delta + mosaic_gpu.broadcast(reset, delta.shape, (0,), TOKEN)
     scratch.u[...] = delta * read_tokens(tokens.x)
     for source, target in ((tokens.B, scratch.B), (tokens.C, scratch.C)):
         target[...] = source[...].reshape(target.shape).astype(jnp.float32)

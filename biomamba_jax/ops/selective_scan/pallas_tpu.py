@@ -67,20 +67,7 @@ def _backward(inputs: FilledInputs, residuals, cotangents, interpret: Any) -> Fi
     dy = pad(cotangents[0].astype(inputs.x.dtype), tokens.x.shape)
     incoming = Incoming(dy, _tiled_state(cotangents[1], blocks), boundary, ungated)
     g = backward(tokens, parameters, incoming, blocks, interpret)
-    return inputs.crop(
-        FilledInputs(
-            x=g.x,
-            dt=g.dt,
-            A=jnp.sum(_untiled_state(g.A), axis=0),
-            B=g.B,
-            C=g.C,
-            D=jnp.sum(g.D, axis=0).reshape(-1),
-            z=g.z,
-            dt_bias=jnp.sum(g.dt_bias, axis=0).reshape(-1),
-            segment_ids=None,
-            initial_state=_untiled_state(g.initial),
-        )
-    )
+    return inputs.crop(g._replace(A=_untiled_state(g.A), initial=_untiled_state(g.initial)))
 
 
 _scan = differentiable(_run, _backward)

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, out_struct
 from biomamba_jax.ops.selective_scan import pallas_tpu_blocks as common
-from biomamba_jax.ops.selective_scan.pallas_arrays import Gradients, Parameters, Tokens
+from biomamba_jax.ops.selective_scan.inputs import Gradients
+from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, STRIDE, SUBLANES, Blocks
 
 _UNROLL = 16

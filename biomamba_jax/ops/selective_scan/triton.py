@@ -22,7 +22,7 @@ from biomamba_jax.ops.kernel_arrays import (
     vary_alike,
 )
 from biomamba_jax.ops.numerics import segment_starts
-from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
+from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Gradients, Inputs
 from biomamba_jax.ops.triton_calls import Launch
 
 _KERNELS = f"{__package__}.triton_kernels"
@@ -40,6 +40,29 @@ class Blocks(NamedTuple):
     states, and sums over channels take fewer shuffles."""
     launch: Launch
     """Warps and stages."""
+
+
+class Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    N: int
+    """States of a channel."""
+    BN: int
+    """N rounded up to a power of two."""
+    BE: int
+    """Channels of a program."""
+    VECTOR: int
+    """Neighbouring channels of a thread, a divisor of a row's channels."""
+    U: int
+    """Unrolled time steps."""
+    CHUNK: int
+    """Time steps between saved states."""
+    GATED: bool
+    """True if there is a gate z."""
+    SEGMENTED: bool
+    """True if there are segment ids."""
+    SAVE: bool
+    """True to save the states before each chunk, for the backward kernel."""
 
 
 CHUNK = 32
@@ -60,19 +83,18 @@ def selective_scan(inputs: Inputs) -> tuple[Float[Array, "B L E"], Float[Array, 
 
 def _run(inputs: FilledInputs, _: None, save: bool) -> tuple[tuple[Array, Array], Array]:
     rows, length, channels = inputs.x.shape
-    d_state = inputs.A.shape[1]
-    sizes = BLOCKS["forward"]
+    blocks, sizes = BLOCKS["forward"], _sizes("forward", inputs, save)
     y, final, boundary = triton_calls.call(
         triton_calls.kernels(_KERNELS).selective_scan_forward,
-        [*_kernel_inputs(inputs), _channels_last(inputs.initial_state), length, channels // _vector(sizes, channels)],
+        [*_kernel_inputs(inputs), _channels_last(inputs.initial_state), length, channels // sizes.VECTOR],
         outputs=[
             struct_like(inputs.x),
-            float32(rows, d_state, channels),
-            float32(rows, cdiv(length, CHUNK) if save else 1, d_state, channels),
+            float32(rows, sizes.N, channels),
+            float32(rows, cdiv(length, CHUNK) if save else 1, sizes.N, channels),
         ],
-        grid=(cdiv(channels, sizes.channels), rows),
-        launch=sizes.launch,
-        constants=_constants(sizes, inputs) | {"SAVE": save},
+        grid=(cdiv(channels, blocks.channels), rows),
+        launch=blocks.launch,
+        constants={"sizes": sizes},
     )
     return (y, final.swapaxes(1, 2)), boundary
 
@@ -80,60 +102,43 @@ def _run(inputs: FilledInputs, _: None, save: bool) -> tuple[tuple[Array, Array]
 def _backward(inputs: FilledInputs, boundary: Array, cotangents, static: None) -> FilledInputs:
     dy, d_final = cotangents
     rows, length, channels = inputs.x.shape
-    d_state = inputs.A.shape[1]
-    sizes = BLOCKS["backward"]
-    programs = cdiv(channels, sizes.channels)
-    extent = length, channels // _vector(sizes, channels)
-    d_narrow = float32(rows, programs, length, d_state)
-    state, vector = float32(rows, d_state, channels), float32(rows, channels)
+    blocks, sizes = BLOCKS["backward"], _sizes("backward", inputs)
+    programs = cdiv(channels, blocks.channels)
+    extent = length, channels // sizes.VECTOR
+    d_narrow = float32(rows, programs, length, sizes.N)
+    state, vector = float32(rows, sizes.N, channels), float32(rows, channels)
     dz_like = jax.ShapeDtypeStruct((1,), inputs.x.dtype) if inputs.z is None else struct_like(inputs.z)
-    saved = float32(rows, CHUNK // sizes.steps, d_state, channels)
+    saved = float32(rows, CHUNK // blocks.steps, sizes.N, channels)
     dx, d_dt, dz, dB, dC, dA, dD, d_bias, d_initial, _ = triton_calls.call(
         triton_calls.kernels(_KERNELS).selective_scan_backward,
         [*_kernel_inputs(inputs), boundary, dy.astype(inputs.x.dtype), _channels_last(d_final), *extent],
         outputs=[struct_like(inputs.x), struct_like(inputs.dt), dz_like, d_narrow, d_narrow]
         + [state, vector, vector, state, saved],
         grid=(programs, rows),
-        launch=sizes.launch,
-        constants=_constants(sizes, inputs),
+        launch=blocks.launch,
+        constants={"sizes": sizes},
     )
-    return inputs.crop(
-        FilledInputs(
-            x=dx,
-            dt=d_dt,
-            A=jnp.sum(dA, 0).T,
-            B=jnp.sum(dB, 1),
-            C=jnp.sum(dC, 1),
-            D=jnp.sum(dD, 0),
-            z=None if inputs.z is None else dz,
-            dt_bias=jnp.sum(d_bias, 0),
-            segment_ids=None,
-            initial_state=d_initial.swapaxes(1, 2),
-        )
-    )
+    dA, d_initial = dA.swapaxes(1, 2), d_initial.swapaxes(1, 2)
+    given_dz = None if inputs.z is None else dz
+    return inputs.crop(Gradients(dx, d_dt, given_dz, jnp.sum(dB, 1), jnp.sum(dC, 1), dA, dD, d_bias, d_initial))
 
 
 _scan = differentiable(_run, _backward)
 
 
-def _vector(sizes: Blocks, channels: int) -> int:
-    """Return the number of neighbouring channels of a thread, which must divide `channels`."""
-    return math.gcd(sizes.vector, channels)
-
-
-def _constants(sizes: Blocks, inputs: FilledInputs) -> dict[str, int | bool]:
-    """Return the constexpr parameters of both kernels."""
-    channels, d_state = inputs.A.shape
-    return {
-        "N": d_state,
-        "BN": next_power_of_2(d_state),
-        "BE": sizes.channels,
-        "VECTOR": _vector(sizes, channels),
-        "U": sizes.steps,
-        "CHUNK": CHUNK,
-        "GATED": inputs.z is not None,
-        "SEGMENTED": inputs.segment_ids is not None,
-    }
+def _sizes(direction: str, inputs: FilledInputs, save: bool = False) -> Sizes:
+    blocks, (channels, d_state) = BLOCKS[direction], inputs.A.shape
+    return Sizes(
+        N=d_state,
+        BN=next_power_of_2(d_state),
+        BE=blocks.channels,
+        VECTOR=math.gcd(blocks.vector, channels),
+        U=blocks.steps,
+        CHUNK=CHUNK,
+        GATED=inputs.z is not None,
+        SEGMENTED=inputs.segment_ids is not None,
+        SAVE=save,
+    )
 
 
 def _kernel_inputs(inputs: FilledInputs) -> tuple[Array, ...]:

@@ -12,7 +12,8 @@ In the loop over chunks, pointers are at the chunk's first step, steps t count f
 left: offsets in a long row need 64 bits, those within a chunk 32.
 
 Shapes: x, dt, z, y and their gradients [B L E]; B, C [B L N]; A_log2e [N E], D, dt_bias [E] float32; reset [B L]
-float32, -inf where the state is reset and 0 elsewhere; states [... N E] float32, channels last.
+float32, -inf where the state is reset and 0 elsewhere; states [... N E] float32, channels last. `sizes` is a
+`triton.Sizes`.
 """
 
 import triton
@@ -36,11 +37,11 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _place(E, N: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr):
+def _place(E, sizes: tl.constexpr):
     """Return a program's channels, row, states, its offsets in a state [N E], and the mask of the valid ones."""
-    e = tl.program_id(0) * BE + tl.arange(0, BE)
-    n = tl.arange(0, BN)
-    return e, tl.program_id(1).to(tl.int64), n, n[:, None] * E + e[None, :], (n < N)[:, None] & (e < E)[None, :]
+    e, n = tl.program_id(0) * sizes.BE + tl.arange(0, sizes.BE), tl.arange(0, sizes.BN)
+    there = (n < sizes.N)[:, None] & (e < E)[None, :]
+    return e, tl.program_id(1).to(tl.int64), n, n[:, None] * E + e[None, :], there
 
 
 @triton.jit
@@ -58,65 +59,45 @@ def _channels(row, t, e, L, E, other: tl.constexpr):
 
 
 @triton.jit
-def _tokens(x, dt, z, t, e, L, E, GATED: tl.constexpr):
+def _tokens(x, dt, z, t, e, L, E, sizes: tl.constexpr):
     """Load x, dt and z of time step t in their storage dtype."""
     x_t = _channels(x, t, e, L, E, 0)
     dt_t = _channels(dt, t, e, L, E, float("-inf"))
-    if GATED:
+    if sizes.GATED:
         return x_t, dt_t, _channels(z, t, e, L, E, 0)
     else:
         return x_t, dt_t, x_t
 
 
 @triton.jit
-def _narrow(row, t, n, L, N: tl.constexpr, BN: tl.constexpr):
+def _narrow(row, t, n, L, sizes: tl.constexpr):
     """Load B or C of time step t as a column; after the end, any finite value: it is multiplied by zero."""
-    place = row + tl.minimum(t, L - 1) * N + n
-    if N == BN:
+    place = row + tl.minimum(t, L - 1) * sizes.N + n
+    if sizes.N == sizes.BN:
         return tl.load(place).to(tl.float32)[:, None]
     else:
-        return tl.load(place, mask=n < N, other=0).to(tl.float32)[:, None]
+        return tl.load(place, mask=n < sizes.N, other=0).to(tl.float32)[:, None]
 
 
 @triton.jit
-def _decay(delta, A, reset, t, L, SEGMENTED: tl.constexpr):
+def _decay(delta, A, reset, t, L, sizes: tl.constexpr):
     """Return exp(delta A), zero at a reset; the mask precedes the exponential."""
     exponent = delta[None, :] * A
-    if SEGMENTED:
+    if sizes.SEGMENTED:
         exponent += tl.load(reset + t, mask=t < L, other=0)
     return tl.exp2(exponent)
 
 
 @triton.jit
 def selective_scan_forward(
-    x,
-    dt,
-    z,
-    B,
-    C,
-    A_log2e,
-    D,
-    dt_bias,
-    reset,
-    initial,
-    L,
-    E_per_vector,
-    y,
-    final,
-    boundary,
-    N: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    U: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GATED: tl.constexpr,
-    SEGMENTED: tl.constexpr,
-    SAVE: tl.constexpr,
+    x, dt, z, B, C, A_log2e, D, dt_bias, reset, initial, L, E_per_vector, y, final, boundary, sizes: tl.constexpr
 ):
     """Compute y, the final state [B N E] and, if SAVE, the state before every CHUNK steps [B chunks N E]."""
-    E = E_per_vector * VECTOR
-    e, row, n, tile, there = _place(E, N, BN, BE)
+    N: tl.constexpr = sizes.N
+    U: tl.constexpr = sizes.U
+    CHUNK: tl.constexpr = sizes.CHUNK
+    E = E_per_vector * sizes.VECTOR
+    e, row, n, tile, there = _place(E, sizes)
     x, dt, z, y = x + row * L * E, dt + row * L * E, z + row * L * E, y + row * L * E
     B, C, reset = B + row * L * N, C + row * L * N, reset + row * L
     A, skip, bias = _parameters(A_log2e, D, dt_bias, e, tile, there, E)
@@ -126,10 +107,10 @@ def selective_scan_forward(
 
     ahead = ()
     for i in tl.static_range(U):
-        ahead = ahead + (_tokens(x, dt, z, i, e, L, E, GATED),)
-    B_t, C_t = _narrow(B, 0, n, L, N, BN), _narrow(C, 0, n, L, N, BN)
+        ahead = ahead + (_tokens(x, dt, z, i, e, L, E, sizes),)
+    B_t, C_t = _narrow(B, 0, n, L, sizes), _narrow(C, 0, n, L, sizes)
     for _ in range(0, chunks):
-        if SAVE:
+        if sizes.SAVE:
             tl.store(boundary + tile, h, mask=there)
             boundary += N * E
         for block in range(0, tl.minimum(CHUNK, L), U):
@@ -138,12 +119,12 @@ def selective_scan_forward(
                 t = block + i
                 x_t = ahead[i][0].to(tl.float32)
                 delta = _softplus(ahead[i][1].to(tl.float32) + bias)
-                loaded = loaded + (_tokens(x, dt, z, t + U, e, L, E, GATED),)
-                next_B, next_C = _narrow(B, t + 1, n, L, N, BN), _narrow(C, t + 1, n, L, N, BN)
+                loaded = loaded + (_tokens(x, dt, z, t + U, e, L, E, sizes),)
+                next_B, next_C = _narrow(B, t + 1, n, L, sizes), _narrow(C, t + 1, n, L, sizes)
                 # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t  (Mamba, arXiv 2312.00752, eq. 2)
-                h = _decay(delta, A, reset, t, L, SEGMENTED) * h + (delta * x_t)[None, :] * B_t
+                h = _decay(delta, A, reset, t, L, sizes) * h + (delta * x_t)[None, :] * B_t
                 y_t = tl.sum(h * C_t, axis=0) + skip * x_t
-                if GATED:
+                if sizes.GATED:
                     z_t = ahead[i][2].to(tl.float32)
                     y_t *= z_t * _sigmoid(z_t)
                 tl.store(y + t * E + e, y_t.to(y.dtype.element_ty), mask=e < tl.where(t < L, E, 0))
@@ -181,14 +162,7 @@ def selective_scan_backward(
     d_bias,
     d_initial,
     scratch,
-    N: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    U: tl.constexpr,
-    CHUNK: tl.constexpr,
-    GATED: tl.constexpr,
-    SEGMENTED: tl.constexpr,
+    sizes: tl.constexpr,
 ):
     """Compute all gradients, last chunk first.
 
@@ -196,8 +170,11 @@ def selective_scan_backward(
     a time, forward with all states in registers, and backward. dB and dC [B blocks L N] are partial sums over the
     program's channels; dA [B N E], dD and d_bias [B E] are per row.
     """
-    E = E_per_vector * VECTOR
-    e, row, n, tile, there = _place(E, N, BN, BE)
+    N: tl.constexpr = sizes.N
+    U: tl.constexpr = sizes.U
+    CHUNK: tl.constexpr = sizes.CHUNK
+    E = E_per_vector * sizes.VECTOR
+    e, row, n, tile, there = _place(E, sizes)
     chunks = tl.cdiv(L, CHUNK)
     first = (chunks - 1) * CHUNK
     token = row * L + first
@@ -213,9 +190,8 @@ def selective_scan_backward(
 
     # The cotangent of the state before the current step from all later ones.
     later = tl.load(d_final + row * N * E + tile, mask=there, other=0)
-    sum_A = tl.zeros((BN, BE), tl.float32)
-    sum_D = tl.zeros((BE,), tl.float32)
-    sum_bias = tl.zeros((BE,), tl.float32)
+    sum_A = tl.zeros((sizes.BN, sizes.BE), tl.float32)
+    sum_D, sum_bias = tl.zeros((sizes.BE,), tl.float32), tl.zeros((sizes.BE,), tl.float32)
     for _ in range(0, chunks):
         h = tl.load(boundary + tile, mask=there, other=0)
         boundary -= N * E
@@ -225,7 +201,7 @@ def selective_scan_backward(
                 t = part * U + i
                 delta = _softplus(_channels(dt, t, e, L, E, float("-inf")).to(tl.float32) + bias)
                 u = delta * _channels(x, t, e, L, E, 0).to(tl.float32)
-                h = _decay(delta, A, reset, t, L, SEGMENTED) * h + u[None, :] * _narrow(B, t, n, L, N, BN)
+                h = _decay(delta, A, reset, t, L, sizes) * h + u[None, :] * _narrow(B, t, n, L, sizes)
         tl.store(scratch + (CHUNK // U - 1) * N * E + tile, h, mask=there)
         tl.debug_barrier()
         for part in range(CHUNK // U - 1, -1, -1):
@@ -234,21 +210,21 @@ def selective_scan_backward(
             inputs = ()
             for i in tl.static_range(U):
                 t = start + i
-                tokens = _tokens(x, dt, z, t, e, L, E, GATED)
+                tokens = _tokens(x, dt, z, t, e, L, E, sizes)
                 delta = _softplus(tokens[1].to(tl.float32) + bias)
                 inputs = inputs + ((tokens[0], tokens[1], tokens[2], _channels(dy, t, e, L, E, 0), delta),)
             for i in tl.static_range(U):
                 t = start + i
                 delta = inputs[i][4]
                 u = delta * inputs[i][0].to(tl.float32)
-                decayed = _decay(delta, A, reset, t, L, SEGMENTED) * before[i]
-                before = before + (decayed + u[None, :] * _narrow(B, t, n, L, N, BN),)
+                decayed = _decay(delta, A, reset, t, L, sizes) * before[i]
+                before = before + (decayed + u[None, :] * _narrow(B, t, n, L, sizes),)
             for i in tl.static_range(U - 1, -1, -1):
                 t = start + i
                 x_t, g, delta = inputs[i][0].to(tl.float32), inputs[i][3].to(tl.float32), inputs[i][4]
-                B_t, C_t = _narrow(B, t, n, L, N, BN), _narrow(C, t, n, L, N, BN)
+                B_t, C_t = _narrow(B, t, n, L, sizes), _narrow(C, t, n, L, sizes)
                 in_row = e < tl.where(t < L, E, 0)
-                if GATED:
+                if sizes.GATED:
                     ungated = tl.sum(before[i + 1] * C_t, axis=0) + skip * x_t
                     z_t = inputs[i][2].to(tl.float32)
                     gate = _sigmoid(z_t)
@@ -262,7 +238,7 @@ def selective_scan_backward(
                 tl.store(dC + t * N + n, tl.sum(before[i + 1] * g[None, :], axis=1), mask=of_token)
                 tl.store(dB + t * N + n, tl.sum(dh * u[None, :], axis=1), mask=of_token)
                 du = tl.sum(dh * B_t, axis=0)
-                later = _decay(delta, A, reset, t, L, SEGMENTED) * dh
+                later = _decay(delta, A, reset, t, L, sizes) * dh
                 d_exponent = later * before[i]
                 sum_A += d_exponent * delta[None, :]
                 d_raw = (tl.sum(d_exponent * A, axis=0) * _LN_2 + du * x_t) * _sigmoid(

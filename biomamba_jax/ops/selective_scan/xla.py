@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.kernel_arrays import differentiable
+from biomamba_jax.ops.kernel_arrays import differentiable, pad, round_up
 from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts, softplus, sum_leading
 from biomamba_jax.ops.selective_scan.chunks import ASSOCIATIVE, SEQUENTIAL, Chunk, loop
 from biomamba_jax.ops.selective_scan.inputs import Inputs
@@ -157,11 +157,9 @@ def _tokens(inputs: Inputs, plan: _Plan) -> _Tokens:
 
 def _chunked(v: Array, plan: _Plan, fill: bool | int = 0) -> Array:
     """Chunk [B L ...] -> [B chunks T ...]. Padded steps have delta = 0, which leaves the state unchanged."""
-    rows, length = v.shape[:2]
-    padding = -length % plan.chunk_size
-    if padding:
-        v = jnp.pad(v, [(0, 0), (0, padding)] + [(0, 0)] * (v.ndim - 2), constant_values=fill)
-    return v.reshape(rows, -1, plan.chunk_size, *v.shape[2:])
+    rows, length, *rest = v.shape
+    v = pad(v, (rows, round_up(length, plan.chunk_size), *rest), fill)
+    return v.reshape(rows, -1, plan.chunk_size, *rest)
 
 
 def _recurrence(tokens: _Tokens, A: Float[Array, "N E"]) -> Chunk:

@@ -152,24 +152,14 @@ def products(*operands: Product) -> list[Array]:
     return pl.run_scoped(compute, *[plgpu.ACC((TILE, TILE), jnp.float32) for _ in operands])
 
 
-def broadcast_column(v: Array) -> Array:
-    """Broadcast a value per row: [64] -> [64 64]."""
-    return mosaic_gpu.broadcast(v, (TILE, TILE), (0,), MATRIX)
-
-
-def broadcast_row(v: Array) -> Array:
-    """Broadcast a value per column: [64] -> [64 64]."""
-    return mosaic_gpu.broadcast(v, (TILE, TILE), (1,), MATRIX)
-
-
 def read_column(ref: Any) -> Array:
     """Read a value per row: [64] -> [64 64]."""
-    return broadcast_column(mosaic_gpu.read(ref, COLUMN))
+    return mosaic_gpu.broadcast(mosaic_gpu.read(ref, COLUMN), (TILE, TILE), (0,), MATRIX)
 
 
 def read_row(ref: Any) -> Array:
     """Read a value per column: [64] -> [64 64]."""
-    return broadcast_row(mosaic_gpu.read(ref, ROW))
+    return mosaic_gpu.broadcast(mosaic_gpu.read(ref, ROW), (TILE, TILE), (1,), MATRIX)
 
 
 def read(ref: Any) -> Array:

@@ -7,14 +7,12 @@ The only residual besides the inputs is the state before each chunk (bfloat16, a
 array of the length of x.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.kernel_arrays import LOG2_E, largest_divisor, pad, round_up, vary_alike
+from biomamba_jax.ops.kernel_arrays import LOG2_E, differentiable, largest_divisor, pad, round_up, vary_alike
 from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.ssd import pallas_common
 from biomamba_jax.ops.ssd import pallas_tpu_tiles as tiles
@@ -158,12 +156,7 @@ def _state_out(state: Array, heads: int, d_state: int) -> Array:
     return state[:, :d_state].swapaxes(1, 2).reshape(state.shape[0], heads, pallas_common.HEADDIM, d_state)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _ssd(arrays: _Arrays, interpret: Any) -> tuple[Array, Array]:
-    return _run(arrays, interpret, save_states=False)[0]
-
-
-def _run(arrays: _Arrays, interpret: Any, *, save_states: bool):
+def _run(arrays: _Arrays, interpret: Any, save: bool):
     x, initial_state = arrays.x, arrays.initial_state
     sizes = _sizes(x, arrays.B)
     out = forward(
@@ -172,20 +165,13 @@ def _run(arrays: _Arrays, interpret: Any, *, save_states: bool):
         _shared_inputs(arrays, sizes),
         _skip(arrays.D, sizes),
         None if initial_state is None else _state_in(initial_state, sizes),
-        save_states=save_states,
+        save_states=save,
         interpret=interpret,
     )
     return (out.y.reshape(x.shape), _state_out(out.final_state, x.shape[2], arrays.B.shape[3])), out.states
 
 
-def _forward(arrays: _Arrays, interpret: Any):
-    outputs, states = _run(arrays, interpret, save_states=True)
-    has_initial_state = () if arrays.initial_state is not None else None
-    return outputs, (arrays._replace(initial_state=None), states, has_initial_state)
-
-
-def _backward(interpret: Any, residuals, cotangents):
-    arrays, states, has_initial_state = residuals
+def _backward(arrays: _Arrays, states: Array, cotangents, interpret: Any) -> _Arrays:
     dy, d_final_state = cotangents
     x, B = arrays.x, arrays.B
     sizes = _sizes(x, B)
@@ -208,19 +194,17 @@ def _backward(interpret: Any, residuals, cotangents):
         return v[..., : B.shape[3]].astype(B.dtype)
 
     d_dt = _from_rows(out.dt.transpose(0, 3, 1, 2), sizes)
-    return (
-        _Arrays(
-            x=out.x.reshape(x.shape),
-            dt=d_dt,
-            A=_from_rows(jnp.sum(out.A, (0, 3)), sizes),
-            B=of_group(out.B),
-            C=of_group(out.C),
-            D=jnp.sum(out.D.reshape(batch, heads, -1), (0, 2)),
-            dt_bias=jnp.sum(d_dt, (0, 1)),
-            starts=None,
-            initial_state=None if has_initial_state is None else _state_out(out.initial_state, heads, B.shape[3]),
-        ),
+    return _Arrays(
+        x=out.x.reshape(x.shape),
+        dt=d_dt,
+        A=_from_rows(jnp.sum(out.A, (0, 3)), sizes),
+        B=of_group(out.B),
+        C=of_group(out.C),
+        D=jnp.sum(out.D.reshape(batch, heads, -1), (0, 2)),
+        dt_bias=jnp.sum(d_dt, (0, 1)),
+        starts=None,
+        initial_state=None if arrays.initial_state is None else _state_out(out.initial_state, heads, B.shape[3]),
     )
 
 
-_ssd.defvjp(_forward, _backward)
+_ssd = differentiable(_run, _backward)

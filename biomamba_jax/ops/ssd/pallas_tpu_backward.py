@@ -135,12 +135,6 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield _Shared(segment, decays.dt, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
 
 
-def _store(shared: _Shared, values: _Shared) -> None:
-    for ref, value in zip(shared, values, strict=True):
-        if ref is not None:
-            ref[...] = value
-
-
 def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
     """Sum [l 128] over each head's channels and store the sums to the pair's two rows of `rows`."""
     transposed = values.T
@@ -266,7 +260,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
         for ref in (sums.ends, sums.begins, sums.begins_inside, sums.last):
             ref[...] = jnp.zeros_like(ref)
         *_, values = _prepare(sizes, inputs.here)
-        _store(shared, values)
+        tiles.store(shared, values)
 
     for ref in (sums.scores, sums.B, sums.C):
         ref[...] = jnp.zeros_like(ref)
@@ -277,7 +271,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
         _pair(sizes, pair, inputs, out, d_state, shared, sums)
     *_, values = values, *stages
     _finish(sizes, inputs.here, out, shared, sums)
-    _store(shared, values)
+    tiles.store(shared, values)
 
     @pl.when(step == sizes.chunks - 1)
     def end_stream() -> None:

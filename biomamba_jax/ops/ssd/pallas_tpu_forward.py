@@ -88,11 +88,6 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield _Shared(s, to_end, across, C_in, B_transposed, jnp.concatenate(scores, 0), jnp.concatenate(rows, 0))
 
 
-def _store(shared: _Shared, values: _Shared) -> None:
-    for ref, value in zip(shared, values, strict=True):
-        ref[...] = value
-
-
 def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared: _Shared) -> None:
     half_rows = sizes.half_rows
     _, row, block, chunk = (pl.program_id(axis) for axis in range(4))
@@ -105,7 +100,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
     @pl.when((row == 0) & (block == 0) & (chunk == 0))
     def start_half() -> None:
         *_, values = _prepare(sizes, inputs.here)
-        _store(shared, values)
+        tiles.store(shared, values)
 
     if outputs.states is not None:
         outputs.states[...] = state[...].astype(jnp.bfloat16)
@@ -139,7 +134,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
         decay = tiles.broadcast_pair_row(across[:1], pair, half_rows)
         state[:, lanes] = before * decay + tiles.dot(B_transposed, weighted)
     *_, values = values, *stages
-    _store(shared, values)
+    tiles.store(shared, values)
 
     @pl.when(chunk == sizes.chunks - 1)
     def end_stream() -> None:

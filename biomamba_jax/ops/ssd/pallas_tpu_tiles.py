@@ -218,6 +218,13 @@ def shared_specs(sizes: Sizes, like: SharedInputs, place: Callable[..., tuple[An
     )
 
 
+def store(refs: Any, values: Any) -> None:
+    """Store a record of values to the refs of its fields; a field that is None is left out."""
+    for ref, value in zip(refs, values, strict=True):
+        if ref is not None:
+            ref[...] = value
+
+
 class Decays(NamedTuple):
     """Step sizes and decays of one chunk, as rows [R l]."""
 

@@ -48,7 +48,7 @@ class Blocks(NamedTuple):
     launch: Launch
     """Warps and stages."""
     size: int = 0
-    """Channels of a head in a program of the scans; maximum heads in one of `shared_gradients`."""
+    """Upper bound of `Sizes.BLOCK`."""
 
 
 BLOCKS: Mapping[str, Blocks] = {
@@ -61,6 +61,25 @@ BLOCKS: Mapping[str, Blocks] = {
 """Chosen by static counts (`python -m benchmarks kernels --target sm_90`) in bfloat16 at the published sizes: few
 instructions, and no spills forward. `token_gradients` on four warps spills 70 registers of a thread on sm_80, and still
 takes 40 % fewer instructions than on eight."""
+
+
+class Sizes(NamedTuple):
+    """What a kernel is compiled for."""
+
+    H: int
+    """Heads of a row."""
+    G: int
+    """Groups of heads that share B and C."""
+    P: int
+    """Channels of a head, a power of two."""
+    N: int
+    """States, a power of two."""
+    Q: int
+    """Tokens of a chunk, a power of two."""
+    SEGMENTED: bool
+    """True if there are segment ids."""
+    BLOCK: int
+    """Channels of a head in a program of the scans, a power of two; heads in one of `ssd_shared_gradients`."""
 
 
 class _Arrays(NamedTuple):
@@ -148,14 +167,14 @@ def _run(inputs: tuple[_Arrays, Array | None], _: None, save: bool) -> tuple[tup
     rows, length, heads, headdim = x.shape
     kernels = triton_calls.kernels(_KERNELS)
     ids = s if segment is None else segment  # the placeholder is not read
-    sizes = BLOCKS["states"]
+    blocks = BLOCKS["states"]
     before, final_state = triton_calls.call(
         kernels.ssd_states,
         (x, d, s, B, ids, initial_state, length),
         outputs=[_chunk_states(arrays), float32(*initial_state.shape)],
-        grid=(cdiv(headdim, sizes.size), heads, rows),
-        launch=sizes.launch,
-        constants=_constants(arrays, segment) | {"PB": min(sizes.size, headdim)},
+        grid=(cdiv(headdim, blocks.size), heads, rows),
+        launch=blocks.launch,
+        constants=_constants(arrays, segment, min(blocks.size, headdim)),
     )
     (y,) = triton_calls.call(
         kernels.ssd_outputs,
@@ -176,15 +195,14 @@ def _backward(inputs: tuple[_Arrays, Array | None], before: Array, cotangents, _
     groups, d_state = B.shape[2:]
     kernels = triton_calls.kernels(_KERNELS)
     ids = s if segment is None else segment
-    constants = _constants(arrays, segment)
-    sizes = BLOCKS["state_gradients"]
+    blocks = BLOCKS["state_gradients"]
     after, d_initial = triton_calls.call(
         kernels.ssd_state_gradients,
         (dy, s, C, ids, d_final_state, length),
         outputs=[_chunk_states(arrays), float32(*initial_state.shape)],
-        grid=(cdiv(headdim, sizes.size), heads, rows),
-        launch=sizes.launch,
-        constants=constants | {"PB": min(sizes.size, headdim)},
+        grid=(cdiv(headdim, blocks.size), heads, rows),
+        launch=blocks.launch,
+        constants=_constants(arrays, segment, min(blocks.size, headdim)),
     )
     dx, dd, ds, dD = triton_calls.call(
         kernels.ssd_token_gradients,
@@ -192,18 +210,18 @@ def _backward(inputs: tuple[_Arrays, Array | None], before: Array, cotangents, _
         outputs=[struct_like(x), float32(*d.shape), float32(*s.shape), float32(rows, heads, length // CHUNK)],
         grid=(heads, length // CHUNK, rows),
         launch=BLOCKS["token_gradients"].launch,
-        constants=constants,
+        constants=_constants(arrays, segment),
     )
-    sizes = BLOCKS["shared_gradients"]
-    per_program = largest_divisor(heads // groups, sizes.size)
+    blocks = BLOCKS["shared_gradients"]
+    per_program = largest_divisor(heads // groups, blocks.size)
     partial_sums = float32(rows, heads // per_program, length, d_state)
     dB, dC = triton_calls.call(
         kernels.ssd_shared_gradients,
         (x, dy, d, s, B, C, ids, before, after, length),
         outputs=[partial_sums, partial_sums],
         grid=(heads // per_program, length // CHUNK, rows),
-        launch=sizes.launch,
-        constants=constants | {"HB": per_program},
+        launch=blocks.launch,
+        constants=_constants(arrays, segment, per_program),
     )
 
     def of_groups(v: Array) -> Array:
@@ -223,7 +241,7 @@ def _chunk_states(arrays: _Arrays) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((rows, length // CHUNK, heads, headdim, arrays.B.shape[3]), arrays.x.dtype)
 
 
-def _constants(arrays: _Arrays, segment: Array | None) -> dict[str, Any]:
+def _constants(arrays: _Arrays, segment: Array | None, block: int = 0) -> dict[str, Any]:
     heads, headdim = arrays.x.shape[2:]
     groups, d_state = arrays.B.shape[2:]
-    return {"H": heads, "G": groups, "P": headdim, "N": d_state, "Q": CHUNK, "SEGMENTED": segment is not None}
+    return {"sizes": Sizes(heads, groups, headdim, d_state, CHUNK, segment is not None, block)}

@@ -25,6 +25,7 @@ import numpy as np
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import pad, round_up
 from biomamba_jax.ops.numerics import accumulator_dtype, segment_starts
 from biomamba_jax.ops.ssd.inputs import Inputs
 
@@ -53,7 +54,8 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
         starts = segment_starts(segment_ids)
     chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
     # A padded step has d = 0, which leaves the state unchanged.
-    x, dt, B, C, starts = (_pad_length(v, -length % chunk) for v in (x, dt, B, C, starts))
+    padded = round_up(length, chunk)
+    x, dt, B, C, starts = (pad(v, (batch, padded, *v.shape[2:])) for v in (x, dt, B, C, starts))
     state = initial_state.reshape(batch, groups, -1, d_state).swapaxes(2, 3)
     y, state = _scan_chunks(x, dt, A, B, C, D, starts, state, chunk)
     return y[:, :length], state.swapaxes(2, 3).reshape(initial_state.shape)
@@ -69,10 +71,6 @@ def _step(x: Array, dt: Array, A: Array, B: Array, C: Array, D: Array, state: Ar
     y = jnp.einsum("bgwn,bgn->bgw", state.reshape(increment.shape), c, precision="highest")
     y = y.reshape(u.shape) + D[:, None] * u
     return y[:, None].astype(x.dtype), state
-
-
-def _pad_length(v: Array, amount: int) -> Array:
-    return jnp.pad(v, [(0, 0), (0, amount)] + [(0, 0)] * (v.ndim - 2)) if amount else v
 
 
 class _Chunk(NamedTuple):
