@@ -5,13 +5,14 @@ Imports torch only when one of them runs. Signatures as of mamba_ssm 2.3 and cau
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 Run = Callable[[], Any]
+_Arrays = Mapping[str, jax.Array]
 
 _DEVICE = "cuda"
 
@@ -56,59 +57,54 @@ def _tensor(v: jax.Array) -> Any:
     return values.requires_grad_(values.is_floating_point())
 
 
-def _runs(compute: Run, inputs: Mapping[str, Any], dy: Any) -> Runs:
+def _runs(compute: Callable[..., Any], arrays: _Arrays, ids: Any, dy: jax.Array, time_last: Sequence[str] = ()) -> Runs:
+    """Build the calls of `compute(arrays, ids)`, those in `time_last` and their gradient transposed beforehand."""
     torch: Any = importlib.import_module("torch")
+    inputs = {k: _tensor(v.swapaxes(1, 2) if k in time_last else v) for k, v in arrays.items()}
+    seq_idx = None if ids is None else _tensor(ids)
+    gradient = _tensor(dy.swapaxes(1, 2) if time_last else dy).detach()
 
     def forward() -> Any:
         with torch.no_grad():
-            return compute()
+            return compute(inputs, seq_idx)
 
     def both() -> Any:
-        return dict(zip(inputs, torch.autograd.grad(compute(), list(inputs.values()), dy), strict=True))
+        values = compute(inputs, seq_idx)
+        return dict(zip(inputs, torch.autograd.grad(values, list(inputs.values()), gradient), strict=True))
 
     return Runs(forward, both, lambda _: torch.cuda.synchronize())
 
 
-def _selective_scan(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
-    """Build theirs, which has no resets inside a row and time on the last axis; transposes are not timed."""
+def _selective_scan(arrays: _Arrays, ids: Any, dy: jax.Array) -> Runs:
+    """Build theirs, which has no resets inside a row and time on the last axis."""
     function = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
-    time_last = ("x", "dt", "B", "C", "z")
-    inputs = {k: _tensor(v.swapaxes(1, 2) if k in time_last else v) for k, v in arrays.items()}
 
-    def compute() -> Any:
-        i = inputs
-        return function(
-            i["x"], i["dt"], i["A"], i["B"], i["C"], i["D"], i["z"], delta_bias=i["dt_bias"], delta_softplus=True
-        )
+    def compute(v: Mapping[str, Any], _: Any) -> Any:
+        arguments = (v[k] for k in ("x", "dt", "A", "B", "C", "D", "z"))
+        return function(*arguments, delta_bias=v["dt_bias"], delta_softplus=True)
 
-    return _runs(compute, inputs, _tensor(dy.swapaxes(1, 2)).detach())
+    return _runs(compute, arrays, ids, dy, time_last=("x", "dt", "B", "C", "z"))
 
 
-def _ssd(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
+def _ssd(arrays: _Arrays, ids: Any, dy: jax.Array) -> Runs:
     function = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    inputs = {k: _tensor(v) for k, v in arrays.items()}
-    seq_idx = None if ids is None else _tensor(ids)
 
-    def compute() -> Any:
-        i = inputs
-        options = {"chunk_size": 256, "seq_idx": seq_idx, "dt_softplus": True}
-        return function(i["x"], i["dt"], i["A"], i["B"], i["C"], D=i["D"], dt_bias=i["dt_bias"], **options)
+    def compute(v: Mapping[str, Any], seq_idx: Any) -> Any:
+        options = {"chunk_size": 256, "seq_idx": seq_idx, "dt_softplus": True, "D": v["D"], "dt_bias": v["dt_bias"]}
+        return function(v["x"], v["dt"], v["A"], v["B"], v["C"], **options)
 
-    return _runs(compute, inputs, _tensor(dy).detach())
+    return _runs(compute, arrays, ids, dy)
 
 
-def _causal_conv1d(arrays: Mapping[str, jax.Array], ids: Any, dy: jax.Array) -> Runs:
+def _causal_conv1d(arrays: _Arrays, ids: Any, dy: jax.Array) -> Runs:
     """Build theirs, with time as the last axis and channels last in memory, as its resets need."""
     function = importlib.import_module("causal_conv1d").causal_conv1d_fn
-    inputs = {k: _tensor(v) for k, v in arrays.items()}
-    seq_idx = None if ids is None else _tensor(ids)
 
-    def compute() -> Any:
-        i = inputs
-        y = function(i["x"].transpose(1, 2), i["weight"], i["bias"], seq_idx=seq_idx, activation="silu")
+    def compute(v: Mapping[str, Any], seq_idx: Any) -> Any:
+        y = function(v["x"].transpose(1, 2), v["weight"], v["bias"], seq_idx=seq_idx, activation="silu")
         return y.transpose(1, 2)
 
-    return _runs(compute, inputs, _tensor(dy).detach())
+    return _runs(compute, arrays, ids, dy)
 
 
 CUDA_BASELINES: Mapping[str, Baseline] = {

@@ -29,6 +29,13 @@ _CHILD_ENVIRONMENT = {
 }
 
 
+def require_compiler(tpu: bool) -> None:
+    """Raise UserError if the compiler for TPUs, or the one for GPUs, is not installed."""
+    package, extra = ("libtpu", "tpu-compiler") if tpu else ("jax_cuda12_plugin", "gpu")
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"compiling for {'TPU' if tpu else 'GPU'} needs {package}: pip install 'biomamba-jax[{extra}]'")
+
+
 def compiler_environment() -> dict[str, str]:
     """Return this process's environment, changed for a process that compiles for absent devices.
 
@@ -123,8 +130,7 @@ def estimates(
     Raises:
       UserError: libtpu is missing, or the child ended before its work was done.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("compiling for TPU needs libtpu: pip install 'biomamba-jax[tpu-compiler]'")
+    require_compiler(tpu=True)
     with tempfile.TemporaryDirectory() as folder:
         if profile:
             flags = f"--xla_jf_dump_static_llo_profile_to={folder} {flags}"

@@ -4,7 +4,6 @@ libtpu and jax's CUDA plugin contain the real compilers; neither needs the hardw
 """
 
 import dataclasses
-import importlib.util
 import math
 import re
 import tempfile
@@ -19,13 +18,11 @@ from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.parallel.mesh import make_mesh
-from biomamba_jax.planning.ahead_of_time import compiler_environment, run_in_child, tpu_devices
-from biomamba_jax.planning.costs import Costs, program_costs
-from biomamba_jax.planning.program import Collective, Work, read_program
-from biomamba_jax.planning.topology import GPU_TARGETS, Topology, parse_topology
+from biomamba_jax.planning.ahead_of_time import compiler_environment, require_compiler, run_in_child, tpu_devices
+from biomamba_jax.planning.costs import Costs, Operation, program_costs
+from biomamba_jax.planning.program import Collective, Program
+from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.program import pretrain_program
-
-_PLUGIN = "jax_plugins.xla_cuda12"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Compiled:
     """Memory of one device; if the program is too large, as far as it is known."""
     costs: Costs = dataclasses.field(default_factory=Costs)
     """Costs on one device, from the jaxpr."""
-    work: list[Work] = dataclasses.field(default_factory=list)
+    work: list[Operation] = dataclasses.field(default_factory=list)
     """Operations of the compiled program other than kernels."""
     collectives: list[Collective] = dataclasses.field(default_factory=list)
     """Collectives of the compiled program."""
@@ -76,23 +73,13 @@ class Compiled:
         return self.refused is None and self.needed is None
 
 
-def check_compiler(topology: Topology) -> None:
-    """Raise UserError if the compiler for this machine is not installed."""
-    if topology.is_tpu and importlib.util.find_spec("libtpu") is None:
-        raise UserError("planning for TPU needs libtpu: pip install 'biomamba-jax[tpu-compiler]'")
-    if not topology.is_tpu and (
-        importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec(_PLUGIN) is None
-    ):
-        raise UserError("planning for GPU needs the CUDA plugin of jax: pip install 'biomamba-jax[gpu]'")
-
-
 def compile_step(config: PlanConfig) -> Compiled:
     """Compile the training step of `config`, whose vocabulary is known, for its topology.
 
     Raises:
       UserError: the compiler is not installed, took too long or broke.
     """
-    check_compiler(parse_topology(config.topology, config.slices))
+    require_compiler(parse_topology(config.topology, config.slices).is_tpu)
     with tempfile.TemporaryDirectory() as folder:
         environment = compiler_environment()
         environment["XLA_FLAGS"] += f" --xla_dump_to={folder} --xla_dump_hlo_as_text"
@@ -134,7 +121,7 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
     rest = analysis.argument_size_in_bytes - parameters - optimizer
     rest += analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
     memory = Memory(parameters, optimizer, kept, analysis.temp_size_in_bytes - kept, rest)
-    found = read_program(_text(compiled, folder), mesh.size, topology.slices)
+    found = Program(_text(compiled, folder), mesh.size, topology.slices)
     needed = memory.total if memory.total > topology.chip.memory_bytes else None
     return Compiled(sizes, memory, costs, found.work, found.collectives, None, needed, seconds)
 
@@ -150,9 +137,8 @@ def _text(compiled: Any, folder: Path) -> str:
 def _devices(topology: Topology) -> Any:
     if topology.is_tpu:
         return tpu_devices(topology.compiler_name, topology.slices)
-    target = GPU_TARGETS[topology.generation]
-    shape = topology.compiler_name
-    return topologies.get_topology_desc(topology.generation, "cuda", target_config=target, topology=shape).devices
+    options = {"target_config": Path(__file__).with_name(f"{topology.generation}.textproto").read_text()}
+    return topologies.get_topology_desc(topology.generation, "cuda", topology=topology.compiler_name, **options).devices
 
 
 def _device_bytes(tree: Any) -> int:

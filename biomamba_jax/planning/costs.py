@@ -4,6 +4,7 @@ The jaxpr rather than the compiled program, since kernels state their costs and 
 `shard_map` shapes are per device; work outside is divided evenly over the devices.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -11,21 +12,23 @@ from typing import Any
 
 import jax
 
+_KERNELS = ("pallas_call", "mpmd_map", "triton_kernel_call")  # Pallas for TPU, Mosaic GPU, jax-triton
+
 
 @dataclasses.dataclass(frozen=True)
-class KernelCall:
-    """Calls of one kernel at one shape."""
+class Operation:
+    """An operation of a compiled program, or all calls of a kernel at one shape."""
 
     name: str
-    """Name of the kernel."""
+    """Name of the HLO instruction or of the kernel."""
     calls: int
-    """Calls in a step."""
+    """Executions in a step."""
     flops: float
-    """FLOPs of the matrix products of one call."""
-    vector_operations: float
-    """Vector operations of one call, as the kernel states them; 0 if it states none."""
+    """FLOPs of the matrix products of one execution."""
     bytes: float
-    """Bytes of the operands and results of one call."""
+    """Bytes that one execution reads and writes in device memory; of a kernel those of its operands and results."""
+    vector_operations: float = 0.0
+    """Vector operations of one call of a kernel that states them."""
 
 
 @dataclasses.dataclass
@@ -34,7 +37,7 @@ class Costs:
 
     flops: float = 0.0
     """FLOPs of all matrix products, kernels and recomputation included."""
-    kernels: list[KernelCall] = dataclasses.field(default_factory=list)
+    kernels: list[Operation] = dataclasses.field(default_factory=list)
     """All calls of kernels."""
     saved_bytes: float = 0.0
     """Activations that loops over layers save in the forward pass for the backward pass."""
@@ -48,40 +51,36 @@ def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Co
       devices: number of devices that work outside `shard_map` is divided over.
       layers: length of the loops whose stacked results are saved activations; None: no loop's are.
     """
-    costs = Costs()
-    found: dict[tuple[Any, ...], int] = {}
-    _walk(getattr(jaxpr, "jaxpr", jaxpr), 1, 1 / devices, layers, costs, found)
-    costs.kernels = [KernelCall(key[0], calls, *key[1:]) for key, calls in found.items()]
-    return costs
-
-
-def _walk(jaxpr: Any, times: int, share: float, layers: int | None, costs: Costs, found: dict[Any, int]) -> None:
-    """Add `times` runs of `jaxpr`, of which this device does `share`."""
-    for equation in jaxpr.eqns:
+    costs, calls = Costs(), collections.Counter[tuple[str, float, float, float]]()
+    for equation, times, share in _executed(getattr(jaxpr, "jaxpr", jaxpr), 1, 1 / devices):
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
             costs.flops += times * share * _dot_flops(equation)
         elif name == "wgmma_ref":
             costs.flops += times * share * _tensor_core_flops(equation)
-        elif name in ("pallas_call", "mpmd_map"):  # Pallas for TPU; Mosaic GPU
+        elif name in _KERNELS:
             kernel = _kernel(equation)
-            found[kernel] = found.get(kernel, 0) + times
+            calls[kernel] += times
             costs.flops += times * kernel[1]
-        elif name == "triton_kernel_call":  # states no cost: only its bytes are known
-            kernel = str(parameters.get("name") or "triton"), 0.0, 0.0, _all_bytes(equation)
-            found[kernel] = found.get(kernel, 0) + times
-        elif name == "scan":
-            body = parameters["jaxpr"].jaxpr
-            if parameters["length"] == layers and share == 1 and not parameters["reverse"]:
-                costs.saved_bytes += sum(map(_bytes, _stacked(equation, body)))
-            _walk(body, times * parameters["length"], share, layers, costs, found)
-        elif name == "cond":  # the most expensive branch
-            branches = [program_costs(branch) for branch in parameters["branches"]]
-            heaviest = max(range(len(branches)), key=lambda i: branches[i].flops)
-            _walk(parameters["branches"][heaviest].jaxpr, times, share, layers, costs, found)
-        else:
+        elif name == "scan" and parameters["length"] == layers and share == 1 and not parameters["reverse"]:
+            costs.saved_bytes += _stacked_bytes(equation)
+    costs.kernels = [Operation(key[0], number, *key[1:]) for key, number in calls.items()]
+    return costs
+
+
+def _executed(jaxpr: Any, times: int, share: float) -> Iterator[tuple[Any, int, float]]:
+    """Yield every equation with how often it runs and the share of it that this device does."""
+    for equation in jaxpr.eqns:
+        yield equation, times, share
+        name, parameters = equation.primitive.name, equation.params
+        if name == "scan":
+            yield from _executed(parameters["jaxpr"].jaxpr, times * parameters["length"], share)
+        elif name == "cond":
+            most_expensive = max(parameters["branches"], key=lambda branch: program_costs(branch).flops)
+            yield from _executed(most_expensive.jaxpr, times, share)
+        elif name not in _KERNELS:
             for inner in _inner_jaxprs(parameters):
-                _walk(inner, times, 1.0 if name == "shard_map" else share, layers, costs, found)
+                yield from _executed(inner, times, 1.0 if name == "shard_map" else share)
 
 
 def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
@@ -92,11 +91,10 @@ def _inner_jaxprs(parameters: Mapping[str, Any]) -> Iterator[Any]:
                 yield item
 
 
-def _stacked(equation: Any, body: Any) -> Iterator[Any]:
-    """Yield a scan's stacked outputs, which have one axis more than the body's; carries have the same shape."""
-    for variable, of_step in zip(equation.outvars, body.outvars, strict=True):
-        if variable.aval.shape != of_step.aval.shape:
-            yield variable
+def _stacked_bytes(scan: Any) -> int:
+    """Return the bytes of a scan's stacked outputs, which have one axis more than the body's; carries do not."""
+    pairs = zip(scan.outvars, scan.params["jaxpr"].jaxpr.outvars, strict=True)
+    return sum(_bytes(v) for v, of_step in pairs if v.aval.shape != of_step.aval.shape)
 
 
 def _dot_flops(equation: Any) -> float:
@@ -117,8 +115,10 @@ def _tensor_core_flops(equation: Any) -> float:
 
 
 def _kernel(equation: Any) -> tuple[str, float, float, float]:
-    """Return name, FLOPs of matrix products, vector operations and bytes of one call."""
+    """Return name, FLOPs of matrix products, bytes and vector operations of one call."""
     parameters = equation.params
+    if equation.primitive.name == "triton_kernel_call":  # states no cost: only its bytes are known
+        return str(parameters.get("name") or "triton"), 0.0, _all_bytes(equation), 0.0
     name = parameters.get("name") or parameters["name_and_src_info"].name
     if "meshes" in parameters:  # each warpgroup of a block has its own branch: all of them count
         ((mesh, jaxpr),) = zip(parameters["meshes"], parameters["jaxprs"], strict=True)
@@ -129,7 +129,7 @@ def _kernel(equation: Any) -> tuple[str, float, float, float]:
     flops = inside.flops * math.prod(grid)
     stated = parameters.get("cost_estimate")
     vector = 0.0 if stated is None or flops else float(stated.flops)
-    return name, flops, vector, _all_bytes(equation)
+    return name, flops, _all_bytes(equation), vector
 
 
 def _all_bytes(equation: Any) -> float:

@@ -2,24 +2,17 @@
 
 import re
 
-from biomamba_jax.planning.hlo import (
-    Computations,
-    Instruction,
-    UnknownTripCountError,
-    called_computations,
-    is_kernel,
-    parse,
-    trip_count,
-)
+from biomamba_jax.planning import hlo
+from biomamba_jax.planning.hlo import Computations, Instruction
 
 _BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 
 def kernel_cycles(text: str) -> dict[str, int]:
     """Return the cycles of each Pallas call by its HLO name, if the static profile was requested."""
-    computations, _ = parse(text)
-    calls = [i for body in computations.values() for i in body if is_kernel(i)]
-    return {i.name: cycles for i in calls if (cycles := _own_cycles(i))}
+    computations, _ = hlo.parse(text)
+    calls = {i.name: _own_cycles(i) for body in computations.values() for i in body if hlo.is_kernel(i)}
+    return {name: cycles for name, cycles in calls.items() if cycles}
 
 
 def other_cycles(text: str) -> int | None:
@@ -27,26 +20,26 @@ def other_cycles(text: str) -> int | None:
 
     None if the trip count of a loop with cycles in it is unknown: counting it once would be far too low.
     """
-    computations, entry = parse(text)
+    computations, entry = hlo.parse(text)
     try:
         return _cycles_within(entry, computations)
-    except UnknownTripCountError:
+    except hlo.UnknownTripCountError:
         return None
 
 
 def _cycles_within(name: str, computations: Computations) -> int:
     total = 0
     for i in computations[name]:
-        called = called_computations(i)
+        called = hlo.called_computations(i)
         if i.opcode == "while":
             if once := _cycles_within(called["body"][0], computations):
-                total += once * trip_count(i, computations[name], computations)
+                total += once * hlo.trip_count(i, computations[name], computations)
         elif i.opcode == "conditional":
             branches = [branch for key in _BRANCHES for branch in called.get(key, ())]
             total += max(_cycles_within(branch, computations) for branch in branches)
         elif i.opcode == "call":
             total += _cycles_within(called["to_apply"][0], computations)
-        elif not is_kernel(i):
+        elif not hlo.is_kernel(i):
             total += _own_cycles(i)
     return total
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 D_STATE, SSD_D_STATE, HEADDIM = 16, 128, 64
 """Sizes of the published models: d_state of Mamba-1, d_state and headdim of Mamba-2."""
 _WIDTH = 4
-_OPS = {"mamba1": ("selective_scan",), "mamba2": ("ssd",)}
+_OPS = {"mamba1": "selective_scan", "mamba2": "ssd"}
 _LENGTHS = (256, 512)  # multiples of every kernel's chunk
 _CHANNELS = 1536  # whole tiles and heads of every kernel
 
@@ -58,7 +58,7 @@ def build(
     full = shape(rows, length, channels)
     ids = shape(rows, length, dtype=jnp.int32) if segments else None
     run: Callable[..., Any]
-    options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
+    options: dict[str, Any] = {"implementation": implementation}
     if op == "selective_scan":
         run, states, vector = selective_scan, shape(rows, length, D_STATE), shape(channels, dtype=f32)
         A = shape(channels, D_STATE, dtype=f32)
@@ -100,24 +100,21 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
     topology = f"{target}:{SMALLEST[target]}"
     chip = parse_topology(topology).chip
     assert chip.clock is not None  # known for every generation in SMALLEST
+    shape = {"rows": 1, "channels": _CHANNELS, "segments": True, "implementation": "pallas_tpu", "gradient": True}
+    arguments = [{"op": _OPS[kind], "length": length, **shape} for length in _LENGTHS]
+    requests = [Request(topology, f"{__name__}:build", a) for a in arguments]
+    try:
+        short, long = (e.static_cycles for e in estimates(requests, profile=True, timeout=timeout))
+    except UserError as error:  # the profile can abort the compiler; the kernels' own cost estimates remain
+        reason = f"no profile, so the time of its kernels is a lower bound: {error}"
+        logger.warning("%s on %s: %s", _OPS[kind], target, reason)
+        return {}
+    few, many = map(_kernel_bytes, arguments)
     rates: dict[str, float] = {}
-    for op in _OPS[kind]:
-        requests = []
-        for length in _LENGTHS:
-            shape = {"rows": 1, "length": length, "channels": _CHANNELS, "segments": True}
-            arguments: dict[str, Any] = {"op": op, "implementation": "pallas_tpu", "gradient": True, **shape}
-            requests.append(Request(topology, f"{__name__}:build", arguments))
-        try:
-            short, long = estimates(requests, profile=True, timeout=timeout)
-        except UserError as error:  # the profile can abort the compiler; the kernels' own cost estimates remain
-            logger.warning("%s on %s: no profile, so the time of its kernels is a lower bound: %s", op, target, error)
-            continue
-        sizes = [_kernel_bytes(request.arguments) for request in requests]
-        for name in sizes[0]:
-            cycles = [sum(v for key, v in e.static_cycles.items() if name in key) for e in (short, long)]
-            if cycles[1] > cycles[0]:
-                cycles_per_byte = (cycles[1] - cycles[0]) / (sizes[1][name] - sizes[0][name])
-                rates[name] = cycles_per_byte / (chip.clock * chip.cores)  # rows are sharded over the cores
+    for name in few:
+        cycles = sum(long[key] for key in long if name in key) - sum(short[key] for key in short if name in key)
+        if cycles > 0:
+            rates[name] = cycles / (many[name] - few[name]) / (chip.clock * chip.cores)  # rows: sharded over the cores
     return rates
 
 

@@ -1,7 +1,8 @@
 """Estimates memory, speed and duration of a training run on a machine, from the real compiler and datasheets."""
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +11,8 @@ from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.flops import training_flops_per_token
-from biomamba_jax.planning.compile import Compiled, check_compiler, compile_step
+from biomamba_jax.planning.ahead_of_time import require_compiler
+from biomamba_jax.planning.compile import Compiled, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
 from biomamba_jax.planning.search import nearest_fit, resolved_mesh, search_settings
 from biomamba_jax.planning.times import Times, step_times
@@ -20,19 +22,14 @@ from biomamba_jax.train.setup import total_steps, with_vocabulary
 PUBLISHED_VOCABULARY = 50277
 """Vocabulary size of the GPT-NeoX tokenizer, which the released models use."""
 _SECONDS_PER_DAY = 86400
-# Name on the hub without owner -> kind, d_model and layers of the released models.
-_RELEASED: Mapping[str, tuple[Literal["mamba1", "mamba2"], int, int]] = {
-    "mamba-130m": ("mamba1", 768, 24),
-    "mamba-370m": ("mamba1", 1024, 48),
-    "mamba-790m": ("mamba1", 1536, 48),
-    "mamba-1.4b": ("mamba1", 2048, 48),
-    "mamba-2.8b": ("mamba1", 2560, 64),
-    "mamba2-130m": ("mamba2", 768, 24),
-    "mamba2-370m": ("mamba2", 1024, 48),
-    "mamba2-780m": ("mamba2", 1536, 48),
-    "mamba2-1.3b": ("mamba2", 2048, 48),
-    "mamba2-2.7b": ("mamba2", 2560, 64),
+_SECONDS = ("compute", "memory", "links", "network", "kernels", "step", "floor", "bound")
+_SPEED = ("tokens_per_second", "share_of_peak", "run_tokens", "days", "chip_hours")
+# Names on the hub without owner, the smallest model first, and their d_model and layers.
+_RELEASED: Mapping[Literal["mamba1", "mamba2"], Sequence[str]] = {
+    "mamba1": ("mamba-130m", "mamba-370m", "mamba-790m", "mamba-1.4b", "mamba-2.8b"),
+    "mamba2": ("mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"),
 }
+_RELEASED_SIZES = ((768, 24), (1024, 48), (1536, 48), (2048, 48), (2560, 64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +60,15 @@ class Plan:
     @property
     def share_of_peak(self) -> float | None:
         """Model FLOPs utilization: FLOPs without recomputation over the peak of all devices."""
-        if self.times is None:
-            return None
         flops = training_flops_per_token(self.config.model) * self.step_tokens
         peak = self.topology.chip.flops[product_dtype(self.config.model)] * self.topology.devices
-        return flops / (peak * self.times.step)
+        return None if self.times is None else flops / (peak * self.times.step)
 
     @property
     def days(self) -> float | None:
         """Days of the whole run."""
-        if self.run_tokens is None or self.tokens_per_second is None:
-            return None
-        return self.run_tokens / self.tokens_per_second / _SECONDS_PER_DAY
+        tokens, speed = self.run_tokens, self.tokens_per_second
+        return None if tokens is None or speed is None else tokens / speed / _SECONDS_PER_DAY
 
     @property
     def chip_hours(self) -> float | None:
@@ -83,10 +77,7 @@ class Plan:
 
     def as_json(self) -> dict[str, Any]:
         """Return all figures: bytes, seconds and FLOPs of one device and step unless named otherwise."""
-        compiled, times, seconds = self.compiled, self.times, None
-        if times is not None:
-            seconds = dataclasses.asdict(times) | {"floor": times.floor, "bound": times.bound}
-            del seconds["unprofiled"]
+        compiled, times = self.compiled, self.times
         return {
             "estimate": "by the compiler and from datasheets, not measured",
             "model": {key: getattr(self.config.model, key) for key in ("kind", "d_model", "n_layers")},
@@ -95,8 +86,7 @@ class Plan:
             "devices": self.topology.devices,
             "mesh": compiled.mesh,
             "remat": self.config.model.remat,
-            "batch_size": self.config.data.batch_size,
-            "sequence_length": self.config.data.sequence_length,
+            **{key: getattr(self.config.data, key) for key in ("batch_size", "sequence_length")},
             "accumulation": self.config.train.accumulation,
             "fits": compiled.fits,
             "refused": compiled.refused,
@@ -105,13 +95,9 @@ class Plan:
             "available_bytes": self.topology.chip.memory_bytes,
             "flops": compiled.costs.flops,
             "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
-            "seconds": seconds,
+            "seconds": times and {key: getattr(times, key) for key in _SECONDS},
             "unprofiled_kernels": None if times is None else list(times.unprofiled),
-            "tokens_per_second": self.tokens_per_second,
-            "share_of_peak": self.share_of_peak,
-            "run_tokens": self.run_tokens,
-            "days": self.days,
-            "chip_hours": self.chip_hours,
+            **{key: getattr(self, key) for key in _SPEED},
             "compile_seconds": compiled.seconds,
         }
 
@@ -135,12 +121,15 @@ def make_plan(config: PlanConfig) -> Answer:
       UserError: the topology is unknown, its compiler is not installed, or config and machine do not go together.
     """
     topology = parse_topology(config.topology, config.slices)
-    check_compiler(topology)
+    require_compiler(topology.is_tpu)
     config, run_tokens = resolve(config)
 
     def plan(config: PlanConfig, compiled: Compiled | None = None) -> Plan:
-        compiled = compiled or compile_step(config)
-        return Plan(config, topology, compiled, _times(config, topology, compiled), run_tokens)
+        compiled, times = compiled or compile_step(config), None
+        if compiled.fits:
+            rates = kernel_rates(config.model.kind, topology.generation, config.limit_seconds)
+            times = step_times(compiled, topology, product_dtype(config.model), rates)
+        return Plan(config, topology, compiled, times, run_tokens)
 
     asked = plan(config)
     if config.search:
@@ -155,13 +144,6 @@ def make_plan(config: PlanConfig) -> Answer:
         return Answer(asked)
     nearest = nearest_fit(config, topology, compile_step, config.tries)
     return Answer(asked, None if nearest is None else plan(*nearest))
-
-
-def _times(config: PlanConfig, topology: Topology, compiled: Compiled) -> Times | None:
-    if not compiled.fits:
-        return None
-    rates = kernel_rates(config.model.kind, topology.generation, config.limit_seconds)
-    return step_times(compiled, topology, product_dtype(config.model), rates)
 
 
 def product_dtype(model: ModelConfig) -> str:
@@ -190,13 +172,14 @@ def released_sizes(model: ModelConfig, init_from: str) -> ModelConfig:
       UserError: the name is not that of released weights.
     """
     name = init_from.rstrip("/").rsplit("/", 1)[-1].removesuffix("-hf")
-    if name not in _RELEASED:
-        known = ", ".join(_RELEASED)
-        raise UserError(
-            f"init_from = {init_from!r}: sizes are known for {known}; for other weights give the sizes as model.* and "
-            "--init_from null"
-        )
-    kind, d_model, n_layers = _RELEASED[name]
-    multiple = 8 if kind == "mamba1" else 16
-    sizes: dict[str, Any] = {"d_model": d_model, "n_layers": n_layers, "pad_vocab_multiple": multiple}
-    return dataclasses.replace(model, kind=kind, vocab_size=PUBLISHED_VOCABULARY, **sizes)
+    for kind, names in _RELEASED.items():
+        if name in names:
+            d_model, n_layers = _RELEASED_SIZES[names.index(name)]
+            model = dataclasses.replace(model, kind=kind, d_model=d_model, n_layers=n_layers)
+            multiple = 8 if kind == "mamba1" else 16
+            return dataclasses.replace(model, vocab_size=PUBLISHED_VOCABULARY, pad_vocab_multiple=multiple)
+    known = ", ".join(itertools.chain(*_RELEASED.values()))
+    raise UserError(
+        f"init_from = {init_from!r}: sizes are known for {known}; for other weights give the sizes as model.* and "
+        "--init_from null"
+    )

@@ -5,6 +5,7 @@ fusion cause no memory traffic; a slice of a stacked array counts as the slice, 
 memory do not count.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -12,15 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from biomamba_jax.planning.hlo import (
-    Computations,
-    Instruction,
-    UnknownTripCountError,
-    called_computations,
-    is_kernel,
-    parse,
-    trip_count,
-)
+from biomamba_jax.planning import hlo
+from biomamba_jax.planning.costs import Operation
+from biomamba_jax.planning.hlo import Instruction
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _FREE = frozenset(
@@ -58,81 +53,55 @@ class Collective:
         return {"all-reduce": 2 * whole, "collective-permute": float(self.bytes)}.get(self.kind, whole)
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """One operation of the program."""
-
-    name: str
-    """Name of the HLO instruction."""
-    calls: int
-    """Executions in a step."""
-    flops: float
-    """FLOPs of its matrix products in one execution."""
-    bytes: float
-    """Bytes that one execution reads from and writes to device memory."""
-
-
-@dataclasses.dataclass
-class Program:
-    """Operations of one device in one step, without kernels: their costs are in the jaxpr."""
-
-    work: list[Work]
-    """Operations other than collectives."""
-    collectives: list[Collective]
-    """Collectives."""
-
-
-def read_program(text: str, devices: int = 1, slices: int = 1) -> Program:
-    """Read a compiled module.
-
-    Args:
-      text: text of the optimized module.
-      devices: number of devices that run it.
-      slices: number of slices that the devices belong to, in order.
-    """
-    computations, entry = parse(text)
-    return _Reader(computations, devices, slices).read(entry)
-
-
 def shape_bytes(text: str, everywhere: bool = False) -> int:
     """Return the bytes of all arrays in a shape, tuples included; arrays in on-chip memory only if `everywhere`."""
-    return sum(
-        _array_bits(dtype, sizes) // 8
-        for dtype, sizes, layout in _SHAPE.findall(text)
-        if everywhere or not re.search(r"S\([1-9]", layout)
-    )
+    arrays = (array for array in _SHAPE.finditer(text) if everywhere or not re.search(r"S\([1-9]", array[3] or ""))
+    return sum(math.prod(_dimensions(array[0])) * _bits(array[1]) // 8 for array in arrays)
 
 
-def _array_bits(dtype: str, sizes: str) -> int:
-    bits = _BITS.get(dtype)
-    if bits is None:
-        bits = int(match[0]) if (match := re.search(r"\d+", dtype)) else 32
-    return math.prod(map(int, filter(None, sizes.split(",")))) * bits
+def _bits(dtype: str) -> int:
+    width = re.search(r"\d+", dtype)
+    return _BITS.get(dtype, int(width[0]) if width else 32)
 
 
 def _dimensions(text: str) -> list[int]:
+    """Return the dimensions of the first array in a shape."""
     match = _SHAPE.search(text)
     return [int(size) for size in match[2].split(",") if size] if match else []
 
 
-class _Reader:
-    def __init__(self, computations: Computations, devices: int, slices: int) -> None:
-        self._computations, self._devices, self._slices = computations, devices, slices
-        self._named = {name: {i.name: i for i in body} for name, body in computations.items()}
-        self._work: list[Work] = []
-        self._collectives: dict[tuple[str, int, int, bool, bool], int] = {}
+class Program:
+    """Operations of one device in one step, without kernels: their costs are in the jaxpr."""
 
-    def read(self, entry: str) -> Program:
+    work: list[Operation]
+    """Operations other than collectives."""
+
+    def __init__(self, text: str, devices: int = 1, slices: int = 1) -> None:
+        """Read a compiled module.
+
+        Args:
+          text: text of the optimized module.
+          devices: number of devices that run it.
+          slices: number of slices that the devices belong to, in order.
+        """
+        self._computations, entry = hlo.parse(text)
+        self._named = {name: {i.name: i for i in body} for name, body in self._computations.items()}
+        self._devices, self._slices = devices, slices
+        self._calls = collections.Counter[tuple[str, int, int, bool, bool]]()
+        self.work = []
         self._walk(entry, 1)
-        collectives = [Collective(k[0], calls, *k[1:]) for k, calls in self._collectives.items()]
-        return Program(self._work, collectives)
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Collectives, each kind and shape once."""
+        return [Collective(key[0], calls, *key[1:]) for key, calls in self._calls.items()]
 
     def _walk(self, computation: str, times: int, overlaps: bool = False) -> None:
         """Count `times` runs of a computation; it overlaps if it runs asynchronously, as on SparseCores."""
         for i in self._computations.get(computation, ()):
-            if is_kernel(i):
+            if hlo.is_kernel(i):
                 continue
-            called = called_computations(i)
+            called = hlo.called_computations(i)
             if i.opcode == "while":
                 self._walk(called["body"][0], times * self._trips(i, computation), overlaps)
             elif i.opcode in ("call", "async-start") or "called_computations" in called:
@@ -152,14 +121,14 @@ class _Reader:
 
     def _add(self, i: Instruction, times: int, flops: float, moved: float) -> None:
         if flops or moved:
-            self._work.append(Work(i.name, times, flops, moved))
+            self.work.append(Operation(i.name, times, flops, moved))
 
     def _trips(self, i: Instruction, computation: str) -> int:
         """Return the trip count; if it is unknown, the bound in the loop's condition: a plan is an estimate."""
         try:
-            return trip_count(i, self._computations[computation], self._computations)
-        except UnknownTripCountError:
-            condition = self._computations[called_computations(i)["condition"][0]]
+            return hlo.trip_count(i, self._computations[computation], self._computations)
+        except hlo.UnknownTripCountError:
+            condition = self._computations[hlo.called_computations(i)["condition"][0]]
             bounds = [int(j.arguments) for j in condition if j.opcode == "constant" and j.arguments.isdigit()]
             return max(bounds, default=1)
 
@@ -169,9 +138,9 @@ class _Reader:
         operands = sum(shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
         results = shape_bytes(i.results, everywhere=True)
         starts = i.opcode.endswith("-start")
-        size = operands
-        if kind == "all-gather":  # the result of all-gather-start includes its operand
-            size = results - operands if starts else results
+        size = results if kind == "all-gather" else operands
+        if kind == "all-gather" and starts:  # its result includes its operand
+            size -= operands
         groups = replica_groups(i.attributes) or [list(range(self._devices))]
         group = max(map(len, groups)) if kind != "collective-permute" else 2
         per_slice = self._devices // self._slices
@@ -187,8 +156,7 @@ class _Reader:
 
     def _count(self, kind: str, size: int, group: int, between: bool, overlaps: bool, times: int) -> None:
         if group > 1 and size:
-            key = (kind, size, group, between, overlaps)
-            self._collectives[key] = self._collectives.get(key, 0) + times
+            self._calls[kind, size, group, between, overlaps] += times
 
     # --- Work --------------------------------------------------------------------------------------------------------
 
@@ -206,16 +174,18 @@ class _Reader:
                     self._collective(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
         if starts or awaits:
             return
-        flops = self._all_flops(fused)
-        parameters = sorted((j for j in inside if j.opcode == "parameter"), key=lambda j: int(j.arguments))
-        pairs = zip(parameters, i.operands, strict=True)
+        pairs = zip(self._parameters(fused), i.operands, strict=True)
         moved = sum(self._read(j, fused, self._type(o, computation)) for j, o in pairs)
         moved += self._written(root, fused, i.results)
-        self._add(i, times, flops, moved)
+        self._add(i, times, self._all_flops(fused), moved)
+
+    def _parameters(self, fused: str) -> list[Instruction]:
+        parameters = (i for i in self._computations[fused] if i.opcode == "parameter")
+        return sorted(parameters, key=lambda i: int(i.arguments))
 
     def _all_flops(self, fused: str) -> float:
         inside = self._computations[fused]
-        nested = sum(self._all_flops(called_computations(j)["calls"][0]) for j in inside if j.opcode == "fusion")
+        nested = sum(self._all_flops(hlo.called_computations(j)["calls"][0]) for j in inside if j.opcode == "fusion")
         return nested + sum(self._flops(j, fused) for j in inside)
 
     def _read(self, parameter: Instruction, fused: str, outer: str) -> int:
@@ -229,11 +199,8 @@ class _Reader:
             if user.opcode in ("dynamic-slice", "gather", "slice") and position == 0:
                 total += shape_bytes(user.results, everywhere=True)
             elif user.opcode == "fusion":
-                nested = called_computations(user)["calls"][0]
-                inner = next(
-                    j for j in self._computations[nested] if j.opcode == "parameter" and j.arguments == str(position)
-                )
-                total += self._sliced(inner, nested, whole)
+                nested = hlo.called_computations(user)["calls"][0]
+                total += self._sliced(self._parameters(nested)[position], nested, whole)
             elif not (user.opcode in _UPDATES and position == 0):
                 total += whole
         return total
@@ -268,7 +235,7 @@ class _Reader:
         if i.opcode == "copy-start":  # its result includes source and destination
             return results
         if i.opcode.endswith("slice-start"):  # its result includes the array and the slice
-            return [shape_bytes(f"{d}[{n}]") for d, n, _ in _SHAPE.findall(i.results)][1]
+            return [shape_bytes(array[0], everywhere=True) for array in _SHAPE.finditer(i.results)][1]
         if i.opcode in ("send", "recv", "infeed", "outfeed") or (i.opcode == "custom-call" and not _is_product(i)):
             return 0
         return results + sum(shape_bytes(self._type(name, computation)) for name in i.operands)
@@ -321,15 +288,13 @@ def replica_groups(attributes: str) -> list[list[int]]:
 def _groups_along(mesh: str, along: str) -> list[list[int]]:
     """Return groups along axes of a mesh: "'a'=4,'b'=2" and "'b'", or part of an axis, "'a':(2)2": size 2 after 2."""
     parts = {name: (int(before), int(size)) for name, before, size in re.findall(r"'(\w+)':\((\d+)\)(\d+)", along)}
-    whole = set(re.findall(r"'(\w+)'(?!:)", along))
     sizes: list[int] = []
     chosen: list[int] = []
     for name, text in re.findall(r"'(\w+)'=(\d+)", mesh):
-        size = int(text)
-        before, inside = parts.get(name, (1, size))
-        if name in parts or name in whole:
+        before, inside = parts.get(name, (1, int(text)))
+        if f"'{name}'" in along:
             chosen.append(len(sizes) + 1)
-        sizes += [before, inside, size // (before * inside)]
+        sizes += [before, inside, int(text) // (before * inside)]
     others = [axis for axis in range(len(sizes)) if axis not in chosen]
     return _groups(sizes, [*others, *chosen], math.prod(sizes[axis] for axis in chosen))
 

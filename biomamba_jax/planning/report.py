@@ -1,5 +1,7 @@
 """Prints a plan as tables."""
 
+import dataclasses
+
 from biomamba_jax.hardware import GIB
 from biomamba_jax.model.flops import matrix_parameters
 from biomamba_jax.planning.plan import Answer, Plan
@@ -13,18 +15,16 @@ def show(answer: Answer) -> None:
     print(f"{heading(plan)}\nestimates by the compiler and from datasheets; nothing here is measured\n")
     if answer.ranking:
         _show_ranking(answer)
-        return
-    _show_memory(plan)
-    if plan.compiled.fits:
+    elif plan.compiled.fits:
         _show_plan(plan)
-        return
-    print(does_not_fit(plan))
-    if answer.nearest is None:
-        print("no setting tried fits: use more chips or a shorter data.sequence_length")
-        return
-    print(f"the nearest setting tried that fits: {describe(answer.nearest.config, plan.config)}\n")
-    _show_memory(answer.nearest)
-    _show_plan(answer.nearest)
+    else:
+        _show_memory(plan)
+        print(does_not_fit(plan))
+        if answer.nearest is None:
+            print("no setting tried fits: use more chips or a shorter data.sequence_length")
+        else:
+            print(f"the nearest setting tried that fits: {describe(answer.nearest.config, plan.config)}\n")
+            _show_plan(answer.nearest)
 
 
 def heading(plan: Plan) -> str:
@@ -50,15 +50,9 @@ def does_not_fit(plan: Plan) -> str:
 
 def _show_memory(plan: Plan) -> None:
     memory, available = plan.compiled.memory, plan.topology.chip.memory_bytes
-    rows = [
-        ("parameters", memory.parameters),
-        ("optimizer", memory.optimizer),
-        ("saved activations", memory.kept),
-        ("temporary, gradients included", memory.temporary),
-        ("batch and other", memory.rest),
-        ("total", memory.total if plan.compiled.fits else plan.compiled.needed or 0),
-        ("available", available),
-    ]
+    parts = ("parameters", "optimizer", "saved activations", "temporary, gradients included", "batch and other")
+    rows = [*zip(parts, dataclasses.astuple(memory), strict=True)]
+    rows += [("total", memory.total if plan.compiled.fits else plan.compiled.needed or 0), ("available", available)]
     if not plan.compiled.fits:  # the compiler stopped before it reported the rest
         rows = [row for row in rows if row[1]]
     figures = [(name, f"{size / GIB:.3f}", f"{size / available:.1%}") for name, size in rows]
@@ -66,15 +60,15 @@ def _show_memory(plan: Plan) -> None:
 
 
 def _show_plan(plan: Plan) -> None:
+    _show_memory(plan)
     times, compiled = plan.times, plan.compiled
     assert times is not None
     if compiled.collectives:
-        rows = []
-        for c in sorted(compiled.collectives, key=lambda c: -c.calls * c.sent):
-            where = "between slices" if c.between_slices else "inside a slice"
-            overlap = "overlapped" if c.overlaps else "exposed"
-            sizes = (f"{c.calls:,}", f"{c.group:,}", f"{c.bytes / 1e6:,.3f}", f"{c.calls * c.sent / 1e6:,.1f}")
-            rows.append((c.kind, *sizes, where, overlap))
+        rows = [
+            (c.kind, c.calls, c.group, f"{c.bytes / 1e6:,.3f}", f"{c.calls * c.sent / 1e6:,.1f}")
+            + ("between slices" if c.between_slices else "inside a slice", "overlapped" if c.overlaps else "exposed")
+            for c in sorted(compiled.collectives, key=lambda c: -c.calls * c.sent)
+        ]
         columns = ("collective", "calls", "devices", "MB per call", "MB sent per step", "where", "overlap")
         summary_table("Collectives of one device in a step", columns, rows)
     times_rows = [

@@ -1,40 +1,34 @@
 """Searches settings of a config: the nearest that fits a machine; meshes and remat policies, ranked."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from biomamba_jax.config import MeshConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
+from biomamba_jax.parallel.mesh import AXES
 from biomamba_jax.planning.compile import Compiled
 from biomamba_jax.planning.topology import Topology
 
 _POLICIES = ("none", "dots", "full")
+_CHANGED = ("model.remat", "train.accumulation", "data.batch_size", *(f"mesh.{axis}" for axis in AXES))
 _LARGEST_AXIS = 8  # of tensor and sequence in a search: larger axes are bound by the links inside a slice
-Compiler = Callable[[PlanConfig], Compiled]
 
 
 def describe(config: PlanConfig, base: PlanConfig) -> str:
     """Return the flags that turn `base` into `config`."""
-    pairs = [
-        ("model.remat", config.model.remat, base.model.remat),
-        ("train.accumulation", config.train.accumulation, base.train.accumulation),
-        ("data.batch_size", config.data.batch_size, base.data.batch_size),
-        *(
-            (f"mesh.{k}", getattr(config.mesh, k), getattr(base.mesh, k))
-            for k in ("data", "fsdp", "tensor", "sequence")
-        ),
-    ]
-    return " ".join(f"--{key} {now}" for key, now, before in pairs if now != before)
+    values = ((key, operator.attrgetter(key)) for key in _CHANGED)
+    return " ".join(f"--{key} {get(config)}" for key, get in values if get(config) != get(base))
 
 
 def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
     """Return the mesh with its -1 replaced, as far as the sizes divide."""
     known = math.prod(size for size in config.mesh.sizes if size != -1)
-    sizes = [devices // known if size == -1 else size for size in config.mesh.sizes]
-    return MeshConfig(*sizes)
+    return MeshConfig(*(devices // known if size == -1 else size for size in config.mesh.sizes))
 
 
 def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
@@ -45,42 +39,39 @@ def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
 # --- The nearest setting that fits -----------------------------------------------------------------------------------
 
 
-def smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
-    """Yield settings that need less memory, the nearest to `config` first.
+def smaller_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
+    """Return settings that need less memory, the nearest to `config` first.
 
     First more accumulation steps and recomputation, then FSDP over more devices, then a smaller batch.
     """
-    mesh = resolved_mesh(config, topology.devices)
-    policies = _POLICIES[_POLICIES.index(config.model.remat) :]
+    found = {describe(config, config): config}
+    for setting in _smaller_settings(config, topology):
+        found.setdefault(describe(setting, config), setting)
+    return list(found.values())[1:]
+
+
+def _smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanConfig]:
+    mesh, rows = resolved_mesh(config, topology.devices), config.data.batch_size
     across = mesh.data * mesh.fsdp
-    most = max(config.data.batch_size // across, 1)
-    seen: set[Any] = {(config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size)}
     for fsdp in _doublings(mesh.fsdp, across // topology.slices):
         if across % fsdp or (across // fsdp) % topology.slices:
             continue
         sharded = dataclasses.replace(mesh, fsdp=fsdp, data=across // fsdp) if fsdp > mesh.fsdp else config.mesh
-        for parts in _doublings(config.train.accumulation, most):
-            if config.data.batch_size % (parts * across):
+        for parts in _doublings(config.train.accumulation, rows // across):
+            if rows % (parts * across):
                 continue
             train = dataclasses.replace(config.train, accumulation=parts)
-            for policy in policies:
-                yield from _new(seen, dataclasses.replace(with_mesh(config, sharded, remat=policy), train=train))
-    rows = config.data.batch_size
+            for policy in _POLICIES[_POLICIES.index(config.model.remat) :]:
+                yield dataclasses.replace(with_mesh(config, sharded, remat=policy), train=train)
+    if across % topology.slices:
+        return
+    least = dataclasses.replace(mesh, fsdp=across // topology.slices, data=topology.slices)
     while rows > across and rows % 2 == 0:
         rows //= 2
         data = dataclasses.replace(config.data, batch_size=rows)
         train = dataclasses.replace(config.train, accumulation=max(rows // across, 1))
-        least = dataclasses.replace(mesh, fsdp=across // topology.slices, data=topology.slices)
-        if rows % (train.accumulation * across) == 0 and across % topology.slices == 0:
-            smaller = dataclasses.replace(with_mesh(config, least, remat="full"), data=data, train=train)
-            yield from _new(seen, smaller)
-
-
-def _new(seen: set[Any], config: PlanConfig) -> Iterator[PlanConfig]:
-    key = config.mesh, config.model.remat, config.train.accumulation, config.data.batch_size
-    if key not in seen:
-        seen.add(key)
-        yield config
+        if rows % (train.accumulation * across) == 0:
+            yield dataclasses.replace(with_mesh(config, least, remat="full"), data=data, train=train)
 
 
 def _doublings(first: int, last: int) -> list[int]:
@@ -88,7 +79,7 @@ def _doublings(first: int, last: int) -> list[int]:
 
 
 def nearest_fit(
-    config: PlanConfig, topology: Topology, compile_: Compiler, tries: int
+    config: PlanConfig, topology: Topology, compile_: Callable[[PlanConfig], Compiled], tries: int
 ) -> tuple[PlanConfig, Compiled] | None:
     """Return the nearest of `smaller_settings` that fits, by bisection; None if the last one does not fit.
 
@@ -98,10 +89,7 @@ def nearest_fit(
       compile_: compiles a setting.
       tries: maximum number of compilations; with few the result may not be the nearest.
     """
-    limit = topology.chip.memory_bytes
-    settings = [s for s in smaller_settings(config, topology) if guessed_memory(s, topology) < limit]
-    if not settings:
-        return None
+    settings = _hopeful(smaller_settings(config, topology), topology)
     found: tuple[PlanConfig, Compiled] | None = None
     for _ in range(tries):
         if not settings:
@@ -127,21 +115,21 @@ def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
 
     The order comes from rough formulas; it only decides what is compiled.
     """
-    found = []
     sizes = [n for n in _doublings(1, topology.devices) if topology.devices % n == 0]
-    for tensor in (n for n in sizes if n <= _LARGEST_AXIS):
-        for sequence in (n for n in sizes if n * tensor <= topology.devices // topology.slices and n <= _LARGEST_AXIS):
-            across = topology.devices // (tensor * sequence)
-            if config.data.batch_size % (across * config.train.accumulation):
-                continue
-            if config.data.sequence_length % sequence or config.model.d_inner % tensor:
-                continue
-            for fsdp in (n for n in sizes if across % n == 0 and (across // n) % topology.slices == 0):
-                mesh = MeshConfig(across // fsdp, fsdp, tensor, sequence)
-                found += [with_mesh(config, mesh, remat=policy) for policy in _POLICIES]
-    limit = topology.chip.memory_bytes
-    hopeful = [setting for setting in found if guessed_memory(setting, topology) < limit]
-    return sorted(hopeful, key=lambda setting: guessed_seconds(setting, topology))
+    found = [
+        with_mesh(config, MeshConfig(data, fsdp, tensor, sequence), remat=policy)
+        for tensor, sequence, fsdp in itertools.product(sizes, repeat=3)
+        if max(tensor, sequence) <= _LARGEST_AXIS and topology.devices % (tensor * sequence * fsdp) == 0
+        if (data := topology.devices // (tensor * sequence * fsdp)) % topology.slices == 0
+        if config.data.batch_size % (data * fsdp * config.train.accumulation) == 0
+        if config.data.sequence_length % sequence == 0 and config.model.d_inner % tensor == 0
+        for policy in _POLICIES
+    ]
+    return sorted(_hopeful(found, topology), key=lambda setting: guessed_seconds(setting, topology))
+
+
+def _hopeful(settings: Sequence[PlanConfig], topology: Topology) -> list[PlanConfig]:
+    return [setting for setting in settings if guessed_memory(setting, topology) < topology.chip.memory_bytes]
 
 
 def guessed_memory(config: PlanConfig, topology: Topology) -> float:

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from biomamba_jax.planning.compile import Compiled
-from biomamba_jax.planning.costs import KernelCall
+from biomamba_jax.planning.costs import Operation
 from biomamba_jax.planning.topology import Topology
 
 
@@ -35,7 +35,7 @@ class Times:
     @property
     def floor(self) -> float:
         """Lower bound of the step."""
-        return max(self.compute, self.memory, self.links, self.network)
+        return getattr(self, self.bound)
 
     @property
     def bound(self) -> str:
@@ -58,29 +58,22 @@ def step_times(
     kind, chip, rates = topology.kind, topology.chip, rates or {}
     peak = chip.flops[dtype]
 
-    def kernel_seconds(kernel: KernelCall) -> float:
-        stated = kernel.vector_operations / kind.vector if kind.vector else 0.0
-        profiled = kernel.bytes * rates.get(kernel.name, 0.0)
-        return max(kernel.flops / peak, kernel.bytes / chip.bandwidth, stated, profiled)
+    def seconds(one: Operation) -> float:
+        stated = one.vector_operations / kind.vector if kind.vector else 0.0
+        return max(one.flops / peak, one.bytes / chip.bandwidth, stated, one.bytes * rates.get(one.name, 0.0))
 
     def collective_seconds(between: bool, overlaps: tuple[bool, ...] = (False, True)) -> float:
         speed = kind.network if between else kind.link
         chosen = (c for c in compiled.collectives if c.between_slices == between and c.overlaps in overlaps)
         return sum(c.calls * c.sent for c in chosen) / speed
 
-    kernels = sum(kernel.calls * kernel_seconds(kernel) for kernel in compiled.costs.kernels)
-    work = sum(item.calls * max(item.flops / peak, item.bytes / chip.bandwidth) for item in compiled.work)
-    traffic = sum(item.calls * item.bytes for item in compiled.work)
-    traffic += sum(kernel.calls * kernel.bytes for kernel in compiled.costs.kernels)
+    kernels = sum(kernel.calls * seconds(kernel) for kernel in compiled.costs.kernels)
+    work = sum(one.calls * seconds(one) for one in compiled.work)
+    traffic = sum(one.calls * one.bytes for one in (*compiled.work, *compiled.costs.kernels))
     exposed = collective_seconds(False, (False,)) + collective_seconds(True, (False,))
     overlapped = max(collective_seconds(False, (True,)), collective_seconds(True, (True,)))
-    times = Times(
-        compute=compiled.costs.flops / peak,
-        memory=traffic / chip.bandwidth,
-        links=collective_seconds(False),
-        network=collective_seconds(True),
-        kernels=kernels,
-        step=0.0,
-        unprofiled=tuple(sorted({kernel.name for kernel in compiled.costs.kernels} - set(rates))),
-    )
-    return dataclasses.replace(times, step=max(max(work + kernels, overlapped) + exposed, times.floor))
+    bounds = {"compute": compiled.costs.flops / peak, "memory": traffic / chip.bandwidth}
+    bounds |= {"links": collective_seconds(False), "network": collective_seconds(True)}
+    step = max(max(work + kernels, overlapped) + exposed, *bounds.values())
+    unprofiled = {kernel.name for kernel in compiled.costs.kernels} - set(rates)
+    return Times(**bounds, kernels=kernels, step=step, unprofiled=tuple(sorted(unprofiled)))

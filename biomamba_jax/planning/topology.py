@@ -46,34 +46,8 @@ GENERATIONS: Mapping[str, Generation] = {
     "tpu7x": Generation("TPU7x", 3, 2, 2, 300e9, 6.25e9, None),
     "h100": Generation("NVIDIA H100 80GB HBM3", 1, 1, 1, 450e9, 50e9, 2 * 128 * 132 * 1.98e9),
 }
-_ALIASES = {
-    "v5litepod": "v5e",
-    "v5lite": "v5e",
-    "v6lite": "v6e",
-    "v7x": "tpu7x",
-    "ironwood": "tpu7x",
-    "trillium": "v6e",
-}
+_ALIAS = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _NODE = 8  # GPUs connected by NVLink
-
-# The CUDA compiler's description of an absent GPU, by generation: NVIDIA's figures for the H100 SXM.
-GPU_TARGETS: Mapping[str, str] = {
-    "h100": """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 84929347584
-  cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-runtime_version { major: 12 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +113,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
       UserError: the generation is unknown, or it has no slice of that size.
     """
     match = re.fullmatch(r"([a-z0-9]+?)(?:-(\d+)|[:-](\d+(?:x\d+)+))", name.strip().lower())
-    generation = _ALIASES.get(match[1], match[1]) if match else ""
+    generation = _ALIAS.get(match[1], match[1]) if match else ""
     if match is None or generation not in GENERATIONS:
         raise UserError(
             f"topology = {name!r}: unknown; give a generation ({', '.join(GENERATIONS)}) and a size, for instance "
@@ -149,7 +123,10 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         raise UserError(f"slices = {slices}: must be at least 1")
     kind = GENERATIONS[generation]
     if match[3]:
-        return Topology(name, generation, _explicit_shape(name, match[3], kind), slices)
+        shape = tuple(map(int, match[3].split("x")))
+        if len(shape) != kind.axes or 0 in shape:
+            raise UserError(f"topology = {name!r}: the shape must have {kind.axes} dimensions, as in {_example(kind)}")
+        return Topology(name, generation, shape, slices)
     counted = int(match[2])
     if generation == "h100":
         if counted > _NODE and counted % _NODE:
@@ -157,17 +134,10 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         nodes = max(counted // _NODE, 1)
         return Topology(name, generation, (min(counted, _NODE),), slices * nodes)
     chips, rest = divmod(counted, kind.counted)
-    shape = None if rest else slice_shape(chips, kind.axes)
-    if shape is None:
+    default = None if rest else slice_shape(chips, kind.axes)
+    if default is None:
         raise UserError(f"topology = {name!r}: no slice has this default size; give its shape, as in {_example(kind)}")
-    return Topology(name, generation, shape, slices)
-
-
-def _explicit_shape(name: str, text: str, kind: Generation) -> tuple[int, ...]:
-    shape = tuple(map(int, text.split("x")))
-    if len(shape) != kind.axes or 0 in shape:
-        raise UserError(f"topology = {name!r}: the shape must have {kind.axes} dimensions, as in {_example(kind)}")
-    return shape
+    return Topology(name, generation, default, slices)
 
 
 def _example(kind: Generation) -> str:
@@ -178,21 +148,12 @@ def _example(kind: Generation) -> str:
 def slice_shape(chips: int, axes: int) -> tuple[int, ...] | None:
     """Return Cloud TPU's default shape for a power of two of chips; None if the shape must be given.
 
-    Two dimensions: as square as possible, at most 16 x 16. Three: as cubic as possible; below 4 x 4 x 4 the last
-    dimension is the longest.
+    Two dimensions: as square as possible, at most 16 x 16. Three: as cubic as possible. The last dimension is the
+    longest, but for 2 x 2 x 1.
     """
-    if chips < 1 or chips & (chips - 1):
+    if chips < 1 or chips & (chips - 1) or chips == 2 or (axes == 2 and chips > 256):
         return None
-    doublings = chips.bit_length() - 1
-    if axes == 2:
-        return None if chips == 2 or chips > 256 else (2 ** (doublings // 2), 2 ** ((doublings + 1) // 2))
-    if chips < 4:
-        return (1, 1, 1) if chips == 1 else None
-    if chips == 4:
+    if chips == 4 and axes == 3:
         return 2, 2, 1
-    shape = [2, 2, 2] if chips < 64 else [4, 4, 4]
-    last = 2
-    while math.prod(shape) < chips:  # 2x2x4, 2x4x4, 4x4x4, 4x4x8, ...
-        shape[last] *= 2
-        last = (last - 1) % 3
-    return tuple(shape)
+    doublings = chips.bit_length() - 1
+    return tuple(2 ** ((doublings + axis) // axes) for axis in range(axes))

@@ -14,17 +14,8 @@ from torch.nn.functional import silu, softplus
 
 
 def selective_scan_fn(
-    u,  # [B E L]
-    delta,  # [B E L]
-    A,  # [E N]
-    B,  # [B N L]
-    C,
-    D=None,
-    z=None,
-    delta_bias=None,
-    delta_softplus=False,
-    return_last_state=False,
-):
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
+):  # u, delta, z: [B E L]; A: [E N]; B, C: [B N L]
     assert {v.dtype for v in (delta, B, C, z)} == {u.dtype} and u.shape == delta.shape == z.shape
     assert {v.dtype for v in (A, D, delta_bias)} == {torch.float32}
     assert B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
@@ -40,25 +31,13 @@ def selective_scan_fn(
     return (y.to(u.dtype), state) if return_last_state else y.to(u.dtype)
 
 
+# fmt: off
 def mamba_chunk_scan_combined(
-    x,  # [B L H P]
-    dt,  # [B L H]
-    A,  # [H]
-    B,  # [B L G N]
-    C,
-    chunk_size,
-    D=None,
-    z=None,
-    dt_bias=None,
-    initial_states=None,
-    seq_idx=None,  # [B L]
-    cu_seqlens=None,
-    dt_softplus=False,
-    dt_limit=(0.0, math.inf),
-    return_final_states=False,
-    return_varlen_states=False,
+    x, dt, A, B, C, chunk_size, D=None, z=None, dt_bias=None, initial_states=None, seq_idx=None, cu_seqlens=None,
+    dt_softplus=False, dt_limit=(0.0, math.inf), return_final_states=False, return_varlen_states=False,
     state_dtype=None,
-):
+):  # x: [B L H P]; dt: [B L H]; A: [H]; B, C: [B L G N]; seq_idx: [B L]
+    # fmt: on
     rows, length, heads, headdim = x.shape
     assert dt.shape == (rows, length, heads) and A.shape == D.shape == dt_bias.shape == (heads,)
     assert B.shape == C.shape == (rows, length, B.shape[2], B.shape[3]) and chunk_size >= 16
@@ -78,16 +57,12 @@ def mamba_chunk_scan_combined(
     return (y, state) if return_final_states else y
 
 
+# fmt: off
 def causal_conv1d_fn(
-    x,  # [B C L]
-    weight,  # [C K]
-    bias=None,
-    seq_idx=None,  # [B L]
-    initial_states=None,
-    return_final_states=False,
-    final_states_out=None,
+    x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
     activation=None,
-):
+):  # x: [B C L]; weight: [C K]; seq_idx: [B L]
+    # fmt: on
     rows, channels, length = x.shape
     width = weight.shape[1]
     assert 2 <= width <= 4 and bias.dtype == weight.dtype and activation in (None, "silu", "swish")

@@ -22,6 +22,11 @@ def stack(x, weights, policy=jax.checkpoint_policies.everything_saveable):
 
 X, WEIGHTS = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
 PRODUCT = 2 * ROWS * WIDTH * WIDTH
+ONE_DEVICE = Mesh(np.array(jax.devices()[:1]), ("data",))
+
+
+def gradient(policy):
+    return jax.grad(lambda x, w: stack(x, w, getattr(jax.checkpoint_policies, policy)), argnums=(0, 1))
 
 
 def test_products_in_a_loop_count_as_often_as_it_runs():
@@ -30,14 +35,12 @@ def test_products_in_a_loop_count_as_often_as_it_runs():
 
 @pytest.mark.parametrize(("policy", "products"), [("everything_saveable", 3), ("nothing_saveable", 4)])
 def test_a_gradient_costs_three_products_and_recomputation_one_more(policy, products):
-    gradient = jax.grad(lambda x, w: stack(x, w, getattr(jax.checkpoint_policies, policy)), argnums=(0, 1))
-    assert program_costs(jax.make_jaxpr(gradient)(X, WEIGHTS)).flops == products * LAYERS * PRODUCT
+    assert program_costs(jax.make_jaxpr(gradient(policy))(X, WEIGHTS)).flops == products * LAYERS * PRODUCT
 
 
 def test_saved_activations_are_what_the_loop_over_layers_stacks():
-    gradient = jax.grad(lambda x, w: stack(x, w, jax.checkpoint_policies.nothing_saveable), argnums=(0, 1))
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    whole = jax.shard_map(gradient, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)
+    everywhere = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec(), "check_vma": False}
+    whole = jax.shard_map(gradient("nothing_saveable"), mesh=ONE_DEVICE, **everywhere)
     costs = program_costs(jax.make_jaxpr(whole)(X, WEIGHTS), layers=LAYERS)
     assert costs.saved_bytes == 4 * LAYERS * X.size  # each layer's input
 
@@ -51,16 +54,9 @@ def square(x_ref, y_ref):
 
 
 def call(kernel, x, **options):
-    block = pl.BlockSpec((16, 16), lambda i: (i, 0))
-    return pl.pallas_call(
-        kernel,
-        out_shape=x,
-        grid=(x.shape[0] // 16,),
-        in_specs=[block],
-        out_specs=block,
-        name=kernel.__name__,
-        **options,
-    )(x)
+    block, grid = pl.BlockSpec((16, 16), lambda i: (i, 0)), (x.shape[0] // 16,)
+    options |= {"out_shape": x, "grid": grid, "in_specs": [block], "out_specs": block, "name": kernel.__name__}
+    return pl.pallas_call(kernel, **options)(x)
 
 
 def test_kernels_state_their_costs_or_are_looked_into():
@@ -116,8 +112,7 @@ def test_the_scan_on_hopper_moves_about_what_it_moves_on_tpu():
 
 
 def test_work_outside_shard_map_is_divided_over_the_devices_and_work_inside_is_per_device():
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     spec = PartitionSpec("data")
-    inside = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    inside = jax.shard_map(lambda x, w: x @ w, mesh=ONE_DEVICE, in_specs=(spec, PartitionSpec()), out_specs=spec)
     jaxpr = jax.make_jaxpr(lambda x, w: (inside(x, w), x @ w))(X, WEIGHTS[0])
     assert program_costs(jaxpr, devices=4).flops == PRODUCT + PRODUCT / 4

@@ -22,8 +22,8 @@ from biomamba_jax.planning import compile as compiling
 from biomamba_jax.planning import plan
 from biomamba_jax.planning.ahead_of_time import run_in_child
 from biomamba_jax.planning.compile import Compiled, Memory
-from biomamba_jax.planning.costs import Costs, KernelCall
-from biomamba_jax.planning.program import Collective, Work
+from biomamba_jax.planning.costs import Costs, Operation
+from biomamba_jax.planning.program import Collective
 from tests.compilers import needs_libtpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,7 +33,7 @@ FOUND = Compiled(
     mesh={"data": 4, "fsdp": 1, "tensor": 1, "sequence": 1},
     memory=Memory(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB, 0),
     costs=Costs(flops=197e12 / 10),
-    work=[Work("product", 1, 197e12 / 10, 0.0)],
+    work=[Operation("product", 1, 197e12 / 10, 0.0)],
     collectives=[Collective("all-reduce", 1, 10**9, 4, False, False)],
     seconds=12.0,
 )
@@ -43,81 +43,80 @@ FOUND = Compiled(
 def compiler(monkeypatch):
     """Results of the compiler, one per program; the last one repeats."""
     results = [FOUND]
-    monkeypatch.setattr(plan, "check_compiler", lambda topology: None)
+    monkeypatch.setattr(plan, "require_compiler", lambda tpu: None)
     monkeypatch.setattr(plan, "compile_step", lambda config: results.pop(0) if len(results) > 1 else results[0])
     monkeypatch.setattr(plan, "kernel_rates", lambda *arguments: {})
     return results
 
 
-def test_a_plan_shows_memory_collectives_time_and_speed(compiler, capsys):
-    command.main(SMALL)
-    printed = capsys.readouterr().out
-    assert "nothing here is measured" in printed
-    lines = {line.split("│")[1].strip(): line for line in printed.splitlines() if line.count("│") > 2}
-    assert "10.000" in lines["total"]
-    assert "63.5%" in lines["total"]
+@pytest.fixture
+def printed(capsys):
+    """What the command prints; a dict if it prints JSON."""
+
+    def run(*words):
+        command.main([*SMALL, *words])
+        text = capsys.readouterr().out
+        return json.loads(text) if "--json" in words else text
+
+    return run
+
+
+def test_a_plan_shows_memory_collectives_time_and_speed(compiler, printed):
+    text = printed()
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
+    assert "10.000" in lines["total"] and "63.5%" in lines["total"]
     assert "1,500.0" in lines["all-reduce"]  # 1 GB among four: each sends 3/4 of it twice
     assert "107.50" in lines["step"]  # 100 ms of products, 7.5 ms of links
-    assert "about 38,102 tokens/s" in printed
-    assert "0.00 B tokens: 0.00 days" in printed
+    for words in ("nothing here is measured", "about 38,102 tokens/s", "0.00 B tokens: 0.00 days"):
+        assert words in text
 
 
-def test_json_has_the_figures_exactly(compiler, capsys):
-    command.main([*SMALL, "--json", "--tokens", "1e9"])
-    found = json.loads(capsys.readouterr().out)
+def test_json_has_the_figures_exactly(compiler, printed):
+    found = printed("--json", "--tokens", "1e9")
     assert found["model"] == {"kind": "mamba2", "d_model": 256, "n_layers": 2}
-    assert found["fits"] is True
-    assert found["memory"]["total"] == 10 * GIB
+    assert (found["fits"], found["memory"]["total"]) == (True, 10 * GIB)
     assert found["seconds"]["step"] == pytest.approx(0.1075)
-    tokens_per_second = 8 * 512 / 0.1075
-    assert found["tokens_per_second"] == pytest.approx(tokens_per_second)
-    assert found["chip_hours"] == pytest.approx(4 * 1e9 / tokens_per_second / 3600)
-    model = parse(PlanConfig, SMALL).model
-    peak = 4 * 197e12
-    assert found["share_of_peak"] == pytest.approx(training_flops_per_token(model) * tokens_per_second / peak)
+    speed = found["tokens_per_second"]
+    assert speed == pytest.approx(8 * 512 / 0.1075)
+    assert found["chip_hours"] == pytest.approx(4 * 1e9 / speed / 3600)
+    flops = training_flops_per_token(parse(PlanConfig, SMALL).model)
+    assert found["share_of_peak"] == pytest.approx(flops * speed / (4 * 197e12))
     assert "not measured" in found["estimate"]
 
 
-def test_chip_hours_count_chips_and_not_their_devices(compiler, capsys):
-    command.main([*SMALL, "--topology", "tpu7x-8", "--json"])
-    found = json.loads(capsys.readouterr().out)
+def test_chip_hours_count_chips_and_not_their_devices(compiler, printed):
+    found = printed("--topology", "tpu7x-8", "--json")
     assert (found["chips"], found["devices"]) == (4, 8)
     assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
 
 
-def test_a_plan_names_the_kernels_whose_time_is_only_a_lower_bound(compiler, capsys):
-    kernels = [KernelCall("ssd_forward", 24, 0.0, 0.0, 1e6), KernelCall("conv", 24, 0.0, 0.0, 1e6)]
+def test_a_plan_names_the_kernels_whose_time_is_only_a_lower_bound(compiler, printed):
+    kernels = [Operation("ssd_forward", 24, 0.0, 1e6), Operation("conv", 24, 0.0, 1e6)]
     compiler[:] = [dataclasses.replace(FOUND, costs=Costs(flops=197e12 / 10, kernels=kernels))]
-    command.main(SMALL)
-    assert "only a lower bound, without a static profile: the time of conv, ssd_forward" in capsys.readouterr().out
-    command.main([*SMALL, "--json"])
-    assert json.loads(capsys.readouterr().out)["unprofiled_kernels"] == ["conv", "ssd_forward"]
+    assert "only a lower bound, without a static profile: the time of conv, ssd_forward" in printed()
+    assert printed("--json")["unprofiled_kernels"] == ["conv", "ssd_forward"]
 
 
-def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, capsys):
+def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, printed):
     compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB), FOUND]
-    command.main([*SMALL, "--model.remat", "dots"])
-    printed = capsys.readouterr().out
-    assert "DOES NOT FIT: a device needs 20.00 GiB and has 15.75 GiB" in printed
-    assert "the nearest setting tried that fits: --model.remat full" in printed
-    assert "tokens/s" in printed
+    text = printed("--model.remat", "dots")
+    assert "DOES NOT FIT: a device needs 20.00 GiB and has 15.75 GiB" in text
+    assert "the nearest setting tried that fits: --model.remat full" in text
+    assert "tokens/s" in text
 
 
-def test_where_nothing_fits_it_says_so(compiler, capsys):
+def test_where_nothing_fits_it_says_so(compiler, printed):
     compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB)]
-    command.main(SMALL)
-    assert "no setting tried fits" in capsys.readouterr().out
+    assert "no setting tried fits" in printed()
 
 
-def test_a_search_ranks_what_it_compiled(compiler, capsys):
-    slow = Compiled(**vars(FOUND) | {"costs": Costs(flops=197e12)})
+def test_a_search_ranks_what_it_compiled(compiler, printed):
+    slow = dataclasses.replace(FOUND, costs=Costs(flops=197e12))
     compiler[:] = [slow, FOUND, Compiled(mesh=FOUND.mesh, needed=1)]
-    command.main([*SMALL, "--search", "--tries", "3", "--json"])
-    ranking = json.loads(capsys.readouterr().out)["ranking"]
+    ranking = printed("--search", "--tries", "3", "--json")["ranking"]
     assert [entry["fits"] for entry in ranking] == [True, True, *[False] * (len(ranking) - 2)]
     assert ranking[0]["seconds"]["step"] < ranking[1]["seconds"]["step"]
-    command.main([*SMALL, "--search", "--tries", "3"])
-    assert "fastest first" in capsys.readouterr().out
+    assert "fastest first" in printed("--search", "--tries", "3")
 
 
 def test_a_batch_that_does_not_divide_is_refused(compiler):
@@ -126,17 +125,17 @@ def test_a_batch_that_does_not_divide_is_refused(compiler):
         command.main(SMALL)
 
 
-def test_without_libtpu_the_remedy_is_named(monkeypatch):
+def test_without_the_compiler_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"planning for TPU needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
+    with pytest.raises(UserError, match=r"for TPU needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
         command.main(SMALL)
-    with pytest.raises(UserError, match=r"planning for GPU needs the CUDA plugin"):
+    with pytest.raises(UserError, match=r"for GPU needs jax_cuda12_plugin: pip install 'biomamba-jax\[gpu\]'"):
         command.main([*SMALL, "--topology", "h100-8"])
 
 
-def test_released_weights_have_their_sizes(compiler, monkeypatch, capsys):
-    command.main([*SMALL, "--init_from", "state-spaces/mamba2-2.7b", "--model.vocab_size", "null"])
-    assert "mamba2, 64 x 2560 (2,700 M parameters)" in capsys.readouterr().out
+def test_released_weights_have_their_sizes(compiler, printed):
+    text = printed("--init_from", "state-spaces/mamba2-2.7b", "--model.vocab_size", "null")
+    assert "mamba2, 64 x 2560 (2,700 M parameters)" in text
     with pytest.raises(UserError, match="sizes are known for mamba-130m"):
         command.main([*SMALL, "--init_from", "someone/else"])
 
@@ -146,42 +145,30 @@ def test_released_embeddings_are_padded_as_released(name, rows):
     assert plan.released_sizes(ModelConfig(), name).padded_vocab == rows
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm. Exceeded by 4.3G.",
-        "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (20.05G) "
-        "exceeds available HBM (15.75G). HLO module: jit_train_step.",
-    ],
+HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm. Exceeded by 4.3G."
+HBM_LISTED = (
+    "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the total memory required for HLO temporaries (20.05G) "
+    "exceeds available HBM (15.75G). HLO module: jit_train_step."
 )
-def test_the_compilers_refusal_tells_how_much_it_needed(message):
+VMEM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.46M of 16.00M vmem."
+VMEM_STACK = (
+    "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while allocating on "
+    "stack for %selective_scan_backward.1 = (bf16[1,512,2560]{2,1,0}). Scoped allocation with size 17.46M and limit "
+    "16.00M exceeded scoped vmem limit by 1.46M."
+)
+
+
+@pytest.mark.parametrize("message", [HBM, HBM_LISTED])
+def test_the_compilers_refusal_tells_how_much_memory_it_needed(message):
     assert compiling._needed(message) == int(20.05 * GIB)
+    assert compiling._on_chip_shortage(message) is None
+    assert compiling._needed("RESOURCE_EXHAUSTED: no figures") == 0
 
 
-@pytest.mark.parametrize(
-    ("message", "operation"),
-    [
-        (
-            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom: Ran out of memory in memory space vmem while "
-            "allocating on stack for %selective_scan_backward.1 = (bf16[1,512,2560]{2,1,0}). Scoped allocation with "
-            "size 17.46M and limit 16.00M exceeded scoped vmem limit by 1.46M.",
-            "selective_scan_backward.1",
-        ),
-        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 17.46M of 16.00M vmem.", "an operation"),
-    ],
-)
+@pytest.mark.parametrize(("message", "operation"), [(VMEM_STACK, "selective_scan_backward.1"), (VMEM, "an operation")])
 def test_an_operation_too_large_for_on_chip_memory_is_refused_and_not_a_shortage_of_hbm(message, operation):
     reason = compiling._on_chip_shortage(message)
     assert reason.startswith(f"{operation} needs more on-chip memory (vmem) than there is; mesh.tensor divides")
-
-
-def test_a_shortage_of_hbm_is_not_one_of_on_chip_memory():
-    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm."
-    assert compiling._on_chip_shortage(message) is None
-
-
-def test_a_refusal_without_figures_is_still_one():
-    assert compiling._needed("RESOURCE_EXHAUSTED: no figures") == 0
 
 
 def test_results_come_back_from_the_compilers_process_and_its_failures_are_one_line():
@@ -222,10 +209,9 @@ def test_published_sizes_of_few_layers_are_planned_by_the_real_compiler(config, 
 
 @pytest.mark.ahead_of_time
 @needs_libtpu
-def test_the_real_compiler_refuses_what_is_too_large(capsys):
+def test_the_real_compiler_refuses_what_is_too_large(printed):
     words = "--model.d_model 2560 --model.n_layers 64 --topology v5e-1 --data.batch_size 1 --model.remat full".split()
-    command.main([*SMALL, *words, "--json"])
-    found = json.loads(capsys.readouterr().out)
+    found = printed(*words, "--json")
     assert found["fits"] is False
     assert found["needed_bytes"] > found["available_bytes"]
     assert found["nearest"] is None

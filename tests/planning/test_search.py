@@ -43,72 +43,66 @@ def test_then_weights_are_shared_and_only_then_the_batch_shrinks():
     assert len(tried) == len(set(tried))
 
 
-def test_every_setting_divides_over_the_mesh():
-    for setting in smaller_settings(CONFIG, V5E):
-        mesh = search.resolved_mesh(setting, V5E.devices)
-        assert mesh.data * mesh.fsdp == 16
-        assert setting.data.batch_size % (setting.train.accumulation * 16) == 0
+def test_every_setting_divides_over_the_mesh_and_weights_are_never_shared_between_slices():
+    for slices in (1, 2):
+        topology = parse_topology("v5e-16", slices)
+        settings = smaller_settings(CONFIG, topology)
+        meshes = [search.resolved_mesh(setting, topology.devices) for setting in settings]
+        assert {mesh.data * mesh.fsdp for mesh in meshes} == {topology.devices}
+        assert all(s.data.batch_size % (s.train.accumulation * topology.devices) == 0 for s in settings)
+        assert max(mesh.fsdp for mesh in meshes) == 16
 
 
-def test_weights_are_never_shared_between_slices():
-    two = parse_topology("v5e-16", slices=2)
-    assert max(search.resolved_mesh(s, 32).fsdp for s in smaller_settings(CONFIG, two)) == 16
+class Compiler:
+    """Plays the compiler: what a setting gets, and how often it was asked."""
+
+    def __init__(self, result):
+        self.result, self.asked = result, []
+
+    def __call__(self, setting):
+        self.asked.append(setting)
+        return self.result(setting)
+
+
+def unless(too_large):
+    return Compiled(needed=1 if too_large else None)
 
 
 @pytest.mark.parametrize("wanted", ["--mesh.data 4 --mesh.fsdp 4", "--model.remat full --mesh.data 2 --mesh.fsdp 8"])
 def test_the_nearest_fit_is_found_in_a_few_compilations(monkeypatch, wanted):
     monkeypatch.setattr(search, "guessed_memory", lambda config, topology: 0)
     order = flags(smaller_settings(CONFIG, V5E))
-    compiled = []
-
-    def compile_(setting):
-        compiled.append(setting)
-        fits = order.index(describe(setting, CONFIG)) >= order.index(wanted)
-        return Compiled(mesh={"data": 1}, needed=None if fits else 1)
-
-    setting, _ = nearest_fit(CONFIG, V5E, compile_, tries=8)
+    compiler = Compiler(lambda s: unless(order.index(describe(s, CONFIG)) < order.index(wanted)))
+    setting, _ = nearest_fit(CONFIG, V5E, compiler, tries=8)
     assert describe(setting, CONFIG) == wanted
-    assert len(compiled) <= 8
+    assert len(compiler.asked) <= 8
 
 
 def test_the_averaged_weights_count_and_hopeless_settings_are_not_compiled():
     plain = search.guessed_memory(CONFIG, V5E)
     averaged = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, ema=0.999))
     assert search.guessed_memory(averaged, V5E) - plain == pytest.approx(4 * matrix_parameters(CONFIG.model))
-    compiled = []
-
-    def compile_(setting):
-        compiled.append(setting)
-        return Compiled()
-
-    nearest_fit(CONFIG, V5E, compile_, tries=8)
-    assert compiled and all(search.guessed_memory(s, V5E) < V5E.chip.memory_bytes for s in compiled)
+    compiler = Compiler(lambda _: Compiled())
+    nearest_fit(CONFIG, V5E, compiler, tries=8)
+    assert compiler.asked and all(search.guessed_memory(s, V5E) < V5E.chip.memory_bytes for s in compiler.asked)
 
 
 def test_where_nothing_fits_one_compilation_says_so():
-    compiled = []
-
-    def compile_(setting):
-        compiled.append(setting)
-        return Compiled(needed=1)
-
-    assert nearest_fit(CONFIG, V5E, compile_, tries=8) is None
-    assert len(compiled) == 1
+    compiler = Compiler(lambda _: unless(True))
+    assert nearest_fit(CONFIG, V5E, compiler, tries=8) is None
+    assert len(compiler.asked) == 1
 
 
 @pytest.mark.parametrize("slices", [1, 2])
 def test_devices_that_are_no_power_of_two_are_shared_evenly(slices):
     topology = parse_topology("v5p:4x4x12", slices)
     config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=4 * topology.devices, sequence_length=2048))
-    settings = list(smaller_settings(config, topology))
+    settings = smaller_settings(config, topology)
     meshes = [search.resolved_mesh(setting, topology.devices) for setting in settings]
     assert {mesh.data * mesh.fsdp for mesh in meshes} == {topology.devices}
     assert all(mesh.data % slices == 0 for mesh in meshes)
-
-    def compile_(setting):
-        return Compiled(needed=None if search.resolved_mesh(setting, topology.devices).fsdp >= 16 else 1)
-
-    setting, _ = nearest_fit(config, topology, compile_, tries=8)
+    compiler = Compiler(lambda s: unless(search.resolved_mesh(s, topology.devices).fsdp < 16))
+    setting, _ = nearest_fit(config, topology, compiler, tries=8)
     assert setting.mesh.fsdp == 16
 
 

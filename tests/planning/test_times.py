@@ -8,8 +8,8 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.planning import kernels
 from biomamba_jax.planning.ahead_of_time import Estimate
 from biomamba_jax.planning.compile import Compiled
-from biomamba_jax.planning.costs import Costs, KernelCall
-from biomamba_jax.planning.program import Collective, Work
+from biomamba_jax.planning.costs import Costs, Operation
+from biomamba_jax.planning.program import Collective
 from biomamba_jax.planning.times import step_times
 from biomamba_jax.planning.topology import parse_topology
 
@@ -18,8 +18,8 @@ PEAK, BANDWIDTH = 197e12, 819e9
 LINK, NETWORK = TOPOLOGY.kind.link, TOPOLOGY.kind.network
 COMPILED = Compiled(
     mesh={"data": 8},
-    costs=Costs(flops=3 * PEAK, kernels=[KernelCall("scan", 2, 0.0, TOPOLOGY.kind.vector, BANDWIDTH / 4)]),
-    work=[Work("product", 3, PEAK, BANDWIDTH / 2), Work("sum", 1, 0.0, 2 * BANDWIDTH)],
+    costs=Costs(flops=3 * PEAK, kernels=[Operation("scan", 2, 0.0, BANDWIDTH / 4, TOPOLOGY.kind.vector)]),
+    work=[Operation("product", 3, PEAK, BANDWIDTH / 2), Operation("sum", 1, 0.0, 2 * BANDWIDTH)],
 )
 
 
@@ -32,38 +32,39 @@ def test_each_operation_takes_the_longer_of_its_arithmetic_and_its_traffic():
     assert (times.bound, times.floor) == ("memory", pytest.approx(4))
 
 
-def test_a_static_profile_counts_where_it_is_slower_than_what_kernels_state():
+def test_a_static_profile_counts_where_it_is_slower_than_what_kernels_state_and_kernels_without_one_are_named():
     assert step_times(COMPILED, TOPOLOGY, rates={"scan": 8 / BANDWIDTH}).kernels == pytest.approx(2 * 2)
-    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).kernels == pytest.approx(2)
-
-
-def test_kernels_without_a_profile_are_named():
+    faster = step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30})
+    assert (faster.kernels, faster.unprofiled) == (pytest.approx(2), ())
     assert step_times(COMPILED, TOPOLOGY).unprofiled == ("scan",)
-    assert step_times(COMPILED, TOPOLOGY, rates={"scan": 1e-30}).unprofiled == ()
 
 
-def test_a_missing_profile_is_logged_with_its_reason(monkeypatch, caplog):
+@pytest.fixture
+def rates():
+    """The rates of kernels, computed anew."""
+    kernels.kernel_rates.cache_clear()
+    yield kernels.kernel_rates
+    kernels.kernel_rates.cache_clear()
+
+
+def test_a_missing_profile_is_logged_with_its_reason(rates, monkeypatch, caplog):
     def aborted(*arguments, **options):
         raise UserError("the compiler's process ended: Aborted")
 
     monkeypatch.setattr(kernels, "estimates", aborted)
-    kernels.kernel_rates.cache_clear()
-    assert kernels.kernel_rates("mamba2", "v5e", 1.0) == {}
+    assert rates("mamba2", "v5e", 1.0) == {}
     assert caplog.messages == [
         "ssd on v5e: no profile, so the time of its kernels is a lower bound: the compiler's process ended: Aborted"
     ]
-    kernels.kernel_rates.cache_clear()
 
 
-def test_a_rate_is_the_slope_of_the_cycles_over_clock_and_cores(monkeypatch):
+def test_a_rate_is_the_slope_of_the_cycles_over_clock_and_cores(rates, monkeypatch):
     def profiled(requests, **options):
         return [Estimate(static_cycles={"ssd_forward.1": 10**6 + 1000 * r.arguments["length"]}) for r in requests]
 
     monkeypatch.setattr(kernels, "estimates", profiled)
     chip = parse_topology("v5p-8").chip
-    kernels.kernel_rates.cache_clear()
-    (rate,) = kernels.kernel_rates("mamba2", "v5p").values()
-    kernels.kernel_rates.cache_clear()
+    (rate,) = rates("mamba2", "v5p").values()
     assert chip.cores == 2
     # Bytes a token: x, dt and y of 1,536 channels (24 heads), B and C of 128 states, bfloat16; segment ids; states.
     at_least = 2 * (2 * 1536 + 24 + 2 * 128) + 4

@@ -34,13 +34,9 @@ def test_names_are_those_of_cloud_tpu(name, compiler, chips, devices):
     assert (topology.compiler_name, topology.chips, topology.devices) == (compiler, chips, devices)
 
 
-def test_slices_multiply_chips():
-    topology = parse_topology("v5e-256", slices=2)
-    assert (topology.chips, str(topology)) == (512, "2 x v5e-256")
-
-
-def test_each_generation_knows_its_chip():
-    assert parse_topology("v6e-8").chip.name == "TPU v6e"
+def test_slices_multiply_chips_and_each_generation_knows_its_chip():
+    topology = parse_topology("v6e-256", slices=2)
+    assert (topology.chips, str(topology), topology.chip.name) == (512, "2 x v6e-256", "TPU v6e")
     assert parse_topology("h100-8").chip.name == "H100 SXM"
 
 
