@@ -13,6 +13,15 @@ import torch
 from torch.nn.functional import silu, softplus
 
 
+def recurrence(decay, inputs, C):
+    """Outputs [L ...] and final state; time first, d_state last."""
+    state, outputs = torch.zeros(()), []
+    for t in range(len(inputs)):
+        state = decay[t] * state + inputs[t]
+        outputs.append((state * C[t]).sum(-1))
+    return torch.stack(outputs), state
+
+
 def selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False
 ):  # u, delta, z: [B E L]; A: [E N]; B, C: [B N L]
@@ -21,13 +30,9 @@ def selective_scan_fn(
     assert B.shape == C.shape == (u.shape[0], A.shape[1], u.shape[2])
     step = delta.float() + delta_bias[:, None]
     step = softplus(step) if delta_softplus else step
-    state = u.new_zeros((*u.shape[:2], A.shape[1]), dtype=torch.float32)
-    outputs = []
-    for t in range(u.shape[2]):
-        entering = (step * u)[:, :, t, None] * B[:, None, :, t]
-        state = torch.exp(step[:, :, t, None] * A) * state + entering
-        outputs.append((state * C[:, None, :, t]).sum(-1))
-    y = (torch.stack(outputs, 2) + D[:, None] * u) * silu(z.float())
+    inputs = (step * u).movedim(2, 0)[..., None] * B.movedim(2, 0)[:, :, None]  # [L B E N], as the decay
+    y, state = recurrence(torch.exp(step.movedim(2, 0)[..., None] * A), inputs, C.movedim(2, 0)[:, :, None])
+    y = (y.movedim(0, 2) + D[:, None] * u) * silu(z.float())
     return (y.to(u.dtype), state) if return_last_state else y.to(u.dtype)
 
 
@@ -38,22 +43,19 @@ def mamba_chunk_scan_combined(
     state_dtype=None,
 ):  # x: [B L H P]; dt: [B L H]; A: [H]; B, C: [B L G N]; seq_idx: [B L]
     # fmt: on
-    rows, length, heads, headdim = x.shape
+    rows, length, heads, _ = x.shape
     assert dt.shape == (rows, length, heads) and A.shape == D.shape == dt_bias.shape == (heads,)
     assert B.shape == C.shape == (rows, length, B.shape[2], B.shape[3]) and chunk_size >= 16
     assert seq_idx is None or (seq_idx.shape == (rows, length) and seq_idx.dtype == torch.int32)
     step = dt.float() + dt_bias
     step = softplus(step) if dt_softplus else step
     B, C = (v.float().repeat_interleave(heads // v.shape[2], 2) for v in (B, C))
-    state = x.new_zeros((rows, heads, headdim, B.shape[3]), dtype=torch.float32)
-    outputs = []
-    for t in range(length):
-        if seq_idx is not None and t > 0:
-            state = state * (seq_idx[:, t] == seq_idx[:, t - 1])[:, None, None, None]
-        entering = (step[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        state = torch.exp(step[:, t] * A)[:, :, None, None] * state + entering
-        outputs.append((state * C[:, t, :, None]).sum(-1))
-    y = (torch.stack(outputs, 1) + D[:, None] * x).to(x.dtype)
+    decay = torch.exp(step * A)[..., None, None].movedim(1, 0)  # [L B H 1 1]
+    if seq_idx is not None:
+        decay[1:] = decay[1:] * (seq_idx[:, 1:] == seq_idx[:, :-1]).T[..., None, None, None]
+    inputs = (step[..., None] * x)[..., None] * B[:, :, :, None]
+    y, state = recurrence(decay, inputs.movedim(1, 0), C.movedim(1, 0)[:, :, :, None])
+    y = (y.movedim(0, 1) + D[:, None] * x).to(x.dtype)
     return (y, state) if return_final_states else y
 
 
@@ -81,11 +83,8 @@ def causal_conv1d_fn(
 
 def install(monkeypatch) -> None:
     """Makes both packages importable, and this machine's processor the GPU that torch sees."""
-    functions = {
-        "mamba_ssm": None,
-        "mamba_ssm.ops": None,
+    functions = dict.fromkeys(("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton")) | {
         "mamba_ssm.ops.selective_scan_interface": selective_scan_fn,
-        "mamba_ssm.ops.triton": None,
         "mamba_ssm.ops.triton.ssd_combined": mamba_chunk_scan_combined,
         "causal_conv1d": causal_conv1d_fn,
     }

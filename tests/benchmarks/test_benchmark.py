@@ -7,13 +7,16 @@ from biomamba_jax.errors import UserError
 
 TINY = ["--model.d_model", "32", "--model.n_layers", "2", "--model.vocab_size", "100", "--model.headdim", "16"]
 TINY += ["--data.sequence_length", "16", "--steps", "1"]
+TINY_DECODING = [*TINY[:-4], "--prompt_length", "8", "--new_tokens", "4", "--rounds", "1"]
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_step_prints_speed_memory_and_share_of_peak(kind, capsys):
+def test_step_and_decode_print_speed_memory_and_share_of_peak(kind, capsys):
     benchmark.main(["step", "--model.kind", kind, *TINY])
+    benchmark.main(["decode", "--model.kind", kind, "--batch_size", "3", *TINY_DECODING])
     printed = capsys.readouterr().out
     assert f"{kind}, 2 x 32, batch 1 x 16, float32" in printed
+    assert f"{kind}, 2 x 32, float32, 3 prompts of 8 + 4 tokens" in printed
     for column in ("tokens/s", "peak memory", "share of peak"):
         assert column in printed
 
@@ -27,17 +30,6 @@ def test_compare_prints_both_contenders_and_their_ratio(capsys):
     assert "biomamba_jax" in printed
     assert "transformers" in printed
     assert "ratio within pairs" in printed
-
-
-TINY_DECODING = [*TINY[:-4], "--prompt_length", "8", "--new_tokens", "4", "--rounds", "1"]
-
-
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
-def test_decode_prints_speed_and_memory(kind, capsys):
-    benchmark.main(["decode", "--model.kind", kind, "--batch_size", "3", *TINY_DECODING])
-    printed = capsys.readouterr().out
-    assert f"{kind}, 2 x 32, float32, 3 prompts of 8 + 4 tokens" in printed
-    assert "tokens/s" in printed
 
 
 @pytest.mark.slow

@@ -11,20 +11,17 @@ from biomamba_jax.planning.ahead_of_time import Request, compiler_environment, e
 from tests.compilers import needs_libtpu
 
 
-def test_without_libtpu_the_remedy_is_named(monkeypatch):
+def test_without_libtpu_the_remedy_is_named_and_channels_that_are_no_whole_heads_are_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"needs libtpu: pip install 'biomamba-jax\[tpu-compiler\]'"):
         benchmark.main(["kernels"])
+    with pytest.raises(UserError, match=r"channels = 100: must be a multiple of the head size 64"):
+        benchmark.main(["kernels", "--channels", "100"])
 
 
 def test_flags_for_cpus_do_not_reach_the_compiler_for_tpus_which_would_end_at_them(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_dump_to=here")
     assert compiler_environment()["XLA_FLAGS"] == "--xla_dump_to=here"
-
-
-def test_channels_that_are_no_whole_heads_are_refused():
-    with pytest.raises(UserError, match=r"channels = 100: must be a multiple of the head size 64"):
-        benchmark.main(["kernels", "--channels", "100"])
 
 
 def test_both_directions_of_a_kernel_together_have_the_floors_of_both_and_the_memory_of_the_program_with_both():

@@ -22,9 +22,12 @@ def a_gpu_that_is_a_cpu(monkeypatch):
     monkeypatch.setattr(kernels_gpu, "_LEAST_SECONDS", 0.0)
 
 
-def test_without_a_gpu_the_timing_says_so_in_one_line():
+def test_without_a_gpu_or_without_triton_that_is_said_in_one_line(monkeypatch):
     with pytest.raises(UserError, match=r"target gpu: JAX finds no GPU in this machine .* give --target sm_80"):
         benchmark.main(["kernels", "--target", "gpu"])
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(UserError, match=r"pip install 'biomamba-jax\[gpu\]'"):
+        benchmark.main(["kernels", "--target", "sm_90"])
 
 
 @pytest.mark.slow
@@ -101,9 +104,3 @@ def test_the_table_for_an_absent_gpu_lists_every_kernel(capsys):
     printed = capsys.readouterr().out
     for kernel in ("selective_scan_forward", "ssd_states", "ssd_shared_gradients", "causal_conv1d_backward"):
         assert kernel in printed
-
-
-def test_without_triton_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(UserError, match=r"pip install 'biomamba-jax\[gpu\]'"):
-        benchmark.main(["kernels", "--target", "sm_90"])

@@ -6,7 +6,7 @@ from flax import nnx
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import LanguageModel
-from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 
 
 @pytest.mark.parametrize(("kind", "beyond"), [("mamba1", 0.02), ("mamba2", 0.05)])
@@ -14,6 +14,7 @@ def test_training_takes_six_flops_per_parameter_and_token_and_little_more(kind, 
     config = ModelConfig(kind=kind, d_model=2560, n_layers=8, vocab_size=50280)
     shapes = nnx.eval_shape(lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(shapes)))
+    assert matrix_parameters(config) == pytest.approx(parameters, rel=0.005)
     assert 0.995 < training_flops_per_token(config) / (6 * parameters) < 1 + beyond
 
 

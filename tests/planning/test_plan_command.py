@@ -82,12 +82,9 @@ def test_json_has_the_figures_exactly(compiler, printed):
     flops = training_flops_per_token(parse(PlanConfig, SMALL).model)
     assert found["share_of_peak"] == pytest.approx(flops * speed / (4 * 197e12))
     assert "not measured" in found["estimate"]
-
-
-def test_chip_hours_count_chips_and_not_their_devices(compiler, printed):
     found = printed("--topology", "tpu7x-8", "--json")
     assert (found["chips"], found["devices"]) == (4, 8)
-    assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)
+    assert found["chip_hours"] == pytest.approx(found["days"] * 24 * 4)  # of chips, not of their devices
 
 
 def test_a_plan_names_the_kernels_whose_time_is_only_a_lower_bound(compiler, printed):
@@ -103,9 +100,6 @@ def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, printed
     assert "DOES NOT FIT: a device needs 20.00 GiB and has 15.75 GiB" in text
     assert "the nearest setting tried that fits: --model.remat full" in text
     assert "tokens/s" in text
-
-
-def test_where_nothing_fits_it_says_so(compiler, printed):
     compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB)]
     assert "no setting tried fits" in printed()
 
@@ -133,16 +127,13 @@ def test_without_the_compiler_the_remedy_is_named(monkeypatch):
         command.main([*SMALL, "--topology", "h100-8"])
 
 
-def test_released_weights_have_their_sizes(compiler, printed):
+def test_released_weights_have_their_sizes_and_their_padded_embeddings(compiler, printed):
     text = printed("--init_from", "state-spaces/mamba2-2.7b", "--model.vocab_size", "null")
     assert "mamba2, 64 x 2560 (2,700 M parameters)" in text
     with pytest.raises(UserError, match="sizes are known for mamba-130m"):
         command.main([*SMALL, "--init_from", "someone/else"])
-
-
-@pytest.mark.parametrize(("name", "rows"), [("state-spaces/mamba-130m-hf", 50280), ("state-spaces/mamba2-130m", 50288)])
-def test_released_embeddings_are_padded_as_released(name, rows):
-    assert plan.released_sizes(ModelConfig(), name).padded_vocab == rows
+    for name, rows in (("state-spaces/mamba-130m-hf", 50280), ("state-spaces/mamba2-130m", 50288)):
+        assert plan.released_sizes(ModelConfig(), name).padded_vocab == rows
 
 
 HBM = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.05G of 15.75G hbm. Exceeded by 4.3G."

@@ -7,6 +7,7 @@ import pytest
 from biomamba_jax.planning.program import Program, replica_groups, shape_bytes
 
 STEP = Path(__file__).with_name("step.hlo").read_text()
+COLLECTIVES = Path(__file__).with_name("collectives.hlo").read_text()  # as libtpu writes them
 STATED = STEP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"64"}}')
 UNCLEAR = STEP.replace("constant(65)", "constant(64)").replace("add(%i, %one)", "multiply(%i, %one)")
 
@@ -51,60 +52,11 @@ def test_what_hosts_send_between_slices_is_a_collective_of_slices():
     assert sent.sent == 4 * 512
 
 
-def test_an_overlapped_collective_counts_once_however_many_fusions_name_it():
-    started, overlapped, awaited = "async-collective-start.1", "fusion.9", "async-collective-done"
-    names = {"started": started, "async_collective_fusion.2": overlapped, "x": awaited}
-    fused = """\
-%FUSED (p.0: f32[64,128]) -> f32[256,128] {
-  %p.0 = f32[64,128]{1,0} parameter(0)
-  ROOT %all-gather.FUSED = f32[256,128]{1,0} all-gather(%p.0), replica_groups={{0,1,2,3}}, dimensions={0}
-}
-"""
-    lines = [f"  %{i} = f32[256,128]{{1,0}} fusion(%w), kind=kCustom, calls=%{f}" for f, i in names.items()]
-    entry = ["ENTRY %main (w: f32[64,128]) -> f32[] {", "  %w = f32[64,128]{1,0} parameter(0)", *lines, "}"]
-    text = "".join(fused.replace("FUSED", name) for name in names) + "\n".join(entry)
-    (gather,) = Program(text, devices=4).collectives
-    assert (gather.calls, gather.bytes, gather.overlaps) == (1, 4 * 256 * 128, True)
-
-
-def test_a_collective_on_a_sparse_core_overlaps():
-    text = """\
-%called (p: bf16[160,512]) -> bf16[2560,512] {
-  %p = bf16[160,512]{1,0} parameter(0)
-  ROOT %all-gather.67 = bf16[2560,512]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
-}, execution_thread="sparsecore"
-%async (q: bf16[160,512]) -> bf16[2560,512] {
-  %q = bf16[160,512]{1,0} parameter(0)
-  ROOT %custom-call.19 = bf16[2560,512]{1,0} custom-call(%q), custom_call_target="x", called_computations={%called}
-}, execution_thread="sparsecore"
-ENTRY %main (w: bf16[160,512]) -> bf16[2560,512] {
-  %w = bf16[160,512]{1,0} parameter(0)
-  %start = ((bf16[160,512]), bf16[2560,512], u32[]) async-start(%w), async_execution_thread="sparsecore", calls=%async
-  ROOT %done = bf16[2560,512]{1,0} async-done(%start)
-}
-"""
-    (gather,) = Program(text, devices=4).collectives
-    assert (gather.kind, gather.bytes, gather.overlaps) == ("all-gather", 2 * 2560 * 512, True)
-
-
-def test_an_all_reduce_sliced_in_the_same_fusion_is_a_reduce_scatter():
-    # As libtpu writes it, with rows of padding where its parts would not be whole tiles.
-    text = """\
-%all-reduce-scatter.1 (input: f32[2560,512]) -> f32[168,512] {
-  %input = f32[2560,512]{1,0} parameter(0)
-  %zero = f32[] constant(0)
-  %pad = f32[2688,512]{1,0} pad(%input, %zero), padding=0_128x0_0
-  %all-reduce.40 = f32[2688,512]{1,0} all-reduce(%pad), replica_groups={{0,1,2,3}}, to_apply=%add
-  %id = u32[] partition-id()
-  %first = u32[] constant(0)
-  ROOT %dynamic-slice.44 = f32[168,512]{1,0} dynamic-slice(%all-reduce.40, %id, %first), dynamic_slice_sizes={168,512}
-}
-ENTRY %main (g: f32[2560,512]) -> f32[168,512] {
-  %g = f32[2560,512]{1,0} parameter(0)
-  ROOT %fusion.359 = f32[168,512]{1,0} fusion(%g), kind=kCustom, calls=%all-reduce-scatter.1
-}
-"""
-    (scatter,) = Program(text, devices=4).collectives
+def test_collectives_that_overlap_count_once_and_all_reduces_that_are_sliced_are_reduce_scatters():
+    fused, on_sparse_core, scatter = sorted(Program(COLLECTIVES, devices=4).collectives, key=lambda c: c.bytes)
+    assert (fused.kind, fused.calls, fused.bytes, fused.overlaps) == ("all-gather", 1, 4 * 256 * 128, True)
+    assert (on_sparse_core.kind, on_sparse_core.bytes, on_sparse_core.overlaps) == ("all-gather", 2 * 2560 * 512, True)
+    # With rows of padding where its parts would not be whole tiles.
     assert (scatter.kind, scatter.calls, scatter.bytes) == ("reduce-scatter", 1, 4 * 2688 * 512)
     assert scatter.sent == scatter.bytes * 3 / 4
 
