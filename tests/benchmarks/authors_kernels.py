@@ -52,7 +52,7 @@ def mamba_chunk_scan_combined(
     B, C = (v.float().repeat_interleave(heads // v.shape[2], 2) for v in (B, C))
     decay = torch.exp(step * A)[..., None, None].movedim(1, 0)  # [L B H 1 1]
     if seq_idx is not None:
-        decay[1:] = decay[1:] * (seq_idx[:, 1:] == seq_idx[:, :-1]).T[..., None, None, None]
+        decay = decay * torch.cat([seq_idx[:, :1] >= 0, seq_idx[:, 1:] == seq_idx[:, :-1]], 1).T[..., None, None, None]
     inputs = (step[..., None] * x)[..., None] * B[:, :, :, None]
     y, state = recurrence(decay, inputs.movedim(1, 0), C.movedim(1, 0)[:, :, :, None])
     y = (y.movedim(0, 1) + D[:, None] * x).to(x.dtype)
