@@ -95,10 +95,7 @@ def read_any_json(path: str | Path) -> Any:
     Raises:
       UserError: the file cannot be read or is not JSON.
     """
-    content = b"".join(read_chunks(path, 1 << 20))
-    with naming_errors(path):
-        text = content.decode("utf-8-sig")
-    return _parse_json(text, str(path))
+    return _parse_json("\n".join(read_lines(path)), str(path))
 
 
 def _parse_json(text: str, where: str) -> Any:

@@ -18,13 +18,13 @@ import jax
 
 from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import DistributedConfig, FinetuneConfig
+from biomamba_jax.config import FinetuneConfig
 from biomamba_jax.data.examples import Example, encode_examples
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.interop.hub import local_folder
-from biomamba_jax.parallel.distributed import exit_if_stopped, processes, require_same_config
+from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 from biomamba_jax.tables import summary_table
 from biomamba_jax.tasks.answers import Prediction
 from biomamba_jax.tasks.model import load
@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     config = parse(FinetuneConfig, argv, __doc__)
-    with processes(config.distributed) as first:
-        require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
+    with processes(config) as first:
         weights = read_model(local_folder(config.init_from or ""))
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:
@@ -75,11 +74,8 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
     train = [example for task in tasks for example in task.train]
     development = [example for task in tasks for example in task.development]
     labels = config.labels or sorted({example.label for example in [*train, *development]})
-    config = dataclasses.replace(
-        config,
-        model=with_execution_settings(weights.config, config.model),
-        labels=labels if config.head == "classifier" else [],
-    )
+    model = with_execution_settings(weights.config, config.model)
+    config = dataclasses.replace(config, model=model, labels=labels if config.head == "classifier" else [])
 
     def encoded(examples: list[Example], split: str):
         source = f"{' and '.join(task.name for task in tasks)}, {split} split"

@@ -17,7 +17,7 @@ import yaml
 
 from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import DistributedConfig, ModelConfig, PretrainConfig
+from biomamba_jax.config import ModelConfig, PretrainConfig
 
 # The data workers import this module again and do not need jax: modules that need it are imported inside functions.
 
@@ -33,10 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     config = parse(PretrainConfig, argv, __doc__)
-    with distributed.processes(config.distributed) as first:
-        distributed.require_same_config(
-            dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig()))
-        )
+    with distributed.processes(config) as first:
         if first:
             prepare_if_missing(config)
             write_baselines(config)

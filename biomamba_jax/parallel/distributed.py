@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 import biomamba_jax
-from biomamba_jax.config import DistributedConfig
+from biomamba_jax.config import DistributedConfig, RunConfig
 from biomamba_jax.errors import UserError
 
 STOPPED = 128 + signal.SIGTERM
@@ -36,24 +36,28 @@ _POLL_SECONDS = 2  # between checks for a failure of another process
 
 
 @contextlib.contextmanager
-def processes(config: DistributedConfig) -> Iterator[bool]:
+def processes(config: RunConfig) -> Iterator[bool]:
     """Run the block together with the other processes of this run, if there are any.
 
     If one of them fails, all print its reason and exit with status 1 at once. Must come before any other use of JAX.
+
+    Args:
+      config: the run, whose settings must be the same in all processes; how they find each other may differ.
 
     Yields:
       True in the first process, which alone writes shared files.
 
     Raises:
-      UserError: the others did not start within `config.start_timeout`, or their address is not known.
+      UserError: the others did not start within `distributed.start_timeout`, or their address is not known.
     """
-    if not _start(from_xpk_environment(config, os.environ)):
+    if not _start(from_xpk_environment(config.distributed, os.environ)):
         yield True
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
     ended = threading.Event()
     threading.Thread(target=_watch_for_failures, args=(me, ended), name="watch-for-failures", daemon=True).start()
     try:
+        require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
         yield jax.process_index() == 0
         barrier("the end", timeout=DATA_TIMEOUT)
     except (Exception, KeyboardInterrupt) as error:

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from biomamba_jax.config import PretrainConfig, RunConfig
-from biomamba_jax.data.pipeline import TrainIterator
+from biomamba_jax.data.mixture import MixedDocuments
+from biomamba_jax.data.pipeline import Documents, TrainIterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
@@ -46,10 +47,12 @@ class TrainingRun:
     """Optimizer steps of the run."""
     epoch_steps: float
     """Optimizer steps of one pass over the data."""
-    batches: TrainIterator
-    """This host's batches; closed when the run ends."""
+    documents: Documents | MixedDocuments
+    """Training text, or examples."""
     evaluate: Callable[[Any], dict[str, float]]
     """Returns held-out metrics of parameters; the lowest "loss" marks the best ones."""
+    num_workers: int = 0
+    """Worker processes that read batches ahead; 0: a thread."""
     frozen: tuple[Any, ...] = ()
     """Further arguments of the step, which are not trained."""
     tokenizer: Path | None = None
@@ -85,13 +88,8 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
         steps=steps,
         epoch_steps=setup.epoch_tokens(data, manifest) / (data.batch_size * data.sequence_length),
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
-        batches=TrainIterator(
-            setup.training_documents(data, manifest),
-            sequence_length=data.sequence_length,
-            seed=config.train.seed,
-            num_workers=data.num_workers,
-            **host_batch(data.batch_size, program.layout.mesh, config.train.accumulation),
-        ),
+        documents=setup.training_documents(data, manifest),
+        num_workers=data.num_workers,
         tokenizer=Path(data.path) / manifest.tokenizer.file,
     )
     return run(training, params)
@@ -99,8 +97,15 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
 
 def run(training: TrainingRun, params: Any = None) -> bool:
     """Run the loop; see `train`."""
-    config, program, steps, batches = training.config, training.program, training.steps, training.batches
+    config, program, steps = training.config, training.program, training.steps
     run_dir, mesh = Path(config.run_dir), program.layout.mesh
+    batches = TrainIterator(
+        training.documents,
+        sequence_length=config.data.sequence_length,
+        seed=config.train.seed,
+        num_workers=training.num_workers,
+        **host_batch(config.data.batch_size, mesh, config.train.accumulation),
+    )
     frozen = jax.device_put(training.frozen, replicated(mesh))
 
     with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:
@@ -123,13 +128,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
         messages = setup.open_run_dir(run_dir, config, training.tokenizer, start)
 
         with (
-            MetricsWriter(
-                run_dir,
-                last_step=start,
-                tensorboard=config.tensorboard,
-                wandb_project=config.wandb_project,
-                config=dataclasses.asdict(config),
-            ) as metrics,
+            MetricsWriter(config, start) as metrics,
             Progress(steps) as progress,
             StopRequest() as stop,
         ):
@@ -165,9 +164,9 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 values = interval.values()
                 rate = float(program.schedule(max(step - 1 - interval.skipped, 0)))  # skipped updates do not count
                 metrics.write(step, "train", values | {"learning_rate": rate} | drawn)
-                throughput.update(interval.tokens)
+                throughput.update(interval.totals.tokens)
                 metrics.write_timing(step, throughput.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
-                throughput.restart(interval.tokens)
+                throughput.restart(interval.totals.tokens)
 
             hooks = [  # checkpoints come last: a checkpoint's metrics are written before it
                 *training.hooks,
@@ -190,9 +189,9 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 interval.add(report)
                 if step == (start or 0) + 1:  # leave compilation out of the speed
                     interval.finish()
-                    throughput.restart(interval.tokens)
-                throughput.update(interval.tokens)
-                progress.update(step, interval.last_loss, *throughput.speed)
+                    throughput.restart(interval.totals.tokens)
+                throughput.update(interval.totals.tokens)
+                progress.update(step, interval.last_loss, throughput.speed)
                 for every, hook in hooks:
                     if step == steps or (every and step % every == 0):
                         with throughput.pause():

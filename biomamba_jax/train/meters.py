@@ -62,11 +62,6 @@ class IntervalMeter:
         self.last_loss = float("nan")
         self._pending: StepMetrics | None = None
 
-    @property
-    def tokens(self) -> int:
-        """Tokens read since the run began, except by the step in progress."""
-        return self.totals.tokens
-
     def add(self, metrics: StepMetrics) -> None:
         """Add the metrics of a step, which may still be running; waits for the step before."""
         self.finish()

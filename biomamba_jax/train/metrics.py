@@ -12,6 +12,8 @@ Resume is exact because of the order: write every line of step s, `sync()`, save
 from it opens the writer with `last_step=s`, which drops the lines after s: they will be written again.
 """
 
+import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +27,7 @@ import jax
 from tensorboardX import SummaryWriter
 
 from biomamba_jax import files
+from biomamba_jax.config import RunConfig
 from biomamba_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -43,43 +46,35 @@ class MetricsWriter:
     all methods do nothing.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike[str],
-        *,
-        last_step: int | None,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, config: RunConfig, last_step: int | None) -> None:
         """Open the files, without the lines that a resumed run writes again.
 
         Args:
-          run_dir: the run's directory; made if it does not exist.
+          config: the run; its directory is made if it does not exist.
           last_step: step of the restored checkpoint, whose later lines are dropped; None for a new run.
-          tensorboard: write TensorBoard events under `tensorboard/`.
-          wandb_project: mirror to this Weights & Biases project.
-          config: the resolved configuration, for Weights & Biases.
 
         Raises:
           UserError: a line in the middle of a file is not JSON, or wandb is not installed.
         """
+        self._open = contextlib.ExitStack()
         self._files: dict[str, BinaryIO] = {}
         self._events: SummaryWriter | None = None
         self._wandb: Any = None
         if jax.process_index() != 0:
             return
-        folder = Path(run_dir)
+        folder = Path(config.run_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, TIMING):
             _drop_after(folder / name, last_step)
-            self._files[name] = (folder / name).open("ab")
-        if tensorboard:
+            self._files[name] = self._open.enter_context((folder / name).open("ab"))
+        if config.tensorboard:
             # Events can't be taken back; `purge_step` makes TensorBoard hide those that a resumed run writes again.
             purge_step = 0 if last_step is None else last_step + 1
-            self._events = SummaryWriter(logdir=str(folder / "tensorboard"), purge_step=purge_step)
-        if wandb_project is not None:
-            self._wandb = _wandb_run(folder, wandb_project, config or {}, resumed=last_step is not None)
+            events = SummaryWriter(logdir=str(folder / "tensorboard"), purge_step=purge_step)
+            self._events = self._open.enter_context(events)
+        if config.wandb_project is not None:
+            self._wandb = _wandb_run(config, resumed=last_step is not None)
+            self._open.callback(self._wandb.finish)
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """Write one line of values that the seed determines.
@@ -117,25 +112,15 @@ class MetricsWriter:
         if self._events is not None:
             self._events.flush()
 
-    def close(self) -> None:
-        """Flush and close everything; may be called twice."""
-        self.sync()
-        while self._files:
-            self._files.popitem()[1].close()
-        if self._events is not None:
-            self._events.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        self._events = self._wandb = None
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        self.sync()
+        self._open.close()
 
 
-def _wandb_run(folder: Path, project: str, config: Mapping[str, Any], *, resumed: bool) -> Any:
+def _wandb_run(config: RunConfig, *, resumed: bool) -> Any:
     """Return a new Weights & Biases run, or the one of the resumed run, whose id the folder keeps."""
     try:
         import wandb
@@ -144,16 +129,17 @@ def _wandb_run(folder: Path, project: str, config: Mapping[str, Any], *, resumed
             "wandb_project is set but wandb is not installed: pip install 'biomamba-jax[wandb]', "
             "or leave wandb_project out"
         ) from None
+    folder = Path(config.run_dir)
     id_file = folder / "wandb_id.txt"
     if not resumed or not id_file.exists():
         id_file.write_text(uuid.uuid4().hex[:12] + "\n")
     run = wandb.init(
-        project=project,
+        project=config.wandb_project,
         id=id_file.read_text().strip(),
         name=folder.resolve().name,
         resume="allow",
         dir=str(folder),
-        config=dict(config),
+        config=dataclasses.asdict(config),
     )
     # W&B's own step must never go back, but a resumed run's does: it is a value like the others.
     run.define_metric("*", step_metric="step")

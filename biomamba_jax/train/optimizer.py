@@ -103,6 +103,4 @@ def make_optimizer(
 
 def evaluation_weights(params: Params, optimizer_state: Any) -> Params:
     """Return the weights to evaluate and export: their moving average where the optimizer keeps one."""
-    is_average: Callable[[Any], bool] = lambda node: isinstance(node, AverageState)  # noqa: E731
-    averages = [node for node in jax.tree.leaves(optimizer_state, is_leaf=is_average) if is_average(node)]
-    return averages[0].average if averages else params
+    return optax.tree_utils.tree_get(optimizer_state, "average", params)

@@ -87,9 +87,8 @@ def train_program(
     init = partial(initial_state, config.model, optimizer, config.train.seed)
     state = jax.eval_shape(init, params)
     shardings = layout.shardings(state)
-    tokens = jax.ShapeDtypeStruct(
-        (data.batch_size, data.sequence_length), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC)
-    )
+    shape = (data.batch_size, data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     return TrainProgram(
         step=_jit(step, config.train.compiler_options, mesh),
         init=jax.jit(init, out_shardings=shardings),
@@ -119,15 +118,8 @@ def initial_state(
     initial, key = jax.random.split(jax.random.key(seed))
     if params is None:
         params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
-        params=params,
-        optimizer=optimizer.init(params),
-        key=jax.random.key_data(key),
-        skipped=zero,
-        skipped_in_a_row=zero,
-    )
+    counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), jnp.zeros((), jnp.int32))
+    return TrainState(params=params, optimizer=optimizer.init(params), key=jax.random.key_data(key), **counters)
 
 
 def _jit(step: Callable[..., Any], options: dict[str, Any], mesh: Mesh) -> jax.stages.Wrapped:

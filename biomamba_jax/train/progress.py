@@ -6,7 +6,6 @@ Both go to stderr, from the first process only. Log messages appear above the li
 """
 
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Self
 
@@ -14,6 +13,8 @@ import jax
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+
+from biomamba_jax.train.meters import Speed
 
 PLAIN_SECONDS = 10.0
 """Seconds between lines where stderr is not a terminal: often enough to see life, rare enough to keep logs short."""
@@ -29,18 +30,14 @@ class Progress:
     context, by whatever exception, restores the terminal.
     """
 
-    def __init__(
-        self, total_steps: int, *, console: Console | None = None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, total_steps: int, console: Console | None = None) -> None:
         """Prepare the line.
 
         Args:
           total_steps: step at which the run ends.
           console: where to write; stderr by default.
-          clock: returns seconds; replaced in tests.
         """
         self._total = total_steps
-        self._clock = clock
         self._console = console or Console(stderr=True, highlight=False, quiet=jax.process_index() != 0)
         is_live = self._console.is_terminal and not self._console.quiet
         self._live = Live(console=self._console, auto_refresh=False) if is_live else None
@@ -61,33 +58,24 @@ class Progress:
         elif self._line != self._shown:
             self.log(self._line)
 
-    def update(
-        self,
-        step: int,
-        loss: float,
-        tokens_per_second: float,
-        share_of_peak: float | None = None,
-        data_wait_share: float | None = None,
-    ) -> None:
+    def update(self, step: int, loss: float, speed: Speed) -> None:
         """Update the line, and redraw it if it is time to.
 
         Args:
           step: steps done.
           loss: training loss, in nats per token.
-          tokens_per_second: over all devices.
-          share_of_peak: model FLOP/s over the devices' peak, 0 to 1; None where the peak is unknown.
-          data_wait_share: share of the time spent waiting for batches, 0 to 1.
+          speed: throughput of the interval.
         """
-        now = self._clock()
+        now = time.monotonic()
         first_step, first_time = self._first = self._first or (step, now)
         left = (now - first_time) / max(step - first_step, 1) * (self._total - step)
         parts = (  # a narrow terminal cuts the end off, so what matters most comes first
             f"step {step:,}/{self._total:,} ({100 * step / max(self._total, 1):.0f} %)",
             f"loss {loss:.4f}",
             f"{timedelta(seconds=round(left))} left" if step > first_step else "",
-            f"{tokens_per_second:,.0f} tokens/s",
-            "" if share_of_peak is None else f"{100 * share_of_peak:.1f} % of peak",
-            "" if data_wait_share is None else f"data wait {100 * data_wait_share:.1f} %",
+            f"{speed.tokens_per_second:,.0f} tokens/s",
+            "" if speed.share_of_peak is None else f"{100 * speed.share_of_peak:.1f} % of peak",
+            f"data wait {100 * speed.data_wait_share:.1f} %",
         )
         self._line = "  ".join(filter(None, parts))
         if now - self._drawn < (LIVE_SECONDS if self._live else PLAIN_SECONDS):

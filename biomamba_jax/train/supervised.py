@@ -6,7 +6,8 @@ what the targets are (the examples say), and what predicts them (the language mo
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from flax import nnx
 from biomamba_jax.config import FinetuneConfig, LoraConfig, LossConfig
 from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.packing import RowPlan
-from biomamba_jax.data.pipeline import TrainIterator, evaluation_batches
+from biomamba_jax.data.pipeline import evaluation_batches
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.interop.adapters import fingerprint
@@ -75,32 +76,18 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     plan = RowPlan(train.lengths, rows.sequence_length, seed=config.train.seed)
     epoch_steps = plan.rows_in_epoch() / rows.batch_size
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
-    held_out = loss(LossConfig(), dataclasses.replace(lora, dropout=0.0))
-    host_rows = host_batch(rows.batch_size, mesh)
-
-    def development_batches() -> Iterable[Any]:
-        return evaluation_batches(development, sequence_length=rows.sequence_length, **host_rows)
-
+    trained, held_out = loss(config.loss, lora), loss(LossConfig(), dataclasses.replace(lora, dropout=0.0))
+    mask = partial(jax.tree.map, lambda _: True) if adapters else _decay_mask
+    program = train_program(config, graph, layout, trained, steps, params=params, weight_decay_mask=mask)
+    of_host: dict[str, Any] = {"sequence_length": rows.sequence_length, **host_batch(rows.batch_size, mesh)}
+    development_batches = partial(evaluation_batches, development, **of_host)
     training = TrainingRun(
         config=config,
-        program=train_program(
-            config,
-            graph,
-            layout,
-            loss(config.loss, lora),
-            steps,
-            params=params,
-            weight_decay_mask=_adapter_decay_mask if adapters else _decay_mask,
-        ),
+        program=program,
         steps=steps,
         epoch_steps=epoch_steps,
         evaluate=LossEvaluator(held_out, layout, development_batches, _metrics, frozen),
-        batches=TrainIterator(
-            train,
-            sequence_length=rows.sequence_length,
-            seed=config.train.seed,
-            **host_batch(rows.batch_size, mesh, config.train.accumulation),
-        ),
+        documents=train,
         frozen=frozen,
         tokenizer=weights.tokenizer_file,
         hooks=[(1, AdapterCheck())] if adapters else [],
@@ -128,10 +115,6 @@ def _metrics(sums: Metrics) -> Metrics:
     """Return loss in nats, accuracy of the most probable token or class, and the number of targets."""
     count = sums["weight"]
     return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "targets": int(count)}
-
-
-def _adapter_decay_mask(params: Params) -> Params:
-    return jax.tree.map(lambda _: True, params)
 
 
 def _decay_mask(params: Params) -> Params:

@@ -5,7 +5,7 @@ import importlib.util
 import jax
 import pytest
 
-from biomamba_jax.config import DistributedConfig
+from biomamba_jax.config import DistributedConfig, RunConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.parallel.distributed import (
     STOPPED,
@@ -61,11 +61,11 @@ def test_an_mpi_that_jax_cannot_ask_is_refused_unless_the_address_is_given(monke
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     remedy = rf"one of 4 processes \({size}\).*coordinator=HOST:PORT.*processes=\${size}.*process_id"
-    with pytest.raises(UserError, match=remedy), processes(DistributedConfig()):
+    with pytest.raises(UserError, match=remedy), processes(RunConfig()):
         pass
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **more: joined.append(given))
-    with processes(DistributedConfig("host:1", 4, 1)):
+    with processes(RunConfig(distributed=DistributedConfig("host:1", 4, 1))):
         assert joined == [("host:1", 4, 1)]
 
 
@@ -74,7 +74,7 @@ def test_gpu_nodes_of_xpk_join_as_it_tells_them(monkeypatch):
         monkeypatch.setenv(name, value)
     joined = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *given, **more: joined.append(given))
-    with processes(DistributedConfig(start_timeout=7)):
+    with processes(RunConfig(distributed=DistributedConfig(start_timeout=7))):
         assert joined == [("run-0-0.run:6002", 4, 3)]
 
 

@@ -31,9 +31,9 @@ def test_a_line_holds_means_over_counted_tokens_without_skipped_steps():
 def test_the_newest_step_is_read_only_when_the_next_one_comes_or_a_line_is_due():
     meter = IntervalMeter(IntervalTotals())
     meter.add(metrics(8.0, 4.0))
-    assert meter.tokens == 0
+    assert meter.totals.tokens == 0
     meter.add(metrics(8.0, 4.0))
-    assert meter.tokens == 10
+    assert meter.totals.tokens == 10
     assert meter.state()["tokens"] == 20
 
 

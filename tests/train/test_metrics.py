@@ -9,12 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from biomamba_jax.config import RunConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.train.metrics import MetricsWriter, read_metrics, read_timing
 
 
+def writer_of(run_dir, last_step=None, **more):
+    return MetricsWriter(RunConfig(run_dir=str(run_dir), **{"tensorboard": False, **more}), last_step)
+
+
 def log(run_dir, steps, *, last_step=None):
-    with MetricsWriter(run_dir, last_step=last_step, tensorboard=False) as writer:
+    with writer_of(run_dir, last_step) as writer:
         for step in steps:
             writer.write(step, "train", {"loss": np.float32(1 / (step + 3)), "tokens": 128 * step})
             writer.write(step, "validation", {"loss": jnp.float32(0.1)})
@@ -57,12 +62,12 @@ def test_a_killed_rewrite_leaves_the_old_file(tmp_path, monkeypatch):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        MetricsWriter(tmp_path, last_step=1)
+        writer_of(tmp_path, 1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_numbers_that_json_lacks_are_written_as_strings_and_read_as_numbers(tmp_path):
-    with MetricsWriter(tmp_path, last_step=None, tensorboard=False) as writer:
+    with writer_of(tmp_path) as writer:
         writer.write(1, "train", {"loss": math.nan, "gradient_norm": np.float32(math.inf), "z": -math.inf})
     line = (tmp_path / "metrics.jsonl").read_text()
     assert line == '{"step": 1, "split": "train", "loss": "NaN", "gradient_norm": "Infinity", "z": "-Infinity"}\n'
@@ -71,10 +76,9 @@ def test_numbers_that_json_lacks_are_written_as_strings_and_read_as_numbers(tmp_
 
 
 def test_lines_can_be_read_while_the_run_goes_on(tmp_path):
-    writer = MetricsWriter(tmp_path, last_step=None, tensorboard=False)
-    writer.write(1, "train", {"loss": 2.0})
-    assert read_metrics(tmp_path) == [{"step": 1, "split": "train", "loss": 2.0}]
-    writer.close()
+    with writer_of(tmp_path) as writer:
+        writer.write(1, "train", {"loss": 2.0})
+        assert read_metrics(tmp_path) == [{"step": 1, "split": "train", "loss": 2.0}]
 
 
 def test_a_broken_line_is_named(tmp_path):
@@ -86,7 +90,7 @@ def test_a_broken_line_is_named(tmp_path):
 
 
 def test_tensorboard_has_a_curve_for_each_value_of_a_split(tmp_path):
-    with MetricsWriter(tmp_path, last_step=None) as writer:
+    with writer_of(tmp_path, tensorboard=True) as writer:
         writer.write(1, "train", {"loss": 2.0})
         writer.write(1, "validation", {"loss": math.nan})
         writer.write_timing(1, {"tokens_per_second": 3.0})
@@ -104,7 +108,7 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 def test_weights_and_biases_without_the_extra_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'biomamba-jax\[wandb\]'"):
-        MetricsWriter(tmp_path, last_step=None, wandb_project="mamba")
+        writer_of(tmp_path, wandb_project="mamba")
 
 
 def test_weights_and_biases_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch):
@@ -124,7 +128,7 @@ def test_weights_and_biases_goes_on_in_the_same_run_after_a_resume(tmp_path, mon
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
     for last_step in (None, 1, None):
-        with MetricsWriter(tmp_path, last_step=last_step, wandb_project="mamba") as writer:
+        with writer_of(tmp_path, last_step, wandb_project="mamba") as writer:
             writer.write(2, "validation", {"loss": 2.0})
     first, resumed, fresh = (run.settings["id"] for run in runs)
     assert first == resumed != fresh

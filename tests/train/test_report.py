@@ -3,14 +3,17 @@
 import io
 import json
 import math
+import time
 
 import lxml.html
 import numpy as np
 import pytest
 from rich.console import Console
 
+from biomamba_jax.config import RunConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
+from biomamba_jax.train.meters import Speed
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import _smooth, record_start, write_report
@@ -19,7 +22,7 @@ from biomamba_jax.train.report import _smooth, record_start, write_report
 @pytest.fixture
 def run_dir(tmp_path):
     folder = tmp_path / "run <1>"
-    with MetricsWriter(folder, last_step=None, tensorboard=False) as writer:
+    with MetricsWriter(RunConfig(run_dir=str(folder), tensorboard=False), None) as writer:
         for step in range(0, 100, 10):
             loss = 2 + 7 * math.exp(-step / 30)
             values = {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": loss / 3}
@@ -131,7 +134,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
 
 
 def test_values_that_are_not_finite_are_left_out_of_the_curves(run_dir):
-    with MetricsWriter(run_dir, last_step=100, tensorboard=False) as writer:
+    with MetricsWriter(RunConfig(run_dir=str(run_dir), tensorboard=False), 100) as writer:
         writer.write(101, "train", {"loss": math.nan, "gradient_norm": math.inf})
     assert len(page(run_dir).xpath("//figure")) == 4
 
@@ -152,15 +155,23 @@ def test_the_environment_names_versions_devices_and_the_command_but_no_secrets(m
     assert "hush-hush" not in json.dumps(about)
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """The monotonic clock, as a list of one number to advance."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
 def steps(progress, clock, count):
     for step in range(1, count + 1):
         clock[0] += 1.0
-        progress.update(step, 5.0, 1234.5, share_of_peak=0.5, data_wait_share=0.0325)
+        progress.update(step, 5.0, Speed(1234.5, 0.5, 0.0325))
 
 
-def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_the_end():
-    out, clock = io.StringIO(), [0.0]
-    with Progress(100, console=Console(file=out, width=80), clock=lambda: clock[0]) as progress:
+def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_the_end(clock):
+    out = io.StringIO()
+    with Progress(100, Console(file=out, width=80)) as progress:
         steps(progress, clock, 25)
         progress.log("saved [step 25]")
     assert out.getvalue().splitlines() == [
@@ -172,10 +183,10 @@ def test_without_a_terminal_there_is_a_plain_line_every_ten_seconds_and_one_at_t
     ]
 
 
-def test_ctrl_c_gives_the_terminal_back_with_its_cursor():
-    out, clock = io.StringIO(), [0.0]
+def test_ctrl_c_gives_the_terminal_back_with_its_cursor(clock):
+    out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=80)
-    with pytest.raises(KeyboardInterrupt), Progress(100, console=console, clock=lambda: clock[0]) as progress:
+    with pytest.raises(KeyboardInterrupt), Progress(100, console) as progress:
         steps(progress, clock, 3)
         raise KeyboardInterrupt
     assert "\x1b[?25l" in out.getvalue() and out.getvalue().rstrip().endswith("\x1b[?25h")
@@ -183,14 +194,14 @@ def test_ctrl_c_gives_the_terminal_back_with_its_cursor():
 
 def test_an_unknown_peak_is_not_shown():
     out = io.StringIO()
-    with Progress(10, console=Console(file=out)) as progress:
-        progress.update(1, 5.0, 10.0, share_of_peak=None)
+    with Progress(10, Console(file=out)) as progress:
+        progress.update(1, 5.0, Speed(10.0, None, 0.0))
     assert "peak" not in out.getvalue()
 
 
 def test_only_the_first_process_shows_progress(monkeypatch, capfd):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with Progress(10) as progress:
-        progress.update(1, 5.0, 10.0)
+        progress.update(1, 5.0, Speed(10.0, None, 0.0))
         progress.log("hello")
     assert capfd.readouterr() == ("", "")
