@@ -4,11 +4,12 @@ import bz2
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from isal import igzip
 from isal.isal_zlib import IsalError
@@ -20,12 +21,16 @@ else:
 
 from biomamba_jax.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".gz": lambda raw: igzip.IGzipFile(fileobj=raw),  # three times as fast as gzip
     ".bz2": bz2.BZ2File,
-    ".zst": zstd.ZstdFile,
+    ".zst": lambda raw: zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31}),  # the format's
 }
 # The library annotates its exception class as an instance.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
 
 
@@ -98,31 +103,43 @@ def read_any_json(path: str | Path) -> Any:
     return _parse_json("\n".join(read_lines(path)), str(path))
 
 
-def _parse_json(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str, lone_surrogates: bool = False) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if not lone_surrogates and _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{where}: holds half a character, such as \\ud83d without its other half; correct it"
+        ) from None
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
 
 
-def read_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_json_lines(
+    path: str | Path, lines: Iterable[str] | None = None, *, lone_surrogates: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, mapping) for each line of a JSON lines file, plain or compressed; skips blank lines.
 
     Args:
       path: the file.
       lines: its lines where it is not a file, such as standard input; `path` then only names it in messages.
+      lone_surrogates: accept text with half a character (an unpaired surrogate), which cannot be written as UTF-8.
 
     Raises:
       UserError: the file cannot be read, or a line is not a JSON mapping; names file and line.
     """
-    for number, record in read_any_json_lines(path, lines):
+    for number, record in read_any_json_lines(path, lines, lone_surrogates=lone_surrogates):
         if not isinstance(record, dict):
             raise UserError(f"{path}, line {number}: is not a mapping")
         yield number, record
 
 
-def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, Any]]:
+def read_any_json_lines(
+    path: str | Path, lines: Iterable[str] | None = None, *, lone_surrogates: bool = False
+) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) for each line of a JSON lines file; arguments as those of `read_json_lines`.
 
     Raises:
@@ -131,7 +148,7 @@ def read_any_json_lines(path: str | Path, lines: Iterable[str] | None = None) ->
     with naming_errors(path):  # those of `lines`
         for number, line in enumerate(read_lines(path) if lines is None else lines, 1):
             if line.strip():
-                yield number, _parse_json(line, f"{path}, line {number}")
+                yield number, _parse_json(line, f"{path}, line {number}", lone_surrogates)
 
 
 @contextmanager
@@ -141,6 +158,20 @@ def naming_write_errors(path: str | Path, remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {remedy}") from None
+
+
+def read_array(path: str | Path) -> "np.ndarray":
+    """Memory-map an array of a .npy file.
+
+    Raises:
+      UserError: the file cannot be read or is damaged.
+    """
+    import numpy as np
+
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:  # a damaged header raises many kinds
+        raise UserError(f"{path}: cannot be read ({error}); make it again") from None
 
 
 def read_step_lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -16,7 +16,8 @@ import dataclasses
 import signal
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
-from biomamba_jax.data.build import build_shards
+from biomamba_jax.data.build import build_shards, spool_files
 from biomamba_jax.data.inspection import manifest_tables
 from biomamba_jax.data.readers import files_in
 from biomamba_jax.data.sample import nlm_sample, tokenizer_file, wiki_sample
@@ -45,6 +46,14 @@ def prepare(config: PrepareConfig) -> Manifest:
     if not config.output:
         raise UserError("--output is missing; name the folder to write")
     tokenizer = None if config.tokenizer is None else str(tokenizer_file(config.tokenizer))
+    config = dataclasses.replace(config, input=input_files(config.input), tokenizer=tokenizer)
+    with _steps() as show:
+        return build_shards(config, show)
+
+
+@contextmanager
+def _steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows a step's progress: its name, parts done, and all parts."""
     with _progress() as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -53,7 +62,7 @@ def prepare(config: PrepareConfig) -> Manifest:
                 tasks[step] = bars.add_task(step)
             bars.update(tasks[step], completed=done, total=total)
 
-        return build_shards(dataclasses.replace(config, input=input_files(config.input), tokenizer=tokenizer), show)
+        yield show
 
 
 def _progress() -> Progress:
@@ -128,6 +137,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{words[0]!r} is not one of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
         )
     config = parse(PrepareConfig, words, __doc__)
+    if config.spools is not None and not config.output:
+        with _steps() as show:
+            files = spool_files(dataclasses.replace(config, input=input_files(config.input)), show)
+        print(f"read {files:,} files into {config.spools}")
+        return
     manifest = prepare(config)
     print_tables(manifest_tables(manifest))
     print(f"wrote {config.output}")

@@ -21,12 +21,28 @@ class PrepareFiles(Settings, section="prepare"):
     """The files that `prepare` reads and the folder that it writes."""
 
     input: list[str] = field(default_factory=list)
-    """NLM PubmedArticleSet files (.xml), JSON lines (.jsonl, .json), text (.txt), each also .gz, .bz2 or .zst, Parquet,
-    Wikipedia's pages-articles dumps, folders of such files, nlm-sample or wiki-sample."""
+    """NLM PubmedArticleSet files (.xml), JSON lines (.jsonl, .json), tables (.csv, .tsv), text (.txt), each also .gz,
+    .bz2 or .zst, Parquet, Wikipedia's pages-articles dumps, folders of such files, nlm-sample, wiki-sample, or
+    hf:OWNER/NAME[@REVISION][:CONFIG], the train split of a dataset of the Hugging Face hub."""
     output: checks.LocalFolder = ""
-    """Folder to write; must not exist yet. An interrupted run continues from what it had finished."""
+    """Folder to write; must not exist yet. An interrupted run continues from what it had finished. Without it the input
+    is only read, into --spools: several machines can each read a share of the files into one such folder."""
     tokenizer: str | None = None
     """A SentencePiece .model, a Hugging Face tokenizer.json, or the name gpt-neox."""
+
+
+@dataclass(frozen=True)
+class TextFields(Settings, section="prepare"):
+    """Where JSON lines, CSV, TSV and Parquet hold the text; dots lead into nested objects, as in document.body."""
+
+    text: str = "text"
+    """Key or column of the text in JSON lines, CSV, TSV and Parquet: a string or a list of paragraphs; document.body is
+    the key body inside document."""
+    title: str | None = None
+    """Key or column of a title, which becomes the text's first line."""
+    id: str | None = None
+    """Key or column of a document's id, which is stored with it: a PMID where the key is called pmid, else any text.
+    Default: pmid where there is one."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class FilterConfig:
 
 
 @dataclass(frozen=True)
-class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
+class PrepareConfig(FilterConfig, TextFields, TokenizerTraining, PrepareFiles):
     """Text to tokenized shards."""
 
     validation_fraction: checks.NonNegativeFloat = 0.01
@@ -82,13 +98,17 @@ class PrepareConfig(FilterConfig, TokenizerTraining, PrepareFiles):
     near_duplicates: checks.PositiveFraction | None = None
     """Drop documents whose Jaccard similarity to an earlier one, over runs of 5 words, is this or more, such as 0.8."""
     decontaminate: list[str] = field(default_factory=list)
-    """Evaluation text to keep out: .json of PubMedQA or BioASQ (and their source articles, by PMID), .jsonl or .txt."""
+    """Evaluation text to keep out: every string in JSON of any layout, JSON lines, CSV, TSV or Parquet, and the source
+    articles that it names by PMID, or every line of a .txt."""
     decontaminate_overlap: checks.PositiveFraction = 0.25
     """Fraction of the shorter text's runs of 8 words at which a document counts as evaluation text."""
+    max_unspelled: checks.Fraction = 0.1
+    """Refuse a tokenizer whose ids do not spell their text in more than this fraction of the documents."""
     workers: checks.NonNegativeInt = 0
     """Worker processes; 0: one per core."""
     spools: str | None = None
-    """Folder that keeps what was read of each file, so that a later run with more files reads only the new ones."""
+    """Folder that keeps what was read of each file, so that a later run with more files reads only the new ones. Runs
+    may share it at the same time."""
     seed: int = 0
     """Seed of the sample that the tokenizer is trained on."""
 
@@ -115,7 +135,7 @@ class DownloadConfig(Settings):
     tries: checks.PositiveInt = 5
     """Tries for each file."""
     timeout: checks.PositiveFloat = 60.0
-    """Seconds without a byte after which a connection is closed."""
+    """Seconds without a byte, or below 1,000 bytes/s, after which a connection is closed."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +165,7 @@ class InspectConfig(Settings):
 
 
 @dataclass(frozen=True)
-class TokenizersConfig(Settings):
+class TokenizersConfig(TextFields):
     """Comparison of tokenizers on the same text."""
 
     tokenizers: list[str] = field(default_factory=list)

@@ -22,18 +22,17 @@ take 1.6 kB a document, 43 GB for all of PubMed, until the shards are written.
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from biomamba_jax.config.prepare import FilterConfig, PrepareConfig
+from biomamba_jax.config.prepare import FilterConfig, PrepareConfig, TextFields
 from biomamba_jax.data.decontamination import decontaminate, load_evaluation, read_evaluation
 from biomamba_jax.data.encode import plan_shards, write_shard
 from biomamba_jax.data.filters import judge
-from biomamba_jax.data.input_files import checksums, in_order
+from biomamba_jax.data.input_files import checksums, identity, in_order
 from biomamba_jax.data.near_duplicates import Bands, choose_bands
 from biomamba_jax.data.readers import read_records
 from biomamba_jax.data.records import CODE, REASONS
@@ -45,13 +44,20 @@ from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer, train_sentenc
 from biomamba_jax.data.work import Work, work_folder
 from biomamba_jax.data.workers import start_workers
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import naming_errors, write_json_lines
+from biomamba_jax.files import write_json_lines
 
 SPLITS = ("train", "validation", "test")
 RECENT = "recent"
 """The split of records that became public on `recent_from` or later; only with that setting."""
 REMOVED_NAME = "removed.jsonl"
-_PLACES = ("input", "output", "tokenizer", "spools", "workers")  # settings that do not decide what the shards hold
+_PLACES = (
+    "input",
+    "output",
+    "tokenizer",
+    "spools",
+    "workers",
+    "max_unspelled",
+)  # settings that do not decide what the shards hold
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, and how many parts of it are done, of how many."""
 T = TypeVar("T")
@@ -76,12 +82,10 @@ class FileTask:
     @property
     def stem(self) -> str:
         """Stem of the spool, derived from the file's identity and all settings that its content depends on."""
-        with naming_errors(self.path):
-            found = os.stat(self.path)
-        file = (os.path.abspath(self.path), found.st_size, found.st_mtime_ns)
-        filters = {field.name: getattr(self.config, field.name) for field in dataclasses.fields(FilterConfig)}
+        used = [field.name for group in (FilterConfig, TextFields) for field in dataclasses.fields(group)]
+        filters = {name: getattr(self.config, name) for name in used}
         overlap = self.config.decontaminate_overlap if self.evaluation else None
-        what = (SPOOL_VERSION, *file, filters, self.evaluation, overlap, _bands(self.config))
+        what = (SPOOL_VERSION, *identity(self.path), filters, self.evaluation, overlap, _bands(self.config))
         return str(self.folder / hashlib.blake2b(json.dumps(what).encode(), digest_size=12).hexdigest())
 
 
@@ -95,11 +99,38 @@ def spool_file(task: FileTask) -> Spool:
     if (finished := finished_spool(task.path, stem)) is not None:
         return finished
     sums = checksums(task.path)
-    candidates = judge(read_records(task.path), task.config)
+    candidates = judge(read_records(task.path, task.config), task.config)
     if task.evaluation:
         evaluation = load_evaluation(str(task.evaluation_path))
         candidates = decontaminate(candidates, evaluation, task.config.decontaminate_overlap)
     return write_spool(task.path, stem, sums, candidates, _bands(task.config))
+
+
+def spool_files(config: PrepareConfig, progress: Progress = lambda step, done, total: None) -> int:
+    """Read `config.input` into `config.spools` and make no shards: one of several machines' shares of a first pass.
+
+    Returns:
+      The number of files.
+
+    Raises:
+      UserError: a broken input or setting, or another process reads one of the files.
+    """
+    paths = _paths(config)
+    folder = Path(config.spools or "")
+    with start_workers(config.workers) as pool:
+        folder.mkdir(parents=True, exist_ok=True)
+        _collect(pool.map(spool_file, _file_tasks(paths, folder, config)), "read", len(paths), progress)
+    return len(paths)
+
+
+def _paths(config: PrepareConfig) -> list[Path]:
+    """Return the input files in the order in which they count."""
+    paths = in_order(config.input)
+    if not paths:
+        raise UserError("--input names no file; give NLM XML, JSON lines or text files, or nlm-sample")
+    for path in paths:  # a missing one is found now, not hours later
+        identity(path)
+    return paths
 
 
 def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, total: None) -> Manifest:
@@ -115,12 +146,7 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
     Raises:
       UserError: a broken input, tokenizer or setting. Finished spools and shards are kept, see `work`.
     """
-    paths = in_order(config.input)
-    if not paths:
-        raise UserError("--input names no file; give NLM XML, JSON lines or text files, or nlm-sample")
-    for path in paths:  # a missing one is found now, not hours later
-        with naming_errors(path):
-            path.stat()
+    paths = _paths(config)
     if (config.tokenizer is None) == (config.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # so is a wrong tokenizer
@@ -141,7 +167,8 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
 
         planned = plan_shards(sources, _splits(sources, config), tokenizer, work.shards)
         written = pool.map(write_shard, [task for split in planned.values() for task in split])
-        infos = iter(_collect(written, "tokenize", documents, progress, lambda info: info.documents))
+        spelled = _refuse_unspelled(written, int(config.max_unspelled * documents), documents, tokenizer)
+        infos = iter(_collect(spelled, "tokenize", documents, progress, lambda info: info.documents))
         splits: dict[str, SplitInfo] = {}
         for name, split in planned.items():
             join_shards([task.folder for task in split], work.output / name)
@@ -172,6 +199,21 @@ def _collect(
         done += size(result)
         progress(step, done, total)
     return collected
+
+
+def _refuse_unspelled(
+    infos: Iterable[SplitInfo], most: int, documents: int, tokenizer: Tokenizer
+) -> Iterator[SplitInfo]:
+    """Yield the shards' totals until more than `most` documents are not spelled by their ids."""
+    unspelled = 0
+    for info in infos:
+        unspelled += info.unspelled
+        if unspelled > most:
+            raise UserError(
+                f"{tokenizer.path}: its ids do not spell the text of at least {unspelled:,} of {documents:,} documents "
+                "(it changes or drops characters); give --tokenizer another file, or raise --max-unspelled"
+            )
+        yield info
 
 
 def _file_tasks(paths: Iterable[Path], folder: Path, config: PrepareConfig) -> list[FileTask]:

@@ -7,7 +7,9 @@ rarely share more than one or two.
 """
 
 import hashlib
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,16 +18,24 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from biomamba_jax.data.readers import is_rows, read_rows
 from biomamba_jax.data.records import CODE, KEPT, Candidate, Overlap, blocks
 from biomamba_jax.data.shingles import shingles
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_any_json, read_any_json_lines, read_lines, uncompressed_name
+from biomamba_jax.files import read_any_json, read_lines, uncompressed_name
 
 WORDS = 8
 LEAST_SHARED = 4
 """Least number of shared runs (a phrase of eleven words), unless the document has fewer."""
 _BLOCK_ROWS = 4096
-_PMID_URL = re.compile(r"/pubmed/(\d{1,8})/?$|pubmed\.ncbi\.nlm\.nih\.gov/(\d{1,8})/?$")
+_PMID_URL = re.compile(r"(?:/pubmed|pubmed\.ncbi\.nlm\.nih\.gov)/(\d{1,8})/?$")
+_TEXT_KEYS = (
+    "question",
+    "contexts",
+    "long_answer",
+    "body",
+    "text",
+)  # what stands there is text, or the file is damaged
 
 
 class Item(NamedTuple):
@@ -61,8 +71,10 @@ class Evaluation(NamedTuple):
         return state.hexdigest()
 
     def save(self, path: Path) -> None:
-        """Write the file `path`, which ends in .npz."""
-        np.savez(path, **self._asdict())
+        """Write the file `path`, which several processes may do at once."""
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+            np.savez(file, **self._asdict())
+        os.replace(file.name, path)
 
     def holds_pmid(self, pmid: int) -> bool:
         """Return True if this is a source article."""
@@ -118,7 +130,7 @@ def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least
 
 
 def read_evaluation(paths: Iterable[str]) -> Evaluation:
-    """Read evaluation files: PubMedQA's or BioASQ's JSON, JSON lines (all strings of a line) or text (a line an item).
+    """Read evaluation files: all strings of JSON of any layout, of JSON lines and of tables, or the lines of a text.
 
     Raises:
       UserError: a file cannot be read or holds no item.
@@ -136,52 +148,51 @@ def read_evaluation(paths: Iterable[str]) -> Evaluation:
 def _items(path: Path) -> list[Item]:
     kind = Path(uncompressed_name(path).lower()).suffix
     if kind == ".json":
-        content = read_any_json(path)
-        try:
-            found = list(_json_items(path, content))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: neither PubMedQA's nor BioASQ's JSON ({error}); see --decontaminate") from None
-    elif kind in (".jsonl", ".txt"):
-        lines: Iterable[tuple[int, str]] = enumerate(map(str.strip, read_lines(path)), 1)
-        if kind == ".jsonl":
-            lines = ((number, " \n ".join(_strings(record))) for number, record in read_any_json_lines(path))
+        found = list(_strings(path, "", read_any_json(path)))
+    elif kind == ".txt":
+        lines = enumerate(map(str.strip, read_lines(path)), 1)
         found = [Item(f"{path.name}: line {number}", text) for number, text in lines if text]
+    elif is_rows(path):
+        rows = read_rows(path)
+        found = [item for where, row in rows for item in _strings(path, where.removeprefix(f"{path}, "), row)]
     else:
-        raise UserError(f"{path}: unknown kind of evaluation text; --decontaminate takes .json, .jsonl and .txt")
-    if not found:
-        raise UserError(f"{path}: holds no evaluation text; give another --decontaminate")
+        raise UserError(f"{path}: unknown kind of evaluation text; --decontaminate takes JSON, tables and .txt")
+    if not any(item.pmids or len(item.text.split()) >= WORDS for item in found):
+        raise UserError(f"{path}: holds no text of {WORDS} words and no PMID; give another --decontaminate")
     return found
 
 
-def _json_items(path: Path, content: Any) -> Iterator[Item]:
-    if "questions" in content:  # BioASQ
-        for question in content["questions"]:
-            name = f"{path.name}: {question.get('id')}"
-            snippets = question.get("snippets") or []
-            documents = question.get("documents") or []
-            links = [*documents, *(snippet.get("document") or "" for snippet in snippets)]
-            pmids = tuple(int(match[1] or match[2]) for link in links if (match := _PMID_URL.search(link)))
-            yield Item(name, question.get("body") or "", pmids)
-            for snippet in snippets:
-                yield Item(name, snippet.get("text") or "")
-        return
-    for pmid, question in content.items():  # PubMedQA
-        pmids = (int(pmid),) if pmid.isdecimal() and int(pmid) < 2**32 else ()
-        if isinstance(question, str):  # its list of test articles, {PMID: answer}
-            yield Item(f"{path.name}: {pmid}", "", pmids)
-            continue
-        name = f"{path.name}: {pmid}"
-        yield Item(name, " \n ".join(question.get("CONTEXTS") or []), pmids)
-        for part in ("QUESTION", "LONG_ANSWER"):
-            yield Item(name, question.get(part) or "")
+def _strings(path: Path, name: str, value: Any) -> Iterator[Item]:
+    """Yield each string in a JSON value of any layout as an item, and the PMIDs of source articles.
 
+    PMIDs are in links to PubMed, under keys called pmid, and the keys of PubMedQA's questions and answers. An item is
+    named by the `id` around it, else by the keys that lead to it.
 
-def _strings(value: Any) -> Iterator[str]:
-    """Yield all strings inside a JSON value, in order."""
-    pending = [value]
+    Args:
+      path: the file.
+      name: name of the value, "" if it is the whole file.
+      value: the value.
+
+    Raises:
+      UserError: a number or boolean where text belongs; names the key.
+    """
+    pending = [(name, bool(name), "", value)]
     while pending:
-        value = pending.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, (list, dict)):
-            pending += [*(value.values() if isinstance(value, dict) else value)][::-1]
+        name, named, text_key, value = pending.pop()
+        if isinstance(value, str) and value:
+            yield Item(f"{path.name}: {name}", value, tuple(map(int, _PMID_URL.findall(value))))
+        elif isinstance(value, dict | list):
+            if isinstance(value, dict) and isinstance(value.get("id"), str | int):
+                name, named = str(value["id"]), True
+            entries = value.items() if isinstance(value, dict) else enumerate(value, 1)
+            for key, part in reversed([(str(key), part) for key, part in entries]):
+                if key == "CONTEXTS" and isinstance(part, list) and all(isinstance(each, str) for each in part):
+                    part = " \n ".join(part)  # PubMedQA's sections of one abstract
+                inner = name if named or (name and isinstance(part, str)) else f"{name}.{key}".lstrip(".")
+                of_pubmedqa = "QUESTION" in part if isinstance(part, dict) else part in ("yes", "no", "maybe")
+                pmid = key if of_pubmedqa else str(part) if key.lower() == "pmid" else ""
+                if pmid.isdecimal() and len(pmid) <= 10 and int(pmid) < 2**32:
+                    yield Item(f"{path.name}: {inner}", "", (int(pmid),))
+                pending.append((inner, named, key if key.lower() in _TEXT_KEYS else text_key, part))
+        elif text_key and value is not None and not isinstance(value, str):
+            raise UserError(f"{path}: {text_key!r} of {name} is {value!r}, not text; correct it or leave the file out")

@@ -10,7 +10,8 @@ import hashlib
 import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,9 @@ _NAME = re.compile(r"pubmed\d\dn(\d{4,})\.xml\.gz")
 _BLOCK_BYTES = 1 << 18
 _MAX_PAUSE = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
-_PROBLEMS = (OSError, urllib3.exceptions.HTTPError)  # requests' exceptions are OSErrors
+_LEAST_SPEED = 1_000  # bytes/s
+# requests' exceptions are OSErrors; a header that is not a number is a ValueError
+_PROBLEMS = (OSError, ValueError, urllib3.exceptions.HTTPError)
 
 
 class Remote(NamedTuple):
@@ -53,7 +56,7 @@ class Downloader:
         Args:
           folder: where the files go.
           tries: tries for each file.
-          timeout: seconds without a byte after which a connection is closed.
+          timeout: seconds without a byte, or below 1,000 bytes/s, after which a connection is closed.
           pause: seconds before the second try of a file; doubled for each further one.
         """
         self.folder = folder
@@ -144,7 +147,7 @@ class Downloader:
             with open(path, "ab") as output:
                 if response.status_code != 206:  # the server ignores ranges
                     output.truncate(0)
-                while block := response.raw.read1(_BLOCK_BYTES):  # what has arrived, however little
+                for block in _blocks(response, self._timeout):
                     output.write(block)
                     self._check_running()
 
@@ -160,7 +163,7 @@ def list_files(mirror: str, part: Part, *, tries: int = 5, timeout: float = 60.0
       mirror: URL of a folder that holds baseline/ and updatefiles/.
       part: which of the two.
       tries: tries for each listing.
-      timeout: seconds without a byte after which a connection is closed.
+      timeout: seconds without a byte, or below 1,000 bytes/s, after which a connection is closed.
 
     Raises:
       UserError: a listing cannot be read or names no file.
@@ -211,9 +214,30 @@ def choose(files: Iterable[Remote], numbers: str | None) -> list[Remote]:
 
 
 def _read(http: requests.Session, url: str, timeout: float) -> str:
-    response = http.get(url, timeout=timeout)
-    response.raise_for_status()
-    return response.content.decode("utf-8", "replace")
+    with http.get(url, stream=True, timeout=timeout) as response:
+        response.raise_for_status()
+        return b"".join(_blocks(response, timeout, decode_content=True)).decode("utf-8", "replace")
+
+
+def _blocks(response: requests.Response, period: float, *, decode_content: bool = False) -> Iterator[bytes]:
+    """Yield what arrives, however little at a time.
+
+    Args:
+      response: a response whose body has not been read.
+      period: seconds over which the speed is measured.
+      decode_content: undo the transfer's compression.
+
+    Raises:
+      OSError: it arrives more slowly than `_LEAST_SPEED`.
+    """
+    start, arrived = time.monotonic(), 0
+    while block := response.raw.read1(_BLOCK_BYTES, decode_content=decode_content):
+        yield block
+        arrived += len(block)
+        if (passed := time.monotonic() - start) > period:
+            if arrived < _LEAST_SPEED * passed:
+                raise OSError(f"{arrived / passed:.0f} bytes/s arrive, less than {_LEAST_SPEED}")
+            start, arrived = time.monotonic(), 0
 
 
 def _root_cause(error: BaseException) -> str:

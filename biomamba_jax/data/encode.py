@@ -7,7 +7,7 @@ processes, and finished shards of a killed run are reused.
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -101,21 +101,27 @@ def write_shard(task: ShardTask) -> SplitInfo:
     if done.exists() and any(Path(task.folder).glob("*.array_record")):
         return SplitInfo(**read_json(done))
     shutil.rmtree(task.folder, ignore_errors=True)
-    info = write_documents(task.folder, _documents(task), token_dtype=task.token_dtype)
+    unspelled: list[int] = []
+    info = write_documents(task.folder, _documents(task, unspelled), token_dtype=task.token_dtype)
+    info = replace(info, unspelled=sum(unspelled))
     write_json(done, asdict(info))
     return info
 
 
-def _documents(task: ShardTask) -> Iterator[Document]:
-    """Tokenize the documents of a shard."""
+def _documents(task: ShardTask, unspelled: list[int]) -> Iterator[Document]:
+    """Tokenize the documents of a shard; append to `unspelled` the number of those that their ids do not spell."""
     tokenizer = _load_tokenizer(task.tokenizer, task.tokenizer_sha256)
     for part in task.parts:
         index = part.source.rows
         for rows in _batches(part.rows, index["size"]):
-            encoded = tokenizer.encode_batch(part.source.texts(rows))
-            for row, ids in zip(index[rows], encoded, strict=True):
-                pmid, version, size = (int(row[name]) for name in ("pmid", "version", "size"))
-                yield Document(np.array([*ids, tokenizer.eos_id]), pmid or None, version or None, part.number, size)
+            texts, names = zip(*part.source.documents(rows), strict=True)
+            encoded = tokenizer.encode_batch(texts)
+            spelled = tokenizer.decode_batch(encoded)
+            unspelled.append(sum(text != own for text, own in zip(texts, spelled, strict=True)))
+            for row, ids, text, name in zip(index[rows], encoded, spelled, names, strict=True):
+                pmid, version = (int(row[key]) or None for key in ("pmid", "version"))
+                size = len(text.encode())
+                yield Document(np.array([*ids, tokenizer.eos_id]), pmid, version, part.number, size, name or None)
 
 
 @cache

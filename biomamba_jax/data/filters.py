@@ -21,7 +21,8 @@ def judge(records: Iterable[Record], filters: FilterConfig) -> Iterator[Candidat
             yield Candidate(status, text, record.pmid, record.version, record.date or 0, record.html_entities)
         else:
             status = _of_text(record.text, filters)
-            yield Candidate(status, record.text if status == KEPT else "", record.pmid, 1 if record.pmid else 0)
+            text = f"{record.title}\n{record.text}".lstrip("\n") if status == KEPT else ""
+            yield Candidate(status, text, record.pmid, 1 if record.pmid else 0, id=record.id)
 
 
 def _of_text(text: str, filters: FilterConfig) -> int:

@@ -1,11 +1,14 @@
 """Checksums and order of input files."""
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from biomamba_jax.data.hub_dataset import PREFIX
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import naming_errors
 
@@ -15,7 +18,7 @@ _NLM_NAME = re.compile(r"(?:pubmed|medline)(\d\d)n(\d{4,})\D")
 
 @dataclass(frozen=True)
 class Checksums:
-    """Size in bytes and hexadecimal digests of a file on disk."""
+    """Size in bytes and hexadecimal digests of a file on disk; 0 and "" for a part of a hub's dataset."""
 
     size: int
     md5: str
@@ -28,6 +31,8 @@ def checksums(path: str | Path) -> Checksums:
     Raises:
       UserError: it cannot be read, or its sidecar `FILE.md5` (NLM's `MD5(file)= hex`) states another sum.
     """
+    if str(path).startswith(PREFIX):
+        return Checksums(0, "", "")
     md5, sha256, size = hashlib.md5(usedforsecurity=False), hashlib.sha256(), 0
     with naming_errors(path), open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -53,6 +58,19 @@ def check_md5(path: str | Path, md5: str) -> None:
 def stated_md5(sidecar: str) -> str | None:
     """Return the MD5 sum in the text of a sidecar, lower-case; None if it has none."""
     return found[-1].lower() if (found := _MD5.findall(sidecar)) else None
+
+
+def identity(path: Path) -> tuple[Any, ...]:
+    """Return what changes if a file does: its absolute path, size and time; the name of a part of a hub's dataset.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    if str(path).startswith(PREFIX):
+        return (str(path),)
+    with naming_errors(path):
+        found = path.stat()
+    return os.path.abspath(path), found.st_size, found.st_mtime_ns
 
 
 def in_order(paths: Sequence[str]) -> list[Path]:

@@ -154,7 +154,7 @@ def _samples(reader: ShardReader, manifest: Manifest, tokenizer: Tokenizer, conf
         before |= find_records(path, {document.pmid for _, document in documents if document.pmid})
     samples = []
     for index, document in documents:
-        name = f"PMID {document.pmid}" if document.pmid else f"document {index}"
+        name = f"PMID {document.pmid}" if document.pmid else document.id or f"document {index}"
         source = manifest.sources[document.source]["name"] if document.source < len(manifest.sources) else "?"
         text = tokenizer.decode(document.ids[:-1].tolist())
         samples.append(Sample(f"{name}, {source}", len(document.ids), before.get(document.pmid or 0, ""), text))
@@ -174,6 +174,8 @@ def manifest_tables(manifest: Manifest) -> tuple[Table, Table]:
     fate = [("read", sum(source.get("records", 0) for source in manifest.sources), "")]
     fate += [(reason, -number, REASONS.get(reason, "")) for reason, number in manifest.filters.items() if number]
     fate.append(("kept", sum(split.documents for split in manifest.splits.values()), ""))
+    if unspelled := sum(split.unspelled for split in manifest.splits.values()):
+        fate.append(("unspelled", unspelled, "of these: their ids spell another text"))
     splits = [
         (name, s.documents, s.tokens, s.bytes, f"{s.bytes / s.tokens:.2f}" if s.tokens else None, s.shards)
         for name, s in manifest.splits.items()

@@ -14,7 +14,7 @@ from lxml import etree
 from biomamba_jax.data.records import Article, Deletion, NotAnArticle
 from biomamba_jax.data.text import clean_line, clean_markup, clean_title, html_entities
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_chunks
+from biomamba_jax.files import read_chunks, uncompressed_name
 
 _SET = "PubmedArticleSet"
 _RECORDS = ("PubmedArticle", "PubmedBookArticle")
@@ -28,6 +28,7 @@ _DAYS = {form: number for number in range(1, 32) for form in (f"{number}", f"{nu
 _MAX_PMID, _MAX_VERSION = 2**32 - 1, 2**16 - 1
 _CHUNK_BYTES = 1 << 16
 _NOTHING = etree.Element("nothing")
+_SECOND_DOCUMENT = (etree.ErrorTypes.ERR_DOCUMENT_END, etree.ErrorTypes.ERR_RESERVED_XML_NAME)
 _AGAIN = "download it again, or leave it out of --input"
 
 
@@ -57,13 +58,21 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
                     del parent[0]
         root = parser.close()
     except etree.XMLSyntaxError as error:
-        raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; {_AGAIN}") from None
+        joined = error.code in _SECOND_DOCUMENT
+        remedy = "it may be several documents one after another; give each a file of its own" if joined else _AGAIN
+        raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; {remedy}") from None
     if root.tag == _SET:
         yield from _foreign_elements(root)
 
 
 def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
-    """Return the XML of title and abstract of the last record of each of `pmids`, to show it."""
+    """Return the XML of title and abstract of the last record of each of `pmids`, to show it.
+
+    Raises:
+      UserError: the file is not NLM's XML.
+    """
+    if not uncompressed_name(path).lower().endswith(".xml"):
+        raise UserError(f"{path}: is not XML; --input of inspect takes the NLM files that the shards were made from")
     found: dict[int, str] = {}
     _check_head(path)
     for element in _elements(path, etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)):

@@ -1,109 +1,104 @@
 """Input files of every kind as one stream of records.
 
     .xml                NLM's PubmedArticleSet                       text: title, newline, abstract
-    .jsonl .json        JSON lines, so also C4 as published          text: the "text" of each object
+    .jsonl .json        JSON lines, so also C4 as published          text: --text of each object
+    .csv .tsv           tables whose first line names the columns    text: --text of each row
+    .parquet            as Wikipedia and others are on the hub       text: --text of each row
     .txt                plain text                                   text: each paragraph
-    .parquet            as Wikipedia and others are on the hub       text: the "text" column
     *pages-articles*    Wikipedia's own dump (MediaWiki's XML)       text: title, newline, prose
+    hf:OWNER/NAME       a dataset of the Hugging Face hub            text: --text of each row
 
 All but Parquet may be compressed: .gz, .bz2 or .zst.
 """
 
+import csv
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from biomamba_jax.config.prepare import TextFields
+from biomamba_jax.data import hub_dataset
 from biomamba_jax.data.nlm import read_articles
 from biomamba_jax.data.records import FreeText, Record
-from biomamba_jax.data.text import clean_document
+from biomamba_jax.data.text import clean_document, clean_line
 from biomamba_jax.data.wikipedia import read_pages
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
-KINDS = ".xml, .jsonl, .json, .txt (each also .gz, .bz2 or .zst), .parquet or Wikipedia's pages-articles"
+KINDS = ".xml, .jsonl, .json, .csv, .tsv, .txt (each also .gz, .bz2 or .zst), .parquet or Wikipedia's pages-articles"
 _DUMP = re.compile(r"-pages-articles(-multistream)?\d*\.xml(-p\d+p\d+)?$")
 _PARQUET_ROWS = 256
+_MAX_CELL = 1 << 24  # characters of a table's cell; a longer one begins with a quote that nothing closes
+_DEFAULT = TextFields()
+Row = tuple[str, dict[str, Any]]
+"""A row's place, for messages, and its values by key."""
 
 
-def read_records(path: str | Path) -> Iterator[Record]:
+def read_records(path: str | Path, fields: TextFields = _DEFAULT) -> Iterator[Record]:
     """Yield the records of a file.
+
+    Args:
+      path: the file.
+      fields: keys of text, title and id in rows.
 
     Raises:
       UserError: the file is broken or of an unknown kind.
     """
-    reader = _reader(Path(path))
-    if reader is None:
-        raise UserError(f"{path}: unknown kind of file; --input takes {KINDS}")
-    return reader(Path(path))
+    kind = _kind(Path(path))
+    if kind in _ROWS:
+        return _documents(Path(path), fields)
+    if kind in _RECORDS:
+        return _RECORDS[kind](Path(path))
+    raise UserError(f"{path}: unknown kind of file; --input takes {KINDS}")
+
+
+def read_rows(path: Path, keys: Collection[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of JSON lines or of a table.
+
+    Args:
+      path: a file of rows.
+      keys: the only keys that are needed; None: all.
+
+    Raises:
+      UserError: the file is broken.
+    """
+    return _ROWS[_kind(path)](path, keys)
+
+
+def is_rows(path: Path) -> bool:
+    """Return True if `read_rows` reads a file of this name."""
+    return _kind(path) in _ROWS
 
 
 def files_in(path: str) -> list[Path]:
-    """Return the file itself, or the files of known kinds in a folder, sorted by name.
+    """Return the file itself, the files of known kinds in a folder, sorted by name, or the parts of a hub's dataset.
 
     Raises:
-      UserError: the folder has no such file.
+      UserError: the folder has no such file, or the dataset cannot be read.
     """
+    if path.startswith(hub_dataset.PREFIX):
+        return [Path(part) for part in hub_dataset.parts(path)]
     if not Path(path).is_dir():
         return [Path(path)]
-    known = (each for each in sorted(Path(path).iterdir()) if _reader(each) is not None and each.is_file())
+    known = (each for each in sorted(Path(path).iterdir()) if _kind(each) in (*_ROWS, *_RECORDS) and each.is_file())
     found = [each for each in known if not each.name.lower().startswith("readme")]  # NLM's README.txt is no input
     if not found:
         raise UserError(f"{path}: holds no file of a known kind; --input takes {KINDS}")
     return found
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[Record]] | None:
+def _kind(path: Path) -> str:
+    if str(path).startswith(hub_dataset.PREFIX):
+        return hub_dataset.PREFIX
     name = uncompressed_name(path).lower()
-    return _wikipedia if _DUMP.search(name) else _READERS.get(Path(name).suffix)
+    return "pages-articles" if _DUMP.search(name) else Path(name).suffix
 
 
 def _wikipedia(path: Path) -> Iterator[FreeText]:
     for title, text in read_pages(path):
         yield FreeText(clean_document(f"{title}\n{text}") if text else "")
-
-
-def _json_lines(path: Path) -> Iterator[FreeText]:
-    """Yield a document for each line, {"text": ..., "pmid": optional}; other keys are ignored."""
-    for number, record in read_json_lines(path):
-        try:
-            document = _document(record)
-        except (ValueError, TypeError, KeyError):
-            raise UserError(
-                f'{path}, line {number}: is not a JSON object with a string "text" and, optionally, a whole number '
-                '"pmid"'
-            ) from None
-        yield document
-
-
-def _parquet(path: Path) -> Iterator[FreeText]:
-    """Yield a document for each row; columns are named as the keys of JSON lines."""
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'biomamba-jax[parquet]'") from None
-    try:
-        with naming_errors(path), parquet.ParquetFile(path) as file:
-            columns = [name for name in ("text", "pmid") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
-                for row in batch.to_pylist():
-                    yield _document({**row, "text": row["text"] or ""})
-    except UserError:
-        raise
-    except (ArrowException, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f'{path}: is not Parquet with a "text" column of strings ({reason}); convert it') from None
-
-
-def _document(record: dict[str, Any]) -> FreeText:
-    text, pmid = record["text"], record.get("pmid") or 0
-    if isinstance(pmid, float) and pmid.is_integer():  # a column with gaps, as tables store it
-        pmid = int(pmid)
-    whole = isinstance(pmid, str) or type(pmid) is int
-    if not isinstance(text, str) or not whole or not 0 <= int(pmid) < 2**32:
-        raise ValueError("text is not a string, or pmid not a PMID")
-    return FreeText(clean_document(text), int(pmid))
 
 
 def _paragraphs(path: Path) -> Iterator[FreeText]:
@@ -113,10 +108,125 @@ def _paragraphs(path: Path) -> Iterator[FreeText]:
             yield FreeText(clean_document("\n".join(lines)))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
-    ".xml": read_articles,
+# --- Rows ---
+
+
+def _documents(path: Path, fields: TextFields) -> Iterator[FreeText]:
+    """Yield a document for each row; a title or id that is named must be in at least one."""
+    title, identity = fields.title or "", fields.id or "pmid"
+    keys = [key for key in (fields.text, title, identity) if key]
+    unseen = {key for key in (fields.title, fields.id) if key}
+    where = ""
+    for where, row in read_rows(path, keys):
+        found = {key: value for key in keys if (value := _lookup(row, key)) is not _MISSING}
+        if fields.text not in found:
+            raise UserError(
+                f"{where}: has no {fields.text!r} but {', '.join(row)}; name the key of its text with --text"
+            )
+        unseen -= found.keys()
+        text, heading = (clean_document(_as_text(where, key, found.get(key))) for key in (fields.text, title))
+        pmid, other = _identity(where, identity, found.get(identity))
+        yield FreeText(text, pmid, clean_line(heading), other)
+    if where and unseen:
+        raise UserError(f"{path}: no record has {', '.join(map(repr, unseen))}; correct --title and --id")
+
+
+_MISSING = object()
+
+
+def _lookup(row: Any, key: str) -> Any:
+    """Return the value of a key, or of a key in nested objects; _MISSING if there is none."""
+    for part in (key,) if key in row else key.split("."):
+        if not isinstance(row, dict) or part not in row:
+            return _MISSING
+        row = row[part]
+    return row
+
+
+def _as_text(where: str, key: str, value: Any) -> str:
+    """Return a string, or strings as lines; "" for null."""
+    lines = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(line, str) for line in lines):
+        raise UserError(f"{where}: its {key!r} is not a string or a list of strings; correct it or name another key")
+    return "\n".join(lines)
+
+
+def _identity(where: str, key: str, value: Any) -> tuple[int, str]:
+    """Return a row's (PMID, other id), of which one is set at most; a key called pmid holds PMIDs.
+
+    Numbers may be written as tables write them: 3.0, or "3".
+    """
+    whole = isinstance(value, float) and value.is_integer()
+    text = "" if value is None else clean_line(clean_document(str(int(value) if whole else value)))
+    is_pmid = key.rpartition(".")[2].lower() == "pmid"
+    valid = text.isascii() and text.isdecimal() and int(text[:11]) < 2**32 if is_pmid else len(text.encode()) < 2**16
+    if text and (not valid or isinstance(value, bool | list | dict)):
+        what = "a PMID" if is_pmid else "an id"
+        raise UserError(f"{where}: its {key!r} is {value!r:.60}, not {what}; correct it or name another key with --id")
+    return (int(text or 0), "") if is_pmid else (0, text)
+
+
+def _json_lines(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+    for number, record in read_json_lines(path, lone_surrogates=True):  # which `clean_document` replaces
+        yield f"{path}, line {number}", record
+
+
+def _table(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+    """Yield the rows of a table whose first line names the columns."""
+    csv.field_size_limit(_MAX_CELL)
+    delimiter = "\t" if _kind(path) == ".tsv" else ","
+    rows = csv.reader((f"{line}\n" for line in read_lines(path)), delimiter=delimiter, strict=True)
+    try:
+        columns = next(rows, [])
+        if len(set(columns)) < len(columns):
+            raise csv.Error("a column's name stands there twice")
+        for row in filter(None, rows):
+            if len(row) != len(columns):
+                raise csv.Error(f"{len(row)} cells under {len(columns)} columns")
+            yield f"{path}, line {rows.line_num}", dict(zip(columns, row, strict=True))
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {rows.line_num}: is not a table of {_kind(path)[1:].upper()} ({error}); its first line "
+            "names the columns, and cells with separators or line ends stand in double quotes"
+        ) from None
+
+
+def _parquet(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'biomamba-jax[parquet]'") from None
+    number = 0
+    try:
+        with naming_errors(path), parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            wanted = {part for key in keys or names for part in (key, key.partition(".")[0])}
+            columns = [name for name in names if name in wanted] or names  # without any, a message lists all
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", row
+    except UserError:
+        raise
+    except (ArrowException, ValueError) as error:
+        raise UserError(f"{path}: is not Parquet ({' '.join(str(error).split())}); convert it") from None
+
+
+def _hub_dataset(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+    for number, row in enumerate(hub_dataset.read_part(str(path)), 1):
+        yield f"{path}, row {number}", row
+
+
+_ROWS: dict[str, Callable[[Path, Collection[str] | None], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_lines,
-    ".txt": _paragraphs,
+    ".csv": _table,
+    ".tsv": _table,
     ".parquet": _parquet,
+    hub_dataset.PREFIX: _hub_dataset,
+}
+_RECORDS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".xml": read_articles,
+    ".txt": _paragraphs,
+    "pages-articles": _wikipedia,
 }

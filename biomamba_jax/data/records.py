@@ -77,8 +77,12 @@ class FreeText:
     """A document of any other source."""
 
     text: str
+    """Without the title."""
     pmid: int = 0
     """0: none."""
+    title: str = ""
+    id: str = ""
+    """Id that is not a PMID; "": none."""
 
 
 Record = Article | Deletion | NotAnArticle | FreeText
@@ -106,6 +110,8 @@ class Candidate:
     """YYYYMMDD; 0: unknown."""
     html_entities: int = 0
     """As in `Article`."""
+    id: str = ""
+    """As in `FreeText`."""
     overlap: Overlap | None = None
     """Why it counts as evaluation text."""
 

@@ -6,7 +6,8 @@
     output/removed.jsonl                                  near duplicates and evaluation text that was left out
 
 A record is msgpack {"ids": little-endian uint16 or uint32 bytes, "pmid": int | None, "version": int | None,
-"source": index into the manifest's sources, "bytes": UTF-8 length of the text}. Packing reads `lengths.npy` only.
+"source": index into the manifest's sources, "bytes": UTF-8 length of the text}, and "id": str if the document has one
+that is not a PMID. Packing reads `lengths.npy` only.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_json, replacing, write_json
+from biomamba_jax.files import read_array, read_json, replacing, write_json
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -44,6 +45,8 @@ class Document(NamedTuple):
     """Index into Manifest.sources."""
     num_bytes: int
     """UTF-8 length of the text that the ids spell."""
+    id: str | None = None
+    """Id that is not a PMID, None: none."""
 
     @property
     def targets(self) -> np.ndarray:
@@ -76,6 +79,8 @@ class SplitInfo:
     bytes: int
     """UTF-8 length of its text."""
     shards: int
+    unspelled: int = 0
+    """Documents whose ids do not spell the text that they were made from, but another."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +159,14 @@ def write_documents(
             ids = np.asarray(document.ids)
             if ids.ndim != 1 or ids.size == 0 or ids.min() < 0 or ids.max() > np.iinfo(dtype).max:
                 raise ValueError(f"ids of PMID {document.pmid} must be a non-empty list of ids that fit {dtype.name}")
-            record = {"ids": ids.astype(dtype).tobytes(), "pmid": document.pmid, "version": document.version}
+            record: dict[str, Any] = {
+                "ids": ids.astype(dtype).tobytes(),
+                "pmid": document.pmid,
+                "version": document.version,
+            }
             record |= {"source": document.source, "bytes": document.num_bytes}
+            if document.id is not None:
+                record["id"] = document.id
             with _as_os_errors():
                 writer.write(msgpack.packb(record))
             lengths.append(ids.size)
@@ -225,6 +236,8 @@ class ShardReader:
             raise UserError(f"{self.folder}: a shard is damaged ({error}); {_PREPARE_AGAIN}") from None
         self.lengths = _load_lengths(self.folder)
         """Number of tokens of each document, EOS included, uint32 [documents], memory-mapped."""
+        if not self.lengths.all():
+            raise UserError(f"{self.folder / LENGTHS_NAME}: has documents of 0 tokens; {_PREPARE_AGAIN}")
         if len(self.lengths) != len(self._records):
             raise UserError(
                 f"{self.folder / LENGTHS_NAME}: has {len(self.lengths)} documents, the shards next to it hold "
@@ -240,7 +253,8 @@ class ShardReader:
             record = msgpack.unpackb(self._records[index])
             raw, length = record["ids"], int(self.lengths[index])
             ids = np.frombuffer(raw, {2 * length: "<u2", 4 * length: "<u4"}[len(raw)])
-            return Document(ids.astype(np.int32), record["pmid"], record["version"], record["source"], record["bytes"])
+            pmid, version, source, num_bytes = (record[key] for key in ("pmid", "version", "source", "bytes"))
+            return Document(ids.astype(np.int32), pmid, version, source, num_bytes, record.get("id"))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder}: document {index} cannot be read, or is not as long as {LENGTHS_NAME} says "
@@ -294,10 +308,7 @@ def _shard_paths(folder: Path) -> list[Path]:
 
 
 def _load_lengths(folder: Path) -> np.ndarray:
-    try:
-        lengths = np.load(folder / LENGTHS_NAME, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{folder / LENGTHS_NAME}: cannot be read ({error}); {_PREPARE_AGAIN}") from None
+    lengths = read_array(folder / LENGTHS_NAME)
     if lengths.dtype != np.uint32 or lengths.ndim != 1:
         raise UserError(
             f"{folder / LENGTHS_NAME}: is {lengths.dtype} {lengths.shape}, not uint32 [documents]; {_PREPARE_AGAIN}"

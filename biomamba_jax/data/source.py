@@ -1,10 +1,11 @@
 """A spooled input file and the final status of its records: what the shards are written from.
 
-A spool is a group of files: STEM.text (the UTF-8 texts of candidate documents, one after another), STEM.npy (one
-`INDEX` row for every record and deletion, in the file's order), STEM.bands.npy if near duplicates are dropped, and
-STEM.json, written last: a spool without it is unfinished.
+A spool is a group of files: STEM.text (the UTF-8 texts of candidate documents, each followed by its id if that is not a
+PMID), STEM.npy (one `INDEX` row for every record and deletion, in the file's order), STEM.bands.npy if near duplicates
+are dropped, and STEM.json, written last: a spool without it is unfinished.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from biomamba_jax.data.input_files import Checksums
 from biomamba_jax.data.records import DELETION, KEPT, Overlap
-from biomamba_jax.files import naming_errors
+from biomamba_jax.files import read_array
 
 INDEX = np.dtype(
     [
@@ -24,6 +25,7 @@ INDEX = np.dtype(
         ("split", "<u4"),  # split_position
         ("date", "<u4"),  # YYYYMMDD, 0: unknown
         ("size", "<u4"),  # bytes of text in STEM.text; 0 unless kept
+        ("id_size", "<u2"),  # bytes of the id after it
         ("digest", "<u8", (2,)),  # normalized_digest
     ]
 )
@@ -46,11 +48,11 @@ class Spool:
 
     def load_index(self) -> np.ndarray:
         """Memory-map the index, INDEX [records]."""
-        return _load(f"{self.stem}.npy")
+        return read_array(f"{self.stem}.npy")
 
     def load_bands(self) -> np.ndarray:
         """Memory-map the LSH band hashes, uint64 [rows whose status in the index is KEPT, bands]."""
-        return _load(f"{self.stem}.bands.npy")
+        return read_array(f"{self.stem}.bands.npy")
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,17 @@ class Source:
 
     def texts(self, rows: np.ndarray) -> list[str]:
         """Read the texts of some of the kept rows, ascending."""
-        borders, texts = _borders(self.spool.stem), []
+        return [text for text, _ in self.documents(rows)]
+
+    def documents(self, rows: np.ndarray) -> Iterator[tuple[str, str]]:
+        """Yield (text, id) of some of the kept rows, ascending; the id is "" if there is none but a PMID."""
+        starts, sizes = _starts(self.spool.stem), self.rows[rows]
         with open(f"{self.spool.stem}.text", "rb") as file:
-            for first, end in zip(borders[rows].tolist(), borders[rows + 1].tolist(), strict=True):
-                file.seek(first)
-                texts.append(file.read(end - first).decode())
-        return texts
+            for start, size, id_size in zip(
+                starts[rows].tolist(), sizes["size"].tolist(), sizes["id_size"].tolist(), strict=True
+            ):
+                file.seek(start)
+                yield file.read(size).decode(), file.read(id_size).decode()
 
     def describe(self) -> dict[str, object]:
         """Return its entry in the manifest."""
@@ -99,12 +106,9 @@ class Source:
         return found | {"repeats": repeats, "share": share}
 
 
-def _load(path: str) -> np.ndarray:
-    with naming_errors(path):
-        return np.load(path, mmap_mode="r")
-
-
 @lru_cache(4)
-def _borders(stem: str) -> np.ndarray:
-    """Return where each row's text begins in STEM.text, and the end of the last."""
-    return np.concatenate([[0], np.cumsum(_load(f"{stem}.npy")["size"], dtype=np.int64)])
+def _starts(stem: str) -> np.ndarray:
+    """Return where each row's text begins in STEM.text."""
+    index = read_array(f"{stem}.npy")
+    sizes = index["size"].astype(np.int64) + index["id_size"]
+    return np.cumsum(sizes) - sizes

@@ -1,6 +1,6 @@
 """First pass over the input: the candidates of one file become a spool (see `source`).
 
-Everything that compares files works on the spools' indexes, 35 bytes a record, and never on texts. So files can be
+Everything that compares files works on the spools' indexes, 37 bytes a record, and never on texts. So files can be
 spooled in any order and by any number of processes, and a later run reuses finished spools.
 """
 
@@ -16,9 +16,10 @@ from biomamba_jax.data.near_duplicates import Bands, band_values
 from biomamba_jax.data.records import KEPT, Candidate, Overlap, blocks
 from biomamba_jax.data.source import INDEX, Spool
 from biomamba_jax.data.text import normalized_digest, split_position
-from biomamba_jax.files import read_json, write_json
+from biomamba_jax.data.work import lock_file
+from biomamba_jax.files import read_array, read_json, write_json
 
-SPOOL_VERSION = 2
+SPOOL_VERSION = 3
 """Raised whenever the spool of an unchanged file would have other bytes."""
 _BLOCK_ROWS = 4096
 
@@ -31,10 +32,12 @@ def finished_spool(path: Path, stem: str) -> Spool | None:
     """
     try:
         saved = read_json(f"{stem}.json")
-        size = np.load(f"{stem}.npy", mmap_mode="r")["size"].sum(dtype=np.int64)
-        if os.stat(f"{stem}.text").st_size != size:  # truncated, for example by a power cut
+        index = read_array(f"{stem}.npy")
+        if os.stat(f"{stem}.text").st_size != sum(
+            index[name].sum(dtype=np.int64) for name in ("size", "id_size")
+        ):  # truncated, for example by a power cut
             return None
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # a UserError is a ValueError
         return None
     sums = Checksums(**saved["sums"])
     check_md5(path, sums.md5)
@@ -56,13 +59,15 @@ def write_spool(
     """
     index, values, html_entities, first = [np.zeros(0, INDEX)], [], 0, 0
     overlaps: dict[int, Overlap] = {}
-    with open(f"{stem}.text", "wb") as texts:
+    with open(f"{stem}.text", "ab") as texts:
+        lock_file(texts, path)
+        texts.truncate(0)
         for block in blocks(candidates, _BLOCK_ROWS):
-            kept = [record.text for record in block if record.status == KEPT]
-            texts.write("".join(kept).encode())
+            kept = [record for record in block if record.status == KEPT]
+            texts.write("".join(f"{record.text}{record.id}" for record in kept).encode())
             index.append(np.array([_row(record) for record in block], INDEX))
             if bands is not None:
-                values.append(band_values(kept, bands))
+                values.append(band_values([record.text for record in kept], bands))
             html_entities += sum(record.html_entities for record in block)
             overlaps |= {row: r.overlap for row, r in enumerate(block, first) if r.overlap is not None}
             first += len(block)
@@ -74,11 +79,13 @@ def write_spool(
     return Spool(path, stem, sums, html_entities, overlaps)
 
 
-def _row(record: Candidate) -> tuple[int, int, int, int, int, int, tuple[int, int]]:
+def _row(record: Candidate) -> tuple[int, int, int, int, int, int, int, tuple[int, int]]:
     """Return the record as a row of INDEX."""
     if record.status != KEPT:
-        return record.pmid, record.version, record.status, 0, record.date, 0, (0, 0)
+        return record.pmid, record.version, record.status, 0, record.date, 0, 0, (0, 0)
     raw = normalized_digest(record.text)
     digest = (int.from_bytes(raw[:8], "little"), int.from_bytes(raw[8:], "little"))
-    position = split_position(str(record.pmid).encode() if record.pmid else raw)
-    return record.pmid, record.version, KEPT, position, record.date, len(record.text.encode()), digest
+    identity = str(record.pmid or record.id).encode()
+    position = split_position(identity if record.pmid or record.id else raw)
+    sizes = len(record.text.encode()), len(record.id.encode())
+    return record.pmid, record.version, KEPT, position, record.date, *sizes, digest

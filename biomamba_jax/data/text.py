@@ -14,7 +14,9 @@ _XML_NAMES = {"&lt;", "&gt;", "&amp;"}
 _MAX_ESCAPES = 3
 # Publishers also deliver HTML tags as escaped text. One with a known name is markup; `P<0.05`, `a<c>d` and
 # `a<b and c>d` are not.
-_ESCAPED_TAG = re.compile(r"</?(?:p|o:p|i|b|u|br|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE)
+_ESCAPED_TAG = re.compile(
+    r"</?(?:(p|o:p|br)|i|b|u|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE
+)
 _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
 
 
@@ -34,15 +36,15 @@ def clean_document(text: str) -> str:
 def clean_markup(text: str) -> str:
     """Clean the text content of an XML element to one line; unescape text that was escaped more than once.
 
-    HTML tags that arrive as escaped text are dropped. Only HTML entities with a semicolon are unescaped; `AT&T;` and
-    `R&D` stay.
+    HTML tags that arrive as escaped text are dropped; those of paragraphs and line breaks leave a space. Only HTML
+    entities with a semicolon are unescaped; `AT&T;` and `R&D` stay.
     """
     for _ in range(_MAX_ESCAPES):
         before = text
         if "&" in text:
             text = _ESCAPED.sub(_unescape, text)
         if "<" in text:
-            text = _ESCAPED_TAG.sub("", text)
+            text = _ESCAPED_TAG.sub(lambda tag: " " if tag[1] else "", text)
         if text == before:
             break
     return clean_line(text)

@@ -66,6 +66,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text that the ids spell, including special tokens."""
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each list of ids."""
+        return [self.decode(ids) for ids in batch]
+
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the tokenizer's file into `folder` under its usual name and return the copy's path."""
         return Path(shutil.copyfile(self.path, Path(folder) / self.filename))
@@ -85,9 +89,16 @@ class _HuggingFace(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
         super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
+        self.encode_batch(["\U000f0000"])  # an unknown character, for which its unknown token must exist
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a bare Exception, or the Rust library's panic
+            raise UserError(f"{self.path}: cannot encode text ({error}); give another tokenizer") from None
+        return [encoding.ids for encoding in encoded]
 
     @cached_property
     def _of_prompts(self) -> tokenizers.Tokenizer:
@@ -98,6 +109,9 @@ class _HuggingFace(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        return self._tokenizer.decode_batch(batch, skip_special_tokens=False)
 
 
 class _SentencePiece(Tokenizer):

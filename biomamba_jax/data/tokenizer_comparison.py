@@ -79,7 +79,7 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
     """Yield the first documents of each input, up to its share of `max_bytes`."""
     for path in config.input:
         left = config.max_bytes // len(config.input)
-        for record in judge(read_records(path), FilterConfig()):
+        for record in judge(read_records(path, config), FilterConfig()):
             if left <= 0:
                 break
             if record.status == KEPT:

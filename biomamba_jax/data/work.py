@@ -10,8 +10,9 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from biomamba_jax.errors import UserError
 
@@ -51,13 +52,11 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
         raise UserError(f"{output}: already exists; remove it or give another --output")
     if output.is_symlink() or os.path.ismount(output):
         raise UserError(f"{output}: is a link or a mount point, which no finished folder can replace; name one in it")
-    with ExitStack() as stack:
-        for folder in filter(None, (spools, work.root)):
-            stack.enter_context(locked(folder))
+    with locked(work.root):
         try:
             shutil.rmtree(work.output, ignore_errors=True)
             for folder in (work.spools, work.shards, work.output):
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
             yield work
             os.rename(work.output, output)
             work.keeps = False
@@ -81,10 +80,19 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run uses it; wait for it or name another folder") from None
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be locked ({error.strerror}); name one on another disk") from None
+        lock_file(lock, folder)
         yield
+
+
+def lock_file(file: IO[Any], name: Path) -> None:
+    """Lock an open file until it is closed.
+
+    Raises:
+      UserError: another process has locked it, or its file system cannot; names `name`.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{name}: another run uses it; wait for it or name another") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be locked ({error.strerror}); name another disk") from None

@@ -70,7 +70,7 @@ def _read(path: Path, split: str) -> Iterator[Document]:
     else:
         for number, record in enumerate(judge(read_records(path), FilterConfig(min_abstract_characters=0)), 1):
             if record.status == KEPT:
-                yield Document(str(record.pmid or f"{path.name}:{number}"), record.text)
+                yield Document(str(record.pmid or record.id or f"{path.name}:{number}"), record.text)
 
 
 def _is_bioasq(path: Path) -> bool:
@@ -88,7 +88,9 @@ def _shards(folder: Path, split: str) -> Iterator[Document]:
     manifest.check_tokenizer(tokenizer.sha256)
     for index in range(len(reader)):
         stored = reader[index]
-        document = Document(str(stored.pmid or f"{split}:{index}"), tokenizer.decode(stored.ids[:-1].tolist()))
+        document = Document(
+            str(stored.pmid or stored.id or f"{split}:{index}"), tokenizer.decode(stored.ids[:-1].tolist())
+        )
         if document.bytes != stored.num_bytes:
             raise UserError(
                 f"{reader.folder}: document {index} has {stored.num_bytes} bytes, but tokenizer "

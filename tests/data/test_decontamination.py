@@ -184,6 +184,54 @@ def test_lines_of_json_are_items_of_all_their_strings(tmp_path):
     assert read_evaluation([str(path)]).overlaps([passage(2, 40)], LEAST)[0] == ("set.jsonl: line 1", 1.0)
 
 
+ASKED = passage("asked", 30)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name"),
+    [
+        ({"q1": ASKED}, "q1"),
+        ({"q1": {"question": ASKED, "answer": "yes"}}, "q1"),
+        ({"medical": {"0001": {"question": ASKED, "options": {"A": "x"}}}}, "medical.0001"),
+        ({"questions": [{"question": ASKED}]}, "questions.1"),
+        ({"data": [{"paragraphs": [{"qas": [{"id": "a7", "question": ASKED}]}]}]}, "a7"),
+        ({"id": 3, "question": {"stem": ASKED}}, "3"),
+        ({"question": [passage("x", 40), ASKED], "answer": ["yes", "no"]}, "question"),
+        ([ASKED, "another"], "1"),
+    ],
+)
+def test_json_of_any_layout_is_read_and_its_items_named_by_their_place(tmp_path, layout, name):
+    (tmp_path / "a.json").write_text(json.dumps(layout))
+    evaluation = read_evaluation([str(tmp_path / "a.json")])
+    assert evaluation.overlaps([f"{ASKED} {passage('y', 300)}"], LEAST) == {0: (f"a.json: {name}", 1.0)}
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_rows_of_a_table_are_evaluation_text_with_their_pmids(tmp_path, kind):
+    row = {"question": ASKED, "pmid": "17"}
+    rows = f"question,pmid\n{ASKED},17\n" if kind == "csv" else json.dumps(row)
+    (tmp_path / f"a.{kind}").write_text(rows)
+    evaluation = read_evaluation([str(tmp_path / f"a.{kind}")])
+    assert evaluation.pmids.tolist() == [17]
+    assert evaluation.overlaps([ASKED], LEAST).keys() == {0}
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ({"1": {"QUESTION": 5, "CONTEXTS": [ASKED]}}, "QUESTION"),
+        ({"1": {"QUESTION": ASKED, "CONTEXTS": [ASKED, 5]}}, "CONTEXTS"),
+        ({"1": {"QUESTION": ASKED, "LONG_ANSWER": {"a": 1}}}, "LONG_ANSWER"),
+        ({"questions": [{"id": "1", "body": True}]}, "body"),
+        ({"questions": [{"id": "1", "body": ASKED, "snippets": [{"text": 3.5}]}]}, "text"),
+    ],
+)
+def test_a_number_where_text_belongs_is_named(tmp_path, content, key):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"a\.json: '{key}' of 1.* is .*, not text"):
+        read_evaluation([str(tmp_path / "a.json")])
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -193,6 +241,8 @@ def test_lines_of_json_are_items_of_all_their_strings(tmp_path):
         ("a.json", '{"questions": 3}'),
         ("a.jsonl", "{"),
         ("a.txt", ""),
+        ("a.txt", "Only seven words stand on this line."),
+        ("a.json", '{"a": [1, 2], "b": "yes"}'),
         ("a.csv", "question,answer"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +13,7 @@ import pytest
 from corpora import SMALL, abstract, contents, documents, make_shards
 from hypothesis import strategies as st
 from nlm_xml import LONG, article, deletions, write_set
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from biomamba_jax import prepare
 from biomamba_jax.command_line import run_command
@@ -152,10 +154,69 @@ def test_json_lines_and_paragraphs_of_text_are_documents(output, tmp_path):
     assert manifest.filters["no_abstract"] == 1
 
 
+@pytest.fixture
+def lossy(tmp_path):
+    """A tokenizer that knows the characters of LONG alone and drops any other."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.train_from_iterator([LONG], trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False))
+    made.save(str(tmp_path / "lossy.json"))
+    return tmp_path / "lossy.json"
+
+
+def write_lines(path: Path, texts: list[str]) -> list[str]:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [str(path)]
+
+
+def test_documents_that_their_ids_do_not_spell_are_counted(tmp_path, lossy, capsys):
+    texts = [" ".join([LONG] * (number + 1)) for number in range(40)] + [f"{LONG} ±β", f"{LONG} ± {LONG}"]
+    inputs = write_lines(tmp_path / "a.jsonl", texts)
+    prepare.main(["--input", *inputs, "--output", str(tmp_path / "o"), "--tokenizer", str(lossy), "--workers", "1"])
+    manifest = Manifest.load(tmp_path / "o")
+    assert sum(split.unspelled for split in manifest.splits.values()) == 2
+    assert re.search(r"unspelled . +2 . of these: their ids spell another text", capsys.readouterr().out)
+
+
+def test_a_tokenizer_that_loses_more_than_the_stated_share_is_refused(tmp_path, lossy):
+    texts = [" ".join([LONG] * (number + 1)) for number in range(9)] + [f"{LONG} ±β"]
+    inputs = write_lines(tmp_path / "a.jsonl", texts)
+    with pytest.raises(UserError, match=r"lossy\.json: its ids do not spell the text of at least 1 of 10 documents"):
+        make_shards(inputs, tmp_path / "o", lossy, workers=1, max_unspelled=0.09)
+    assert make_shards(inputs, tmp_path / "o", lossy, workers=1, max_unspelled=0.1).filters["too_short"] == 0
+
+
+def test_the_stored_length_is_that_of_the_text_that_the_ids_spell(tmp_path, output):
+    """SentencePiece writes a space as U+2581, so that a text with that character comes back with a space."""
+    texts = [f"{LONG} one\u2581two.", *(f"{LONG} {number}." for number in range(20))]
+    inputs = write_lines(tmp_path / "a.jsonl", texts)
+    manifest = make_shards(inputs, tmp_path / "o", output / "tokenizer.model", workers=1)
+    assert sum(split.unspelled for split in manifest.splits.values()) == 1
+    reader, tokenizer = ShardReader(tmp_path / "o" / "train"), load_tokenizer(output / "tokenizer.model")
+    lengths = {tokenizer.decode(document.ids[:-1]): document.num_bytes for document in reader}
+    assert all(len(text.encode()) == length for text, length in lengths.items())
+    assert f"{LONG} one two." in lengths
+
+
+def test_ids_that_are_not_pmids_are_stored_and_decide_the_split(tmp_path, output):
+    splits = []
+    for edition in ("first", "second"):
+        rows = [{"id": f"x-{number}", "body": f"{LONG} {edition} {number}."} for number in range(60)]
+        (tmp_path / f"{edition}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = PrepareConfig(text="body", id="id", validation_fraction=0.3, test_fraction=0)
+        make_shards(
+            [str(tmp_path / f"{edition}.jsonl")], tmp_path / edition, output / "tokenizer.model", settings, workers=1
+        )
+        names = ("train", "validation")
+        splits.append({stored.id: name for name in names for stored in ShardReader(tmp_path / edition / name)})
+    assert splits[0] == splits[1]
+    assert set(splits[0].values()) == {"train", "validation"}
+
+
 @pytest.mark.parametrize("line", ["{", "[]", '{"txt": "a"}', '{"text": 1}', '{"text": "a", "pmid": "x"}'])
 def test_a_bad_json_line_is_named(tmp_path, output, line):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": LONG}) + "\n" + line)
-    with pytest.raises(UserError, match=r"a\.jsonl, line 2: (is not|cannot be read as JSON)"):
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: (is not|cannot be read as JSON|has no|its)"):
         make_shards([str(tmp_path / "a.jsonl")], tmp_path / "o", output / "tokenizer.model", workers=1)
 
 

@@ -1,6 +1,7 @@
 """General text in the forms in which it is published: the same documents whatever the container and its compression."""
 
 import bz2
+import csv
 import gzip
 import json
 import sys
@@ -11,7 +12,8 @@ import pytest
 from nlm_xml import LONG, article, write_set
 from pyarrow import parquet
 
-from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.config.prepare import FilterConfig, TextFields
+from biomamba_jax.data import hub_dataset
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.readers import files_in, read_records
 from biomamba_jax.data.records import CODE, KEPT
@@ -27,8 +29,8 @@ TEXTS = [f"{LONG} {word}." for word in ("one", "two, with α", "three")]
 PACK = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstd.compress}
 
 
-def candidates(path: Path):
-    return list(judge(read_records(path), FilterConfig()))
+def candidates(path: Path, **fields: str):
+    return list(judge(read_records(path, TextFields(**fields)), FilterConfig()))
 
 
 def texts_of(path: Path) -> list[str]:
@@ -76,7 +78,7 @@ def test_an_empty_file_is_no_packed_one(tmp_path, suffix):
 @pytest.mark.parametrize("pmid", ["Infinity", "3.9", "true", "-1", '"x"'])
 def test_a_pmid_that_is_no_whole_number_is_named(tmp_path, pmid):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "{LONG}", "pmid": {pmid}}}')
-    with pytest.raises(UserError, match=r'line 1: is not a JSON object with .* a whole number "pmid"'):
+    with pytest.raises(UserError, match=r"line 1: its 'pmid' is .*, not a PMID"):
         texts_of(tmp_path / "a.jsonl")
 
 
@@ -102,11 +104,118 @@ def test_parquet_may_have_pmids_and_empty_texts(tmp_path):
 def test_parquet_without_text_or_damaged_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": TEXTS}), path)
-    with pytest.raises(UserError, match=r"a\.parquet: is not Parquet with a"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet, row 1: has no 'text' but content; name the key of its text with --text"
+    ):
         texts_of(path)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.parquet"):
         texts_of(path)
+
+
+ROWS = [
+    {"doc": "x-1", "head": "First  title", "document": {"body": TEXTS[0]}, "n": 1},
+    {"doc": "x-2", "head": None, "document": {"body": TEXTS[1]}, "n": 2},
+]
+FIELDS = {"text": "document.body", "title": "head", "id": "doc"}
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    """Rows as JSON lines, CSV, TSV or Parquet; a table has the column document.body."""
+    if path.suffix == ".jsonl":
+        path.write_bytes(lines(*rows))
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        flat = [{**row, "document.body": row["document"]["body"]} for row in rows]
+        with open(path, "w", newline="") as file:
+            out = csv.DictWriter(
+                file, [*FIELDS.values(), "n"], dialect="excel-tab" if path.suffix == ".tsv" else "excel"
+            )
+            out.writeheader()
+            out.writerows({key: row[key] for key in out.fieldnames} for row in flat)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet"])
+def test_text_title_and_id_may_have_any_name_and_stand_in_nested_objects(tmp_path, kind):
+    found = candidates(written(tmp_path / f"a{kind}", ROWS), **FIELDS)
+    assert [record.text for record in found] == [f"First title\n{TEXTS[0]}", TEXTS[1]]
+    assert [(record.id, record.pmid) for record in found] == [("x-1", 0), ("x-2", 0)]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet"])
+@pytest.mark.parametrize("field", ["text", "title", "id"])
+def test_a_key_that_no_row_has_is_named(tmp_path, kind, field):
+    with pytest.raises(UserError, match=rf"a\{kind}.*'misspelt'"):
+        candidates(written(tmp_path / f"a{kind}", ROWS), **{**FIELDS, field: "misspelt"})
+
+
+def test_an_id_is_a_pmid_only_where_its_key_says_so(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(lines({"text": TEXTS[0], "n": 5, "meta": {"PMID": "7"}}))
+    assert [(r.pmid, r.id) for r in candidates(path, id="n")] == [(0, "5")]
+    assert [(r.pmid, r.id) for r in candidates(path, id="meta.PMID")] == [(7, "")]
+
+
+def test_a_list_of_strings_is_text_of_as_many_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"parts": TEXTS[:2]}))
+    assert [record.text for record in candidates(tmp_path / "a.jsonl", text="parts")] == ["\n".join(TEXTS[:2])]
+
+
+def test_the_length_of_a_text_is_counted_without_its_title(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "Short.", "t": LONG}, {"text": "", "t": LONG}))
+    found = candidates(tmp_path / "a.jsonl", title="t")
+    assert [record.status for record in found] == [CODE["too_short"], CODE["no_abstract"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("text,text\na,b\n", "twice"),
+        ("text,b\na\n", "1 cells under 2 columns"),
+        ('text,b\n"a,b\nc,d\n', "unexpected end of data"),
+        ('text,b\n"a"x,b\n', "expected after"),
+    ],
+)
+def test_a_table_that_is_none_is_named_with_its_line(tmp_path, content, reason):
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=rf"a\.csv, line \d: is not a table of CSV \(.*{reason}"):
+        texts_of(tmp_path / "a.csv")
+
+
+def test_quoted_cells_of_a_table_keep_separators_quotes_and_line_ends(tmp_path):
+    (tmp_path / "a.csv").write_text(f'text\n"{TEXTS[0]}, ""so""\nand on"\n')
+    assert texts_of(tmp_path / "a.csv") == [f'{TEXTS[0]}, "so"\nand on']
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """A dataset of two files, as a folder that the library of the hub's datasets reads."""
+    (tmp_path / "d").mkdir()
+    for number, row in enumerate(ROWS):
+        (tmp_path / "d" / f"train-{number}.jsonl").write_bytes(lines(row))
+    return f"hf:{tmp_path / 'd'}"
+
+
+def test_a_dataset_of_the_hub_is_read_in_parts(dataset):
+    parts = files_in(dataset)
+    assert len(parts) == 2
+    assert [record.id for part in parts for record in candidates(part, **FIELDS)] == ["x-1", "x-2"]
+
+
+def test_a_dataset_that_changed_since_its_parts_were_named_is_refused(dataset):
+    part, _ = files_in(dataset)
+    Path(dataset.removeprefix("hf:"), "train-2.jsonl").write_bytes(lines(ROWS[0]))
+    hub_dataset._open.cache_clear()
+    with pytest.raises(UserError, match="changed while it was read"):
+        candidates(part, **FIELDS)
+
+
+def test_a_dataset_that_cannot_be_reached_is_one_line(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"hf:nobody/nothing: cannot be read \(.*; check the name and the connection"):
+        files_in("hf:nobody/nothing")
 
 
 PAGE = "<page><title>{}</title><ns>{}</ns>{}<revision><text>{}</text></revision></page>\n"

@@ -34,10 +34,10 @@ def many(tmp_path_factory) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
 
 
-def start(inputs: list[str], output: Path, *options: str) -> subprocess.Popen:
+def start(inputs: list[str], output: Path | None, *options: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "biomamba_jax.prepare", "--input", *inputs, "--output", str(output)]
-        + ["--train-tokenizer", "300", *options],
+        [sys.executable, "-m", "biomamba_jax.prepare", "--input", *inputs, "--train-tokenizer", "300", *options]
+        + (["--output", str(output)] if output else []),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
@@ -226,6 +226,30 @@ def test_a_file_that_changed_is_read_again(many, tmp_path, monkeypatch):
 def test_two_runs_into_one_output_are_refused(many, tmp_path):
     with work.work_folder(tmp_path / "o"), pytest.raises(UserError, match="another run uses it"):
         make_shards(many, tmp_path / "o", settings=SMALL, workers=1)
+
+
+def test_machines_that_each_read_a_share_of_the_files_leave_the_rest_to_one_run(many, tmp_path, monkeypatch):
+    """As in a job array: processes at the same time, one folder of spools, then one run over all files."""
+    evaluation = tmp_path / "asked.txt"
+    evaluation.write_text("one two three four five six seven eight nine ten eleven twelve\n")
+    shared = ["--spools", str(tmp_path / "spools"), "--workers", "1", "--decontaminate", str(evaluation)]
+    array = [start(many[share::2], None, *shared) for share in range(2)]
+    for process in array:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    whole = make_shards(many, tmp_path / "whole", settings=SMALL, workers=1, decontaminate=[str(evaluation)])
+    monkeypatch.setattr(build, "read_records", Mock(side_effect=AssertionError("a file was read again")))
+    settings = dataclasses.replace(SMALL, decontaminate=[str(evaluation)])
+    assert make_shards(many, tmp_path / "o", settings=settings, workers=1, spools=tmp_path / "spools") == whole
+    assert contents(tmp_path / "o") == contents(tmp_path / "whole")
+
+
+def test_a_file_that_another_process_reads_into_the_same_spools_is_refused(many, tmp_path):
+    task = FileTask(Path(many[0]), tmp_path, SMALL)
+    with open(f"{task.stem}.text", "wb") as file:
+        work.lock_file(file, task.path)
+        with pytest.raises(UserError, match=r"n0001\.xml\.gz: another run uses it"):
+            build.spool_file(task)
 
 
 def test_spools_of_a_folder_of_their_own_serve_the_next_run_with_more_files(many, tmp_path, monkeypatch):

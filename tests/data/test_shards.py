@@ -34,7 +34,7 @@ def test_documents_are_read_back_in_any_order(tmp_path, token_dtype):
         ids, *rest = reader[i]
         assert ids.dtype == np.int32
         assert ids.tolist() == DOCUMENTS[i]
-        assert rest == [1000 + i, None, i % 2, 10 * i]
+        assert rest == [1000 + i, None, i % 2, 10 * i, None]
     np.testing.assert_array_equal(reader.lengths, [len(d) for d in DOCUMENTS])
 
 
