@@ -162,7 +162,8 @@ def choose(
         raise UserError(f"{op}: implementation {implementation!r} does not exist; choose one of: {have}")
     if reason := reason_against(implementation):
         raise UserError(
-            f"{op}: implementation {implementation!r} cannot run: {reason}; give implementation=None for the best here"
+            f"{op}: implementation {implementation!r} cannot be used: {reason}; "
+            "give implementation=None for the best here"
         )
     return implementations[implementation]
 

@@ -70,5 +70,5 @@ def test_a_tpu_program_takes_the_kernels_but_not_for_a_few_tokens():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_tpu_the_kernels_refuse_and_say_why():
-    with pytest.raises(UserError, match="'pallas_tpu' cannot run: it needs a TPU, and this program is for cpu"):
+    with pytest.raises(UserError, match="'pallas_tpu' cannot be used: it needs a TPU, and this program is for cpu"):
         causal_conv1d(jnp.zeros((1, 64, 8)), jnp.zeros((8, 4)), implementation="pallas_tpu")

@@ -67,5 +67,5 @@ def test_independent_kernels_of_one_program_keep_out_of_each_others_way_when_int
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     inputs = random_inputs(SHAPES[0], 2)
-    with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):
+    with pytest.raises(UserError, match="'triton' cannot be used: it needs a GPU, and this program is for cpu"):
         causal_conv1d(jnp.asarray(inputs["x"]), jnp.asarray(inputs["weight"]), implementation="triton")

@@ -44,7 +44,7 @@ def test_none_is_the_best_that_runs_on_the_device(platform, capability, name):
 def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
     unsupported = {"pallas_gpu": "headdim is 32, not 64"}
     assert chosen("gpu", 90, unsupported=unsupported) == "triton"
-    with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot run: headdim is 32, not 64; give"):
+    with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot be used: headdim is 32, not 64; give"):
         chosen("gpu", 90, "pallas_gpu", unsupported=unsupported)
 
 
@@ -76,7 +76,7 @@ def test_on_tpu_arrays_that_do_not_suit_the_kernels_go_to_xla_and_are_refused_by
         kernels = str(jax.make_jaxpr(lambda *a: op(*a))(*arguments)).count("pallas_call")
         assert kernels == (reason is None)
         if reason:
-            with pytest.raises(UserError, match=f"implementation 'pallas_tpu' cannot run: {reason}; give"):
+            with pytest.raises(UserError, match=f"implementation 'pallas_tpu' cannot be used: {reason}; give"):
                 jax.eval_shape(partial(op, implementation="pallas_tpu"), *arguments)
 
 
@@ -92,7 +92,7 @@ def test_on_tpu_arrays_that_do_not_suit_the_kernels_go_to_xla_and_are_refused_by
     ],
 )
 def test_a_named_one_that_cannot_run_says_why(platform, capability, name, reason):
-    with pytest.raises(UserError, match=f"op: implementation '{name}' cannot run: {reason}"):
+    with pytest.raises(UserError, match=f"op: implementation '{name}' cannot be used: {reason}"):
         chosen(platform, capability, name)
 
 

@@ -101,6 +101,19 @@ def assert_equal_the_plain_loop(results, inputs: dict[str, jax.Array], segment_i
         assert gradient.dtype == inputs[name].dtype, name
 
 
+def small_steps(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """Inputs whose raw steps are about -6 in the first channel and -20 in the last: softplus of 2e-3 to 2e-9."""
+    inputs = random_inputs(shape, seed)
+    return inputs | {"dt": 0.15 * inputs["dt"], "dt_bias": np.linspace(-6, -20, shape.channels)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_small_steps_have_their_gradient_channel_by_channel(form):
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    inputs = in_dtype(small_steps(SHAPES[0], 11), "float32", ACTIVATIONS)
+    assert_equals_oracle(form, inputs, segment_ids, "float32", PER_CHANNEL | {"dt_bias": 0})
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @settings(max_examples=8)

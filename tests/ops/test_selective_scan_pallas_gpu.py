@@ -25,6 +25,7 @@ from tests.ops.test_selective_scan import (
     Shape,
     assert_equal_the_plain_loop,
     random_inputs,
+    small_steps,
 )
 
 ODD = Shape(
@@ -75,6 +76,12 @@ def test_every_channel_is_right_on_its_own_scale():
     inputs = in_dtype(with_one_small(random_inputs(ODD, 10), CHANNEL_AXES), "float32", ACTIVATIONS)
     segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
     assert_equals_the_plain_loop(inputs, segment_ids, "float32", PER_CHANNEL)
+
+
+def test_small_steps_have_their_gradient_channel_by_channel():
+    inputs = in_dtype(small_steps(ODD, 11), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_the_plain_loop(inputs, segment_ids, "float32", PER_CHANNEL | {"dt_bias": 0})
 
 
 def test_everything_optional_can_be_left_out():

@@ -25,6 +25,7 @@ from tests.ops.test_selective_scan import (
     Shape,
     assert_equals_oracle,
     random_inputs,
+    small_steps,
     values_and_gradients,
 )
 from tests.tolerances import TOLERANCES
@@ -56,6 +57,12 @@ def test_tiles_of_channels_share_B_and_C_and_their_gradients(monkeypatch):
     monkeypatch.setattr(pallas_tpu, "_STATE_REGISTERS", 1)
     inputs = in_dtype(random_inputs(TWO_TILES, 0), "float32", ACTIVATIONS)
     assert_equals_oracle("pallas_tpu", inputs, np.arange(16, dtype=np.int32)[None] // 10, "float32")
+
+
+def test_small_steps_have_their_gradient_channel_by_channel():
+    inputs = in_dtype(small_steps(SMALL, 11), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_oracle("pallas_tpu", inputs, segment_ids, "float32", PER_CHANNEL | {"dt_bias": 0})
 
 
 def test_everything_optional_can_be_left_out():
@@ -161,5 +168,5 @@ def test_a_tpu_program_takes_the_kernels_and_its_single_tokens_do_not():
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_tpu_the_kernels_refuse_and_say_why():
     arrays = {n: jnp.asarray(v, jnp.float32) for n, v in random_inputs(SMALL, 8).items() if n in ARRAYS}
-    with pytest.raises(UserError, match="'pallas_tpu' cannot run: it needs a TPU, and this program is for cpu"):
+    with pytest.raises(UserError, match="'pallas_tpu' cannot be used: it needs a TPU, and this program is for cpu"):
         selective_scan(**arrays, implementation="pallas_tpu")

@@ -20,6 +20,7 @@ from tests.ops.test_selective_scan import (
     Shape,
     assert_equal_the_plain_loop,
     random_inputs,
+    small_steps,
 )
 
 ODD = Shape(rows=2, length=11, channels=5, d_state=3)  # no size fits a block
@@ -59,6 +60,13 @@ def test_every_channel_is_right_on_its_own_scale():
 
 
 @needs_triton
+def test_small_steps_have_their_gradient_channel_by_channel():
+    inputs = in_dtype(small_steps(ODD, 11), "float32", ACTIVATIONS)
+    segment_ids = np.repeat([[0, 1]], [4, 7], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_equals_the_plain_loop(inputs, segment_ids, "float32", PER_CHANNEL | {"dt_bias": 0})
+
+
+@needs_triton
 def test_everything_optional_can_be_left_out():
     inputs = in_dtype(random_inputs(ODD, 1), "float32", ACTIVATIONS)
     for name in ("D", "z", "dt_bias", "initial_state"):
@@ -90,5 +98,5 @@ def test_no_gradient_passes_a_change_of_segment():
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     arrays = {n: jnp.asarray(v, jnp.float32) for n, v in random_inputs(ODD, 5).items() if n in ARRAYS}
-    with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):
+    with pytest.raises(UserError, match="'triton' cannot be used: it needs a GPU, and this program is for cpu"):
         selective_scan(**arrays, implementation="triton")

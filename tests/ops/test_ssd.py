@@ -22,6 +22,7 @@ from tests.tolerances import TOLERANCES
 ARRAYS = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 HEAD_AXES = {"x": 2, "dy": 2, "initial_state": 1, "d_final_state": 1}
 PER_HEAD = {"y": 2, "final_state": 1, "x": 2, "dt": 2, "B": 2, "C": 2, "initial_state": 1}
+PER_SMALL_STEP = {"y": 2, "x": 2, "dt": 2, "dt_bias": 0}
 
 
 class Shape(NamedTuple):
@@ -147,6 +148,23 @@ def test_values_and_all_gradients_match_the_recurrence(dtype, data):
 def test_every_head_is_right_on_its_own_scale(dtype):
     segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
     assert_matches_recurrence(with_one_small(random_inputs(SHAPES[0], 10), HEAD_AXES), segment_ids, dtype, 8, PER_HEAD)
+
+
+def small_steps(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """Inputs whose raw steps are about -6 in the first head and -20 in the last: softplus of 2e-3 to 2e-9."""
+    inputs = random_inputs(shape, seed)
+    steps = {"dt": 0.15 * inputs["dt"], "dt_bias": np.linspace(-6, -20, shape.heads)}
+    return (
+        inputs
+        | steps
+        | {"dy": 1 + 0.5 * inputs["dy"], "x": 1 + 0.5 * inputs["x"], "B": 1 + inputs["B"], "C": 1 + inputs["C"]}
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_small_steps_have_their_gradient_head_by_head(dtype):
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_matches_recurrence(small_steps(SHAPES[0], 11), segment_ids, dtype, 8, PER_SMALL_STEP)
 
 
 @settings(max_examples=10)

@@ -19,6 +19,7 @@ from tests.ops.oracles import assert_close, with_one_small
 from tests.ops.test_ssd import (
     HEAD_AXES,
     PER_HEAD,
+    PER_SMALL_STEP,
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
@@ -26,6 +27,7 @@ from tests.ops.test_ssd import (
     of_kernels,
     random_inputs,
     segment_layouts,
+    small_steps,
 )
 from tests.tolerances import TOLERANCES
 
@@ -65,6 +67,12 @@ def test_every_head_is_right_on_its_own_scale():
     segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).astype(np.int32)
     inputs = with_one_small(random_inputs(PAIR, 10), HEAD_AXES)
     assert_matches_recurrence(inputs, segment_ids, "bfloat16", PER_HEAD)
+
+
+@pytest.mark.slow
+def test_small_steps_have_their_gradient_head_by_head():
+    segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).astype(np.int32)
+    assert_matches_recurrence(small_steps(PAIR, 11), segment_ids, "bfloat16", PER_SMALL_STEP)
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from tests.ops.oracles import assert_close, with_one_small
 from tests.ops.test_ssd import (
     HEAD_AXES,
     PER_HEAD,
+    PER_SMALL_STEP,
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
@@ -30,6 +31,7 @@ from tests.ops.test_ssd import (
     of_kernels,
     random_inputs,
     segment_layouts,
+    small_steps,
 )
 from tests.tolerances import TOLERANCES
 
@@ -92,6 +94,12 @@ def test_every_head_is_right_on_its_own_scale():
     segment_ids = np.repeat([[1, 2]], [100, 29], axis=1).repeat(2, axis=0).astype(np.int32)
     inputs = with_one_small(random_inputs(SMALLEST, 10), HEAD_AXES)
     assert_matches_recurrence(SMALLEST, inputs, segment_ids, "float32", PER_HEAD)
+
+
+@pytest.mark.slow
+def test_small_steps_have_their_gradient_head_by_head():
+    segment_ids = np.repeat([[1, 2]], [100, 50], axis=1).astype(np.int32)
+    assert_matches_recurrence(PUBLISHED, small_steps(PUBLISHED, 11), segment_ids, "bfloat16", PER_SMALL_STEP)
 
 
 def test_nothing_at_all_crosses_a_segment_boundary():

@@ -16,12 +16,14 @@ from tests.ops.test_ssd import (
     ARRAYS,
     HEAD_AXES,
     PER_HEAD,
+    PER_SMALL_STEP,
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
     in_dtype,
     random_inputs,
     segment_layouts,
+    small_steps,
 )
 from tests.tolerances import TOLERANCES
 
@@ -64,6 +66,12 @@ def test_every_head_is_right_on_its_own_scale():
 
 
 @needs_triton
+def test_small_steps_have_their_gradient_head_by_head():
+    segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_matches_recurrence(small_steps(GROUPS, 11), segment_ids, "float32", PER_SMALL_STEP)
+
+
+@needs_triton
 def test_extreme_steps_and_decays_stay_finite_and_right():
     resets = np.random.default_rng(1).random((GROUPS.rows, GROUPS.length)) < 0.02
     segment_ids = np.cumsum(resets, axis=1).astype(np.int32)
@@ -103,5 +111,5 @@ def test_nothing_at_all_crosses_a_segment_boundary():
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_without_a_gpu_the_kernels_refuse_and_say_why():
     inputs = in_dtype(random_inputs(GROUPS, 6), "float32")
-    with pytest.raises(UserError, match="'triton' cannot run: it needs a GPU, and this program is for cpu"):
+    with pytest.raises(UserError, match="'triton' cannot be used: it needs a GPU, and this program is for cpu"):
         ssd(*(inputs[k] for k in ("x", "dt", "A", "B", "C")), implementation="triton")

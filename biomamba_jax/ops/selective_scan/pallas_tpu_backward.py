@@ -230,7 +230,7 @@ def _finish(blocks, tile, tokens, parameters, gradients, scratch) -> None:
         gradients.x[:, lanes] = dx.astype(gradients.x.dtype)
         d_delta = common.sum_partials(scratch.d_delta, r, blocks) * LN_2 + du * x
         raw = tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes]
-        # common.softplus' = common.sigmoid(raw) = exp(raw - common.softplus(raw)), which is accurate for small steps.
+        # softplus' = sigmoid(raw) = exp(raw - softplus(raw)), which is accurate for small steps.
         d_raw = d_delta * jnp.exp2((raw - delta) * LOG2_E)
         gradients.dt[:, lanes] = d_raw.astype(gradients.dt.dtype)
         gradients.dt_bias[tile, :, lanes] += jnp.sum(d_raw, axis=0, keepdims=True)

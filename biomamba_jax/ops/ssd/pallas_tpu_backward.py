@@ -242,7 +242,8 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     d_exponent = jnp.where(dt * A > LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
     out.A[...] += d_exponent * dt
     d_dt = d_exponent * (A / LOG2_E) + begins / jnp.maximum(dt, TINY)
-    out.dt[...] = d_dt * (1.0 - jnp.exp(-dt))
+    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)): 1 - exp(-dt) has no digits left where dt is below 1e-7.
+    out.dt[...] = d_dt * jnp.exp(inputs.dt[...] + inputs.A_and_bias[:, 1:] - dt)
 
 
 def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
