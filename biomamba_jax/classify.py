@@ -3,7 +3,7 @@
 python -m biomamba_jax.classify --model DIR [--file PROMPTS.jsonl] [--prompt "{prompt}"] > classes.jsonl
 
 The model is the run directory, or what `convert` exported from it. Reads JSON lines from a file or from standard input,
-and writes each line again with "label" and "probabilities".
+and writes each line again with "predicted_label" and "probabilities".
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Literal, TextIO
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config.checks import FolderName, Settings
 from biomamba_jax.data.examples import fill_template
+from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
 _AT_ONCE = 64
@@ -53,9 +54,12 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
     name = config.file or "standard input"
     lines = read_json_lines(name, None if config.file else source)
     for batch in batched(lines, _AT_ONCE):
+        for number, line in batch:
+            if taken := ", ".join({"predicted_label", "probabilities"} & set(line)):
+                raise UserError(f"{name}, line {number}: has its own {taken}, which is what is written; rename the key")
         prompts = [fill_template(config.prompt, line, f"{name}, line {number}", "prompt") for number, line in batch]
         for (_, line), found in zip(batch, model.classify(prompts), strict=True):
-            result = line | {"label": found.label, "probabilities": found.probabilities}
+            result = line | {"predicted_label": found.label, "probabilities": found.probabilities}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
         out.flush()
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import random
+from collections import Counter
 
 import lxml.html
 import pytest
+import tokenizers
 from random_weights import random_weights
 from tiny_models import CONFIGS, WORDS, train_tokenizer, write_tiny_model
 
@@ -173,6 +175,62 @@ def test_generated_answers_are_read_as_answers(folder):
     assert len(lines) == 6
     for line in map(json.loads, lines):
         assert line["prediction"] in ("yes", "no", "maybe", "none") and isinstance(line["text"], str)
+
+
+def test_what_is_not_asked_is_said_and_counted(folder, capsys):
+    asked = PubMedQAConfig(path=str(folder / "pqal.json"), max_questions=10)
+    evaluate(config(folder, folder / "sample", pubmedqa=asked, domains={}, models={"two": str(folder / "two")}))
+    out = capsys.readouterr().out
+    assert "pubmedqa: questions left out: 40 not in the sample" in out
+    assert "bioasq: questions left out: 2 summary" in out
+    tasks = json.loads((folder / "sample" / "report.json").read_text())["tasks"]
+    assert tasks["pubmedqa"]["title"].endswith("a sample of 10 questions stratified by answer (seed 0)")
+    assert tasks["bioasq"]["left_out"] == {"summary": 2}
+    lines = (folder / "sample" / "predictions" / "pubmedqa" / "two.jsonl").read_text().splitlines()
+    found = Counter(json.loads(line)["truth"] for line in lines)
+    assert found["yes"] in (5, 6) and found["no"] in (3, 4) and found["maybe"] == 1 and found.total() == 10
+
+
+@pytest.fixture(scope="module")
+def lossy(folder):
+    """A model whose tokenizer of whole words knows half of the words."""
+    known = {word: i for i, word in enumerate(["<|endoftext|>", "[UNK]", *dict.fromkeys(WORDS)][: 2 + len(WORDS) // 2])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    weights = random_weights(dataclasses.replace(CONFIGS["mamba2"], vocab_size=len(known)))
+    write_model(dataclasses.replace(weights, tokenizer_file=folder / "tokenizer.json"), folder / "lossy", "native")
+    return folder / "lossy"
+
+
+def test_a_model_whose_tokenizer_does_not_spell_the_text_is_shown_but_not_compared(folder, lossy, capsys):
+    models = {"one": str(folder / "one"), "lossy": str(lossy), "two": str(folder / "two")}
+    only = {"domains": {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}, "pubmedqa": PubMedQAConfig()}
+    evaluate(config(folder, folder / "spelled", models=models, bioasq=BioASQConfig(), **only))
+    domain = json.loads((folder / "spelled" / "report.json").read_text())["domains"]["made-up"]
+    assert domain["unspelled"]["one"] == domain["unspelled"]["two"] == 0 < 0.2 < domain["unspelled"]["lossy"] < 0.8
+    assert set(domain["models"]) == {"one", "lossy", "two"} and set(domain["comparisons"]) == {"two"}
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if each.startswith("lossy on")]
+    assert line.endswith(f"{100 * domain['unspelled']['lossy']:.2f} % of bytes not spelled: not compared")
+
+
+def test_a_model_that_spells_nothing_of_a_text_is_refused(folder, lossy, tmp_path):
+    (tmp_path / "t.txt").write_text("Глюкоза и инсулин\n")
+    only = {"domains": {"russian": DomainConfig(path=str(tmp_path / "t.txt"))}, "pubmedqa": PubMedQAConfig()}
+    with pytest.raises(UserError, match=r"models\.m: the tokenizer of .*lossy spells nothing of domains\.russian"):
+        evaluate(config(folder, tmp_path / "out", models={"m": str(lossy)}, bioasq=BioASQConfig(), **only))
+
+
+def test_protocol_paper_v1_shows_padded_and_honest_figures_of_the_same_weights(folder, capsys):
+    only = {"domains": {"made-up": DomainConfig(path=str(folder / "text.jsonl"))}, "pubmedqa": PubMedQAConfig()}
+    evaluate(config(folder, folder / "v1", protocol="paper_v1", bioasq=BioASQConfig(), **only))
+    domain = json.loads((folder / "v1" / "report.json").read_text())["domains"]["made-up"]
+    padded, honest = domain["paper_v1"], domain["models"]
+    assert 0.5 < padded["one"]["padding"] < 1 and padded["one"]["rows"] == 12
+    assert padded["one"]["text_cross_entropy"] == pytest.approx(honest["one"]["cross_entropy"]["value"], rel=0.2)
+    ratio = padded["one"]["perplexity"] / padded["two"]["perplexity"]
+    assert f"two on made-up: one's perplexity over its own: {ratio:.1f} by paper_v1" in capsys.readouterr().out
+    assert "perplexity with padding in the loss (protocol paper_v1)" in (folder / "v1" / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

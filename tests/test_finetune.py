@@ -99,7 +99,7 @@ def test_a_classifier_is_learnt_and_leaves_beside_the_weights(here, capsys):
     assert classes[0].probabilities == pytest.approx(predictions()[0]["scores"], abs=1e-5)
     classify(["--model=run", "--file=test.jsonl"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [line["label"] for line in lines] == [each.label for each in classes]
+    assert [line["predicted_label"] for line in lines] == [each.label for each in classes]
     assert lines[0]["answer"] == predictions()[0]["truth"] and set(lines[0]["probabilities"]) == {"yes", "no"}
 
 

@@ -67,5 +67,11 @@ class DataConfig(RowsConfig):
     """Folder of shards, as `python -m biomamba_jax.prepare` writes it: training text, held-out text and tokenizer."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Training text from several folders; held-out text and tokenizer are still those of path."""
+    pad_rows: bool = False
+    """Train as the first version of BioMamba's code does: a document a row, padded with EOS, padding in the loss."""
     num_workers: NonNegativeInt = 2
     """Worker processes of each host that read and pack rows ahead; 0: a thread of the training process."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(not (self.pad_rows and self.mixture.sources), "data.pad_rows", True, "needs data.path alone, no mixture")

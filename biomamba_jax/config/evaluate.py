@@ -2,15 +2,15 @@
 
 import string
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
-from biomamba_jax.config.checks import InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
+from biomamba_jax.config.checks import Fraction, InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
 Method = Literal["likelihood", "generation"]
 Thresholds = Literal["none", "accuracy", "macro_f1"]
-Kind = Literal["yesno", "factoid", "list"]
+Kind = Literal["yesno", "factoid", "list", "summary"]
 
 
 def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
@@ -65,7 +65,7 @@ class PubMedQAConfig(Settings, section="pubmedqa"):
     thresholds: Thresholds = "none"
     """likelihood: fit an offset of each answer's score on the 500 development questions, by accuracy or macro F1."""
     max_questions: PositiveInt | None = None
-    """Evaluate only the first questions of the test set; the result then says so."""
+    """Evaluate a sample of this many test questions, each answer by its share, drawn with the evaluation's seed."""
     max_new_tokens: PositiveInt = 8
     """generation: maximum tokens of an answer."""
 
@@ -80,37 +80,41 @@ class PubMedQAConfig(Settings, section="pubmedqa"):
 
 @dataclass(frozen=True)
 class BioASQConfig(Settings, section="bioasq"):
-    """BioASQ task B (Tsatsaronis et al. 2015): yes/no, factoid and list questions with snippets."""
+    """BioASQ task B (Tsatsaronis et al. 2015): questions with snippets, answered by yes or no, names, or sentences."""
 
     path: list[str] = field(default_factory=list)
     """Golden files, one per batch; default: no BioASQ."""
     development: list[str] = field(default_factory=list)
     """Golden files of earlier years, to fit thresholds on."""
-    types: Annotated[list[Kind], Limit("a list of yesno, factoid or list", bool)] = field(
+    types: Annotated[list[Kind], Limit("a list of yesno, factoid, list or summary", bool)] = field(
         default_factory=lambda: ["yesno", "factoid", "list"]
     )
-    """Kinds of questions to answer."""
+    """Kinds of questions to answer; the others are counted as left out. summary: sentences, scored by ROUGE."""
     yesno_prompt: str = "{context}\n\nQuestion: {question}\nAnswer (yes or no):"
     """Template of the prompt of a yes/no question: {question} and {context} (the snippets, one per line)."""
     factoid_prompt: str = "{context}\n\nQuestion: {question}\nShort answer:"
     """Template of the prompt of a factoid question."""
     list_prompt: str = "{context}\n\nQuestion: {question}\nAnswers, separated by semicolons:"
     """Template of the prompt of a list question."""
+    summary_prompt: str = "{context}\n\nQuestion: {question}\nAnswer in sentences:"
+    """Template of the prompt of a summary question."""
     answers: dict[str, str] = field(default_factory=lambda: {"yes": " yes", "no": " no"})
     """Texts of yes and no as they follow the prompt."""
     method: Method = "likelihood"
-    """Answering of yes/no questions. Factoid and list answers are a generated line, split at semicolons."""
+    """Answering of yes/no questions. Other answers are a generated line; names are split at semicolons."""
     thresholds: Thresholds = "none"
     """likelihood: fit an offset of the score of no on the development files, by accuracy or macro F1."""
     max_snippets: NonNegativeInt = 10
     """Maximum snippets of a question in the context, from the first."""
     max_new_tokens: PositiveInt = 48
-    """Maximum tokens of a generated answer."""
+    """Maximum tokens of a generated answer to a yes/no, factoid or list question."""
+    max_summary_tokens: PositiveInt = 256
+    """Maximum tokens of a generated answer to a summary question, of which 200 words count, as officially."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("yesno_prompt", "factoid_prompt", "list_prompt"):
-            check_template(f"bioasq.{key}", getattr(self, key), ("question", "context"))
+        for kind in get_args(Kind):
+            check_template(f"bioasq.{kind}_prompt", getattr(self, f"{kind}_prompt"), ("question", "context"))
         given = tuple(self.answers) == ("yes", "no") and all(self.answers.values())
         check(given, "bioasq.answers", self.answers, "must have a text for each of yes and no, in this order")
         fits = self.thresholds == "none" or (self.method == "likelihood" and self.development)
@@ -128,14 +132,17 @@ class EvaluateConfig(Settings):
     masked language model, and hf:FOLDER, is run by transformers (the [hf] extra)."""
     reference: str | None = None
     """Name of the model that the others are compared with; default: the first."""
-    protocol: Literal["standard", "paper"] = "standard"
-    """standard: this project's definitions; paper: those of the published BioMamba code, including its weaknesses."""
+    protocol: Literal["standard", "paper", "paper_v1"] = "standard"
+    """standard: this project's definitions; paper: those of the published BioMamba code, including its weaknesses;
+    paper_v1: standard, and perplexity as that code's first version computes it, with padding in the loss."""
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """Name and source of each text domain."""
     pubmedqa: PubMedQAConfig = field(default_factory=PubMedQAConfig)
     """PubMedQA."""
     bioasq: BioASQConfig = field(default_factory=BioASQConfig)
     """BioASQ task B."""
+    max_unspelled: Fraction = 0.01
+    """Share of a domain's bytes that a tokenizer may fail to spell; above it a model is shown but not compared."""
     window: PositiveInt = 1024
     """Tokens of one row. Longer documents carry the state from row to row, so this changes only speed and memory."""
     batch_size: PositiveInt = 8
@@ -156,5 +163,7 @@ class EvaluateConfig(Settings):
             check(name not in ("", ".", "..") and "/" not in name, "models and domains", name, "must be a file name")
         known = ", ".join(self.models)
         check(self.reference in (None, *self.models), "reference", self.reference, f"must be one of {known}")
+        alone = self.protocol != "paper_v1" or not (self.pubmedqa.path or self.bioasq.path)
+        check(alone, "protocol", self.protocol, "is of text domains alone; leave out pubmedqa.path and bioasq.path")
         asked = bool(self.domains or self.pubmedqa.path or self.bioasq.path)
         check(asked, "domains", self.domains, "give domains, pubmedqa.path or bioasq.path; there is nothing to measure")

@@ -8,7 +8,7 @@ packed like any others (see `packing`), except that no example is ever split.
 """
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,33 @@ class EncodedExamples:
         return self._examples[index]
 
 
+def encode_answers(
+    pairs: Sequence[tuple[str, str]],
+    encode: Callable[[Sequence[str]], list[list[int]]],
+    encode_prompts: Callable[[Sequence[str]], list[list[int]]],
+) -> list[tuple[list[int], list[int]]]:
+    """Tokenize prompts and answers alike for training, scoring and generation: as one text, cut behind the prompt.
+
+    Args:
+      pairs: prompts and answers; white space at a prompt's end counts as part of the answer.
+      encode: encodes texts.
+      encode_prompts: encodes texts together with what precedes them.
+
+    Returns:
+      The ids of each prompt and of its answer. Where the whole text is cut otherwise at their border, those of the
+      answer by itself.
+    """
+    moved = [(prompt.rstrip(), prompt[len(prompt.rstrip()) :] + answer) for prompt, answer in pairs]
+    wholes = encode_prompts([prompt + answer for prompt, answer in moved])
+    alone = encode([answer for _, answer in moved])
+    prompts = dict.fromkeys(prompt for prompt, _ in moved)
+    ids = dict(zip(prompts, encode_prompts(list(prompts)), strict=True))
+    return [
+        (before := ids[prompt], whole[len(before) :] if [*before, *whole[len(before) :]] == whole != before else own)
+        for (prompt, _), whole, own in zip(moved, wholes, alone, strict=True)
+    ]
+
+
 def encode_examples(
     examples: Sequence[Example],
     tokenizer: Tokenizer,
@@ -86,10 +113,13 @@ def encode_examples(
     """
     if not examples:
         raise UserError(f"{source}: holds no example; give more, or another split")
-    prompts = tokenizer.encode_batch([example.prompt for example in examples])
-    answers = tokenizer.encode_batch(["" if labels else example.answer for example in examples])
+    encode = tokenizer.encode_batch
+    if labels:
+        pairs = [(prompt, list[int]()) for prompt in encode([example.prompt for example in examples])]
+    else:
+        pairs = encode_answers([(example.prompt, example.answer) for example in examples], encode, encode)
     encoded, shortened = [], 0
-    for example, prompt, answer in zip(examples, prompts, answers, strict=True):
+    for example, (prompt, answer) in zip(examples, pairs, strict=True):
         where = f"{source}: example {example.key!r}"
         if labels and example.label not in labels:
             raise UserError(f"{where} is of class {example.label!r}, none of {', '.join(labels)}; check labels")

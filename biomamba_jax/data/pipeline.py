@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from biomamba_jax.data.examples import Encoded
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowedRows, WindowStart, fill_row
 from biomamba_jax.data.workers import end_with_parent
@@ -43,6 +44,31 @@ class Documents(Protocol):
 
     def __getitem__(self, index: int) -> Any:
         """Return a document with `ids` t1 ... tn, EOS and as many `targets`, int32 [tokens]; see `packing.fill_row`."""
+
+
+class PaddedDocuments:
+    """Documents truncated or padded with EOS to rows of their own, every token of which is a target.
+
+    The first version of BioMamba's code trains so (LeoYML/BioMamba at e61db22, legacy/pretrain_v1); see
+    `tasks.paper_v1` for what it does to perplexity.
+
+    Args:
+      documents: the documents.
+      sequence_length: tokens of a row.
+    """
+
+    def __init__(self, documents: Documents, sequence_length: int):
+        self.folder, self._documents = documents.folder, documents
+        self.lengths = np.full(len(documents), sequence_length)
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> Encoded:
+        ids = self._documents[index].ids
+        row = np.full(self.lengths[index] + 1, ids[-1], np.int32)
+        row[: min(len(ids), len(row) - 1)] = ids[: len(row) - 1]
+        return Encoded(row, row[:-1])  # `fill_row` begins with the last id, EOS
 
 
 @dataclass(frozen=True, eq=False)

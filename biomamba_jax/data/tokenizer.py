@@ -48,6 +48,8 @@ class Tokenizer(ABC):
         """One more than the largest id."""
         self.eos_id = eos_id
         """Id of the token that ends every stored document."""
+        self.unknown_id: int | None = None
+        """Id of the token that stands for text that has no other token; None if there is no such token."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -90,6 +92,8 @@ class _HuggingFace(Tokenizer):
         eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
         super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
         self.encode_batch(["\U000f0000"])  # an unknown character, for which its unknown token must exist
+        unknown = getattr(self._tokenizer.model, "unk_token", None)  # Unigram models name its id
+        self.unknown_id = vocabulary.get(unknown) if unknown else getattr(self._tokenizer.model, "unk_id", None)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -124,6 +128,7 @@ class _SentencePiece(Tokenizer):
             raise UserError(f"{path}: not a SentencePiece model ({error}); give --tokenizer another file") from None
         eos = self._processor.eos_id()
         super().__init__(path, content, self._processor.vocab_size(), None if eos < 0 else eos)
+        self.unknown_id = self._processor.unk_id()
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)

@@ -7,17 +7,16 @@ before it became a list of lists of synonyms; the ideal answer was a string befo
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from biomamba_jax.config import BioASQConfig
+from biomamba_jax.config.evaluate import Kind
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json
 from biomamba_jax.tasks import measures
 
-Kind = Literal["yesno", "factoid", "list", "summary"]
-
-_KINDS: tuple[Kind, ...] = ("yesno", "factoid", "list", "summary")
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ from typing import Any
 from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.environment import environment
-from biomamba_jax.tasks import paper
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks import paper, paper_v1
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
-from biomamba_jax.tasks.load_scorer import load_scorer
+from biomamba_jax.tasks.load_scorer import check_model, load_scorer
+from biomamba_jax.tasks.paper_v1 import PaddedFigures
 from biomamba_jax.tasks.perplexity import Comparison, DomainMeasures, DomainScores, compare, measure, score_domain
 from biomamba_jax.tasks.scoring import ModelFacts, Scorer
+from biomamba_jax.tasks.spelling import unspelled_share
 from biomamba_jax.tasks.statistics import Resampling, mcnemar
 
 
@@ -38,8 +41,16 @@ class Domain:
     """Figures of each model."""
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     """Comparison of each model with the reference."""
+    left_out: int = 0
+    """Stored documents whose ids do not spell their text."""
+    unspelled: dict[str, float] = field(default_factory=dict)
+    """Share of the bytes that each model's tokenizer does not spell."""
+    not_compared: list[str] = field(default_factory=list)
+    """Models for which that share is above `max_unspelled`."""
     paper: dict[str, dict[str, float]] = field(default_factory=dict)
     """protocol paper: the published figures, instead of `models`."""
+    paper_v1: dict[str, PaddedFigures] = field(default_factory=dict)
+    """protocol paper_v1: figures with padding in the loss, next to `models`."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,8 @@ class Task:
     """Result of each model."""
     comparisons: dict[str, McNemar] = field(default_factory=dict)
     """Test of each model against the reference."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of questions that are not asked, by reason."""
 
 
 @dataclass
@@ -101,13 +114,21 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
     Raises:
       UserError: a model, text or question file cannot be read; all texts are read before anything is measured.
     """
-    domains = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
+    read = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
+    domains = {name: documents for name, (documents, _) in read.items()}
     resampling = Resampling(config.resamples, config.confidence, config.seed)
     results = Evaluation(config, config.reference or next(iter(config.models)))
-    for name, documents in domains.items():
+    for name, (documents, left_out) in read.items():
         sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
-        results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes)
+        results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes, left_out=left_out)
+        if left_out:
+            say(f"{name}: {left_out:,} documents left out, whose stored ids do not spell their text")
     results.tasks, answer = _read_tasks(config, resampling)
+    for name, task in results.tasks.items():
+        if task.left_out:
+            say(f"{name}: questions left out: {', '.join(f'{n:,} {reason}' for reason, n in task.left_out.items())}")
+    for name, path in config.models.items():
+        check_model(name, path)
     scores: dict[str, dict[str, DomainScores]] = {name: {} for name in domains}
     for name, path in config.models.items():
         scorer = load_scorer(name, path, config)
@@ -115,15 +136,36 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
         say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
         for key, documents in domains.items():
             domain = results.domains[key]
+            domain.unspelled[name] = lost = unspelled_share(scorer, [document.text for document in documents])
+            if lost == 1:
+                raise UserError(
+                    f"models.{name}: the tokenizer of {path} spells nothing of domains.{key}; leave one out"
+                )
+            spelling = f"{100 * lost:.2f} % of bytes not spelled"
+            if lost > config.max_unspelled:
+                domain.not_compared.append(name)
+                spelling += ": not compared"
             if config.protocol == "paper":
                 domain.paper[name] = paper.domain_perplexity(scorer, documents, config.domains[key].paper_rows)
                 figure = domain.paper[name]["perplexity"]
-                say(f"{name} on {key}: perplexity {figure:.4f}, mean of batch means (protocol paper)")
+                say(f"{name} on {key}: perplexity {figure:.4f}, mean of batch means (protocol paper); {spelling}")
                 continue
+            if config.protocol == "paper_v1":
+                domain.paper_v1[name] = found = paper_v1.domain_figures(scorer, documents)
+                say(
+                    f"{name} on {key}: perplexity {found.perplexity:.4f} with padding in the loss (protocol paper_v1), "
+                    f"{100 * found.padding:.1f} % of the tokens; nats per token: {found.padding_cross_entropy:.3f} of "
+                    f"padding, {found.text_cross_entropy:.3f} of text"
+                )
             scores[key][name] = score_domain(scorer, documents)
             domain.models[name] = measure(scores[key][name], resampling)
+            if scorer.documents_by_word:
+                by_word = score_domain(scorer, documents, scorer.documents_by_word)
+                domain.models[name] = dataclasses.replace(
+                    domain.models[name], pll_word_l2r=measure(by_word, resampling)
+                )
             _write_lines(output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores[key][name]))
-            say(f"{name} on {key}: {_domain_line(scorer.facts, domain.models[name])}")
+            say(f"{name} on {key}: {_domain_line(domain.models[name])}; {spelling}")
         for key, task in results.tasks.items():
             task.models[name] = result = answer[key](scorer)
             _write_lines(output / "predictions" / key / f"{name}.jsonl", map(dataclasses.asdict, result.predictions))
@@ -131,6 +173,12 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
             say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
         del scorer
     _compare(results, scores, resampling)
+    for key, domain in results.domains.items():
+        for name, ratio in padded_ratios(domain, results.reference).items():
+            pair = domain.comparisons.get(name)
+            honest = pair.perplexity_ratio if pair else None
+            of_text = f"{honest.value:.3f} on the text itself" if honest else "not comparable on the text itself"
+            say(f"{name} on {key}: {results.reference}'s perplexity over its own: {ratio:.1f} by paper_v1, {of_text}")
     return results
 
 
@@ -140,39 +188,61 @@ def _read_tasks(
     """Read the questions of each task; return the tasks, and for each the function that lets a model answer it."""
     published, asked = config.protocol == "paper", config.bioasq
     protocol: ModuleType = paper if published else qa  # both have the same functions
-    found: dict[str, tuple[str, qa.TaskResult, Callable[[Scorer], qa.TaskResult]]] = {}
+    tasks: dict[str, Task] = {}
+    answer: dict[str, Callable[[Scorer], qa.TaskResult]] = {}
     if config.pubmedqa.path:
-        split = protocol.read_pubmedqa(config.pubmedqa)
-        title = f"PubMedQA, {'part of the ' if config.pubmedqa.max_questions else ''}official test set"
+        split, left_out = protocol.read_pubmedqa(config.pubmedqa, config.seed)
+        title = "PubMedQA, official test set"
         if published:
             title = f"PubMedQA, {len(split.test)} random questions, thresholds chosen on them (protocol paper)"
-        answer = partial(protocol.answer_pubmedqa, config=config.pubmedqa, split=split, resampling=resampling)
-        found["pubmedqa"] = title, qa.pubmedqa_majority(split, resampling), answer
+        elif left_out:
+            title += f", a sample of {len(split.test)} questions stratified by answer (seed {config.seed})"
+        answer["pubmedqa"] = partial(
+            protocol.answer_pubmedqa, config=config.pubmedqa, split=split, resampling=resampling
+        )
+        majority = qa.pubmedqa_majority(split, resampling)
+        tasks["pubmedqa"] = Task(title, majority.questions, majority, left_out=left_out)
     if asked.path:
+        asked = dataclasses.replace(asked, types=["yesno"]) if published else asked
+        questions, left_out = qa.read_bioasq(asked, asked.path)
+        development = qa.read_bioasq(asked, asked.development)[0] if asked.thresholds != "none" else []
+        answer["bioasq"] = partial(
+            protocol.answer_bioasq, config=asked, questions=questions, development=development, resampling=resampling
+        )
         title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
-        given = {"config": asked, "questions": qa.read_bioasq(asked, asked.path), "resampling": resampling}
-        development = qa.read_bioasq(asked, asked.development) if asked.thresholds != "none" else []
-        answer = partial(protocol.answer_bioasq, **given, development=development)
-        found["bioasq"] = title, protocol.bioasq_majority(given["questions"], resampling), answer
-    tasks = {key: Task(title, majority.questions, majority) for key, (title, majority, _) in found.items()}
-    return tasks, {key: answer for key, (*_, answer) in found.items()}
+        majority = protocol.bioasq_majority(questions, resampling)
+        tasks["bioasq"] = Task(title, majority.questions, majority, left_out=left_out)
+    return tasks, answer
 
 
-def _domain_line(facts: ModelFacts, found: DomainMeasures) -> str:
-    pseudo = "pseudo-" if facts.kind == "masked" else ""
-    figures = f"{pseudo}perplexity {found.perplexity.value:.4f}, {found.bits_per_byte.value:.4f} bits per byte"
+def padded_ratios(domain: Domain, reference: str) -> dict[str, float]:
+    """Return the reference's perplexity over each other model's by protocol paper_v1."""
+    figures = domain.paper_v1
+    return {name: figures[reference].perplexity / figures[name].perplexity for name in figures if name != reference}
+
+
+def _domain_line(found: DomainMeasures) -> str:
+    figures = f"perplexity {found.perplexity.value:.4f}, {found.bits_per_byte.value:.4f} bits per byte"
+    if other := found.pll_word_l2r:
+        figures = (
+            f"pseudo-{figures} (PLL, each token masked); pseudo-perplexity {other.perplexity.value:.4f}, "
+            f"{other.bits_per_byte.value:.4f} bits per byte (PLL-word-l2r)"
+        )
     return f"{figures} ({found.tokens:,} tokens, {found.tokens_per_second:,.0f} tokens/s)"
 
 
 def _compare(results: Evaluation, scores: Mapping[str, Mapping[str, DomainScores]], resampling: Resampling) -> None:
-    """Compare each model with the reference; on domains causal models only: a masked one has no probabilities."""
+    """Compare each model with the reference.
+
+    On domains causal models only, since a masked one has no probabilities, and only those that spell the text.
+    """
     reference = results.reference
-    causal = [name for name, facts in results.models.items() if facts.kind == "causal"]
+    causal = {name for name, facts in results.models.items() if facts.kind == "causal"}
     for key, by_model in scores.items():
+        domain = results.domains[key]
         for name in by_model:
-            if name != reference and {name, reference} <= set(causal):
-                found = compare(reference, by_model[reference], by_model[name], resampling)
-                results.domains[key].comparisons[name] = found
+            if name != reference and {name, reference} <= causal.difference(domain.not_compared):
+                domain.comparisons[name] = compare(reference, by_model[reference], by_model[name], resampling)
     for task in results.tasks.values():
         for name, result in task.models.items():
             if name != reference:

@@ -10,7 +10,7 @@ import numpy as np
 from biomamba_jax import html
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.tables import Table
-from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task
+from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task, padded_ratios
 from biomamba_jax.tasks.statistics import Estimate
 
 _TASK_MEASURES = {
@@ -26,8 +26,12 @@ _TASK_MEASURES = {
     "list_precision": "list: mean precision",
     "list_recall": "list: mean recall",
     "list_f1": "list: mean F1",
+    "summary_rouge_2_recall": "ideal answer: ROUGE-2 recall",
+    "summary_rouge_2_f1": "ideal answer: ROUGE-2 F1",
+    "summary_rouge_su4_recall": "ideal answer: ROUGE-SU4 recall",
+    "summary_rouge_su4_f1": "ideal answer: ROUGE-SU4 F1",
 }
-_DRAWN = ("accuracy", "macro_f1", "yesno_accuracy", "yesno_macro_f1", "factoid_mrr", "list_f1")
+_DRAWN = ("accuracy", "macro_f1", "yesno_accuracy", "yesno_macro_f1", "factoid_mrr", "list_f1", "summary_rouge_2_f1")
 
 
 def write(results: Evaluation, output: Path) -> Path:
@@ -77,6 +81,12 @@ _PUBLISHED_MEASURES = {
     "cross_entropy": ("cross-entropy, mean of batch means", _number),
     "rows": ("rows", _count),
 }
+_PADDED_MEASURES = {
+    "perplexity": ("perplexity with padding in the loss (protocol paper_v1)", _number),
+    "padding": ("share of padding in it", _percent),
+    "padding_cross_entropy": ("nats per token of padding", _number),
+    "text_cross_entropy": ("nats per token of the same rows' text", _number),
+}
 
 
 # --- Tables ---
@@ -104,10 +114,25 @@ def _models(results: Evaluation, columns: Sequence[str]) -> Table:
 def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
     rows: list[list[Any]] = []
     for name, domain in results.domains.items():
-        rows.append([f"{name}: {domain.documents:,} documents, {domain.bytes:,} bytes, {domain.words:,} words"])
+        left_out = f", {domain.left_out:,} documents left out" if domain.left_out else ""
+        sizes = f"{domain.documents:,} documents, {domain.bytes:,} bytes, {domain.words:,} words"
+        rows.append([f"{name}: {sizes}{left_out}"])
         measures = _PUBLISHED_MEASURES if domain.paper else _DOMAIN_MEASURES
         found = [domain.paper[m] if domain.paper else vars(domain.models[m]) for m in results.models]
         rows += [_row(label, [each[key] for each in found], show) for key, (label, show) in measures.items()]
+        padded = [vars(domain.paper_v1[model]) for model in results.models if domain.paper_v1]
+        rows += [
+            _row(label, [each[key] for each in padded], show)
+            for key, (label, show) in _PADDED_MEASURES.items()
+            if padded
+        ]
+        by_word = [getattr(domain.models.get(model), "pll_word_l2r", None) for model in results.models]
+        for key in ("bits_per_byte", "perplexity") if any(by_word) else ():
+            label = f"{measures[key][0]}, PLL-word-l2r"
+            rows.append(_row(label, [each and getattr(each, key) for each in by_word], _number))
+        shares = domain.unspelled.items()
+        lost = [f"{100 * share:.2f} %" + ", not compared" * (model in domain.not_compared) for model, share in shares]
+        rows.append(["bytes that the tokenizer does not spell", *lost])
         if domain.comparisons:
             pairs = [domain.comparisons.get(model) for model in results.models]
             for key, label in (
@@ -115,6 +140,10 @@ def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
                 ("perplexity_ratio", f"perplexity of {results.reference} over this model's, paired, same tokens only"),
             ):
                 rows.append(_row(label, [getattr(pair, key, None) for pair in pairs], _number))
+        ratios = padded_ratios(domain, results.reference)
+        if ratios:
+            label = f"perplexity of {results.reference} over this model's by protocol paper_v1"
+            rows.append(_row(label, [ratios.get(model) for model in results.models], _number))
     return Table(["", *columns], rows)
 
 
@@ -136,6 +165,7 @@ def _task(results: Evaluation, task: Task, columns: Sequence[str]) -> tuple[str,
         tried = [each.get("cross_validated_accuracy") for each in thresholds]
         rows.append(_row("accuracy on development questions, cross-validated", tried, _percent))
     rows.append(["questions", *(result.questions for result in every)])
+    rows += [[f"left out: {reason}", *(count for _ in every)] for reason, count in task.left_out.items()]
     speeds = [result.answered / result.seconds if result.seconds else None for result in every]
     rows.append(_row("questions per second", speeds, "{:,.1f}".format))
     rows += _batch_rows([result.details.get("batches", {}) for result in every])
@@ -167,11 +197,16 @@ def _domain_plots(results: Evaluation) -> list[html.Plot]:
     measured = {name: domain for name, domain in results.domains.items() if domain.models}
     if not measured:
         return []
-    values = [(name, [each.models[name].bits_per_byte for each in measured.values()]) for name in results.models]
+
+    def bits(domain: Domain, model: str) -> Estimate:
+        return Estimate(math.nan) if model in domain.not_compared else domain.models[model].bits_per_byte
+
+    values = [(model, [bits(domain, model) for domain in measured.values()]) for model in results.models]
     positions = [
         _positions_plot(f"Cross-entropy by position in the document: {name}", d) for name, d in measured.items()
     ]
-    return [_intervals_plot("Bits per byte", list(measured), values), *positions]
+    padded = [_padding_plot(name, domain, results.reference) for name, domain in measured.items() if domain.paper_v1]
+    return [_intervals_plot("Bits per byte", list(measured), values), *positions, *padded]
 
 
 def _task_plots(found: Sequence[tuple[str, Mapping[str, Estimate]]]) -> list[html.Plot]:
@@ -199,6 +234,24 @@ def _intervals_plot(title: str, groups: Sequence[str], values: Sequence[tuple[st
         axes.legend()
 
     return html.plot(title, draw)
+
+
+def _padding_plot(key: str, domain: Domain, reference: str) -> html.Plot:
+    """Draw how many times lower protocol paper_v1 finds each model's perplexity, by the share of padding."""
+
+    def draw(axes: Any) -> None:
+        shares, base = np.linspace(0, 0.95, 96), domain.paper_v1[reference]
+        for name, found in domain.paper_v1.items():
+            if name != reference:
+                ratios = [math.exp(base.loss_at(share) - found.loss_at(share)) for share in shares]
+                (line,) = axes.plot(100 * shares, ratios, label=html.legend_label(name))
+                axes.plot([100 * found.padding], [base.perplexity / found.perplexity], "o", color=line.get_color())
+        axes.set_yscale("log")
+        axes.set_xlabel("padding, % of the tokens (dot: these texts; 0 %: the text itself)")
+        axes.set_ylabel(f"perplexity of {reference} over the model's")
+        axes.legend()
+
+    return html.plot(f"Perplexity ratio with padding in the loss: {key}", draw)
 
 
 def _positions_plot(title: str, domain: Domain) -> html.Plot:

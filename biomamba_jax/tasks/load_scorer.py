@@ -17,6 +17,17 @@ TRANSFORMERS_PREFIX = "hf:"
 _OUR_TYPES = ("mamba", "mamba2")
 
 
+def check_model(name: str, path: str) -> None:
+    """Refuse a folder that cannot be scored, as far as its config tells, before hours are spent on other models.
+
+    Raises:
+      UserError: the folder holds no model, or one that gives no likelihoods.
+    """
+    folder, ours = _runner(path)
+    if not ours:
+        transformers_scorer.check_architecture(name, folder)
+
+
 def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
     """Load the model of a folder for evaluation.
 
@@ -26,13 +37,19 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
       config: window, batch size and dtype.
 
     Raises:
-      UserError: the folder holds no model, or the extra that it needs is not installed.
+      UserError: the folder holds no model that gives likelihoods, or the extra that it needs is not installed.
     """
-    folder = Path(path.removeprefix(TRANSFORMERS_PREFIX))
-    ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
-    if not ours or path.startswith(TRANSFORMERS_PREFIX):
+    folder, ours = _runner(path)
+    if not ours:
         return transformers_scorer.load(name, folder, config)
     if jax.process_count() > 1:
         raise UserError(f"evaluate runs on one host, not on {jax.process_count()}; start it on one of them")
     generator = load(folder, config.dtype).generator
     return NativeScorer(name, generator, str(folder), config.window, config.batch_size)
+
+
+def _runner(path: str) -> tuple[Path, bool]:
+    """Return the folder of a model, and True if this package runs it."""
+    folder = Path(path.removeprefix(TRANSFORMERS_PREFIX))
+    ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
+    return folder, ours and not path.startswith(TRANSFORMERS_PREFIX)

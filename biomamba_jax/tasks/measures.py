@@ -1,9 +1,12 @@
 """The official measures: accuracy and macro-F1 as scikit-learn defines them, and those of BioASQ task B.
 
 BioASQ's are those of its evaluation program for phase B, version 5 and later (github.com/BioASQ/Evaluation-Measures):
-all golden synonyms count, a system gives one name an answer, names are compared exactly except for case.
+all golden synonyms count, a system gives one name an answer, names are compared exactly except for case. Ideal answers
+are scored as BioASQ's platform does, with ROUGE-1.5.5 -2 4 -u (Lin 2004): neither stemming nor a list of stop words.
 """
 
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -189,3 +192,38 @@ def list_measures(golden: Sequence[Synonyms], answers: Sequence[str]) -> ListMea
     recall = true_positives / (true_positives + false_negatives) if true_positives else 0.0
     f1 = 2 * precision * recall / (precision + recall) if true_positives else 0.0
     return ListMeasures(precision, recall, f1)
+
+
+class Rouge(NamedTuple):
+    """Overlap of a text with golden texts; 0 where it would divide by 0."""
+
+    recall: float
+    """Share of the golden texts' units that the text has too."""
+    f1: float
+    """Harmonic mean of precision and recall."""
+
+
+def rouge_2(golden: Sequence[str], answer: str) -> Rouge:
+    """Return ROUGE-2, the overlap in pairs of neighbouring words; counts of several golden texts are summed."""
+    return _rouge([_bigrams(text, 0, unigrams=False) for text in golden], _bigrams(answer, 0, unigrams=False))
+
+
+def rouge_su4(golden: Sequence[str], answer: str) -> Rouge:
+    """Return ROUGE-SU4, the overlap in words and in pairs of words with at most four others between them.
+
+    As in the official program, a text's last word counts in pairs only.
+    """
+    return _rouge([_bigrams(text, 4, unigrams=True) for text in golden], _bigrams(answer, 4, unigrams=True))
+
+
+def _bigrams(text: str, gap: int, *, unigrams: bool) -> Counter[tuple[str, ...]]:
+    """Count the pairs of words with up to `gap` words between them; as officially, of ASCII characters alone."""
+    words = re.findall("[a-z0-9]+", text.encode("ascii", "ignore").decode().lower())
+    pairs = [(a, b) for i, a in enumerate(words) for b in words[i + 1 : i + gap + 2]]
+    return Counter([*pairs, *((word,) for word in words[:-1] if unigrams)])
+
+
+def _rouge(golden: Sequence[Counter[tuple[str, ...]]], answer: Counter[tuple[str, ...]]) -> Rouge:
+    hits = sum((each & answer).total() for each in golden)
+    wanted, given = sum(each.total() for each in golden), len(golden) * answer.total()
+    return Rouge(hits / wanted, 2 * hits / (wanted + given)) if hits else Rouge(0.0, 0.0)

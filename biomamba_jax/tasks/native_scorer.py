@@ -23,7 +23,7 @@ from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.generation import Generator, prefill
 from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left, pad_right
 from biomamba_jax.tasks.sampling import Sampling
-from biomamba_jax.tasks.scoring import Continuation, ModelFacts, Request, Tokens, encode_requests
+from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
 
 _BLOCK = 2048
 """Documents that are tokenized, packed and scored together; bounds the memory that a domain takes."""
@@ -44,10 +44,12 @@ class NativeScorer:
     """
 
     ends_documents = True
+    documents_by_word: DocumentsScore | None = None
 
     def __init__(self, name: str, generator: Generator, path: str, window: int, batch_size: int):
         self._generator, self._model, self._tokenizer = generator, generator.model, generator.tokenizer
         self._window, self._batch_size = window, batch_size
+        self.padding_id = self._tokenizer.eos_id
         devices = jax.local_device_count()
         self._rows = -(-batch_size // devices) * devices
         self._mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.local_devices())
@@ -67,6 +69,11 @@ class NativeScorer:
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """See `scoring.Scorer`."""
         return self._tokenizer.encode_batch(texts)
+
+    def spell(self, texts: Sequence[str]) -> list[str]:
+        """See `scoring.Scorer`."""
+        unknown = self._tokenizer.unknown_id
+        return [self._tokenizer.decode([i for i in ids if i != unknown]) for ids in self.encode(texts)]
 
     def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """See `scoring.Scorer`."""
@@ -167,7 +174,8 @@ class NativeScorer:
     def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """See `scoring.Scorer`."""
         sampling = Sampling(max_new_tokens=max_new_tokens, stop=list(stop))
-        return [result.text for result in self._generator(prompts, sampling, batch_size=self._batch_size)]
+        stripped = [prompt.rstrip() for prompt in prompts]
+        return [result.text for result in self._generator(stripped, sampling, batch_size=self._batch_size)]
 
 
 @partial(jax.jit, static_argnames=("vocab_size", "mesh"))

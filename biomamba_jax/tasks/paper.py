@@ -67,26 +67,30 @@ def domain_perplexity(
     for index, values in scorer.rows(rows):
         nats[index], tokens[index] = values.sum(), len(values)
     check_finite(scorer, nats)
-    cross_entropy = _mean_of_batch_means(nats, tokens)
+    cross_entropy = mean_of_batch_means(nats, tokens, BATCH_ROWS)
     figures = {"cross_entropy": cross_entropy, "perplexity": perplexity(cross_entropy), "rows": len(rows)}
     return figures | {"seconds": time.perf_counter() - start}
 
 
-def _mean_of_batch_means(nats: np.ndarray, tokens: np.ndarray) -> float:
+def mean_of_batch_means(nats: np.ndarray, tokens: np.ndarray, batch_rows: int) -> float:
     """Return the mean over batches of each batch's nats per token, which is not the nats per token of the text."""
-    batches = [slice(start, start + BATCH_ROWS) for start in range(0, len(nats), BATCH_ROWS)]
+    batches = [slice(start, start + batch_rows) for start in range(0, len(nats), batch_rows)]
     return float(np.mean([nats[batch].sum() / tokens[batch].sum() for batch in batches if tokens[batch].any()]))
 
 
-def read_pubmedqa(config: PubMedQAConfig) -> pubmedqa.Split:
+def read_pubmedqa(config: PubMedQAConfig, _: int) -> tuple[pubmedqa.Split, dict[str, int]]:
     """Read the official development folds, and as test set the published random subset of all questions.
+
+    Returns:
+      The split, and the number of questions that are left out, by reason.
 
     Raises:
       UserError: a file that cannot be read, is damaged or is of another release.
     """
     assert config.path is not None
     questions = pubmedqa.read_questions(config.path)
-    return pubmedqa.official_split(questions, config.test_ids)._replace(test=pubmedqa.random_test(questions))
+    split = pubmedqa.official_split(questions, config.test_ids)._replace(test=pubmedqa.random_test(questions))
+    return split, {"not in the random subset": len(questions) - len(split.test)}
 
 
 def answer_pubmedqa(
@@ -138,8 +142,7 @@ def _with_margin(probabilities: np.ndarray, labels: Sequence[str], margin: float
 
 def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
     """Return the result of always answering yes."""
-    yesno = [question for question in questions if question.kind == "yesno"]
-    return labelled_result(yesno, ["yes"] * len(yesno), resampling, details={"answer": "yes"})
+    return labelled_result(questions, ["yes"] * len(questions), resampling, details={"answer": "yes"})
 
 
 def answer_bioasq(
@@ -150,7 +153,7 @@ def answer_bioasq(
     Args:
       scorer: the model.
       config: the prompt.
-      questions: questions of all files.
+      questions: yes/no questions of all files.
       development: not used: there are no thresholds.
       resampling: of the intervals.
 
@@ -158,13 +161,12 @@ def answer_bioasq(
       UserError: the model cannot generate.
     """
     start = time.perf_counter()
-    yesno = [question for question in questions if question.kind == "yesno"]
-    contexts = [_truncated("\n\n".join(snippet.strip() for snippet in question.snippets)) for question in yesno]
-    prompts = [q.prompt(config, context) for q, context in zip(yesno, contexts, strict=True)]
+    contexts = [_truncated("\n\n".join(snippet.strip() for snippet in question.snippets)) for question in questions]
+    prompts = [q.prompt(config, context) for q, context in zip(questions, contexts, strict=True)]
     texts = scorer.generate(prompts, NEW_TOKENS, [])
-    read, files = [read_leniently(text) for text in texts], [question.batch for question in yesno]
+    read, files = [read_leniently(text) for text in texts], [question.batch for question in questions]
     seconds = time.perf_counter() - start
-    return labelled_result(yesno, read, resampling, seconds, len(yesno), text=texts, batch=files)
+    return labelled_result(questions, read, resampling, seconds, len(questions), text=texts, batch=files)
 
 
 def read_leniently(text: str) -> str:

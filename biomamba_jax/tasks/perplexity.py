@@ -15,7 +15,7 @@ import numpy as np
 
 from biomamba_jax.ops.cross_entropy import perplexity
 from biomamba_jax.tasks.documents import Document
-from biomamba_jax.tasks.scoring import Scorer, check_finite
+from biomamba_jax.tasks.scoring import DocumentsScore, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, difference_of_ratios, ratio_of_sums
 
 
@@ -39,12 +39,13 @@ class DomainScores:
     """Time that scoring took."""
 
 
-def score_domain(scorer: Scorer, documents: Sequence[Document]) -> DomainScores:
+def score_domain(scorer: Scorer, documents: Sequence[Document], score: DocumentsScore | None = None) -> DomainScores:
     """Score every document once; memory does not grow with their length.
 
     Args:
       scorer: the model.
       documents: the domain's documents.
+      score: the scorer's method that yields the nats of each token; default: its `documents`.
 
     Raises:
       UserError: a log-likelihood is NaN or infinite.
@@ -52,7 +53,7 @@ def score_domain(scorer: Scorer, documents: Sequence[Document]) -> DomainScores:
     start = time.perf_counter()
     nats, tokens = np.zeros(len(documents)), np.zeros(len(documents), np.int64)
     positions = np.zeros((2, 64))
-    for index, values in scorer.documents([document.text for document in documents]):
+    for index, values in (score or scorer.documents)([document.text for document in documents]):
         nats[index], tokens[index] = values.sum(), len(values)
         bins = np.frexp(np.arange(len(values)))[1]  # 0 -> 0, 1 -> 1, 2-3 -> 2, 4-7 -> 3
         positions += np.bincount(bins, values, 64), np.bincount(bins, minlength=64)
@@ -87,6 +88,8 @@ class DomainMeasures:
     """Speed of scoring."""
     positions: list[dict[str, float]]
     """For each range of positions in a document: {"from", "to" (inclusive), "tokens", "cross_entropy"}."""
+    pll_word_l2r: "DomainMeasures | None" = None
+    """Of a masked model, whose figures above are by the measure of Salazar et al.: the same by PLL-word-l2r."""
 
 
 def measure(scores: DomainScores, resampling: Resampling) -> DomainMeasures:

@@ -125,6 +125,22 @@ def random_test(questions: Sequence[Question], seed: int = 42, share: float = 0.
     return [questions[index] for index in order[: math.ceil(share * len(questions))]]
 
 
+def stratified_sample(questions: Sequence[Question], size: int, seed: int) -> list[Question]:
+    """Return a random sample in the order of `questions`, in which each answer has its share.
+
+    Shares are rounded; an answer that occurs has at least one question if `size` allows it.
+    """
+    groups = {label: [question for question in questions if question.answer == label] for label in YES_NO_MAYBE}
+    groups = {label: group for label, group in groups.items() if group}
+    counts, size = dict.fromkeys(groups, 0), min(size, len(questions))
+    for _ in range(size):
+        missing = {label: size * len(group) / len(questions) - counts[label] for label, group in groups.items()}
+        counts[max(missing, key=lambda label: (counts[label] == 0, missing[label]))] += 1
+    draw = random.Random(seed)
+    chosen = {id(question) for label, group in groups.items() for question in draw.sample(group, counts[label])}
+    return [question for question in questions if id(question) in chosen]
+
+
 def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) -> list[list[Question]]:
     """Return `parts` stratified lists of questions, drawn as the authors draw them."""
     divided: list[list[Question]] = [[] for _ in range(parts)]

@@ -19,6 +19,9 @@ from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, wilso
 
 Measures = dict[str, Estimate]
 
+_MAX_WORDS = 200
+"""Words of an ideal answer that count in BioASQ."""
+
 
 @dataclass(frozen=True)
 class TaskResult:
@@ -124,15 +127,20 @@ def _likeliest(
 # --- PubMedQA ---
 
 
-def read_pubmedqa(config: PubMedQAConfig) -> pubmedqa.Split:
-    """Read the official split; its test set is shortened if the config says so.
+def read_pubmedqa(config: PubMedQAConfig, seed: int) -> tuple[pubmedqa.Split, dict[str, int]]:
+    """Read the official split; if the config limits the questions, the test set is a sample that depends on the seed.
+
+    Returns:
+      The split, and the number of test questions that are left out, by reason.
 
     Raises:
       UserError: a file that cannot be read, is damaged or is of another release.
     """
     assert config.path is not None
     split = pubmedqa.official_split(pubmedqa.read_questions(config.path), config.test_ids)
-    return split._replace(test=split.test[: config.max_questions])
+    chosen = pubmedqa.stratified_sample(split.test, config.max_questions or len(split.test), seed)
+    left_out = len(split.test) - len(chosen)
+    return split._replace(test=chosen), {"not in the sample": left_out} if left_out else {}
 
 
 def pubmedqa_majority(split: pubmedqa.Split, resampling: Resampling) -> TaskResult:
@@ -177,17 +185,27 @@ def answer_pubmedqa(
 Questions = Sequence[bioasq.Question]
 
 
-def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> list[bioasq.Question]:
+def read_bioasq(config: BioASQConfig, paths: Sequence[str]) -> tuple[list[bioasq.Question], dict[str, int]]:
     """Read the questions of golden files that have a golden answer and are of one of `config.types`.
+
+    Returns:
+      These questions, and the number of those that are left out, by reason.
 
     Raises:
       UserError: a damaged file, or files without such a question.
     """
-    questions = [q for path in paths for q in bioasq.read_questions(path) if q.kind in config.types and q.golden]
-    if not questions:
+    kept, left_out = [], Counter[str]()
+    for question in (question for path in paths for question in bioasq.read_questions(path)):
+        if question.kind not in config.types:
+            left_out[question.kind] += 1
+        elif not (question.ideal_answers if question.kind == "summary" else question.golden):
+            left_out["without a golden answer"] += 1
+        else:
+            kept.append(question)
+    if not kept:
         kinds = ", ".join(config.types)
         raise UserError(f"{', '.join(paths)}: no question of bioasq.types ({kinds}) with a golden answer; give others")
-    return questions
+    return kept, dict(left_out)
 
 
 def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
@@ -224,10 +242,15 @@ def answer_bioasq(
         chosen, table, details = _likeliest(scorer, config, yesno, known)
         for question, label, row in zip(yesno, chosen, table, strict=True):
             given[question], extras[question] = [label], {"scores": row}
-    if generated := [question for question in questions if question not in given]:
-        texts = scorer.generate([q.prompt(config) for q in generated], config.max_new_tokens, ["\n"])
+    rest = [question for question in questions if question not in given]
+    for longest, kinds in (
+        (config.max_new_tokens, ("yesno", "factoid", "list")),
+        (config.max_summary_tokens, ("summary",)),
+    ):
+        generated = [question for question in rest if question.kind in kinds]
+        texts = scorer.generate([q.prompt(config) for q in generated], longest, ["\n"]) if generated else []
         for question, text in zip(generated, texts, strict=True):
-            given[question] = [text] if question.kind == "yesno" else answers.read_names(text)
+            given[question] = answers.read_names(text) if question.kind in ("factoid", "list") else [text]
             extras[question] = {"text": text}
     return _bioasq_result(questions, given, extras, resampling, time.perf_counter() - start, details)
 
@@ -251,6 +274,12 @@ def bioasq_measures(pairs: Sequence[tuple[bioasq.Question, list[str]]], resampli
     if lists := [measures.list_measures(q.golden, answer) for q, answer in pairs if q.kind == "list"]:
         for name, values in zip(measures.ListMeasures._fields, np.array(lists).T, strict=True):
             found[f"list_{name}"] = bootstrap(np.mean, values, resampling=resampling)
+    summaries = [
+        (q.ideal_answers, " ".join("".join(answer).split()[:_MAX_WORDS])) for q, answer in pairs if q.kind == "summary"
+    ]
+    for name, rouge in (("rouge_2", measures.rouge_2), ("rouge_su4", measures.rouge_su4)) if summaries else ():
+        for part, values in zip(measures.Rouge._fields, np.array([rouge(*each) for each in summaries]).T, strict=True):
+            found[f"summary_{name}_{part}"] = bootstrap(np.mean, values, resampling=resampling)
     return found
 
 
@@ -282,6 +311,8 @@ def _bioasq_prediction(question: bioasq.Question, answer: list[str], extra: dict
     if question.kind == "yesno":
         read = measures.read_yesno("".join(answer))
         return Prediction(question.key, question.answer, read, question.answer == read, batch=question.batch, **extra)
+    if question.kind == "summary":
+        return Prediction(question.key, [[*question.ideal_answers]], answer, None, batch=question.batch, **extra)
     golden = [list(synonyms) for synonyms in question.golden]
     correct = bool(measures.factoid(question.golden, answer).strict) if question.kind == "factoid" else None
     return Prediction(question.key, golden, answer, correct, batch=question.batch, **extra)

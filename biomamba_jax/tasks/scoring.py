@@ -10,9 +10,11 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import ArrayLike
 
+from biomamba_jax.data.examples import encode_answers
 from biomamba_jax.errors import UserError
 
 Tokens = list[int]
+DocumentsScore = Callable[[Sequence[str]], Iterator[tuple[int, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Scorer(Protocol):
     """What a report shows of the model."""
     ends_documents: bool
     """True if the final token of every document is the end-of-text token."""
+    padding_id: int
+    """The token that rows are padded with where padding counts, see `paper_v1`."""
+    documents_by_word: DocumentsScore | None
+    """As `documents`, by PLL-word-l2r; None of a causal model, and of a tokenizer that does not tell words apart."""
 
     def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """Score whole documents, in any order.
@@ -81,6 +87,9 @@ class Scorer(Protocol):
 
     def encode(self, texts: Sequence[str]) -> list[Tokens]:
         """Return the token ids of each text, without special tokens at its ends."""
+
+    def spell(self, texts: Sequence[str]) -> list[str]:
+        """Return the text that the tokens of each text spell; unknown tokens spell nothing."""
 
     def rows(self, rows: Sequence[Tokens]) -> Iterator[tuple[int, np.ndarray]]:
         """Score rows of token ids as they are, in any order.
@@ -107,7 +116,7 @@ class Scorer(Protocol):
         """Continue each prompt greedily.
 
         Args:
-          prompts: texts to continue.
+          prompts: texts to continue; white space at their ends is left to the model, as to continuations.
           max_new_tokens: maximum number of tokens for each.
           stop: strings that end a text.
 
@@ -129,31 +138,12 @@ def check_finite(scorer: Scorer, values: ArrayLike) -> None:
         )
 
 
-def split_continuation(whole: Sequence[int], context: Sequence[int], alone: Sequence[int]) -> Tokens:
-    """Return the tokens of a continuation after its context.
-
-    Args:
-      whole: tokens of context and continuation encoded together.
-      context: tokens of the context.
-      alone: tokens of the continuation encoded by itself, used where `whole` does not begin with `context`.
-    """
-    fits = list(whole[: len(context)]) == list(context) and len(whole) > len(context)
-    return list(whole[len(context) :] if fits else alone)
-
-
-def move_spaces(request: Request) -> Request:
-    """Move white space from the context's end to the continuations: tokenizers merge it with the following word."""
-    context = request.context.rstrip()
-    spaces = request.context[len(context) :]
-    return Request(context, tuple(spaces + continuation for continuation in request.continuations))
-
-
 def encode_requests(
     requests: Sequence[Request],
     encode: Callable[[Sequence[str]], list[Tokens]],
     encode_context: Callable[[Sequence[str]], list[Tokens]],
 ) -> list[tuple[Tokens, list[Tokens]]]:
-    """Tokenize requests.
+    """Tokenize requests as `data.examples.encode_answers` does.
 
     Args:
       requests: contexts and continuations.
@@ -163,11 +153,7 @@ def encode_requests(
     Returns:
       The context's tokens and each continuation's, for each request.
     """
-    requests = [move_spaces(request) for request in requests]
-    contexts = encode_context([request.context for request in requests])
-    wholes = iter(encode_context([each.context + text for each in requests for text in each.continuations]))
-    alone = iter(encode([text for request in requests for text in request.continuations]))
-    return [
-        (context, [split_continuation(next(wholes), context, next(alone)) for _ in request.continuations])
-        for request, context in zip(requests, contexts, strict=True)
-    ]
+    pairs = [(request.context, text) for request in requests for text in request.continuations]
+    remaining = iter(encode_answers(pairs, encode, encode_context))
+    of_requests = [[next(remaining) for _ in request.continuations] for request in requests]
+    return [(of_request[0][0], [answer for _, answer in of_request]) for of_request in of_requests]

@@ -5,7 +5,12 @@ The only module of the package that imports PyTorch, and only when such a model 
 A causal model with a limited number of positions reads a long document in windows that overlap by half, so that each
 token is predicted from at least half a window. A masked model gives pseudo-log-likelihoods (Salazar et al. 2020, arXiv
 1910.14659): each token is masked in turn and predicted from the text on both sides. They are not probabilities of the
-text, are lower than a causal model's by their nature, and are labelled wherever they are shown.
+text, are lower than a causal model's by their nature, and are labelled wherever they are shown. The visible pieces of a
+word give away the masked one, so PLL-word-l2r (Kauf and Ivanova 2023, arXiv 2305.10588), which masks the rest of the
+word too, is shown next to it.
+
+A model is scored by the weights that its folder holds. transformers draws a missing head at random; such a folder is
+refused.
 """
 
 import importlib
@@ -22,14 +27,57 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.tasks.generation import truncate_at_stop
 from biomamba_jax.tasks.padding import batched
-from biomamba_jax.tasks.scoring import Continuation, ModelFacts, Request, Scorer, Tokens, check_finite, encode_requests
+from biomamba_jax.tasks.scoring import (
+    Continuation,
+    DocumentsScore,
+    ModelFacts,
+    Request,
+    Scorer,
+    Tokens,
+    check_finite,
+    encode_requests,
+)
 
 _MAX_WINDOW = 4096
 """Window of a model without a limit on positions."""
+_OTHER_USES = {
+    "ForQuestionAnswering": "marks the answer's span in a passage",
+    "ForTokenClassification": "labels tokens, such as those of entities",
+    "ForSequenceClassification": "classifies texts",
+    "ForMultipleChoice": "chooses one of several endings",
+    "ForNextSentencePrediction": "tells if one sentence follows another",
+    "ElectraForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
+    "FunnelForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
+}
+"""What a model is for whose architecture ends so; it gives no likelihood of a text."""
+
+
+def check_architecture(name: str, folder: Path) -> str:
+    """Return the architecture that a folder states, "" if it states none.
+
+    Raises:
+      UserError: it gives no likelihoods; says what it does.
+    """
+    architecture = str((read_json(folder / "config.json").get("architectures") or [""])[0])
+    for ending, use in _OTHER_USES.items():
+        if architecture.endswith(ending):
+            raise UserError(
+                f"models.{name}: {folder} is a {architecture}: it {use}, and gives no likelihood of a text; give a "
+                "model with a trained language-model head, or leave it out"
+            )
+    return architecture
+
+
+def _is_masked(architecture: str, model_type: str, is_decoder: bool, auto: Any) -> bool:
+    """Return True for a masked model; where the architecture does not tell, if transformers knows it as one."""
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return False
+    known = model_type in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder
+    return known or architecture.endswith("ForMaskedLM")
 
 
 def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
-    """Load a Hugging Face folder: as a masked model if its architecture is one of ...ForMaskedLM, else as a causal one.
+    """Load a Hugging Face folder as a causal or masked language model, by its architecture and weights.
 
     Args:
       name: the model's name in the config.
@@ -37,8 +85,9 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
       config: batch size and dtype.
 
     Raises:
-      UserError: the extra is not installed, or transformers cannot load the folder.
+      UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
     """
+    architecture = check_architecture(name, folder)
     try:
         torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
     except ImportError as error:
@@ -47,17 +96,27 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
             "pip install 'biomamba-jax[hf]'"
         ) from None
     transformers.utils.logging.set_verbosity_error()
-    architectures = read_json(folder / "config.json").get("architectures") or [""]
-    masked = architectures[0].endswith("ForMaskedLM")
+    settings, auto = (
+        read_json(folder / "config.json"),
+        importlib.import_module("transformers.models.auto.modeling_auto"),
+    )
+    masked = _is_masked(architecture, settings["model_type"], bool(settings.get("is_decoder")), auto)
     kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     try:  # local_files_only: evaluates this folder, whatever repository its config names
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        model = kind.from_pretrained(folder, local_files_only=True, dtype=dtype).to(device).eval()
+        model, found = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"models.{name}: transformers cannot load {folder} ({reason})") from None
+    if missing := sorted(found["missing_keys"]):
+        rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise UserError(
+            f"models.{name}: {folder} ({architecture or 'of no stated architecture'}) lacks {missing[0]}{rest} of a "
+            f"{type(model).__name__}, which would be drawn at random; give a folder with a trained language-model head"
+        )
+    model = model.to(device).eval()
     return (_Masked if masked else _Causal)(name, folder, torch, model, tokenizer, config.batch_size)
 
 
@@ -75,8 +134,9 @@ class _Model:
                 f"models.{name}: the tokenizer of {folder} has {self._vocabulary} ids, but the model's embedding only "
                 f"{self._rows} rows; the two do not belong together"
             )
-        self._pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.padding_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._name, self._folder = name, folder
+        self.documents_by_word: DocumentsScore | None = None
 
     def _facts(self, kind: Any, context: str) -> ModelFacts:
         return ModelFacts(
@@ -96,12 +156,18 @@ class _Model:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
+    def spell(self, texts: Sequence[str]) -> list[str]:
+        """See `scoring.Scorer`."""
+        unknown = self._tokenizer.unk_token_id
+        known = [[token for token in ids if token != unknown] for ids in self.encode(texts)]
+        return [self._tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in known]
+
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Any]:
         """Yield the float32 logits [tokens, ids] of each row of at most `limit` tokens; batches are right-padded."""
         for batch in batched(rows, self._batch_size):
             longest = max(map(len, batch))
             padding = [longest - len(row) for row in batch]
-            ids = self._torch.tensor([[*row, *[self._pad] * n] for row, n in zip(batch, padding, strict=True)])
+            ids = self._torch.tensor([[*row, *[self.padding_id] * n] for row, n in zip(batch, padding, strict=True)])
             mask = self._torch.tensor([[1] * (longest - n) + [0] * n for n in padding])
             device = self._model.device
             with self._torch.inference_mode():
@@ -181,7 +247,7 @@ class _Causal(_Model):
             do_sample=False,
             num_beams=1,
             eos_token_id=ends,
-            pad_token_id=self._pad,
+            pad_token_id=self.padding_id,
             suppress_tokens=list(range(self._vocabulary, self._rows)) or None,
             return_dict_in_generate=True,
             output_logits=True,
@@ -190,7 +256,7 @@ class _Causal(_Model):
     def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """See `scoring.Scorer`. One prompt at a time: not every model supports left padding."""
         texts = []
-        for ids in self._encode_context(prompts):
+        for ids in self._encode_context([prompt.rstrip() for prompt in prompts]):
             ids = ids[-max(1, self._limit - max_new_tokens) :]
             tensor = self._torch.tensor([ids], device=self._model.device)
             with self._torch.inference_mode():
@@ -216,11 +282,19 @@ class _Masked(_Model):
             raise UserError(f"models.{self._name}: the tokenizer of {self._folder} has no mask or no special tokens")
         self._first, self._last = around
         self._room = self._limit - 2
+        self.documents_by_word = self._documents_by_word if self._tokenizer.is_fast else None
         self.facts = self._facts("masked", f"both sides, windows of {self._room:,} tokens")
 
-    def _pseudo(self, ids: Tokens, places: Sequence[int]) -> Continuation:
-        """Score the tokens at `places`, each masked by itself while all others are visible."""
-        rows = [[self._first, *ids[:place], self._mask, *ids[place + 1 :], self._last] for place in places]
+    def _pseudo(self, ids: Tokens, places: Sequence[int], words: Sequence[int | None] = ()) -> Continuation:
+        """Score the tokens at `places`, each masked, with the rest of its word if `words` gives each token's word."""
+        hidden = [
+            {place, *(i for i in range(place + 1, len(words)) if words[i] == words[place] is not None)}
+            for place in places
+        ]
+        rows = [
+            [self._first, *(self._mask if i in masked else token for i, token in enumerate(ids)), self._last]
+            for masked in hidden
+        ]
         logprobs, greedy = [], True
         for place, logits in zip(places, self._logits(rows), strict=True):
             at = self._torch.log_softmax(logits[place + 1], -1)
@@ -232,6 +306,16 @@ class _Masked(_Model):
         """See `scoring.Scorer`. Windows do not overlap."""
         for index, ids in enumerate(self.encode(texts)):
             found = [self._pseudo(window, range(len(window))).logprobs for window in batched(ids, self._room)]
+            yield index, -np.array([logprob for window in found for logprob in window])
+
+    def _documents_by_word(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
+        """Score documents as `documents` does, by PLL-word-l2r: with a token the rest of its word is masked."""
+        for index, text in enumerate(texts):
+            encoding = self._tokenizer(text, add_special_tokens=False, verbose=False)
+            windows = zip(
+                *(batched(each, self._room) for each in (encoding["input_ids"], encoding.word_ids())), strict=True
+            )
+            found = [self._pseudo(ids, range(len(ids)), words).logprobs for ids, words in windows]
             yield index, -np.array([logprob for window in found for logprob in window])
 
     def continuations(self, requests: Sequence[Request]) -> list[list[Continuation]]:
@@ -250,7 +334,9 @@ class _Masked(_Model):
         Raises:
           UserError: always.
         """
-        raise UserError(f"models.{self._name}: protocol paper cannot evaluate a masked language model; leave it out")
+        raise UserError(
+            f"models.{self._name}: the published protocols cannot evaluate a masked language model; leave it out"
+        )
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str]) -> list[str]:
         """Refuse: a masked model does not generate.

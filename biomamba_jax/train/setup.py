@@ -15,7 +15,8 @@ from biomamba_jax import files
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
-from biomamba_jax.data.shards import Manifest, ShardReader, open_split
+from biomamba_jax.data.pipeline import Documents, PaddedDocuments
+from biomamba_jax.data.shards import Manifest, open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.train.report import record_start
@@ -42,7 +43,7 @@ def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> Model
     return dataclasses.replace(model, **{name: getattr(execution, name) for name in settings})
 
 
-def training_documents(data: DataConfig, manifest: Manifest) -> ShardReader | MixedDocuments:
+def training_documents(data: DataConfig, manifest: Manifest) -> Documents | MixedDocuments:
     """Open the training split, or that of every source of the mixture.
 
     Args:
@@ -53,7 +54,8 @@ def training_documents(data: DataConfig, manifest: Manifest) -> ShardReader | Mi
       UserError: shards are missing, damaged or made with another tokenizer.
     """
     if not data.mixture.sources:
-        return open_split(data.path, "train")[1]
+        documents = open_split(data.path, "train")[1]
+        return PaddedDocuments(documents, data.sequence_length) if data.pad_rows else documents
     return open_mixture(data.mixture, tokenizer_sha256=manifest.tokenizer.sha256)
 
 

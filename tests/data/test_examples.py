@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_models import train_tokenizer
 
-from biomamba_jax.data.examples import Example, encode_examples, held_out_share, read_examples
+from biomamba_jax.data.examples import Example, encode_answers, encode_examples, held_out_share, read_examples
 from biomamba_jax.errors import UserError
 
 PROMPT = "the patients were given insulin"
@@ -31,6 +31,43 @@ def test_only_the_answer_and_the_end_of_the_text_are_targets(tokenizer):
     prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
     assert example.ids.tolist() == [*prompt, *answer, tokenizer.eos_id]
     assert example.targets.tolist() == [-1] * len(prompt) + [*answer, tokenizer.eos_id]
+
+
+def letters(texts):
+    """A tokenizer of letters that marks a text's beginning, as Llama's does, and in which "ab" is one token."""
+    return [[*b"_" * bool(text), *text.replace("ab", "#").encode()] for text in texts]
+
+
+def behind_start(texts):
+    return [[0, *ids] for ids in letters(texts)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "ids"),
+    [
+        ("Q:", " no", b" no"),
+        ("Q: ", "no", b" no"),  # a space belongs to the word behind it
+        ("Q\n\n", "", b"\n\n"),
+        ("Qa", "bc", b"_bc"),  # "Qab" is cut otherwise: the answer's own tokens
+        ("", "no", b"_no"),
+    ],
+)
+def test_an_answer_s_tokens_are_those_that_it_has_behind_its_prompt(prompt, answer, ids):
+    ((before, found),) = encode_answers([(prompt, answer)], letters, behind_start)
+    assert before == behind_start([prompt.rstrip()])[0]
+    assert bytes(found) == ids
+
+
+def test_answers_to_one_prompt_come_back_in_their_order():
+    pairs = [("Q:", " yes"), ("P:", " no"), ("Q:", " no")]
+    found = encode_answers(pairs, letters, behind_start)
+    assert [bytes(ids).decode() for _, ids in found] == [" yes", " no", " no"]
+    assert [bytes(ids[1:]).decode() for ids, _ in found] == ["_Q:", "_P:", "_Q:"]
+
+
+def test_a_space_at_the_prompt_s_end_is_learnt_with_the_answer(tokenizer):
+    one, other = encode(tokenizer, Example(PROMPT, " diabetes")), encode(tokenizer, Example(PROMPT + " ", "diabetes"))
+    assert one[0].ids.tolist() == other[0].ids.tolist() and one[0].targets.tolist() == other[0].targets.tolist()
 
 
 def test_a_classifiers_one_target_stands_behind_the_prompt(tokenizer):

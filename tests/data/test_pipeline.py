@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from corpora import write_split
 
-from biomamba_jax.data.pipeline import TrainIterator, evaluation_batches
+from biomamba_jax.data.pipeline import PaddedDocuments, TrainIterator, evaluation_batches
 from biomamba_jax.data.shards import Document, Manifest, TokenizerInfo, open_split, write_documents
 from biomamba_jax.errors import UserError
 
@@ -244,3 +244,16 @@ with TrainIterator(documents, sequence_length=32, batch_size=4, seed=5) as batch
     next(batches)
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_padded_rows_are_a_document_each_with_padding_as_targets(folder):
+    documents = open_split(folder, "train")[1]
+    padded = PaddedDocuments(documents, LENGTH)
+    seen = set()
+    with TrainIterator(padded, sequence_length=LENGTH, batch_size=BATCH, seed=5, window=WINDOW) as batches:
+        for batch in itertools.islice(batches, len(documents) // BATCH):
+            assert (batch["segment_ids"] == 1).all() and (batch["inputs"][:, 0] == 0).all()
+            np.testing.assert_array_equal(batch["inputs"][:, 1:], batch["targets"][:, :-1])
+            seen |= {tuple(row) for row in batch["targets"].tolist()}
+    rows = [documents[index].ids.tolist()[:LENGTH] for index in range(len(documents))]
+    assert seen == {(*row, *[0] * (LENGTH - len(row))) for row in rows}

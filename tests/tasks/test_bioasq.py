@@ -57,7 +57,7 @@ def test_ideal_answers_and_snippets_of_old_files_are_strings(tmp_path):
 
 def test_its_own_text_is_a_domain_each_question_a_document(tmp_path):
     path = write(tmp_path, question(), question(id="5b", snippets=["x", "x", " y\n"], ideal_answer=None))
-    documents = read_domain("bioasq", DomainConfig(path=str(path)))
+    documents, _ = read_domain("bioasq", DomainConfig(path=str(path)))
     assert [(d.key, d.text) for d in documents] == [
         ("5a", "Which gene?\nBRCA1 is one.\nIt is BRCA1."),
         ("5b", "Which gene?\nx\ny"),

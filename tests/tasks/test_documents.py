@@ -7,6 +7,7 @@ import pytest
 from tiny_models import WORDS, train_tokenizer
 
 from biomamba_jax.config import DomainConfig, PrepareConfig
+from biomamba_jax.data import shards
 from biomamba_jax.data.build import build_shards
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.documents import read_domain
@@ -22,14 +23,14 @@ def jsonl(tmp_path_factory):
 
 
 def test_json_lines_and_paragraphs_are_documents(jsonl, tmp_path):
-    assert [d.text for d in read_domain("d", DomainConfig(path=str(jsonl)))] == TEXTS
+    assert [d.text for d in read_domain("d", DomainConfig(path=str(jsonl)))[0]] == TEXTS
     (tmp_path / "t.txt").write_text("first\n\nsecond  line\nthird\n")
-    documents = read_domain("d", DomainConfig(path=[str(tmp_path / "t.txt")]))
+    documents, _ = read_domain("d", DomainConfig(path=[str(tmp_path / "t.txt")]))
     assert [(d.key, d.text) for d in documents] == [("t.txt:1", "first"), ("t.txt:2", "second line\nthird")]
 
 
 def test_bytes_and_words_are_those_of_the_text(jsonl):
-    first = read_domain("d", DomainConfig(path=str(jsonl)))[0]
+    (first, *_), _ = read_domain("d", DomainConfig(path=str(jsonl)))
     assert (first.key, first.bytes, first.words) == ("100", len(TEXTS[0].encode()), 22)
 
 
@@ -42,14 +43,37 @@ def test_shards_give_back_the_text_that_they_were_made_of(jsonl, tmp_path):
     build_shards(PrepareConfig(**files, validation_fraction=0.2, test_fraction=0.3, workers=1))
     found = {}
     for split in ("train", "validation", "test"):
-        for document in read_domain("d", DomainConfig(path=str(tmp_path / "shards"), split=split)):
-            found[document.key] = document.text
+        documents, left_out = read_domain("d", DomainConfig(path=str(tmp_path / "shards"), split=split))
+        found |= {document.key: document.text for document in documents}
+        assert left_out == 0
     assert found == {str(100 + i): text for i, text in enumerate(TEXTS)}
+
+
+def store(folder, tokenizer, texts):
+    """A folder of shards whose records state the texts' lengths, whatever their ids spell."""
+    stored = [
+        shards.Document(np.array([*ids, tokenizer.eos_id]), pmid, 1, 0, len(text.encode()))
+        for pmid, (text, ids) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True), 1)
+    ]
+    info = shards.write_documents(folder / "test", stored)
+    tokenizer.save_to(folder)
+    about = shards.TokenizerInfo("t", tokenizer.sha256, "tokenizer.model", tokenizer.vocab_size, tokenizer.eos_id)
+    shards.Manifest(about, {"test": info}, {}, [{"name": "t", "sha256": ""}], {}).save(folder)
+    return DomainConfig(path=str(folder))
+
+
+def test_a_stored_document_that_its_ids_do_not_spell_is_left_out_and_counted(tmp_path):
+    tokenizer = train_tokenizer(tmp_path)
+    lossy = "glucose\u2581serum"  # SentencePiece's own sign for a space
+    documents, left_out = read_domain("d", store(tmp_path / "s", tokenizer, [TEXTS[0], lossy, TEXTS[1]]))
+    assert ([document.text for document in documents], left_out) == (TEXTS[:2], 1)
+    with pytest.raises(UserError, match=r"domains\.d: .* no document whose ids spell its text, of 2"):
+        read_domain("d", store(tmp_path / "all", tokenizer, [lossy, lossy]))
 
 
 def test_a_sample_is_the_same_for_every_model_and_another_with_another_seed(jsonl):
     config = DomainConfig(path=str(jsonl), max_documents=7)
-    first, again, other = (read_domain("d", config, seed) for seed in (0, 0, 1))
+    first, again, other = (read_domain("d", config, seed)[0] for seed in (0, 0, 1))
     assert first == again != other
     assert len(first) == 7 and [int(d.key) for d in first] == sorted(int(d.key) for d in first)
 

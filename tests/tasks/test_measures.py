@@ -1,5 +1,7 @@
 """The official measures: PubMedQA's against scikit-learn, BioASQ's against cases worked by hand."""
 
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -98,3 +100,56 @@ def test_lists_worked_by_hand(case):
     golden, answers, (precision, recall) = LISTS[case]
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0
     assert measures.list_measures(golden, answers) == pytest.approx((precision, recall, f1))
+
+
+# What ROUGE-1.5.5 -n 4 -2 4 -u prints, as BioASQ runs it: text in ASCII, no stemming, one file an answer.
+OFFICIAL_ROUGE = {
+    "words in another order": (
+        "Insulin lowers serum glucose in mice.",
+        ["In mice, serum glucose is lowered by insulin."],
+        (0.28571, 0.33333, 0.15625, 0.19231),
+    ),
+    "hyphens, capitals and digits": (
+        "IL-6 and TNF-alpha rose by 2.5 mg/l",
+        ["The IL 6 level rose 2.5-fold, TNF alpha did not."],
+        (0.27273, 0.28572, 0.25, 0.26415),
+    ),
+    "Greek letters": (
+        "β-cell mass fell in naïve mice",
+        ["the beta-cell mass of naive mice fell"],
+        (0.14286, 0.16667, 0.21875, 0.26923),
+    ),
+    "repeated words": (
+        "the the the cell the cell",
+        ["the cell of the mouse and the cell of the rat"],
+        (0.2, 0.26667, 0.24, 0.34286),
+    ),
+    "two golden answers": (
+        "BRCA1 is a tumour suppressor gene on chromosome 17.",
+        ["BRCA1 is a gene on chromosome 17.", "It is a tumour suppressor."],
+        (0.8, 0.61538, 0.75, 0.51724),
+    ),
+    "no word in common": ("yes", ["the gene is not expressed"], (0, 0, 0, 0)),
+    "one word: the last one counts in pairs only": ("insulin", ["insulin"], (0, 0, 0, 0)),
+    "equal": ("Insulin lowers serum glucose.", ["insulin lowers serum glucose"], (1, 1, 1, 1)),
+    "nothing": ("", ["insulin lowers serum glucose"], (0, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("case", OFFICIAL_ROUGE)
+def test_ideal_answers_are_scored_as_the_official_program_does(case):
+    answer, golden, official = OFFICIAL_ROUGE[case]
+    found = (*measures.rouge_2(golden, answer), *measures.rouge_su4(golden, answer))
+    assert found == pytest.approx(official, abs=1.1e-5)  # it prints five digits, F1 from rounded ones
+
+
+def test_rouge_2_of_one_golden_text_is_that_of_rouge_score():
+    scorer = pytest.importorskip("rouge_score.rouge_scorer", reason="the oracle").RougeScorer(["rouge2"])
+    draw = random.Random(0)
+    for _ in range(50):
+        texts = [
+            " ".join(draw.choices(["insulin", "the", "IL-6", "mice.", "p<0.05", "of"], k=draw.randint(0, 30)))
+            for _ in range(2)
+        ]
+        theirs = scorer.score(*texts)["rouge2"]
+        assert measures.rouge_2(texts[:1], texts[1]) == pytest.approx((theirs.recall, theirs.fmeasure))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.pubmedqa import Question, official_split, random_test, read_questions
+from biomamba_jax.tasks.pubmedqa import Question, official_split, random_test, read_questions, stratified_sample
 
 
 def entry(answer="yes", **changes):
@@ -68,6 +68,23 @@ def test_the_published_subset_is_a_fifth_drawn_by_numpy(questions):
     assert len(subset) == len({question.key for question in subset}) == 200
     assert subset != official_split(questions).test
     assert [int(question.key) for question in subset] == np.random.default_rng(42).permutation(1000)[:200].tolist()
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [(500, (276, 169, 55)), (30, (17, 10, 3)), (3, (1, 1, 1)), (7, (4, 2, 1)), (1, (1, 0, 0)), (900, (276, 169, 55))],
+)
+def test_a_sample_has_each_answer_by_its_share(questions, size, counts):
+    test = official_split(questions).test
+    sample = stratified_sample(test, size, 0)
+    found = Counter(question.answer for question in sample)
+    assert tuple(found[label] for label in ("yes", "no", "maybe")) == counts
+    assert sample == [question for question in test if question in sample]
+
+
+def test_another_seed_draws_another_sample(questions):
+    draws = [[question.key for question in stratified_sample(questions, 50, seed)] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
 
 
 @pytest.mark.parametrize("broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, [], {"7": 1}])

@@ -1,5 +1,7 @@
 """Tasks as a whole: official measures with intervals, the majority beside them, thresholds only from development."""
 
+import json
+
 import pytest
 
 from biomamba_jax.config import BioASQConfig, PubMedQAConfig
@@ -101,7 +103,7 @@ def test_the_conclusion_is_not_in_the_prompt():
 def test_the_majority_of_the_real_questions_scores_55_2_and_23_7_percent(shared_data):
     folder = shared_data / "pubmedqa"
     config = PubMedQAConfig(path=str(folder / "ori_pqal.json"), test_ids=str(folder / "test_ground_truth.json"))
-    found = qa.pubmedqa_majority(qa.read_pubmedqa(config), QUICK)
+    found = qa.pubmedqa_majority(qa.read_pubmedqa(config, 0)[0], QUICK)
     assert found.questions == 500
     assert found.measures["accuracy"].value == pytest.approx(0.552)
     assert found.measures["macro_f1"].value == pytest.approx(0.237, abs=5e-4)
@@ -137,6 +139,33 @@ def test_bioasq_s_names_are_read_from_text_and_yes_no_from_likelihood():
     assert found.measures["list_precision"].value == 0.5 and found.measures["list_recall"].value == 0.5
     assert [p.prediction for p in found.predictions] == ["yes", ["BRCA1", "p53"], ["BRCA1", "p53"]]
     assert [p.correct for p in found.predictions] == [True, False, None]
+
+
+def test_a_summary_question_is_answered_in_sentences_and_scored_by_rouge():
+    ideal = "BRCA1; p53 and EGFR"
+    question = bioasq.Question("1", "summary", "?", ("it is no .",), (ideal,), (), "a")
+    found = qa.answer_bioasq(Reader(), BioASQConfig(path=["a"], types=["summary"]), [question], [], QUICK)
+    assert found.measures["summary_rouge_2_recall"].value == pytest.approx(1 / 3)
+    assert found.measures["summary_rouge_2_f1"].value == pytest.approx(1 / 2)
+    assert found.predictions[0].prediction == [" BRCA1; p53."] and found.predictions[0].correct is None
+
+
+def test_words_of_an_ideal_answer_beyond_the_200th_do_not_count():
+    long = bioasq.Question("1", "summary", "?", (), (" ".join(f"w{i}" for i in range(200)),), (), "a")
+    pair = long, [" ".join(f"w{i}" for i in range(300))]
+    assert qa.bioasq_measures([pair], QUICK)["summary_rouge_su4_f1"].value == 1
+
+
+def test_questions_that_are_not_asked_are_counted(tmp_path):
+    asked = [("yesno", "yes"), ("yesno", None), ("summary", None), ("summary", None), ("list", ["x"]), ("factoid", [])]
+    entries = [{"type": kind, "body": "?", "exact_answer": exact, "ideal_answer": "x"} for kind, exact in asked]
+    (tmp_path / "b.json").write_text(json.dumps({"questions": entries}))
+    read = {}
+    for types in (["yesno", "factoid", "list"], ["yesno", "summary"]):
+        questions, left_out = qa.read_bioasq(BioASQConfig(types=types), [str(tmp_path / "b.json")])
+        read[len(types)] = [question.kind for question in questions], left_out
+    assert read[3] == (["yesno", "list"], {"without a golden answer": 2, "summary": 2})
+    assert read[2] == (["yesno", "summary", "summary"], {"without a golden answer": 1, "list": 1, "factoid": 1})
 
 
 def test_bioasq_s_thresholds_come_from_development_files():

@@ -14,7 +14,7 @@ from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.tasks.load_scorer import load_scorer
-from biomamba_jax.tasks.scoring import Request, move_spaces, split_continuation
+from biomamba_jax.tasks.scoring import Request
 from biomamba_jax.tasks.transformers_scorer import _windows
 
 REQUESTS = [
@@ -50,8 +50,7 @@ def theirs(folder):
 
 
 def test_a_continuation_is_scored_as_in_one_pass_over_the_whole_text(folder, ours):
-    moved = [move_spaces(request) for request in REQUESTS]
-    texts = [request.context + text for request in moved for text in request.continuations]
+    texts = [request.context + text for request in REQUESTS for text in request.continuations]
     wholes = iter(biomamba_jax.load(folder / "native").logprobs(texts))
     for results in ours.continuations(REQUESTS):
         for found in results:
@@ -78,15 +77,6 @@ def test_what_a_report_says_of_a_model_tells_who_ran_it(ours, theirs):
     assert (ours.facts.run_by, theirs.facts.run_by) == ("biomamba-jax", "transformers")
     assert ours.facts.parameters == theirs.facts.parameters
     assert ours.facts.context == "the whole document"
-
-
-def test_white_space_before_an_answer_goes_with_the_answer():
-    assert move_spaces(Request("Answer: ", ("yes",))) == Request("Answer:", (" yes",))
-
-
-def test_tokens_of_a_continuation_are_those_behind_its_context():
-    assert split_continuation([1, 2, 3, 4], [1, 2], [9]) == [3, 4]
-    assert split_continuation([1, 5, 4], [1, 2], [9]) == [9]  # the two were cut otherwise at their border
 
 
 @pytest.mark.parametrize(("length", "limit"), [(2, 8), (8, 8), (9, 8), (50, 8), (51, 9), (3, 2)])
