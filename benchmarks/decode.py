@@ -13,6 +13,7 @@ from benchmarks import baselines
 from benchmarks.contenders import compare, tokens_per_second
 from benchmarks.paired_timing import Contender, Spread
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.generate import Sampling
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model import LanguageModel
@@ -21,7 +22,6 @@ from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
 from biomamba_jax.tables import summary_table
 from biomamba_jax.tasks.generation import Generator
-from biomamba_jax.tasks.sampling import Sampling
 
 
 @dataclass(frozen=True)

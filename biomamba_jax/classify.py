@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config.checks import FolderName, Settings
-from biomamba_jax.data.examples import fill_template
+from biomamba_jax.config.checks import Settings
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
@@ -26,8 +25,8 @@ _AT_ONCE = 64
 class ClassifyConfig(Settings):
     """The texts to classify, and the model."""
 
-    model: FolderName = ""
-    """Folder of the model."""
+    model: str
+    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
     file: str | None = None
     """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
     prompt: str = "{prompt}"
@@ -47,6 +46,7 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
     Raises:
       UserError: the model has no classifier, or a line lacks a key of the template.
     """
+    from biomamba_jax.data.examples import fill_template
     from biomamba_jax.tasks.model import load
     from biomamba_jax.tasks.padding import batched
 

@@ -1,25 +1,26 @@
 """Command-line parsing into frozen dataclasses, and how a command ends.
 
-`parse` fills a dataclass from `--config FILE.yaml` and dotted overrides (`--optimizer.learning_rate 3e-4`), refuses
-unknown and ill-typed keys by name, and builds `--help` from the docstrings below each field.
+`parse` fills a dataclass from `--config FILE.yaml` and dotted overrides (`--optimizer.learning_rate 3e-4`), and refuses
+unknown and ill-typed keys by name. It imports nothing heavy: a command imports JAX once its arguments are parsed.
 """
 
 import dataclasses
-import difflib
-import math
 import os
-import re
 import select
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin
 
-import jsonargparse
 import yaml
 
-from biomamba_jax.config.checks import accepts, describe, field_types, mapping_value
+from biomamba_jax import files, keys
+from biomamba_jax.config.checks import accepts, describe, field_docs, field_types, fits, leaves, mapping_value
 from biomamba_jax.errors import UserError
+
+COMPLETE = "--complete"
+"""Last argument of a command line whose last word before it is to be completed."""
 
 Schema = TypeVar("Schema")
 
@@ -40,7 +41,7 @@ def parse(
     Args:
       schema: a frozen dataclass whose fields may be dataclasses.
       argv: arguments without the program's name, or None for those of this process.
-      doc: the command's docstring; holds "python -m NAME", the program's name. The rest is the description in `--help`.
+      doc: the command's docstring, for `--help`.
       positional: key of the first argument if that is not an option.
       verbatim: list keys whose values may begin with a bracket or hyphens.
 
@@ -48,42 +49,49 @@ def parse(
       UserError: an unknown key, an ill-typed value or a failed check; the message names it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    usage = re.compile(r"^(python -m [\w.]+( [a-z]+)?).*\n", re.MULTILINE)
-    prog = usage.search(doc or "")
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(
-        prog=prog and prog[1], description=usage.sub("", doc or ""), exit_on_error=False
-    )
-    parser.add_argument("--config", action="config", help="a YAML file with any of the keys below")
-    parser.add_class_arguments(schema, as_group=False)
     if positional and words and not words[0].startswith("-"):
-        words[:1] = [f"--{positional}", words[0]]
-    try:
-        settings = parser.parse_args(_as_assignments(schema, words, verbatim))
-        _require_groups(schema, settings)
-        return schema(**{f.name: parser.instantiate(settings)[f.name] for f in dataclasses.fields(schema)})  # type: ignore[arg-type]
-    except jsonargparse.ArgumentError as error:
-        raise UserError(_explain(str(error), schema)) from error
-    except UnicodeDecodeError as error:
-        given = re.findall(r"--config[= ](\S+)", " ".join(words))
-        raise UserError(f"--config {' '.join(given)}: the file is not UTF-8 ({error}); convert it") from None
+        words.insert(0, f"--{positional}")
+    if words[-1:] == [COMPLETE]:
+        print("\n".join(keys.completions(schema, words[:-1])))
+        raise SystemExit(0)
+    configs, texts = _read_words(schema, words, verbatim, doc or "")
+    given = keys.defaults(schema)
+    for path in configs:
+        _merge(schema, given, files.read_yaml(path))
+    for key, value in texts.items():
+        *groups, name = key.split(".")
+        place: Any = given
+        for group in groups:
+            place = place.setdefault(group, {})
+            if not isinstance(place, dict):
+                raise UserError(f"{group} = {place}: must be a mapping, of which --{key} is an entry")
+        hint = keys.find(schema, key)[1]
+        is_group = dataclasses.is_dataclass(hint)
+        if isinstance(value, str) and (is_group or mapping_value(hint)):
+            value = _read_scalar(value)
+        if is_group and isinstance(value, dict):
+            _merge(hint, place.setdefault(name, {}), value)
+        else:
+            place[name] = value
+    return _typed(schema, given, "", schema)
 
 
-def _as_assignments(schema: type, argv: Sequence[str], verbatim: Sequence[str]) -> list[str]:
-    """Rewrite arguments as `--key=value`, with lists as YAML; config files first, so that overrides win."""
-    files: list[str] = []
-    settings: list[str] = []
-    lists: dict[str, list[str]] = {}
+def _read_words(
+    schema: type, argv: Sequence[str], verbatim: Sequence[str], doc: str
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the config files, and the text or list of texts of each key; print the help and end if it is asked for."""
+    configs: list[str] = []
+    texts: dict[str, Any] = {}
     words = deque(argv)
     while words:
         word = words.popleft()
         option, equals, value = word.partition("=")
-        if re.fullmatch(r"-h|--([\w.]+\.)?help|--print_config", option):
-            settings.append(word)
-            continue
+        if option in ("-h", "--help", "--help-all"):
+            print(keys.help_text(schema, doc, whole=option == "--help-all"))
+            raise SystemExit(0)
         if not option.startswith("--"):
             raise UserError(f"{word!r} is not an option; write --KEY VALUE, or --config FILE for a file of settings")
-        key, hint = _find(schema, option[2:])
+        key, hint = keys.find(schema, option[2:])
         is_list, plain = accepts(hint, list), key in verbatim
         values = [value] if equals else []
         if not equals and words and (plain or not words[0].startswith("--")):
@@ -92,91 +100,75 @@ def _as_assignments(schema: type, argv: Sequence[str], verbatim: Sequence[str]) 
                 values.append(words.popleft())
         if not values and not accepts(hint, bool):
             raise UserError(f"--{key}: give a value")
-        if is_list and (plain or len(values) > 1 or not values[0].startswith("[")):
-            lists.setdefault(key, []).extend(valid_unicode(f"--{key}", text) if plain else text for text in values)
+        if key == "config":
+            configs += values
+        elif not is_list:
+            texts[key] = values[0] if values else "true"
+        elif not plain and values[0].startswith("["):
+            texts[key] = files.parse_yaml(" ".join(values), f"--{key}", yaml.BaseLoader)  # scalars stay text
         else:
-            lists.pop(key, None)
-            (files if key == "config" else settings).append(f"--{key}={values[0] if values else 'true'}")
-    for key, texts in lists.items():
-        one = len(texts) == 1 and accepts(_find(schema, key)[1], str)  # of a key that takes a text or a list of texts
-        settings.append(f"--{key}={texts[0] if one else _as_yaml(texts)}")
-    return files + settings
+            earlier = texts.get(key, [])
+            values = [*([earlier] if isinstance(earlier, str) else earlier), *values]
+            if plain:
+                values = [valid_unicode(f"--{key}", text) for text in values]
+            texts[key] = values[0] if len(values) == 1 and accepts(hint, str) else values
+    return configs, texts
 
 
-def _find(schema: type, name: str) -> tuple[str, Any]:
-    """Return a key as the schema spells it, and its type.
+def _merge(schema: Any, given: dict[str, Any], new: Any) -> None:
+    """Overwrite settings; those of a group are merged, any other mapping is replaced."""
+    for key, value in new.items():
+        name, _, rest = key.partition(".")
+        value = {rest: value} if rest else value
+        group = field_types(schema).get(name)
+        if dataclasses.is_dataclass(group) and isinstance(value, dict):
+            _merge(group, given[name], value)
+        else:
+            given[name] = value
+
+
+def _typed(hint: Any, value: Any, key: str, schema: type) -> Any:
+    """Return what a file or a command line gives for a key of `schema` as the type `hint`.
+
+    Text is read as YAML where the type is not text.
 
     Raises:
-      UserError: there is no such key; names the nearest.
+      UserError: the value is of another type, or a group has an unknown key or lacks one.
     """
-    if name == "config":
-        return name, str
-    key: str = ""
-    hint: Any = schema
-    for part in name.split("."):
-        if dataclasses.is_dataclass(hint):
-            part = part.replace("-", "_")
-            hint = field_types(hint).get(part)
-        else:
-            hint = mapping_value(hint)
-        if hint is None:
-            raise UserError(_unknown(name, schema, "--"))
-        key += f".{part}" if key else part
-    return key, hint
+    kinds = [leaf for leaf in leaves(hint) if isinstance(leaf, type) or get_origin(leaf)]
+    read = _read_scalar(value) if isinstance(value, str) and kinds != [str] else value
+    if read is None and NoneType in kinds:
+        return None
+    for kind in kinds:
+        if dataclasses.is_dataclass(kind) and isinstance(read, dict):
+            return _group(kind, read, key, schema)
+        if get_origin(kind) is dict and isinstance(read, dict):
+            return {name: _typed(get_args(kind)[1], each, f"{key}.{name}", schema) for name, each in read.items()}
+        if get_origin(kind) is list and isinstance(read, list):
+            return [_typed(get_args(kind)[0], each, key, schema) for each in read]
+        for candidate in (value, read):
+            if fits(kind, candidate):
+                return float(candidate) if kind is float else candidate
+    raise UserError(f"{key} = {str(value)[:100]}: must be {describe(hint, key)}")
 
 
-def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted key of every setting; NAME stands for a name that the user chooses."""
-    if dataclasses.is_dataclass(schema):
-        for name, hint in field_types(schema).items():
-            yield from _keys(hint, f"{prefix}.{name}".lstrip("."))
-    elif value := mapping_value(schema):
-        yield from _keys(value, f"{prefix}.NAME")
-    else:
-        yield prefix
+def _read_scalar(text: str) -> Any:
+    """Return the YAML value of text, or the text if it is not YAML or only blank."""
+    try:
+        return files.parse_yaml(text, "") if text.strip() else text
+    except UserError:
+        return text
 
 
-def _unknown(name: str, schema: type, dashes: str) -> str:
-    keys = list(_keys(schema))
-    by_leaf = {key.rsplit(".", 1)[-1]: key for key in keys}
-    close = difflib.get_close_matches(name, keys, 1, 0.75) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(by_leaf), 1, 0.75)
-    ]
-    close = close or [key for key in keys if key.startswith(name)]
-    remedy = f"did you mean '{dashes}{close[0]}'?" if close else "--help lists all keys"
-    return f"unknown key '{dashes}{name}'; {remedy}"
-
-
-def _explain(message: str, schema: type) -> str:
-    """Reword an error of jsonargparse: the key, its value and what it takes."""
-    unknown = re.search(r"(?:does not accept (?:option|nested key)|Key|Option) ['\"]?([\w.-]+)", message)
-    if unknown:
-        group = re.search(r"Group '([\w.]+)'", message)
-        return _unknown(f"{group[1]}.{unknown[1]}" if group else unknown[1], schema, "")
-    keys = re.findall(r'Parser key "([^"]+)"', message)
-    value = re.search(r"(?:Got value:|Given value:|Unable to load config|string:) (.*)", message)
-    if not keys or not value:
-        return " ".join(line.strip(" -") for line in message.splitlines())
-    key, hint = keys[0], _find(schema, keys[0])[1]
-    for inner in keys[1:]:
-        if inner != key and (entry := mapping_value(hint)):  # which of the entries is not in the message
-            key, hint = f"{key}.NAME.{inner}", field_types(entry)[inner]
-    return f"{key} = {value[1]}: must be {describe(hint, key)}"
-
-
-def _require_groups(schema: type, settings: Any, prefix: str = "") -> None:
-    """Raise UserError if a group of settings is not a mapping, as after a slip of indentation in YAML."""
-    for name, hint in field_types(schema).items():
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-            group = settings[name]
-            if not isinstance(group, jsonargparse.Namespace | dict):
-                raise UserError(f"{prefix}{name} = {group!r}: must be {describe(hint, prefix + name)}")
-            _require_groups(hint, group, f"{prefix}{name}.")
-
-
-def _as_yaml(texts: list[str]) -> str:
-    """Return one line that YAML reads as these texts; JSON's surrogate pairs would be read as two characters."""
-    return yaml.safe_dump(texts, default_style='"', default_flow_style=True, width=math.inf).strip()
+def _group(group: Any, given: dict[str, Any], key: str, schema: type) -> Any:
+    types, prefix = field_types(group), f"{key}." if key else ""
+    for name in given:
+        if name not in types:
+            raise UserError(keys.unknown(prefix + name, schema, ""))
+    for field in dataclasses.fields(group):
+        if field.name not in given and field.default is field.default_factory is dataclasses.MISSING:
+            raise UserError(f"--{prefix}{field.name} is missing: {field_docs(group)[field.name]}")
+    return group(**{name: _typed(types[name], value, prefix + name, schema) for name, value in given.items()})
 
 
 def valid_unicode(where: str, text: str) -> str:

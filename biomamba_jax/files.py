@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+import yaml
 from isal import igzip
 from isal.isal_zlib import IsalError
 
@@ -116,6 +117,59 @@ def _parse_json(text: str, where: str, lone_surrogates: bool = False) -> Any:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which keys and dates are text, 1e-3 is a number, and a key stands once in a mapping."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as the library annotates it
+        first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:timestamp"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; its keys are text, also those that YAML would read as a number or as true."""
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                key.tag = "tag:yaml.org,2002:str"
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(problem=f"{key.value!r} twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, where: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = _Yaml) -> Any:
+    """Return the value of YAML text; a loader other than the default reads scalars otherwise.
+
+    Raises:
+      UserError: it is not YAML; names `where`.
+    """
+    try:
+        return yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: cannot be read as YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+      UserError: the file cannot be read or is not a YAML mapping.
+    """
+    with naming_errors(path):
+        text = Path(path).read_text("utf-8")
+    value = parse_yaml(text, str(path))
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a mapping of settings")
+    return value
 
 
 def read_json_lines(

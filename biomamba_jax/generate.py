@@ -10,41 +10,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TextIO
 
 from biomamba_jax.command_line import parse, run_command, valid_unicode
-from biomamba_jax.config.checks import FolderName, PositiveInt
+from biomamba_jax.config.generate import GenerateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines, read_lines
-from biomamba_jax.tasks.sampling import Sampling
 
 VERBATIM = ("prompt", "stop")
 """Lists of text, in which brackets and leading hyphens have no meaning."""
-
-
-@dataclass(frozen=True)
-class GenerateConfig(Sampling):
-    """The prompts to continue, the model, and how tokens are chosen."""
-
-    model: FolderName = ""
-    """Folder of the model."""
-    prompt: list[str] = field(default_factory=list)
-    """Texts to continue."""
-    file: str | None = None
-    """A text file with one prompt per line, instead of --prompt."""
-    jsonl: bool = False
-    """Prompts and results as JSON lines on standard input and output, instead of --prompt."""
-    batch_size: PositiveInt = 8
-    """Prompts continued at a time."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if bool(self.prompt) + bool(self.file) + self.jsonl != 1:
-            raise UserError("give one of --prompt, --file and --jsonl")
 
 
 def generate(config: GenerateConfig, source: TextIO, out: TextIO) -> None:

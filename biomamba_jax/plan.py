@@ -11,15 +11,15 @@ import json
 from collections.abc import Sequence
 
 from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config.plan import PlanConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    from biomamba_jax.config.plan import PlanConfig
+    config = parse(PlanConfig, argv, __doc__)
     from biomamba_jax.planning.plan import make_plan
     from biomamba_jax.planning.report import show
 
-    config = parse(PlanConfig, argv, __doc__)
     answer = make_plan(config)
     if config.json:
         nearest = answer.nearest and answer.nearest.as_json()

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -26,18 +27,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
-from biomamba_jax.data.build import build_shards, spool_files
-from biomamba_jax.data.inspection import manifest_tables
-from biomamba_jax.data.readers import files_in
-from biomamba_jax.data.sample import nlm_sample, tokenizer_file, wiki_sample
-from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
-from biomamba_jax.tables import print_tables
 
-SAMPLES = {"nlm-sample": nlm_sample, "wiki-sample": wiki_sample}
+if TYPE_CHECKING:
+    from biomamba_jax.data.shards import Manifest
 
 
-def prepare(config: PrepareConfig) -> Manifest:
+def prepare(config: PrepareConfig) -> "Manifest":
     """Write the shards of `config`, with a progress bar on stderr, and return the new folder's manifest.
 
     Raises:
@@ -45,6 +41,9 @@ def prepare(config: PrepareConfig) -> Manifest:
     """
     if not config.output:
         raise UserError("--output is missing; name the folder to write")
+    from biomamba_jax.data.build import build_shards
+    from biomamba_jax.data.sample import tokenizer_file
+
     tokenizer = None if config.tokenizer is None else str(tokenizer_file(config.tokenizer))
     config = dataclasses.replace(config, input=input_files(config.input), tokenizer=tokenizer)
     with _steps() as show:
@@ -72,14 +71,18 @@ def _progress() -> Progress:
 
 def input_files(names: Sequence[str]) -> list[str]:
     """Return the files of each --input: those of a sample or a folder, or the file itself."""
-    return [str(path) for name in names for path in (SAMPLES[name]() if name in SAMPLES else files_in(name))]
+    from biomamba_jax.data.readers import files_in
+    from biomamba_jax.data.sample import nlm_sample, wiki_sample
+
+    samples = {"nlm-sample": nlm_sample, "wiki-sample": wiki_sample}
+    return [str(path) for name in names for path in (samples[name]() if name in samples else files_in(name))]
 
 
 def download(argv: Sequence[str], prog: str) -> None:
     """Download NLM's baseline and update files: in parallel, resumable, verified by MD5."""
+    config = parse(DownloadConfig, argv, f"{prog}\n\n{download.__doc__}")
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 
-    config = parse(DownloadConfig, argv, f"{prog}\n\n{download.__doc__}")
     files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
     chosen = choose(files, config.numbers)
     downloader = Downloader(Path(config.output), config.tries, config.timeout)
@@ -100,9 +103,9 @@ def download(argv: Sequence[str], prog: str) -> None:
 
 def inspect(argv: Sequence[str], prog: str) -> None:
     """Show counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."""
+    config = parse(InspectConfig, argv, f"{prog}\n\n{inspect.__doc__}", positional="path")
     from biomamba_jax.data import inspection
 
-    config = parse(InspectConfig, argv, f"{prog}\n\n{inspect.__doc__}", positional="path")
     if not config.path:
         raise UserError(f"no folder is given; name a folder of shards: {prog} data/pubmed")
     found = inspection.inspect(dataclasses.replace(config, input=input_files(config.input)))
@@ -114,9 +117,10 @@ def inspect(argv: Sequence[str], prog: str) -> None:
 
 def tokenizers(argv: Sequence[str], prog: str) -> None:
     """Compare bytes per token, tokens per word and the share of biomedical terms that are one token."""
+    config = parse(TokenizersConfig, argv, f"{prog}\n\n{tokenizers.__doc__}")
+    from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
-    config = parse(TokenizersConfig, argv, f"{prog}\n\n{tokenizers.__doc__}")
     files = [str(tokenizer_file(name)) for name in config.tokenizers]
     show(compare_tokenizers(dataclasses.replace(config, input=input_files(config.input)), files))
 
@@ -137,6 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{words[0]!r} is not one of {', '.join(SUBCOMMANDS)}; give options such as --input, or see --help"
         )
     config = parse(PrepareConfig, words, __doc__)
+    from biomamba_jax.data.build import spool_files
+    from biomamba_jax.data.inspection import manifest_tables
+    from biomamba_jax.tables import print_tables
+
     if config.spools is not None and not config.output:
         with _steps() as show:
             files = spool_files(dataclasses.replace(config, input=input_files(config.input)), show)

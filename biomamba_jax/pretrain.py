@@ -13,13 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import ModelConfig, PretrainConfig
 
-# The data workers import this module again and do not need jax: modules that need it are imported inside functions.
+# Neither `--help` nor the data workers, which import this module again, need jax: it is imported inside functions.
 
 _LARGEST_BASELINE = 100_000_000
 """Training tokens up to which n-gram models are counted, which takes seconds."""
@@ -27,12 +25,12 @@ _LARGEST_BASELINE = 100_000_000
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    from biomamba_jax.parallel import distributed
-    from biomamba_jax.train.loop import train
-
     logging.basicConfig(format="%(message)s", force=True)
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     config = parse(PretrainConfig, argv, __doc__)
+    from biomamba_jax.parallel import distributed
+    from biomamba_jax.train.loop import train
+
     with distributed.processes(config) as first:
         if first:
             prepare_if_missing(config)
@@ -63,16 +61,15 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     if config.init_from is None:
         return config, None
     from biomamba_jax.interop import read_model
-    from biomamba_jax.interop.hub import local_folder
     from biomamba_jax.train.checkpoints import has_checkpoint
     from biomamba_jax.train.setup import with_execution_settings
 
     run = Path(config.run_dir)
     if (run / "config.yaml").exists() and has_checkpoint(run):
-        model = ModelConfig(**yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"])
+        model = ModelConfig(**files.read_yaml(run / "config.yaml")["model"])
         params = None
     else:
-        weights = read_model(local_folder(config.init_from))
+        weights = read_model(config.init_from)
         model, params = weights.config, weights.params
     return dataclasses.replace(config, model=with_execution_settings(model, config.model)), params
 

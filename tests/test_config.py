@@ -18,9 +18,12 @@ from biomamba_jax.config import (
     PrepareConfig,
     PretrainConfig,
 )
+from biomamba_jax.config.generate import GenerateConfig
+from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+COMMANDS = (PretrainConfig, FinetuneConfig, EvaluateConfig, PrepareConfig, PlanConfig, GenerateConfig)
 SCHEMAS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}  # by how a file's name begins; else pretraining
 
 
@@ -137,14 +140,22 @@ def test_a_config_survives_being_written_and_read(tmp_path):
         (("--train.steps", "many"), "train.steps = many: must be an integer or null"),
         (("--tensorboard", "perhaps"), "tensorboard = perhaps: must be true or false"),
         (("--train.steps",), "--train.steps: give a value"),
-        (("--data.mixture.sources.a.weight", "x"), "data.mixture.sources.NAME.weight = x: must be a number"),
+        (("--data.mixture.sources.a", "{path: p, weight: x}"), "data.mixture.sources.a.weight = x: must be a number"),
         (("quickstart.yaml",), "'quickstart.yaml' is not an option; write --KEY VALUE, or --config FILE"),
         (("--model.d_model", "-5"), "model.d_model = -5: must be at least 1"),
         (("--model.headdim", "7"), "model.headdim = 7: must divide"),
         (("--train.epochs", "0"), "train.epochs = 0.0: must be above 0"),
         (("--train.accumulation", "3"), "train.accumulation = 3: must divide"),
         (("--schedule.kind", "step"), "schedule.kind = step: must be 'cosine' or 'linear' or 'wsd' or 'constant'"),
-        (("--config", "missing.yaml"), "missing.yaml"),
+        (("--config", "missing.yaml"), "missing.yaml: cannot be read (No such file or directory)"),
+        (("--train.steps", "1.5"), "train.steps = 1.5: must be an integer or null"),
+        (("--train.steps", "true"), "train.steps = true: must be an integer or null"),
+        (("--train.steps=",), "train.steps = : must be an integer or null"),
+        (("--model", "mamba1"), "model = mamba1: must be a mapping with keys such as kind"),
+        (("--train.compiler_options", "[1]"), "train.compiler_options = [1]: must be a mapping"),
+        (("--data.mixture.sources.a.weight", "2"), "--data.mixture.sources.a.path is missing: Folder of shards"),
+        (("--data.mixture.sources.a.pth", "x"), "did you mean '--data.mixture.sources.a.path'?"),
+        (("--learning_rate", "1"), "did you mean '--optimizer.learning_rate'?"),
         (("--optimizer.clip", "-1"), "optimizer.clip = -1.0: must be 0 or more"),
         (("--schedule.final_fraction", "-1"), "schedule.final_fraction = -1.0: must be in [0, 1]"),
         (
@@ -195,9 +206,58 @@ def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path
         read("--config", str(tmp_path / "config.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "config.yaml: is not a mapping of settings"),
+        ("- train", "config.yaml: is not a mapping of settings"),
+        ("train: {steps: 1", "config.yaml, line 1: cannot be read as YAML"),
+        ("train:\n\tsteps: 1", "config.yaml, line 2: cannot be read as YAML"),
+        ("train: {steps: 1}\ntensorboard: false\ntrain: {epochs: 2}", "config.yaml, line 3: .*'train' twice"),
+        ("data: {mixture: {sources: {a: x}}}", "data.mixture.sources.a = x: must be a mapping with keys such as path"),
+        ("data: {mixture: {sources: [x]}}", r"data.mixture.sources = \['x'\]: must be a mapping"),
+        ("model: null", "model = None: must be a mapping"),
+        ("prepare: {input: a.txt}", "prepare.input = a.txt: must be a list"),
+        ("prepare: {input: [1]}", "prepare.input = 1: must be a string"),
+        ("run_dir: 5", "run_dir = 5: must be a string"),
+        ("train: {steps: {a: b}}", "train.steps = .*: must be an integer or null"),
+        ("5: b", "unknown key '5'"),
+    ],
+)
+def test_what_a_file_says_is_believed_or_refused_in_plain_words(tmp_path, text, message):
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as refusal:
+        read("--config", str(tmp_path / "config.yaml"))
+    assert not re.search("class|typing|Namespace|argparse|None\\b(?!:)", str(refusal.value))
+
+
+def test_yes_and_no_are_names_where_a_name_stands_and_a_date_is_text(tmp_path):
+    text = "models: {m: x}\ndomains: {d: {path: y}}\npubmedqa: {answers: {yes: ' Y', no: ' N', maybe: ' M'}}"
+    (tmp_path / "config.yaml").write_text(text)
+    config = parse(EvaluateConfig, ["--config", str(tmp_path / "config.yaml"), "--pubmedqa.answers.no", " not"])
+    assert config.pubmedqa.answers == {"yes": " Y", "no": " not", "maybe": " M"}
+    (tmp_path / "config.yaml").write_text("prepare: {recent_from: 2024-01-31}\ntrain: {epochs: 1e-3}\ntrain.seed: 3")
+    config = read("--config", str(tmp_path / "config.yaml"))
+    assert (config.prepare.recent_from, config.train.epochs, config.train.seed) == ("2024-01-31", 1e-3, 3)
+
+
+def test_a_part_of_a_group_keeps_the_defaults_of_the_command(tmp_path):
+    (tmp_path / "config.yaml").write_text("train: {steps: 3}")
+    argv = ["--init_from", "x", "--data.files", "q", "--config", str(tmp_path / "config.yaml"), "--train", "{seed: 1}"]
+    train = parse(FinetuneConfig, argv).train
+    assert (train.steps, train.seed, train.epochs, train.patience) == (3, 1, 10, 5)
+
+
+def test_mappings_of_text_take_json_and_entries_by_name():
+    options = read(
+        "--train.compiler_options", '{"a": true}', "--train.compiler_options.b", "3e-1"
+    ).train.compiler_options
+    assert options == {"a": True, "b": 0.3}
+
+
 def test_a_file_that_is_not_utf_8_is_named(tmp_path):
     (tmp_path / "latin.yaml").write_bytes("run_dir: caf\xe9".encode("latin-1"))
-    with pytest.raises(UserError, match=r"latin\.yaml: the file is not UTF-8"):
+    with pytest.raises(UserError, match=r"latin\.yaml: not UTF-8"):
         parse(PretrainConfig, ["--config", str(tmp_path / "latin.yaml")])
 
 
@@ -208,20 +268,43 @@ def test_yaml_cannot_build_objects(tmp_path):
     assert not Path("owned").exists()
 
 
-def test_help_describes_every_key(capsys):
+def shown(capsys, *argv):
+    """What a command line prints before it ends the process."""
+    with pytest.raises(SystemExit) as end:
+        read(*argv)
+    assert not end.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("schema", COMMANDS)
+def test_the_short_help_shows_keys_that_exist_and_names_the_long_one(schema, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
-        read("--help")
-    shown = "".join(capsys.readouterr().out.split())
+        parse(schema, ["--help"], "Do it.\n\npython -m biomamba_jax.it --config FILE\n\nTo the end.\n")
+    text = capsys.readouterr().out
+    assert text.startswith("usage: python -m biomamba_jax.it ") and "Do it." in text and "To the end." in text
+    assert re.findall(r"^  --([\w.]+)", text, re.MULTILINE)[1:] == schema.basic.split()
+    assert len(text.splitlines()) < 60 and text.endswith("--help-all lists all settings.\n")
+
+
+def test_help_says_what_a_setting_takes_and_its_default(capsys):
+    text = " ".join(shown(capsys, "--help").split())
+    assert "--data.batch_size Rows of one optimizer step, over all devices and hosts. (an integer, at least 1; " in text
+    assert "(an integer, at least 1; default: 8)" in text and "('mamba1' or 'mamba2'; default: \"mamba2\")" in text
+
+
+def test_the_long_help_describes_every_key(capsys):
+    text = "".join(shown(capsys, "--help-all").split())
 
     def described(schema, prefix=""):
         for field in dataclasses.fields(schema):
             if dataclasses.is_dataclass(field.type):
                 described(field.type, f"{prefix}{field.name}.")
             else:
-                assert f"--{prefix}{field.name}" in shown
+                assert f"--{prefix}{field.name}" in text
 
     described(PretrainConfig)
-    assert "Learningrateofeachlayerrelativetothelayeraboveit" in shown
+    assert "Learningrateofeachlayerrelativetothelayeraboveit" in text
 
 
 def test_a_users_error_is_one_line_and_status_1(capsys):

@@ -125,7 +125,17 @@ def test_named_files_settings_options_extras_and_targets_exist(page):
         if key.split(".")[0] in SECTIONS and key.split(".")[-1] not in ("json", "safetensors"):
             assert key in SETTINGS, key
     for option in re.findall(r"`--([\w.-]+)", text):
-        known = SETTINGS | {"help", "settings", "dry-run", "config", "target", "rows", "length", "allocator"}
+        known = SETTINGS | {
+            "help",
+            "help-all",
+            "settings",
+            "dry-run",
+            "config",
+            "target",
+            "rows",
+            "length",
+            "allocator",
+        }
         assert option.replace("-", "_") in known or option in known, option
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra in re.findall(r"'\.\[(\w[\w,-]*)\]'", text):

@@ -1,6 +1,10 @@
 """Types of settings with their limits, and the one form in which a setting is refused."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import textwrap
 from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -29,7 +33,6 @@ Fraction = Annotated[float, Limit("in [0, 1]", lambda x: 0 <= x <= 1)]
 FractionBelowOne = Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)]
 PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
 InnerFraction = Annotated[float, Limit("in (0, 1)", lambda x: 0 < x < 1)]
-FolderName = Annotated[str, Limit("the name of a folder", bool)]
 LocalFolder = Annotated[
     str,
     Limit("a folder of this machine; mount a bucket (gcsfuse) and give its path", lambda path: "://" not in path),
@@ -48,6 +51,8 @@ class Settings:
 
     section: ClassVar[str] = ""
     """Name of the group that the settings form in a run's config, for messages."""
+    basic: ClassVar[str] = ""
+    """Keys that a command's short `--help` shows, separated by spaces; none: all."""
 
     def __init_subclass__(cls, section: str | None = None) -> None:
         """Set the section; a subclass keeps its base's."""
@@ -57,7 +62,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             value = getattr(self, name)
-            limits = (leaf for leaf in _leaves(hint) if isinstance(leaf, Limit))
+            limits = (leaf for leaf in leaves(hint) if isinstance(leaf, Limit))
             for limit in limits if value is not None else ():
                 check(limit.holds(value), self.key(name), value, f"must be {limit.words}")
 
@@ -66,15 +71,15 @@ class Settings:
         return f"{self.section}.{name}".lstrip(".")
 
 
-def _leaves(hint: Any) -> Iterator[Any]:
+def leaves(hint: Any) -> Iterator[Any]:
     """Yield the alternatives of a union, and the type and metadata of an annotated one."""
     if isinstance(hint, type) or get_origin(hint) in (Literal, list, dict):
         yield hint
     elif metadata := getattr(hint, "__metadata__", ()):
-        yield from (*_leaves(hint.__origin__), *metadata)
+        yield from (*leaves(hint.__origin__), *metadata)
     else:
         for part in get_args(hint):
-            yield from _leaves(part)
+            yield from leaves(part)
 
 
 def field_types(schema: Any) -> dict[str, Any]:
@@ -85,12 +90,12 @@ def field_types(schema: Any) -> dict[str, Any]:
 
 def accepts(hint: Any, kind: type) -> bool:
     """Return True if a type, or an alternative of it, is `kind` or of that generic type."""
-    return any(kind in (leaf, get_origin(leaf)) for leaf in _leaves(hint))
+    return any(kind in (leaf, get_origin(leaf)) for leaf in leaves(hint))
 
 
 def mapping_value(hint: Any) -> Any:
     """Return the type of the values of a dict[str, ...], None for any other type."""
-    return next((get_args(leaf)[1] for leaf in _leaves(hint) if get_origin(leaf) is dict), None)
+    return next((get_args(leaf)[1] for leaf in leaves(hint) if get_origin(leaf) is dict), None)
 
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string", NoneType: "null"}
@@ -98,17 +103,31 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a s
 
 def describe(hint: Any, key: str = "") -> str:
     """Return what a type accepts, in words; `key` is that of the setting, for an example."""
+    return " or ".join(_words(leaf, key) for leaf in leaves(hint) if not isinstance(leaf, Limit))
 
-    def words(leaf: Any) -> str:
-        if get_origin(leaf) is Literal:
-            return " or ".join(map(repr, get_args(leaf)))
-        if get_origin(leaf) is dict:
-            return f"a mapping; write --{key}.NAME VALUE"
-        if dataclasses.is_dataclass(leaf):
-            return f"a mapping with keys such as {next(iter(field_types(leaf)))}"
-        return _WORDS.get(leaf, "a list")
 
-    return " or ".join(words(leaf) for leaf in _leaves(hint) if not isinstance(leaf, Limit))
+def describe_briefly(hint: Any) -> str:
+    """Return what a type accepts, with its limits; a string and null go without saying."""
+    limits = [leaf.words for leaf in leaves(hint) if isinstance(leaf, Limit)]
+    kinds = [_words(leaf, "") for leaf in leaves(hint) if leaf not in (str, NoneType) and not isinstance(leaf, Limit)]
+    return ", ".join([" or ".join(kinds), *limits] if kinds else limits)
+
+
+def _words(leaf: Any, key: str) -> str:
+    if get_origin(leaf) is Literal:
+        return " or ".join(map(repr, get_args(leaf)))
+    if get_origin(leaf) is dict:
+        return f"a mapping; write --{key}.NAME VALUE"
+    if dataclasses.is_dataclass(leaf):
+        return f"a mapping with keys such as {next(iter(field_types(leaf)))}"
+    return _WORDS.get(leaf, "a list")
+
+
+def fits(kind: Any, value: object) -> bool:
+    """Return True if a value is of a plain type or among those of a Literal; an integer is a number, true is not."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def check_type(schema: type, field: str, key: str, value: object) -> None:
@@ -117,7 +136,17 @@ def check_type(schema: type, field: str, key: str, value: object) -> None:
     For values from JSON files; those of a command line are checked when it is parsed.
     """
     hint = field_types(schema)[field]
-    leaves = list(_leaves(hint))
-    exact = type(value) in leaves or (type(value) is int and float in leaves)  # isinstance takes true for a number
-    literals = [each for leaf in leaves if get_origin(leaf) is Literal for each in get_args(leaf)]
-    check(exact or value in literals, key, value, f"must be {describe(hint)}")
+    check(any(fits(leaf, value) for leaf in leaves(hint)), key, value, f"must be {describe(hint)}")
+
+
+def field_docs(schema: Any) -> dict[str, str]:
+    """Return the docstring below each field of a dataclass and its bases."""
+    bases: list[Any] = [base for base in reversed(schema.__mro__) if dataclasses.is_dataclass(base)]
+    docs = {}
+    for base in bases:
+        [tree] = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        for field, doc in itertools.pairwise(getattr(tree, "body", ())):
+            match field, doc:
+                case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                    docs[name] = inspect.cleandoc(text)
+    return docs

@@ -2,7 +2,7 @@
 
 import string
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from biomamba_jax.config.checks import Fraction, InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
 
@@ -125,11 +125,17 @@ class BioASQConfig(Settings, section="bioasq"):
 class EvaluateConfig(Settings):
     """An evaluation of several models on text domains and questions."""
 
+    basic: ClassVar[str] = (
+        "output models.NAME reference domains.NAME.path domains.NAME.split domains.NAME.max_documents "
+        "pubmedqa.path bioasq.path batch_size"
+    )
+
     output: str = "evaluation"
     """Folder to write: report.html, report.json, config.yaml, predictions/ and documents/."""
     models: dict[str, str] = field(default_factory=dict)
-    """Name and folder of each model: native, Hugging Face Mamba, mamba_ssm or a run directory. Any other causal or
-    masked language model, and hf:FOLDER, is run by transformers (the [hf] extra)."""
+    """Name of each model, and its folder (native, Hugging Face Mamba, mamba_ssm or a run directory) or its name on the
+    Hugging Face hub, owner/name. Any other causal or masked language model, and hf:FOLDER, is run by transformers (the
+    [hf] extra)."""
     reference: str | None = None
     """Name of the model that the others are compared with; default: the first."""
     protocol: Literal["standard", "paper", "paper_v1"] = "standard"

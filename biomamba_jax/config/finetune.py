@@ -1,7 +1,7 @@
 """Settings of a fine-tuning run."""
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Settings, check
@@ -55,6 +55,11 @@ class LoraConfig(Settings, section="lora"):
 @dataclass(frozen=True)
 class FinetuneConfig(RunConfig):
     """One fine-tuning run on data.files, pubmedqa.path and bioasq.path, as far as they are given."""
+
+    basic: ClassVar[str] = (
+        "run_dir init_from data.files data.prompt data.answer data.batch_size pubmedqa.path cross_validate "
+        "bioasq.path head lora.rank optimizer.learning_rate train.epochs"
+    )
 
     run_dir: checks.LocalFolder = "runs/finetune"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""

@@ -1,7 +1,7 @@
 """Settings of `plan`."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from biomamba_jax.config.checks import Limit, PositiveFloat, PositiveInt
 from biomamba_jax.config.train import PretrainConfig
@@ -10,6 +10,11 @@ from biomamba_jax.config.train import PretrainConfig
 @dataclass(frozen=True)
 class PlanConfig(PretrainConfig):
     """A pretraining config and the machine that it is planned for."""
+
+    basic: ClassVar[str] = (
+        "topology slices tokens search json model.kind model.d_model model.n_layers model.remat "
+        "data.batch_size data.sequence_length mesh.data mesh.fsdp mesh.tensor"
+    )
 
     topology: str = "v5e-256"
     """The machine by its product name: v5e-256, v6e-256 (chips), v4-128, v5p-128, v7x-128 (cores), h100-8 (GPUs)."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Settings, check
@@ -88,6 +88,11 @@ class FilterConfig:
 @dataclass(frozen=True)
 class PrepareConfig(FilterConfig, TextFields, TokenizerTraining, PrepareFiles):
     """Text to tokenized shards."""
+
+    basic: ClassVar[str] = (
+        "input output tokenizer train_tokenizer validation_fraction test_fraction recent_from "
+        "near_duplicates decontaminate text title id workers spools"
+    )
 
     validation_fraction: checks.NonNegativeFloat = 0.01
     """Fraction of documents, chosen by a hash of the PMID, that is held out for validation."""

@@ -1,7 +1,7 @@
 """Settings of training, those that every run has, and those of a pretraining run."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Settings, check
@@ -115,7 +115,8 @@ class RunConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model. With init_from, its sizes are those of the weights."""
     init_from: str | None = None
-    """Weights to start from: a folder of any format that `convert` reads, or a hub name (needs the [hub] extra)."""
+    """Weights to start from: a folder of any format that `convert` reads, or a name on the Hugging Face hub, owner/name
+    (needs the [hub] extra)."""
     data: RowsConfig = field(default_factory=RowsConfig)
     """Batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -146,6 +147,12 @@ class RunConfig(Settings):
 @dataclass(frozen=True)
 class PretrainConfig(RunConfig):
     """One pretraining run."""
+
+    basic: ClassVar[str] = (
+        "run_dir init_from model.kind model.d_model model.n_layers data.path data.batch_size "
+        "data.sequence_length prepare.input prepare.tokenizer optimizer.learning_rate train.steps "
+        "train.epochs train.eval_every checkpoint.every mesh.fsdp"
+    )
 
     run_dir: checks.LocalFolder = "runs/pretrain"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
+from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
@@ -22,7 +23,6 @@ from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.generation import Generator, prefill
 from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left, pad_right
-from biomamba_jax.tasks.sampling import Sampling
 from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
 
 _BLOCK = 2048

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import yaml
 from flax.traverse_util import flatten_dict
 
 from biomamba_jax import files
@@ -93,7 +92,7 @@ def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start
         return []
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "config.yaml"
-    earlier = yaml.safe_load(path.read_text(encoding="utf-8")) if start is not None and path.exists() else None
+    earlier = files.read_yaml(path) if start is not None and path.exists() else None
     files.write_text(path, to_yaml(config))
     if tokenizer is not None and tokenizer.is_file():
         shutil.copyfile(tokenizer, run_dir / tokenizer.name)

@@ -12,13 +12,13 @@ from random_weights import random_weights
 from tiny_models import CONFIGS, train_tokenizer
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.tasks.generation import Detokenizer, Generator, prefill
 from biomamba_jax.tasks.padding import bucket_length, pad_left
-from biomamba_jax.tasks.sampling import Sampling
 
 RAGGED = [[5, 9, 200, 31], [7], list(range(3, 40)), [11, 11, 11, 12, 13, 14], [300, 2]]
 

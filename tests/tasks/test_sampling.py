@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from biomamba_jax.config.generate import Sampling
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.sampling import Sampling, Steps, Values, filtered, next_tokens, penalized
+from biomamba_jax.tasks.sampling import Steps, Values, filtered, next_tokens, penalized
 
 LOGITS = 3 * np.random.default_rng(0).standard_normal((4, 300)).astype(np.float32)
 

@@ -1,0 +1,71 @@
+"""All commands under one name: what is imported before arguments are parsed, completion, and how a word is refused."""
+
+import subprocess
+import sys
+
+import pytest
+
+from biomamba_jax.__main__ import COMMANDS, dispatch
+from biomamba_jax.errors import UserError
+
+HEAVY = "jax jaxlib torch flax transformers orbax grain tensorboardX tensorflow numpy scipy matplotlib pyarrow".split()
+LIGHTLY = f"""
+import contextlib, io, sys
+from biomamba_jax.__main__ import COMMANDS, dispatch
+from biomamba_jax.command_line import run_command
+for argv in [[], *([name, each] for name in COMMANDS for each in ("--help", "--help-all", "--no_such_key"))]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            run_command(dispatch, argv)
+loaded = {{name.partition(".")[0] for name in sys.modules}}
+print(sorted(loaded & set({HEAVY})))
+"""
+
+
+def test_nothing_heavy_is_imported_before_arguments_are_parsed():
+    found = subprocess.run([sys.executable, "-c", LIGHTLY], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def test_the_name_alone_lists_the_commands(capsys):
+    dispatch([])
+    shown = capsys.readouterr().out
+    assert all(f"\n  {name} " in shown for name in COMMANDS)
+
+
+def test_a_mistyped_command_is_told_the_nearest():
+    with pytest.raises(UserError, match="'pretrian' is not a command; did you mean pretrain"):
+        dispatch(["pretrian", "--config", "x.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("biomamba pre", ["prepare", "pretrain"]),
+        ("biomamba pretrain --model.d_", ["--model.d_model", "--model.d_state", "--model.d_conv"]),
+        ("biomamba pretrain --train.steps 3 --model.kind ", ["mamba1", "mamba2"]),
+        ("biomamba pretrain --tensorboard f", ["false"]),
+        ("biomamba evaluate --mod", ["--models."]),
+        ("biomamba prepare inspect --sam", ["--samples"]),
+        ("biomamba generate --file READ", []),
+        ("biomamba nonsense --", []),
+    ],
+)
+def test_commands_keys_and_values_are_completed(line, words, monkeypatch, capsys):
+    monkeypatch.setenv("COMP_LINE", line + "the rest, behind the cursor")
+    monkeypatch.setenv("COMP_POINT", str(len(line)))
+    try:
+        dispatch(["--complete", "biomamba", "", ""])
+    except SystemExit as end:
+        assert not end.code
+    assert capsys.readouterr().out.split() == words
+
+
+def test_the_line_for_a_shell_completes_there():
+    script = f"""
+biomamba() {{ {sys.executable} -m biomamba_jax "$@"; }}
+eval "$(biomamba completion)"
+complete -p biomamba
+"""
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "complete -o default -C 'biomamba --complete' biomamba\n"
