@@ -1,29 +1,33 @@
 """Convert a model between Hugging Face transformers, mamba_ssm and the native format.
 
-python -m biomamba_jax.convert --input DIR --output DIR --to native|hf|mamba_ssm [--dtype float32|bfloat16|float16]
+python -m biomamba_jax.convert --input MODEL --output DIR --to native|hf|mamba_ssm [--push OWNER/NAME ...]
 
 The input's format is recognised from its files. Of a run directory, the best checkpoint is converted if the run keeps
 it, else the newest, with EMA weights if the run has them.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config.checks import FolderName, Settings
+from biomamba_jax.config.checks import Limit, Settings
 from biomamba_jax.errors import UserError
+
+_HUB_NAME = Limit("a name on the hub: owner/name", lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None)
 
 
 @dataclass(frozen=True)
 class ConvertConfig(Settings):
     """The model to convert, and the format to write."""
 
-    input: FolderName = ""
-    """Folder of the model to read: Hugging Face, mamba_ssm, native, or a run directory."""
-    output: FolderName = ""
+    input: str
+    """Model to read: a folder (Hugging Face, mamba_ssm, native, or a run directory), or a name on the Hugging Face hub,
+    owner/name or owner/name@revision."""
+    output: str
     """Folder to write; must not exist."""
     to: Literal["native", "hf", "mamba_ssm"] = "hf"
     """Format to write."""
@@ -31,6 +35,9 @@ class ConvertConfig(Settings):
     """Dtype of the tensors written; native is always float32."""
     tokenizer: str | None = None
     """Tokenizer to export with the weights instead of the input's: a file, or the name gpt-neox."""
+    push: Annotated[str, _HUB_NAME] | None = None
+    """Also upload the folder to the hub under this name, owner/name, as a private model if it is new. Needs
+    `hf auth login` or HF_TOKEN, and the [hub] extra."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,16 +49,19 @@ def convert(config: ConvertConfig) -> list[Path]:
     """Convert a model, print a table of the files written, and return their paths.
 
     Raises:
-      UserError: the input is damaged or doesn't fit its config, or the output exists; nothing is written.
+      UserError: the input is damaged or doesn't fit its config, or the output exists: nothing is written. Or the hub
+        does not take it.
     """
     from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer import load_tokenizer
-    from biomamba_jax.interop import dialect_of, read_model, write_model
+    from biomamba_jax.interop import dialect_of, hub, read_model, write_model
     from biomamba_jax.interop.models import refuse_existing
     from biomamba_jax.interop.tensors import BIN
     from biomamba_jax.tables import summary_table
 
     refuse_existing(Path(config.output))
+    if config.push:
+        hub.require_token(config.push)
     weights = read_model(config.input)
     if config.tokenizer:
         file = tokenizer_file(config.tokenizer)
@@ -61,13 +71,15 @@ def convert(config: ConvertConfig) -> list[Path]:
                 "give the tokenizer that the model was trained with"
             )
         weights = dataclasses.replace(weights, tokenizer_file=file, token_ids={})
-    written = write_model(weights, config.output, config.to, config.dtype)
+    written = write_model(weights, config.output, config.to, config.dtype, name=config.push)
     rows = [(path.name, f"{_bytes(path) / 1e6:,.2f} MB") for path in written]
     summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
     if config.to == "mamba_ssm" and not (Path(config.output) / BIN).exists():
         print(f"torch is not installed: {BIN}, the file that mamba_ssm loads, was not written")
     if weights.tokenizer_file is None:
         print("the input has no tokenizer; --tokenizer FILE adds one (gpt-neox for the released models)")
+    if config.push:
+        print(f"pushed: {hub.push(Path(config.output), config.push)}")
     return written
 
 

@@ -1,33 +1,86 @@
-"""Download of models from the Hugging Face hub."""
+"""Models by their names on the Hugging Face hub: owner/name or owner/name@revision."""
 
+import functools
+import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from biomamba_jax.errors import UserError
 
-_WEIGHTS = ("*.json", "*.safetensors", "pytorch_model*.bin", "tokenizer*")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "params/*")
+_TORCH = "pytorch_model*.bin"
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """Return `name` if it is a folder, else the folder of the hub model "owner/model", downloaded once.
+    """Return `name` if it is a folder, a path or not of the form of a hub name, else the folder of the hub's model.
+
+    The model is downloaded once, into huggingface_hub's cache, with a progress bar; an interrupted download resumes.
+    Where the hub is out of reach, the model is taken from that cache.
 
     Raises:
-      UserError: the download failed, or needs the [hub] extra.
+      UserError: there is no such folder, and the model cannot be had from the hub; says why.
     """
     folder = Path(name)
-    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if folder.is_dir() or not (isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)):
         return folder  # a missing folder is refused by its reader
+    return _download(name)
+
+
+def _download(name: str) -> Path:
+    repo, _, revision = name.partition("@")
+    client = _client(f"{name}: no such folder; to download the hub's model of that name")
+    fetch = functools.partial(client.snapshot_download, repo, revision=revision or None)
+    try:
+        folder = Path(fetch(allow_patterns=list(_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            fetch(allow_patterns=[*_FILES, _TORCH])
+        return folder
+    except Exception as error:  # of the network, the hub or its client
+        raise UserError(f"{name}: no such folder, and not to be had from the hub: {_reason(error)}") from None
+
+
+def require_token(name: str) -> None:
+    """Raise UserError if nothing could be pushed, before a model is made for it."""
+    if _client(f"--push {name}").get_token() is None:
+        raise UserError(f"--push {name}: you are not logged in to the hub; run `hf auth login`, or set HF_TOKEN")
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder as a model of the hub, private if it is new, and return its address.
+
+    Raises:
+      UserError: the hub is out of reach or refuses; the folder stays as it is.
+    """
+    api = _client(f"--push {name}").HfApi()
+    try:
+        api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model written by biomamba_jax")
+    except Exception as error:
+        raise UserError(f"--push {name}: {folder} is written, but not pushed: {_reason(error)}") from None
+    return f"{api.endpoint}/{name}"
+
+
+def _client(purpose: str) -> Any:
     try:
         import huggingface_hub
     except ImportError:
-        raise UserError(
-            f"{name}: no such folder; to download the hub's model of that name: pip install 'biomamba-jax[hub]'"
-        ) from None
-    try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(_WEIGHTS)))
-    except Exception as error:  # of the network, the hub or its client
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{name}: no such folder, and the hub's model of that name could not be downloaded ({reason})"
-        ) from None
+        raise UserError(f"{purpose}: pip install 'biomamba-jax[hub]'") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning of several lines
+    return huggingface_hub
+
+
+def _reason(error: Exception) -> str:
+    """Return why the hub or its client failed, in one line."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "its owner grants access on its page; then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the hub has no such model; for a private one log in with `hf auth login`"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the model has no such revision"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return "the hub is out of reach, and the model is not in the cache"
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -26,12 +26,12 @@ Dialect = Literal["native", "run", "hf", "mamba_ssm"]
 
 
 def dialect_of(path: str | os.PathLike[str]) -> Dialect:
-    """Return the dialect of a folder.
+    """Return the dialect of a folder or of a model on the hub.
 
     Raises:
       UserError: the folder doesn't exist or has none of the dialects.
     """
-    folder = Path(path)
+    folder = local_folder(path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give the folder of a model")
     if (folder / native.MODEL_JSON).exists():
@@ -54,21 +54,23 @@ def dialect_of(path: str | os.PathLike[str]) -> Dialect:
 
 
 def read_model(path: str | os.PathLike[str]) -> Weights:
-    """Read a model of any dialect; of a run directory see `runs.read`, with adapters merged into their base.
+    """Read a model of any dialect, from a folder or by its name on the hub.
 
+    Of a run directory see `runs.read`; adapters are merged into their base.
     float16 and bfloat16 are converted to float32. Memory: the float32 weights and one tensor.
 
     Raises:
       UserError: a file is damaged or unknown, or tensors do not fit the config; lists all of these.
     """
-    folder, dialect = Path(path), dialect_of(path)
+    folder = local_folder(path)
+    dialect = dialect_of(folder)
     if dialect == "native":
         return native.read(folder)
     if dialect != "run":
         return foreign.read(folder, dialect)
     weights, base = runs.read(folder)
     if base is not None:
-        params = read_model(local_folder(base.path)).params
+        params = read_model(base.path).params
         weights.params = adapters.merged(params, weights.params, base)
     return weights
 
@@ -78,6 +80,7 @@ def write_model(
     folder: str | os.PathLike[str],
     dialect: Literal["native", "hf", "mamba_ssm"],
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    name: str | None = None,
 ) -> list[Path]:
     """Write a model as a new folder, atomically.
 
@@ -90,6 +93,7 @@ def write_model(
       folder: folder to create.
       dialect: format to write.
       dtype: dtype of the tensors; native is always float32.
+      name: the model's name in its card; default: the folder's.
 
     Returns:
       The paths written, in `folder`.
@@ -109,7 +113,8 @@ def write_model(
             foreign.write(weights, new, dialect, dtype)
         if weights.classifier is not None:
             classifier.write(weights.classifier, new)
-        card = model_card(Path(folder).name, dialect, weights.config, dtype, weights.about, tokenizer_file is not None)
+        name = name or Path(folder).name
+        card = model_card(name, dialect, weights.config, dtype, weights.about, tokenizer_file is not None)
         write_text(new / "README.md", card)
     return sorted(Path(folder).iterdir())
 

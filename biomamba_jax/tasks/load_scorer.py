@@ -8,6 +8,7 @@ from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.interop import dialect_of
+from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.tasks import transformers_scorer
 from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.native_scorer import NativeScorer
@@ -33,7 +34,7 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
 
     Args:
       name: the model's name in the config.
-      path: its folder; `hf:FOLDER` requires transformers even if this package could read the folder.
+      path: its folder or hub name; `hf:` in front requires transformers even if this package could read the folder.
       config: window, batch size and dtype.
 
     Raises:
@@ -45,11 +46,11 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
     if jax.process_count() > 1:
         raise UserError(f"evaluate runs on one host, not on {jax.process_count()}; start it on one of them")
     generator = load(folder, config.dtype).generator
-    return NativeScorer(name, generator, str(folder), config.window, config.batch_size)
+    return NativeScorer(name, generator, path, config.window, config.batch_size)
 
 
 def _runner(path: str) -> tuple[Path, bool]:
     """Return the folder of a model, and True if this package runs it."""
-    folder = Path(path.removeprefix(TRANSFORMERS_PREFIX))
+    folder = local_folder(path.removeprefix(TRANSFORMERS_PREFIX))
     ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
     return folder, ours and not path.startswith(TRANSFORMERS_PREFIX)

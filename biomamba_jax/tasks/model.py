@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
@@ -25,7 +26,6 @@ from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.tasks.generation import Generation, Generator
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.padding import batched, bucket_length, pad_right
-from biomamba_jax.tasks.sampling import Sampling
 
 _ROWS = 8
 """Texts that are scored or classified together."""
@@ -62,7 +62,8 @@ def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | N
     """Load a model of any format.
 
     Args:
-      path: a folder in native, Hugging Face or mamba_ssm format, or a run directory of `pretrain` or `finetune`.
+      path: a folder in native, Hugging Face or mamba_ssm format, a run directory of `pretrain` or `finetune`, or a name
+        on the Hugging Face hub: owner/name or owner/name@revision.
       dtype: type of matrices and activations; None: bfloat16 on TPU and GPU, float32 on CPU.
 
     Returns:
