@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import types
 
@@ -97,6 +98,19 @@ def test_tensorboard_has_a_curve_for_each_value_of_a_split(tmp_path):
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert all(tag in content for tag in (b"train/loss", b"validation/loss", b"timing/tokens_per_second"))
+
+
+def test_tensorboard_is_written_without_importing_pytorch(tmp_path):
+    code = f"""
+import sys
+from biomamba_jax.config import RunConfig
+from biomamba_jax.train.metrics import MetricsWriter
+with MetricsWriter(RunConfig(run_dir={str(tmp_path)!r}), None) as writer:
+    writer.write(1, "train", {{"loss": 2.0}})
+print("tensorboardX" in sys.modules, "torch" in sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "True False\n" and list((tmp_path / "tensorboard").iterdir())
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
