@@ -31,6 +31,7 @@ _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".zst": lambda raw: zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31}),  # the format's
 }
 # The library annotates its exception class as an instance.
+_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 1 << 30, 200
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
 
@@ -101,12 +102,21 @@ def read_any_json(path: str | Path) -> Any:
     Raises:
       UserError: the file cannot be read or is not JSON.
     """
-    return _parse_json("\n".join(read_lines(path)), str(path))
+    content = bytearray()
+    for chunk in read_chunks(path, 1 << 20):
+        content += chunk
+        if len(content) > _MAX_JSON_BYTES:
+            raise UserError(f"{path}: holds more than {_MAX_JSON_BYTES >> 30} GiB of JSON; give JSON lines")
+    with naming_errors(path):
+        text = content.decode("utf-8-sig")
+    return _parse_json(text, str(path))
 
 
 def _parse_json(text: str, where: str, lone_surrogates: bool = False) -> Any:
     try:
         value = json.loads(text)
+        if text.count("{") + text.count("[") > _MAX_JSON_DEPTH and _depth(value) > _MAX_JSON_DEPTH:
+            raise RecursionError
         if not lone_surrogates and _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
         return value
@@ -115,8 +125,17 @@ def _parse_json(text: str, where: str, lone_surrogates: bool = False) -> Any:
             f"{where}: holds half a character, such as \\ud83d without its other half; correct it"
         ) from None
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        reason = f"nested more than {_MAX_JSON_DEPTH} deep" if isinstance(error, RecursionError) else error
         raise UserError(f"{where}: cannot be read as JSON ({reason})") from None
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply lists and mappings are nested, without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        level = [part for each in level for part in (each.values() if isinstance(each, dict) else each)]
+    return depth
 
 
 class _Yaml(yaml.SafeLoader):

@@ -32,8 +32,7 @@ _BLOCK_BYTES = 1 << 18
 _MAX_PAUSE = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LEAST_SPEED = 1_000  # bytes/s
-# requests' exceptions are OSErrors; a header that is not a number is a ValueError
-_PROBLEMS = (OSError, ValueError, urllib3.exceptions.HTTPError)
+_PROBLEMS = (OSError, urllib3.exceptions.HTTPError)  # requests' exceptions are OSErrors
 
 
 class Remote(NamedTuple):

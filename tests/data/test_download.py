@@ -54,7 +54,8 @@ class Mirror:
                 fault = mirror.faults[name].pop(0) if mirror.faults[name] else ""
                 if self.path in ("/pubmed/baseline/", "/pubmed/updatefiles/"):
                     links = (p.rsplit("/")[-1] for p in mirror.files if p.startswith(self.path))
-                    return self.send("".join(f'<a href="{n}">{n}</a>\n' for n in links).encode(), 200)
+                    listing = "".join(f'<a href="{n}">{n}</a>\n' for n in links).encode()
+                    return self.send(listing, 200, "abc" if fault == "no number" else None)
                 if self.path not in mirror.files or fault == "gone":
                     return self.send_error(404)
                 if fault == "slow":
@@ -78,7 +79,7 @@ class Mirror:
                         return self.send_error(416)
                     content, status = content[begin:], 206
                 cut = len(content) // 2 if fault == "cut" else len(content)
-                return self.send(content[:cut], status, len(content))
+                return self.send(content[:cut], status, "abc" if fault == "no number" else len(content))
 
             def send(self, content, status, length=None):
                 self.send_response(status)
@@ -280,3 +281,24 @@ def test_the_command_tells_what_it_fetched_and_what_it_had_to_fetch_again(mirror
 
 def test_the_fixture_s_files_are_gzip(mirror):
     assert all(gzip.decompress(content) for name, content in mirror.files.items() if name.endswith(".gz"))
+
+
+@pytest.mark.parametrize("name", ["pubmed26n0001.xml.gz", "pubmed26n0001.xml.gz.md5"])
+def test_a_server_that_drips_bytes_is_left_and_tried_again(mirror, tmp_path, name):
+    mirror.faults[name] = ["slow"]
+    said = []
+    files = [file for file in list_files(mirror.url, "baseline") if name.startswith(file.name)]
+    Downloader(tmp_path / "nlm", tries=4, timeout=0.3, pause=0.001).fetch_all(
+        files, 1, lambda file, what: said.append(what)
+    )
+    assert said[-1] == "fetched"
+    assert said[0].startswith("again: ") and said[0].endswith("bytes/s arrive, less than 1000")
+
+
+def test_a_length_that_is_no_number_is_not_needed(mirror, downloader, tmp_path):
+    name = "pubmed26n0002.xml.gz"
+    for answer in ("", name, f"{name}.md5"):
+        mirror.faults[answer] = ["no number"]
+    downloader.fetch_all(list_files(mirror.url, "baseline", tries=1), 1, lambda file, what: None)
+    assert (tmp_path / "nlm" / name).read_bytes() == mirror.files[f"/pubmed/baseline/{name}"]
+    assert not any(mirror.faults.values())

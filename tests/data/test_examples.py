@@ -26,6 +26,21 @@ def write_lines(path, *records):
     return str(path)
 
 
+def test_half_a_character_is_refused_by_file_and_line(tmp_path):
+    path = write_lines(
+        tmp_path / "a.jsonl", {"prompt": "a \U0001f600", "answer": "b"}, {"prompt": "a \ud83d", "answer": "b"}
+    )
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: holds half a character"):
+        list(read_examples(path, "{prompt}", "{answer}"))
+
+
+@pytest.mark.parametrize("depth", [201, 100_000])
+def test_json_that_is_nested_without_end_is_refused(tmp_path, depth):
+    (tmp_path / "a.jsonl").write_text('{"a":' * depth + "1" + "}" * depth)
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: cannot be read as JSON \(nested more than 200 deep"):
+        list(read_examples(str(tmp_path / "a.jsonl"), "{prompt}", "{answer}"))
+
+
 def test_only_the_answer_and_the_end_of_the_text_are_targets(tokenizer):
     [example] = encode(tokenizer, Example(PROMPT, " diabetes"))
     prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])

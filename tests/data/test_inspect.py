@@ -127,6 +127,12 @@ def test_what_cannot_be_inspected_is_refused_in_one_line(arguments):
         prepare.main(arguments)
 
 
+def test_originals_that_are_not_xml_are_refused_by_name(shards, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: is not XML; --input of inspect takes the NLM files"):
+        prepare.main(["inspect", str(shards), "--input", str(tmp_path / "a.jsonl")])
+
+
 def test_tokenizers_are_compared_on_the_same_text(nlm, shards, tmp_path, capsys):
     model = sentencepiece.SentencePieceProcessor(model_file=str(shards / "tokenizer.model"))
     pieces = [model.id_to_piece(i) for i in range(len(model))]

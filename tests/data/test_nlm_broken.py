@@ -71,6 +71,14 @@ def test_malformed_xml_names_the_record_before_and_the_line(tmp_path):
     assert re.search(r"line \d+", message)
 
 
+@pytest.mark.parametrize("second", ['<?xml version="1.0"?>\n<PubmedArticleSet/>', "<PubmedArticleSet/>"])
+def test_two_results_in_one_file_are_told_apart_from_damage(tmp_path, second):
+    path = write_set(tmp_path / "a.xml", article(41))
+    path.write_text(path.read_text() + second)
+    message = refusal(path)
+    assert "give each a file of its own" in message and "download" not in message
+
+
 def test_the_malformed_sample_is_refused(shared_data):
     refusal(shared_data / "pubmed_xml" / "malformed.xml")
 

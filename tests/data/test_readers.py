@@ -58,6 +58,16 @@ def test_text_is_the_same_whatever_it_is_packed_in(tmp_path, name, suffix):
     assert texts_of(path) == TEXTS
 
 
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_zstd_may_look_back_as_far_as_its_format_allows(tmp_path, log):
+    packer = zstd.ZstdCompressor()  # in two steps, so that the frame states a window and not its size
+    packed = bytearray(packer.compress(CONTENT["a.jsonl"]) + packer.flush())
+    assert not packed[4] & 0x20
+    packed[5] = log - 10 << 3  # the window's descriptor
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert texts_of(tmp_path / "a.jsonl.zst") == TEXTS
+
+
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
 @pytest.mark.parametrize("damage", ["truncated", "another format"])
 def test_a_damaged_file_is_named_and_never_read_in_part(tmp_path, suffix, damage):

@@ -146,6 +146,20 @@ def cut(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def zeroed(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def no_tokens(path):
+    np.save(path, np.zeros(8, np.uint32))
+
+
+def broken_header(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"}")] = ord("(")  # NumPy's parser raises no ValueError
+    path.write_bytes(content)
+
+
 def wrong_lengths(path):
     np.save(path, np.ones(3, np.uint32))
 
@@ -157,6 +171,9 @@ def wrong_lengths(path):
         ("shard-00001-of-00003.array_record", cut, "a shard is damaged"),
         ("lengths.npy", os.remove, r"lengths\.npy: cannot be read"),
         ("lengths.npy", cut, r"lengths\.npy: cannot be read"),
+        ("lengths.npy", zeroed, r"lengths\.npy: cannot be read"),
+        ("lengths.npy", broken_header, r"lengths\.npy: cannot be read"),
+        ("lengths.npy", no_tokens, r"lengths\.npy: has documents of 0 tokens"),
         ("lengths.npy", wrong_lengths, "has 3 documents, the shards next to it hold 8"),
     ],
 )

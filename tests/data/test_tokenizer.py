@@ -98,6 +98,24 @@ def test_a_tokenizer_without_an_end_of_text_is_refused(tmp_path):
         load_tokenizer(path)
 
 
+def word_level(path, unk_token="[UNK]", **vocabulary):
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({EOS: 0, **vocabulary}, unk_token=unk_token))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(x+)+$"), "isolated")
+    made.save(str(path))
+    return path
+
+
+def test_a_tokenizer_that_lacks_its_own_unknown_token_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode text \(.*\[UNK\]"):
+        load_tokenizer(word_level(tmp_path / "tokenizer.json", a=1))
+
+
+def test_an_expression_without_end_is_one_line(tmp_path):
+    loaded = load_tokenizer(word_level(tmp_path / "tokenizer.json", **{"[UNK]": 1}))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot encode text \(.*retry-limit"):
+        loaded.encode_batch(["x" * 60 + "!"])
+
+
 @pytest.mark.parametrize(
     ("name", "content"), [("a.json", "{}"), ("a.json", "\xff"), ("a.model", "no"), ("a.txt", "a"), ("none.model", None)]
 )
