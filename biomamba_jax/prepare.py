@@ -5,11 +5,11 @@ python -m biomamba_jax.prepare download --output DIR [--part baseline] [--number
 python -m biomamba_jax.prepare inspect DIR [--report FILE.html]
 python -m biomamba_jax.prepare tokenizers --tokenizers FILES... --input FILES...
 
-Reads NLM's PubMed XML, JSON lines, plain text, Parquet and Wikipedia's dumps. An interrupted run continues from what it
-had finished. `--input nlm-sample` is two whole NLM files, `wiki-sample` the beginnings of 10,033 Wikipedia articles,
-`--tokenizer gpt-neox` the released Mamba models' tokenizer; each is downloaded once. Ends with a table of what was kept
-and why the rest was not. `download` fetches NLM's files, `inspect` shows the content of shards, `tokenizers` compares
-tokenizers.
+Reads NLM's PubMed XML, JSON lines, CSV, TSV, text, Parquet, Wikipedia's dumps and datasets of the Hugging Face hub.
+An interrupted run continues from what it had finished. `--input nlm-sample` is two whole NLM files, `wiki-sample` the
+beginnings of 10,033 Wikipedia articles, `--tokenizer gpt-neox` the released Mamba models' tokenizer; each is downloaded
+once. Ends with a table of what was kept and why the rest was not. `download` fetches NLM's files, `inspect` shows the
+content of shards, `tokenizers` compares tokenizers.
 """
 
 import dataclasses

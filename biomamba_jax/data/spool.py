@@ -19,7 +19,7 @@ from biomamba_jax.data.text import normalized_digest, split_position
 from biomamba_jax.data.work import lock_file
 from biomamba_jax.files import read_array, read_json, write_json
 
-SPOOL_VERSION = 3
+SPOOL_VERSION = 4
 """Raised whenever the spool of an unchanged file would have other bytes."""
 _BLOCK_ROWS = 4096
 

@@ -15,7 +15,7 @@ _MAX_ESCAPES = 3
 # Publishers also deliver HTML tags as escaped text. One with a known name is markup; `P<0.05`, `a<c>d` and
 # `a<b and c>d` are not.
 _ESCAPED_TAG = re.compile(
-    r"</?(?:(p|o:p|br)|i|b|u|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE
+    r"</?(?:(p|o:p|br|hr|div|ul|ol|li)|i|b|u|em|strong|sub|sup|span)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>", re.IGNORECASE
 )
 _PLACEHOLDER_TITLES = {"Not Available.", "In Process Citation"}
 

@@ -142,6 +142,11 @@ class _SentencePiece(Tokenizer):
             start = end + 1
         return "".join([*spelled, self._processor.decode(ids[start:])])
 
+    def decode_batch(self, batch: Sequence[Sequence[int]]) -> list[str]:
+        if any(self.eos_id in ids for ids in batch):
+            return super().decode_batch(batch)
+        return self._processor.decode(batch, num_threads=1)
+
 
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load a Hugging Face `tokenizer.json` (any name that ends in .json) or a SentencePiece `.model`.

@@ -115,6 +115,12 @@ def test_tags_that_arrive_as_escaped_text_are_dropped_but_comparisons_are_not(re
     assert abstract_of(read, f"<AbstractText>{comparisons}</AbstractText>") == html.unescape(comparisons)
 
 
+@pytest.mark.parametrize("tag", ["<br>", "<BR />", '<br clear="all"/>', "</p><p>", "</li><li>", "<div>", "</o:p>"])
+def test_an_escaped_tag_of_a_block_separates_words_and_one_inside_a_line_does_not(read, tag):
+    content = html.escape(f"METHODS{tag}We gave Ca<sup>2+</sup>.")
+    assert abstract_of(read, f"<AbstractText>{content}</AbstractText>") == "METHODS We gave Ca2+."
+
+
 @pytest.mark.parametrize(
     ("title", "expected"),
     [

@@ -192,7 +192,13 @@ def stem(path: str, evaluation: str = "", **settings) -> str:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"min_abstract_characters": 60}, {"languages": ["fre"]}, {"near_duplicates": 0.8}, {"evaluation": "ab"}],
+    [
+        {"min_abstract_characters": 60},
+        {"languages": ["fre"]},
+        {"near_duplicates": 0.8},
+        {"evaluation": "ab"},
+        {"text": "a"},
+    ],
 )
 def test_a_spool_of_other_settings_is_not_used(many, settings):
     assert stem(many[0], **settings) != stem(many[0])

@@ -71,6 +71,14 @@ def test_a_batch_is_its_texts_one_by_one(trained):
     assert trained.encode_batch(TEXTS[:5]) == [trained.encode_batch([text])[0] for text in TEXTS[:5]]
 
 
+@pytest.mark.parametrize("which", ["trained", "neox"])
+def test_a_batch_is_decoded_as_its_parts(which, request):
+    tokenizer = request.getfixturevalue(which)
+    for end in ([], [tokenizer.eos_id]):
+        batch = [[*ids, *end] for ids in tokenizer.encode_batch([*TEXTS[:3], ""])]
+        assert tokenizer.decode_batch(batch) == [tokenizer.decode(ids) for ids in batch]
+
+
 def test_gpt_neox_is_the_published_one(neox):
     assert (neox.vocab_size, neox.eos_id) == (50277, 0)
     assert neox.encode_batch([" yes", " no", " maybe"]) == [[4754], [642], [5046]]
