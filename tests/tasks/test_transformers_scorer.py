@@ -229,6 +229,7 @@ def test_unknown_tokens_spell_nothing(tmp_path):
     scorer = load_scorer("theirs", str(write_encoder(tmp_path, "BertForMaskedLM")), config())
     assert unspelled_share(scorer, ["the glucose fell."]) == 0
     assert unspelled_share(scorer, ["the глюкоза fell ."]) == pytest.approx(14 / 22)
+    assert unspelled_share(scorer, ["UNK"]) == 1  # the name of the unknown token is not the text
 
 
 def test_a_real_encoder_without_a_head_is_refused():
