@@ -136,6 +136,14 @@ def test_a_manifest_that_is_unknown_or_wrong_is_refused(folder, change, message)
     assert "\n" not in str(caught.value)
 
 
+def test_a_manifest_from_before_unspelled_documents_were_counted_is_read(folder):
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    del raw["splits"]["train"]["unspelled"]
+    path.write_text(json.dumps(raw))
+    assert open_split(folder, "train")[0].splits["train"].unspelled == 0
+
+
 def test_a_manifest_that_is_not_json_is_refused(folder):
     (folder / "manifest.json").write_text('{"format_version": 1')
     with pytest.raises(UserError, match="cannot be read as JSON"):
