@@ -66,13 +66,9 @@ def parse(
             if not isinstance(place, dict):
                 raise UserError(f"{group} = {place}: must be a mapping, of which --{key} is an entry")
         hint = keys.find(schema, key)[1]
-        is_group = dataclasses.is_dataclass(hint)
-        if isinstance(value, str) and (is_group or mapping_value(hint)):
+        if isinstance(value, str) and (dataclasses.is_dataclass(hint) or mapping_value(hint)):
             value = _read_scalar(value)
-        if is_group and isinstance(value, dict):
-            _merge(hint, place.setdefault(name, {}), value)
-        else:
-            place[name] = value
+        _set(hint, place, name, value)
     return _typed(schema, given, "", schema)
 
 
@@ -119,12 +115,14 @@ def _merge(schema: Any, given: dict[str, Any], new: Any) -> None:
     """Overwrite settings; those of a group are merged, any other mapping is replaced."""
     for key, value in new.items():
         name, _, rest = key.partition(".")
-        value = {rest: value} if rest else value
-        group = field_types(schema).get(name)
-        if dataclasses.is_dataclass(group) and isinstance(value, dict):
-            _merge(group, given[name], value)
-        else:
-            given[name] = value
+        _set(field_types(schema).get(name), given, name, {rest: value} if rest else value)
+
+
+def _set(hint: Any, given: dict[str, Any], name: str, value: Any) -> None:
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict) and isinstance(given.get(name), dict):
+        _merge(hint, given[name], value)
+    else:
+        given[name] = value
 
 
 def _typed(hint: Any, value: Any, key: str, schema: type) -> Any:

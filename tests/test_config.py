@@ -222,6 +222,9 @@ def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path
         ("run_dir: 5", "run_dir = 5: must be a string"),
         ("train: {steps: {a: b}}", "train.steps = .*: must be an integer or null"),
         ("5: b", "unknown key '5'"),
+        ("{[1]: 2}", "config.yaml, line 1: cannot be read as YAML"),
+        ("a: \x00", "config.yaml: cannot be read as YAML"),
+        ("{" * 5000, "config.yaml.*: cannot be read as YAML"),
     ],
 )
 def test_what_a_file_says_is_believed_or_refused_in_plain_words(tmp_path, text, message):
@@ -246,6 +249,17 @@ def test_a_part_of_a_group_keeps_the_defaults_of_the_command(tmp_path):
     argv = ["--init_from", "x", "--data.files", "q", "--config", str(tmp_path / "config.yaml"), "--train", "{seed: 1}"]
     train = parse(FinetuneConfig, argv).train
     assert (train.steps, train.seed, train.epochs, train.patience) == (3, 1, 10, 5)
+
+
+def test_a_later_file_and_an_option_mend_a_group_that_an_earlier_file_broke(tmp_path):
+    (tmp_path / "b.yaml").write_text("model: {d_model: 128}")
+    files = [word for name in "ab" for word in ("--config", str(tmp_path / f"{name}.yaml"))]
+    (tmp_path / "a.yaml").write_text("model: 5")
+    assert read(*files).model.d_model == 128
+    (tmp_path / "a.yaml").write_text("domains: {d: 5}\nmodels: {m: x}")
+    assert parse(EvaluateConfig, [*files[:2], "--domains.d", "{path: y}"]).domains["d"].path == "y"
+    with pytest.raises(UserError, match=r"d = 5: must be a mapping, of which --domains\.d\.path is an entry"):
+        parse(EvaluateConfig, [*files[:2], "--domains.d.path", "y"])
 
 
 def test_mappings_of_text_take_json_and_entries_by_name():
