@@ -1,4 +1,4 @@
-"""Ten thousand mutated records through all of `prepare`: whole shards with every record counted, or one clear line."""
+"""Thousands of mutated records through all of `prepare`: whole shards with every record counted, or one clear line."""
 
 import copy
 import random
@@ -17,7 +17,7 @@ from biomamba_jax.data.shards import MANIFEST_NAME, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 
-RECORDS, FILES = 20, 500
+RECORDS = 20  # of a file
 STRUCTURED = (
     '<AbstractText Label="AIM">Of <i>TP53</i> &lt; 3 &amp; &amp;lt;p&amp;gt; in a<sub>1</sub>, α &#x3b2;.'
     "</AbstractText>"
@@ -143,15 +143,15 @@ def prepared_or_refused(folder: Path, tokenizer: str, seed: int) -> str:
     return "prepared"
 
 
-@pytest.mark.slow
-def test_ten_thousand_mutated_records_are_prepared_and_counted_or_refused(tokenizer, tmp_path):
+@pytest.mark.parametrize("files", [50, pytest.param(500, marks=pytest.mark.long)])
+def test_files_of_mutated_records_are_prepared_and_counted_or_refused(tokenizer, tmp_path, files):
     outcomes: Counter[str] = Counter()
 
     @hypothesis.given(st.integers(0, 2**64))
-    @hypothesis.settings(max_examples=FILES, database=None)
+    @hypothesis.settings(max_examples=files, database=None)
     def check(seed: int) -> None:
         outcomes[prepared_or_refused(tmp_path, tokenizer, seed)] += 1
 
     check()
-    assert outcomes.total() * RECORDS >= 10_000
-    assert min(outcomes["prepared"], outcomes["refused"]) > FILES / 20
+    assert outcomes.total() >= files
+    assert min(outcomes["prepared"], outcomes["refused"]) > files / 20

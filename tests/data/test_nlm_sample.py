@@ -16,8 +16,6 @@ from biomamba_jax.data.sample import nlm_sample
 from biomamba_jax.data.text import remaining_markup
 from biomamba_jax.errors import UserError
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def files():
@@ -53,6 +51,7 @@ def line(label: str, text: str) -> str:
     return text if label.upper() in ("", "UNLABELLED") else f"{label}: {text}"
 
 
+@pytest.mark.long
 def test_every_abstract_is_read_as_it_stands_without_markup_or_entities_left(files):
     totals: Counter[str] = Counter()
     for path in files:
@@ -78,6 +77,7 @@ def test_every_abstract_is_read_as_it_stands_without_markup_or_entities_left(fil
     assert totals["labels"] > 10_000
 
 
+@pytest.mark.slow
 def test_versions_are_resolved_and_every_abstract_is_accounted_for(files, tmp_path):
     spools = [spool_file(FileTask(path, tmp_path, PrepareConfig())) for path in files]
     indexes = [each.load_index() for each in spools]

@@ -124,7 +124,7 @@ def rounding_of_products(width: int) -> float:
     return ours / theirs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_the_130m_shape_is_exact_in_float64_and_rounds_like_transformers_in_float32(kind, tmp_path):
     weights = random_weights(PUBLISHED[kind])
