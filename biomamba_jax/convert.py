@@ -1,6 +1,6 @@
-"""Convert a model between Hugging Face transformers, mamba_ssm and the native format.
+"""Convert a model between Hugging Face transformers, mamba_ssm and the native format, and to llama.cpp's GGUF.
 
-python -m biomamba_jax.convert --input MODEL --output DIR --to native|hf|mamba_ssm [--push OWNER/NAME ...]
+python -m biomamba_jax.convert --input MODEL --output DIR --to native|hf|mamba_ssm|gguf [--push OWNER/NAME ...]
 
 The input's format is recognised from its files. Of a run directory, the best checkpoint is converted if the run keeps
 it, else the newest, with EMA weights if the run has them.
@@ -29,15 +29,21 @@ class ConvertConfig(Settings):
     owner/name or owner/name@revision."""
     output: str
     """Folder to write; must not exist."""
-    to: Literal["native", "hf", "mamba_ssm"] = "hf"
-    """Format to write."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the tensors written; native is always float32."""
+    to: Literal["native", "hf", "mamba_ssm", "gguf"] = "hf"
+    """Format to write; gguf, for llama.cpp, needs the [gguf] extra."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    """Dtype of the tensors written; native is always float32, and q8_0 is for gguf."""
     tokenizer: str | None = None
     """Tokenizer to export with the weights instead of the input's: a file, or the name gpt-neox."""
     push: Annotated[str, _HUB_NAME] | None = None
     """Also upload the folder to the hub under this name, owner/name, as a private model if it is new. Needs
     `hf auth login` or HF_TOKEN, and the [hub] extra."""
+    report: str | None = None
+    """report.json of `evaluate`, or its folder: what it measured of the input goes into the model card."""
+    license: str | None = None
+    """Licence of the weights for the model card, as the hub names it, such as apache-2.0; default: unknown."""
+    language: str = "en"
+    """Language of the text for the model card."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,6 +61,7 @@ def convert(config: ConvertConfig) -> list[Path]:
     from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import dialect_of, hub, read_model, write_model
+    from biomamba_jax.interop.model_card import read_results
     from biomamba_jax.interop.models import refuse_existing
     from biomamba_jax.interop.tensors import BIN
     from biomamba_jax.tables import summary_table
@@ -71,11 +78,16 @@ def convert(config: ConvertConfig) -> list[Path]:
                 "give the tokenizer that the model was trained with"
             )
         weights = dataclasses.replace(weights, tokenizer_file=file, token_ids={})
+    weights.about |= {"language": config.language} if config.language != "en" else {}
+    weights.about |= {"license": config.license} if config.license else {}
+    weights.about |= {"results": read_results(Path(config.report), config.input)} if config.report else {}
     written = write_model(weights, config.output, config.to, config.dtype, name=config.push)
     rows = [(path.name, f"{_bytes(path) / 1e6:,.2f} MB") for path in written]
     summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
     if config.to == "mamba_ssm" and not (Path(config.output) / BIN).exists():
         print(f"torch is not installed: {BIN}, the file that mamba_ssm loads, was not written")
+    if config.to == "gguf" and weights.classifier is not None:
+        print("the classifier was left out: GGUF has no place for it; --to hf or native keeps it")
     if weights.tokenizer_file is None:
         print("the input has no tokenizer; --tokenizer FILE adds one (gpt-neox for the released models)")
     if config.push:

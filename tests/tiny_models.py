@@ -1,12 +1,17 @@
 """Folders with a small model of random weights and a tokenizer, for tests of what is done with a model."""
 
 import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 from random_weights import random_weights
+from tokenizers import decoders, models, pre_tokenizers
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.prepare import TokenizerTraining
 from biomamba_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from biomamba_jax.interop import write_model
 
@@ -21,11 +26,37 @@ CONFIGS = {
 }
 
 
-def train_tokenizer(folder: Path) -> Tokenizer:
-    """A SentencePiece model of 310 pieces, most of them bytes."""
+def sentences() -> list[str]:
+    """Made-up sentences to train a tokenizer on."""
     random = np.random.default_rng(0)
-    texts = [" ".join(random.choice(WORDS, 12)) for _ in range(300)]
-    return train_sentencepiece(texts, 310, folder / "tokenizer.model")
+    return [" ".join(random.choice(WORDS, 12)) for _ in range(300)]
+
+
+def train_tokenizer(folder: Path, kind: str = "unigram") -> Tokenizer:
+    """A SentencePiece model of 310 pieces, most of them bytes."""
+    training = TokenizerTraining(train_tokenizer=310, tokenizer_kind=kind)
+    return train_sentencepiece(sentences(), training, folder / "tokenizer.model")
+
+
+def write_byte_level(
+    folder: Path,
+    special: Sequence[str] = (),
+    plain: Sequence[str] = (),
+    merges: Sequence[tuple[str, str]] = (),
+    **stated: object,
+) -> Path:
+    """A tokenizer.json of bytes, `merges`, `special` and `plain` tokens; `stated` is its tokenizer_config.json."""
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    library = tokenizers.Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    library.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
+    library.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in plain])
+    folder.mkdir(exist_ok=True)
+    library.save(str(folder / "tokenizer.json"))
+    if stated:
+        (folder / "tokenizer_config.json").write_text(json.dumps(stated))
+    return folder / "tokenizer.json"
 
 
 def write_tiny_model(folder: Path, kind: str, tokenizer: Tokenizer, dialect: str = "native", spread: float = 8) -> Path:

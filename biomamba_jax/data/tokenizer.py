@@ -1,5 +1,7 @@
 """Tokenizers: one interface to Hugging Face's tokenizer.json and SentencePiece's .model, and SentencePiece training.
 
+Which tokens begin, end and pad a text is what the files beside the tokenizer state: tokenizer_config.json first, then
+config.json, then generation_config.json; only an end-of-text token that none of them states is found by its name.
 Special tokens that a text merely spells (`<|endoftext|>` in a document) are encoded as ordinary text, and none is added
 at either end: the writer of documents appends `eos_id`.
 """
@@ -12,18 +14,37 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import tokenizers
 
 from biomamba_jax.config.prepare import TokenizerTraining
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json, write_json
 
 EOS = "<|endoftext|>"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
 # Fixed, since the result of unigram training depends on the number of threads.
 _TRAINING_THREADS = 4
 _LARGE_SAMPLE_BYTES = 1_000_000_000  # from here on SentencePiece needs 64-bit suffix arrays
+
+
+def token_ids(path: Path, raw: Any) -> dict[str, Any]:
+    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
+
+    Raises:
+      UserError: an entry is neither.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
+    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) not in (None, [])}
+    for key, value in found.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {key} = {value!r}: must be a token id")
+    return found
 
 
 class Tokenizer(ABC):
@@ -32,12 +53,7 @@ class Tokenizer(ABC):
     filename: str
     """Name of the copy that `save_to` makes."""
 
-    def __init__(self, path: Path, content: bytes, vocab_size: int, eos_id: int | None):
-        if eos_id is None:
-            raise UserError(
-                f"{path}: has no end-of-text token ({', '.join(_EOS_NAMES)}), which must end every document; "
-                "give --tokenizer another file or train one with --train-tokenizer"
-            )
+    def __init__(self, path: Path, content: bytes, vocab_size: int, default_eos: int | None):
         self.path = path
         """The file it was read from."""
         self.name = path.stem
@@ -46,10 +62,59 @@ class Tokenizer(ABC):
         """Digest of the file; identifies the tokenizer."""
         self.vocab_size = vocab_size
         """One more than the largest id."""
-        self.eos_id = eos_id
+        self.config: dict[str, Any] = {}
+        """tokenizer_config.json beside the file, with the special tokens that config.json states by id."""
+        self.special: dict[str, int] = {}
+        """Ids of those of "bos", "eos", "pad" and "unk" that are stated, and always of "eos"."""
+        self._read_stated()
+        eos = self.special.setdefault("eos", -1 if default_eos is None else default_eos)
+        if eos < 0:
+            raise UserError(
+                f"{path}: has no end-of-text token ({', '.join(_EOS_NAMES)}), which must end every document; state it "
+                f"as eos_token in a {TOKENIZER_CONFIG} beside it, give --tokenizer another file or train one with "
+                "--train-tokenizer"
+            )
+        self.eos_id = eos
         """Id of the token that ends every stored document."""
         self.unknown_id: int | None = None
         """Id of the token that stands for text that has no other token; None if there is no such token."""
+        self._make_special()
+
+    def _read_stated(self) -> None:
+        if self.path.name != self.filename:
+            return  # one of several tokenizers in a folder: the files beside it may be another's
+        folder = self.path.parent
+        if (folder / TOKENIZER_CONFIG).exists():
+            self.config = read_json(folder / TOKENIZER_CONFIG)
+        for name in ("bos", "eos", "pad", "unk"):
+            stated = self.config.get(f"{name}_token")
+            text = stated.get("content") if isinstance(stated, dict) else stated
+            token = self.token_id(text) if isinstance(text, str) else None
+            if token is not None:
+                self.special[name] = token
+            elif stated is not None and name == "eos":
+                raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token {text!r} is not a token of {self.path.name}")
+        for file in (folder / "config.json", folder / "generation_config.json"):
+            for key, value in token_ids(file, read_json(file)).items() if file.exists() else ():
+                name, token = key.removesuffix("_token_id"), value[0] if isinstance(value, list) else value
+                if name in self.special:
+                    continue
+                if 0 <= token < self.vocab_size:
+                    self.special[name], self.config[f"{name}_token"] = token, self.token(token)
+                elif name == "eos":
+                    raise UserError(f"{file}: {key} = {value}, but {self.path.name} has {self.vocab_size} ids")
+
+    @abstractmethod
+    def _make_special(self) -> None:
+        """Let no text be encoded as one of the tokens in `special`, as far as the library can be told."""
+
+    @abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """Return the id of a token by its text, None if there is none."""
+
+    @abstractmethod
+    def token(self, token_id: int) -> str:
+        """Return the text of a token."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -73,7 +138,13 @@ class Tokenizer(ABC):
         return [self.decode(ids) for ids in batch]
 
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
-        """Copy the tokenizer's file into `folder` under its usual name and return the copy's path."""
+        """Copy the tokenizer's file into `folder` under its usual name, with what was stated beside it.
+
+        Returns:
+          The path of the copy.
+        """
+        if self.config:
+            write_json(Path(folder) / TOKENIZER_CONFIG, self.config)
         return Path(shutil.copyfile(self.path, Path(folder) / self.filename))
 
 
@@ -88,12 +159,32 @@ class _HuggingFace(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
+        self._never_text: set[int] = set()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
         super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
         self.encode_batch(["\U000f0000"])  # an unknown character, for which its unknown token must exist
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # Unigram models name its id
         self.unknown_id = vocabulary.get(unknown) if unknown else getattr(self._tokenizer.model, "unk_id", None)
+        special = {token for name, token in self.special.items() if name != "unk"}
+        self._never_text = {token for token in special if token in self.encode_batch([self.token(token)])[0]}
+        if self._never_text and self.unknown_id is None:
+            raise UserError(
+                f"{path}: text that spells one of its special tokens gets that token's id and would be cut in two; "
+                "give another tokenizer"
+            )
+
+    def _make_special(self) -> None:
+        added = self._tokenizer.get_added_tokens_decoder()
+        for token in (added[token] for token in self.special.values() if token in added):
+            token.special = True  # else the library looks for it in text
+            self._tokenizer.add_special_tokens([token])
+
+    def token_id(self, text: str) -> int | None:
+        return self._tokenizer.token_to_id(text)
+
+    def token(self, token_id: int) -> str:
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
@@ -102,7 +193,11 @@ class _HuggingFace(Tokenizer):
             raise
         except BaseException as error:  # a bare Exception, or the Rust library's panic
             raise UserError(f"{self.path}: cannot encode text ({error}); give another tokenizer") from None
-        return [encoding.ids for encoding in encoded]
+        unknown = self.unknown_id
+        if not self._never_text or unknown is None:
+            return [encoding.ids for encoding in encoded]
+        # Such as whole words, of which a special token's text is one: in a text it is a word that the model lacks.
+        return [[unknown if i in self._never_text else i for i in encoding.ids] for encoding in encoded]
 
     @cached_property
     def _of_prompts(self) -> tokenizers.Tokenizer:
@@ -130,6 +225,16 @@ class _SentencePiece(Tokenizer):
         super().__init__(path, content, self._processor.vocab_size(), None if eos < 0 else eos)
         self.unknown_id = self._processor.unk_id()
 
+    def _make_special(self) -> None:
+        pass  # it makes no control piece of text
+
+    def token_id(self, text: str) -> int | None:
+        found = self._processor.piece_to_id(text)  # that of the unknown token for a text that is no piece
+        return found if self.token(found) == text else None
+
+    def token(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id)
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
 
@@ -152,7 +257,7 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load a Hugging Face `tokenizer.json` (any name that ends in .json) or a SentencePiece `.model`.
 
     Raises:
-      UserError: the file cannot be read, is of another kind, or has no end-of-text token.
+      UserError: the file cannot be read, is of another kind, has no end-of-text token, or encodes text as one.
     """
     path = Path(path)
     kinds = {".json": _HuggingFace, ".model": _SentencePiece}

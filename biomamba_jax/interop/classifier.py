@@ -1,11 +1,14 @@
 """Classification head of a language model: one linear layer on the hidden state after a text's last token.
 
-classifier.safetensors: "weight" [classes D] in float32; its metadata has the class names as JSON under "labels".
+classifier.safetensors: "weight" [classes D] in float32; its metadata has the class names as JSON under "labels". A file
+of its own: readers of language models refuse unknown tensors. In PyTorch modeling_biomamba.py reads it.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -13,7 +16,7 @@ from safetensors.numpy import save_file
 
 from biomamba_jax.errors import UserError
 
-FILE = "classifier.safetensors"
+FILE, CODE = "classifier.safetensors", "modeling_biomamba.py"
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,17 @@ def write(classifier: Classifier, folder: Path) -> None:
     """Write classifier.safetensors into `folder`."""
     metadata = {"format": "pt", "labels": json.dumps(classifier.labels)}
     save_file({"weight": np.ascontiguousarray(classifier.weight, np.float32)}, folder / FILE, metadata)
+
+
+def write_for_transformers(classifier: Classifier, folder: Path, config: dict[str, Any]) -> None:
+    """Let `AutoModelForSequenceClassification` find the classifier: its code into `folder`, its keys into `config`."""
+    shutil.copyfile(Path(__file__).parents[1] / "templates" / CODE, folder / CODE)
+    prefix = config["model_type"].capitalize()
+    config["auto_map"] = {"AutoModelForSequenceClassification": f"modeling_biomamba.{prefix}ForSequenceClassification"}
+    config["id2label"] = {str(i): label for i, label in enumerate(classifier.labels)}
+    config["label2id"] = {label: i for i, label in enumerate(classifier.labels)}
+    eos = config["eos_token_id"]
+    config["start_token_id"] = eos[0] if isinstance(eos, list) else eos
 
 
 def find(folder: Path, width: int) -> Classifier | None:

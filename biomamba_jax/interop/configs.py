@@ -11,11 +11,11 @@ from typing import Any
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.checks import check_type
+from biomamba_jax.data.tokenizer import TOKEN_IDS
 from biomamba_jax.errors import UserError
 
 EXECUTION = ("compute_dtype", "kernels", "remat", "unroll")
 """Fields of ModelConfig that do not describe the weights."""
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DEFAULT_CHUNK = 256  # of both libraries; read as None, since results do not depend on it
 _HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2"}
 _SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2"}
@@ -36,12 +36,16 @@ _HF_KIND_FIELDS = {
     "mamba1": {"time_step_rank": "dt_rank"},
     "mamba2": {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"},
 }
-# Read in this order: ours, the number of tokens in use, wins over the library's, the rows of the embedding.
+# In this order: what the rows of our embedding are padded to wins over padding in the file.
 _HF_VOCABULARY = {
     "vocab_size": "vocab_size",
-    "unpadded_vocab_size": "vocab_size",
+    "unpadded_vocab_size": "vocab_size",  # of exports before 0.2, whose rows were padded
     "pad_vocab_size_multiple": "pad_vocab_multiple",
+    "pad_vocab_multiple": "pad_vocab_multiple",
 }
+# Upper bound of dt that stands for none: JSON has no infinity, readers in Rust and Go take no 1e999, and float16, in
+# which PyTorch may compute dt, no larger number.
+_NO_BOUND = 65504.0
 _SSM_OUTER_FIELDS = {
     "d_model": "d_model",
     "n_layer": "n_layers",
@@ -79,10 +83,11 @@ def _refuse(path: Path, unsupported: dict[str, Any]) -> None:
 
 
 def _no_clamp(limit: Any) -> bool:
-    """Return True if a dt limit is (0, inf), spelt Infinity, "Infinity" or {"__float__": "Infinity"}."""
+    """Return True if a dt limit is (0, inf), spelt 65504, Infinity, "Infinity" or {"__float__": "Infinity"}."""
     try:
         plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
-        return [float(bound) for bound in plain] == [0.0, math.inf]
+        low, high = (float(bound) for bound in plain)
+        return low == 0.0 and high >= _NO_BOUND
     except (TypeError, ValueError, StopIteration):
         return False
 
@@ -149,39 +154,25 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return {"kind": kind} | _stated(path, raw, _SSM_OUTER_FIELDS) | _stated(path, ssm, names)
 
 
-def token_ids(path: Path, raw: Any) -> dict[str, Any]:
-    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
-
-    Raises:
-      UserError: an entry is neither.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
-    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) is not None}
-    for key, value in found.items():
-        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{path}: {key} = {value!r}: must be a token id")
-    return found
-
-
 def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """Return the Hugging Face config.json, with every field: the library's defaults are those of other models.
 
-    So are its token ids: unknown ones are null. `unpadded_vocab_size` and `pad_vocab_size_multiple` are ours, for the
-    number of tokens in use, which the library does not store.
+    So are its token ids: unknown ones are null. The embedding has a row for each token and no padding; what our own is
+    padded to is `pad_vocab_multiple`, which is ours. mlx-lm needs every key of its `ModelArgs`.
     """
     own: dict[str, Any]
     if config.kind == "mamba1":
         own = {"time_step_scale": 1.0, "time_step_init_scheme": "random", "use_mambapy": False}
     else:
         own = {"num_heads": config.n_heads, "time_step_rank": config.rank, "rms_norm": True, "norm_before_gate": False}
+        own |= {"time_step_limit": [0.0, _NO_BOUND]}
     model_type = {kind: name for name, kind in _HF_TYPES.items()}[config.kind]
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,
-        "vocab_size": config.padded_vocab,
-        "unpadded_vocab_size": config.known_vocab,
-        "pad_vocab_size_multiple": config.pad_vocab_multiple,
+        "vocab_size": config.known_vocab,
+        "pad_vocab_size_multiple": 1,  # llama.cpp's converter pads to 8 or 16 without it
+        "pad_vocab_multiple": config.pad_vocab_multiple,
         **_written(config, _HF_FIELDS | _HF_KIND_FIELDS[config.kind], _DEFAULT_CHUNK),
         **own,
         "intermediate_size": config.d_inner,

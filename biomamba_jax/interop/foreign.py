@@ -8,7 +8,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.data.tokenizer import TOKEN_IDS, load_tokenizer, token_ids
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers
@@ -28,22 +28,24 @@ def read(folder: Path, dialect: str) -> Weights:
     config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
     try:
         about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is not JSON ({error})") from None
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is not a mapping")
     params = _read_params(config, source, dialect, folder)
     ids: dict[str, Any] = {}
     for path in (config_json, folder / "generation_config.json") if dialect == "hf" else ():  # the last one wins
-        ids |= configs.token_ids(path, read_json(path)) if path.exists() else {}
+        ids |= token_ids(path, read_json(path)) if path.exists() else {}
     return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model), ids)
 
 
 def _read_params(config: ModelConfig, source: tensors.TensorSource, dialect: str, folder: Path) -> dict[str, Any]:
-    params = {path: np.empty(shape, np.float32) for path, shape in names.native_shapes(config).items()}
+    params = {path: np.zeros(shape, np.float32) for path, shape in names.native_shapes(config).items()}
     for tensor in sizes.expected_tensors(config, source.shapes, dialect):
         value = source.read(tensor.key)
         if not (tensor.key == names.HEAD and config.tie_embeddings):
             tensor.read_into(params, value)
-        elif not np.array_equal(value.view(np.int32), params["embedding"].view(np.int32)):
+        elif not np.array_equal(value.view(np.int32), params["embedding"][tensor.index].view(np.int32)):
             raise UserError(
                 f"{folder}: the config ties the head to the embedding, but {names.HEAD} and "
                 f"{names.EMBEDDINGS[dialect]} differ; set tie_embeddings (tie_word_embeddings) to false"
@@ -57,12 +59,16 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
     if dialect == "hf":
         ids = weights.token_ids
         if source:  # its EOS token is authoritative, and the default of the other special tokens
-            eos = load_tokenizer(source).eos_id
-            ids = dict.fromkeys(configs.TOKEN_IDS, eos) | ids | {"eos_token_id": eos}
-            beside = source.parent / tokenizers.TOKENIZER_CONFIG
-            tokenizers.write_for_transformers(source, folder, read_json(beside) if beside.exists() else {}, ids)
+            special = load_tokenizer(source).special
+            eos, stated = special["eos"], ids.get("eos_token_id")
+            known = {f"{name}_token_id": token for name, token in special.items()}
+            ids = {key: ids.get(key, known.get(key, eos)) for key in TOKEN_IDS}
+            ids["eos_token_id"] = stated if isinstance(stated, list) and eos in stated else eos
+            tokenizers.write_for_transformers(source, folder, ids)
         raw = configs.write_hf(config, dtype, ids)
-        write_json(folder / "generation_config.json", tokenizers.generation_config(config, ids))
+        if weights.classifier is not None:
+            classifier.write_for_transformers(weights.classifier, folder, raw)
+        write_json(folder / "generation_config.json", ids)
     else:
         raw = configs.write_mamba_ssm(config)
     write_json(folder / "config.json", raw)

@@ -1,7 +1,8 @@
 """Reading and writing of models in every format.
 
 Dialects: "native" (model.json, params/ of orbax), "run" (a run directory of `pretrain`, read-only), "hf" (Hugging Face
-transformers) and "mamba_ssm" (the authors' library). Each is recognised by its files.
+transformers), "mamba_ssm" (the authors' library) and, only to write, "gguf" (llama.cpp). Each is recognised by its
+files.
 """
 
 import dataclasses
@@ -17,11 +18,12 @@ from typing import Literal
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_text
-from biomamba_jax.interop import adapters, classifier, foreign, native, runs
+from biomamba_jax.interop import adapters, classifier, foreign, gguf, native, runs
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.interop.model_card import model_card
 from biomamba_jax.interop.weights import Weights
 
+_FULL = 1 << 14  # bytes: less than this is free on a full disk
 Dialect = Literal["native", "run", "hf", "mamba_ssm"]
 
 
@@ -78,21 +80,22 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
 def write_model(
     weights: Weights,
     folder: str | os.PathLike[str],
-    dialect: Literal["native", "hf", "mamba_ssm"],
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dialect: Literal["native", "hf", "mamba_ssm", "gguf"],
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32",
     name: str | None = None,
 ) -> list[Path]:
     """Write a model as a new folder, atomically.
 
     native: model.json, params/ and the tokenizer. hf: files for `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline`.
-    mamba_ssm: files for `MambaLMHeadModel.from_pretrained`; pytorch_model.bin only if torch is installed. Each with a
-    model card, README.md, and with classifier.safetensors if there is a classifier.
+    mamba_ssm: files for `MambaLMHeadModel.from_pretrained`; pytorch_model.bin only if torch is installed. gguf: one
+    file of that name. Each with a model card, README.md, and all but gguf with classifier.safetensors if there is a
+    classifier.
 
     Args:
       weights: the model.
       folder: folder to create.
       dialect: format to write.
-      dtype: dtype of the tensors; native is always float32.
+      dtype: dtype of the tensors; native is always float32, and q8_0 only for gguf.
       name: the model's name in its card; default: the folder's.
 
     Returns:
@@ -103,20 +106,30 @@ def write_model(
     """
     if dialect == "native" and dtype != "float32":
         raise UserError(f"--dtype {dtype}: native weights are float32; give --to hf or mamba_ssm for other types")
+    if dtype == "q8_0" and dialect != "gguf":
+        raise UserError(f"--dtype q8_0: only --to gguf has it, not {dialect}; give float16 or bfloat16")
+    name = name or Path(folder).name
     # Strict JSON has no NaN: these become strings.
     weights = dataclasses.replace(weights, about=json.loads(json.dumps(weights.about), parse_constant=str))
     with _whole_folder(Path(folder)) as new:
-        tokenizer_file = weights.tokenizer_file and load_tokenizer(weights.tokenizer_file).save_to(new)
-        if dialect == "native":
-            native.write(weights, new)
+        if dialect == "gguf":
+            gguf.write(weights, new / f"{name.rpartition('/')[2]}.gguf", dtype)
         else:
-            foreign.write(weights, new, dialect, dtype)
-        if weights.classifier is not None:
-            classifier.write(weights.classifier, new)
-        name = name or Path(folder).name
-        card = model_card(name, dialect, weights.config, dtype, weights.about, tokenizer_file is not None)
+            _write_folder(weights, new, dialect, dtype)
+        card = model_card(name, dialect, weights, dtype)
         write_text(new / "README.md", card)
     return sorted(Path(folder).iterdir())
+
+
+def _write_folder(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
+    if weights.tokenizer_file:
+        load_tokenizer(weights.tokenizer_file).save_to(folder)
+    if dialect == "native":
+        native.write(weights, folder)
+    else:
+        foreign.write(weights, folder, dialect, dtype)
+    if weights.classifier is not None:
+        classifier.write(weights.classifier, folder)
 
 
 def refuse_existing(folder: Path) -> None:
@@ -141,8 +154,15 @@ def _whole_folder(folder: Path) -> Iterator[Path]:
         new.chmod(0o755)
         os.rename(new, folder)
     except BaseException as error:
+        full = new is not None and shutil.disk_usage(new).free < _FULL
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{folder}: cannot be written ({error})") from None
+        if isinstance(error, Exception) and not isinstance(error, UserError):
+            # orbax, safetensors, tokenizers and torch each have errors of their own for a full disk.
+            if full or "No space left" in str(error):
+                raise UserError(
+                    f"{folder}: cannot be written (No space left on device); free space or give another --output"
+                ) from None
+            if isinstance(error, OSError):
+                raise UserError(f"{folder}: cannot be written ({error})") from None
         raise

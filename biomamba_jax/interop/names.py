@@ -83,8 +83,8 @@ class Tensor:
     part_shapes: tuple[Shape, ...]
     """Native shape of each part, of one layer."""
     layout: Layout
-    layer: int | EllipsisType = ...
-    """Index of the layer; an ellipsis outside the layers."""
+    index: int | slice | EllipsisType = ...
+    """Layer, or rows of the vocabulary, of the native parameters."""
 
     @property
     def shape(self) -> Shape:
@@ -97,12 +97,12 @@ class Tensor:
         row = 0
         for path, shape in zip(self.parts, self.part_shapes, strict=True):
             rows = self.layout.shape(shape)[0]
-            params[path][self.layer][...] = self.layout.to_native(tensor[row : row + rows])
+            params[path][self.index][...] = self.layout.to_native(tensor[row : row + rows])
             row += rows
 
     def build(self, params: dict[str, np.ndarray]) -> np.ndarray:
         """Return the foreign tensor of native parameters, flat by path."""
-        foreign = [self.layout.to_foreign(params[path][self.layer]) for path in self.parts]
+        foreign = [self.layout.to_foreign(params[path][self.index]) for path in self.parts]
         return foreign[0] if len(foreign) == 1 else np.concatenate(foreign)
 
 
@@ -112,30 +112,35 @@ def native_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
 
 
-def foreign_tensors(config: ModelConfig, dialect: str) -> Iterator[Tensor]:
+def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterator[Tensor]:
     """Yield every tensor of this model in a file of `dialect` ("hf" or "mamba_ssm").
 
     A tied head repeats the embedding in mamba_ssm and is absent in Hugging Face.
+
+    Args:
+      config: the model.
+      dialect: format of the file.
+      rows: rows of the embedding in the file; 0: padded in mamba_ssm, the tokens in use in Hugging Face, since
+        transformers would give padding a share of the probability.
     """
     shapes = native_shapes(config)
+    rows = rows or (config.known_vocab if dialect == "hf" else config.padded_vocab)
 
-    def whole(key: str, path: str) -> Tensor:
-        return Tensor(key, (path,), (shapes[path],), SAME)
+    def vocabulary(key: str, path: str) -> Tensor:
+        return Tensor(key, (path,), ((rows, config.d_model),), SAME, slice(rows))
 
-    yield whole(EMBEDDINGS[dialect], "embedding")
+    yield vocabulary(EMBEDDINGS[dialect], "embedding")
     for layer in range(config.n_layers):
         prefix = f"backbone.layers.{layer}."
-        rows = [
+        mixer = [
             (f"mixer.{key}", tuple(f"layers/mixer/{p}" for p in parts), lay) for key, parts, lay in MIXERS[config.kind]
         ]
-        for key, parts, layout in [("norm.weight", ("layers/norm/weight",), SAME), *rows]:
+        for key, parts, layout in [("norm.weight", ("layers/norm/weight",), SAME), *mixer]:
             if parts[0] in shapes:  # biases are optional
                 yield Tensor(prefix + key, parts, tuple(shapes[part][1:] for part in parts), layout, layer)
-    yield whole("backbone.norm_f.weight", "norm_f/weight")
-    if not config.tie_embeddings:
-        yield whole(HEAD, "lm_head")
-    elif dialect == "mamba_ssm":
-        yield whole(HEAD, "embedding")
+    yield Tensor("backbone.norm_f.weight", ("norm_f/weight",), (shapes["norm_f/weight"],), SAME)
+    if not config.tie_embeddings or dialect == "mamba_ssm":
+        yield vocabulary(HEAD, "embedding" if config.tie_embeddings else "lm_head")
 
 
 def path_name(path: tuple[Any, ...]) -> str:

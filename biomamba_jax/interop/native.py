@@ -1,12 +1,16 @@
 """Native models on disk, and the orbax checkpoints in which they and runs hold their parameters.
 
 model.json      {"format_version": 1, "model": fields of ModelConfig, "about": see `runs.describe`,
+                "sha256": `adapters.fingerprint` of the parameters,
                 "token_ids": those of the Hugging Face config.json that it was converted from, if any}
 params/         the parameters in float32, a nested dict, written by orbax
 tokenizer.model or tokenizer.json
 """
 
 import dataclasses
+import errno
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -20,10 +24,12 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import type_handlers
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.tokenizer import token_ids
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import classifier, tokenizers
-from biomamba_jax.interop.configs import EXECUTION, portable, token_ids
+from biomamba_jax.interop.adapters import fingerprint
+from biomamba_jax.interop.configs import EXECUTION, portable
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name
 from biomamba_jax.interop.weights import Weights
 
@@ -36,6 +42,9 @@ _CHUNK_BYTES = 36 << 20
 
 def write(weights: Weights, folder: Path) -> None:
     """Write model.json and params/ into `folder`."""
+    size = sum(array.nbytes for array in jax.tree.leaves(weights.params))
+    if shutil.disk_usage(folder).free < size:  # in the middle of orbax's writes it would be a traceback for each array
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     config = dataclasses.asdict(portable(weights.config))
     in_place = type_handlers.create_type_handler_registry(
         (np.ndarray, type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
@@ -49,7 +58,8 @@ def write(weights: Weights, folder: Path) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
     raw = {"format_version": FORMAT_VERSION, "model": {key: config[key] for key in config if key not in EXECUTION}}
-    raw |= {"about": weights.about} | ({"token_ids": weights.token_ids} if weights.token_ids else {})
+    raw |= {"about": weights.about, "sha256": fingerprint(weights.params)}
+    raw |= {"token_ids": weights.token_ids} if weights.token_ids else {}
     write_json(folder / MODEL_JSON, raw)
 
 
@@ -66,12 +76,16 @@ def read(folder: Path) -> Weights:
     try:
         config = portable(ModelConfig(**raw["model"]))
         shapes = native_shapes(config)
-    except (KeyError, TypeError, UserError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: is not the config of a model ({error})") from None
     about = raw.get("about", {})
     if not isinstance(about, dict):
         raise UserError(f"{path}: about = {about!r}: must be a mapping")
     params = restore(folder / PARAMS, "", shapes)
+    if raw.get("sha256") not in (None, fingerprint(params)):
+        raise UserError(
+            f"{folder / PARAMS}: its weights are not those that were written (sha256); copy or export the model again"
+        )
     ids = token_ids(path, raw.get("token_ids", {}))
     return Weights(config, params, tokenizers.find(folder), about, classifier.find(folder, config.d_model), ids)
 

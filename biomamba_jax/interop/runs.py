@@ -1,6 +1,7 @@
 """Run directories of `pretrain` and `finetune`, read-only: their best or newest checkpoint and what trained it."""
 
 import dataclasses
+import re
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,13 @@ from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.interop.configs import portable
 from biomamba_jax.interop.weights import Weights
 
-_RECIPE = ("optimizer", "schedule", "loss", "train")
+_RECIPE = ("data", "optimizer", "schedule", "loss", "train", "lora")
 _SECTIONS = ("data", "checkpoint", "lora")
+_IN_RECIPE = ("batch_size", "sequence_length")  # of "data"
+# Settings that change speed or output, but no weight; and the value at which a setting has no effect.
+_NO_EFFECT = ("chunk_size", "log_every", "eval_every", "eval_batches", "max_skipped_steps", "compiler_options")
+_OFF: dict[str, Any] = {"weight_decay": 0, "clip": 0, "layer_decay": 1, "ema": 0, "label_smoothing": 0, "z_loss": 0}
+_OFF |= {"warmup_fraction": 0, "accumulation": 1, "dropout": 0, "patience": None}
 
 
 def read(folder: Path) -> tuple[Weights, Base | None]:
@@ -98,17 +104,17 @@ def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manife
     """Return the information of a model card about a run.
 
     Returns:
-      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings}, "evaluation": the last
-      held-out line up to `step`, "text": {"sources", "splits", "tokenizer"} of the shards' manifest}; the last two only
-      if metrics.jsonl and the shards exist.
+      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings that had an effect},
+      "init_from" or, if it is no folder, "base_model" (a hub name), "evaluation": the last held-out line up to `step`,
+      "text": {"sources", "splits", "tokenizer"} of the shards' manifest}; the last two only if metrics.jsonl and the
+      shards exist.
     """
     rows = settings["data"]
-    sections = (*_RECIPE, "lora") if settings["lora"].get("rank") else _RECIPE
-    about: dict[str, Any] = {
-        "steps": step,
-        "tokens": step * rows["batch_size"] * rows["sequence_length"],
-        "recipe": {key: settings[key] for key in sections if key in settings},
-    }
+    about: dict[str, Any] = {"steps": step, "tokens": step * rows["batch_size"] * rows["sequence_length"]}
+    about["recipe"] = {key: effective(key, settings.get(key) or {}) for key in _RECIPE}
+    if base := settings.get("init_from"):
+        hub = not Path(base).exists() and re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w.-]+)?", base)
+        about |= {"base_model": hub[1]} if hub else {"init_from": Path(base).name}
     metrics = folder / "metrics.jsonl"
     if metrics.exists():
         lines = (line for _, line in read_step_lines(metrics) if line["step"] <= step)
@@ -118,3 +124,22 @@ def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manife
         splits = {name: dataclasses.asdict(split) for name, split in manifest.splits.items()}
         about["text"] = {"sources": manifest.sources, "splits": splits, "tokenizer": manifest.tokenizer.name}
     return about
+
+
+def effective(section: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a section that had an effect on the weights."""
+    if section == "data":
+        return {key: settings[key] for key in _IN_RECIPE}
+    if section == "lora" and not settings.get("rank"):
+        return {}
+    kept = {
+        key: value for key, value in settings.items() if key not in _NO_EFFECT and value != _OFF.get(key, _NO_EFFECT)
+    }
+    unused = {
+        "embedding_rate": "layer_decay" not in kept,
+        "stable_fraction": kept.get("kind") != "wsd",
+        "final_fraction": kept.get("kind") == "constant",
+        "steps": kept.get("steps") is None,
+        "epochs": kept.get("steps") is not None,
+    }
+    return {key: value for key, value in kept.items() if not unused.get(key)}

@@ -41,9 +41,12 @@ def model_config(
     Raises:
       UserError: the tensors are not those of such a model; lists every missing or unexpected tensor and wrong shape.
     """
-    rows = shapes.get(EMBEDDINGS[dialect], (0, 0))[0]
+    embedding = shapes.get(EMBEDDINGS[dialect], (0, 0))
+    if len(embedding) != 2:
+        raise UserError(f"{path.parent}: {EMBEDDINGS[dialect]} has shape {list(embedding)}, not [rows, width]")
+    _refuse_absurd(path, stated, shapes)
     fields = {"n_groups": 1} | _from_tensors(stated["kind"], shapes, dialect) | stated
-    vocabulary = _vocabulary(path, rows, stated, tokenizer_vocab) if rows else {}
+    vocabulary = _vocabulary(path, embedding[0], stated, dialect, tokenizer_vocab) if embedding[0] else {}
     try:
         config = ModelConfig(**(fields | vocabulary))
     except UserError as error:
@@ -71,23 +74,41 @@ def _from_tensors(kind: str, shapes: dict[str, Shape], dialect: str) -> dict[str
     return found
 
 
-def _vocabulary(path: Path, rows: int, stated: dict[str, Any], tokenizer_vocab: int | None) -> dict[str, int]:
-    """Return `vocab_size` and a `pad_vocab_multiple` that pads it to exactly `rows`."""
+def _refuse_absurd(path: Path, stated: dict[str, Any], shapes: dict[str, Shape]) -> None:
+    """Refuse sizes that no tensor here can have, before anything of such a size is built."""
+    largest = max((size for shape in shapes.values() for size in shape), default=0)
+    bounds = {"n_layers": len(shapes), "pad_vocab_multiple": 1 << 16, "chunk_size": 1 << 31}
+    for name, value in stated.items():
+        if type(value) is int and value > bounds.get(name, max(largest, 1)):
+            raise UserError(f"{path}: {name} = {value}: more than the tensors beside it can have")
+
+
+def _vocabulary(
+    path: Path, rows: int, stated: dict[str, Any], dialect: str, tokenizer_vocab: int | None
+) -> dict[str, int]:
+    """Return `vocab_size` and a `pad_vocab_multiple` that pads it to `rows`.
+
+    Where all rows of a Hugging Face file are in use, the multiple is the one that the file states for our padding.
+    """
     if tokenizer_vocab is not None and tokenizer_vocab > rows:
         raise UserError(
             f"{path.parent}: its tokenizer has {tokenizer_vocab} ids, but the embedding only {rows} rows; "
             "the two do not belong together"
         )
-    in_use = stated.get("vocab_size", rows)
+    in_use, multiple = stated.get("vocab_size", rows), stated.get("pad_vocab_multiple", 0)
     if in_use < 1:
         raise UserError(f"{path}: vocab_size is {in_use}: must be at least 1")
     if in_use > rows:
         raise UserError(f"{path}: vocab_size is {in_use}, but the embedding has only {rows} rows")
-    in_use = min(in_use, tokenizer_vocab or rows)
-    if in_use == rows and tokenizer_vocab is None:
+    if dialect == "hf" and multiple and -(-in_use // multiple) * multiple != rows:
+        in_use = rows  # resized in transformers since it was exported
+    if tokenizer_vocab is not None:
+        in_use = tokenizer_vocab
+    elif in_use == rows:
         in_use = _KNOWN_PADDING.get(rows, rows)
-    candidates = (stated.get("pad_vocab_multiple", 0), *_USUAL_MULTIPLES, rows)
-    fits = (m for m in candidates if m and rows % m == 0 and rows - m < in_use)
+    if in_use == rows and dialect == "hf" and multiple:
+        return {"vocab_size": in_use, "pad_vocab_multiple": multiple}
+    fits = (m for m in (multiple, *_USUAL_MULTIPLES, rows) if m and rows % m == 0 and rows - m < in_use)
     return {"vocab_size": in_use, "pad_vocab_multiple": next(fits)}
 
 
@@ -110,7 +131,7 @@ def compare(path: Path, config: ModelConfig, shapes: dict[str, Shape], dialect: 
 
 def expected_tensors(config: ModelConfig, shapes: dict[str, Shape], dialect: str) -> list[Tensor]:
     """Return the tensors to read: those of the dialect, a tied head only if the file repeats it."""
-    tensors = list(foreign_tensors(config, dialect))
+    tensors = list(foreign_tensors(config, dialect, shapes.get(EMBEDDINGS[dialect], (0,))[0]))
     if config.tie_embeddings:
         tensors = [tensor for tensor in tensors if tensor.key != HEAD]
         if HEAD in shapes:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConf
 from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
 from biomamba_jax.data.pipeline import Documents, PaddedDocuments
 from biomamba_jax.data.shards import Manifest, open_split
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.train.report import record_start
@@ -95,7 +95,7 @@ def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start
     earlier = files.read_yaml(path) if start is not None and path.exists() else None
     files.write_text(path, to_yaml(config))
     if tokenizer is not None and tokenizer.is_file():
-        shutil.copyfile(tokenizer, run_dir / tokenizer.name)
+        load_tokenizer(tokenizer).save_to(run_dir)
     record_start(run_dir, start or 0)
     if earlier is None:
         return []

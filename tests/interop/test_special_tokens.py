@@ -5,10 +5,11 @@ import json
 
 import pytest
 from random_weights import random_weights
-from tiny_models import CONFIGS, train_tokenizer
-from tokenizers import Tokenizer, models
+from tiny_models import CONFIGS, train_tokenizer, write_byte_level
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from biomamba_jax import convert
+from biomamba_jax.data.tokenizer import EOS, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.interop.tokenizers import from_sentencepiece
@@ -71,9 +72,8 @@ def test_special_tokens_beside_the_end_of_the_text_stay_what_they_were(folder, t
 
 
 def test_a_tokenizer_that_the_model_cannot_have_had_is_refused_before_anything_is_written(folder, tmp_path):
-    large = {f"w{i}": i for i in range(310)} | {"<|endoftext|>": 310}
-    Tokenizer(models.WordLevel(large, unk_token="w0")).save(str(tmp_path / "large.json"))
-    words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--tokenizer", str(tmp_path / "large.json")]
+    large = write_byte_level(tmp_path / "large", [EOS, *(f"<{i}>" for i in range(54))])
+    words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--tokenizer", str(large)]
     with pytest.raises(UserError, match="has 311 ids, the model 310"):
         convert.main(words)
     assert not (tmp_path / "out").exists()
@@ -88,19 +88,80 @@ def test_a_tokenizer_with_as_many_ids_as_the_model_is_accepted(folder, tmp_path)
 def test_rows_beyond_the_tokenizer_s_ids_are_padding_where_the_config_does_not_say(folder, tmp_path):
     weights = dataclasses.replace(read_model(folder), tokenizer_file=train_tokenizer(tmp_path).path)
     assert weights.config.padded_vocab == 320
-    write_model(weights, tmp_path / "own", "hf")
-    raw = json.loads((tmp_path / "own" / "config.json").read_text())
-    del raw["unpadded_vocab_size"]
-    (tmp_path / "own" / "config.json").write_text(json.dumps(raw))
+    write_model(weights, tmp_path / "own", "mamba_ssm")
+    state(tmp_path / "own" / "config.json", vocab_size=None)
     assert read_model(tmp_path / "own").config.known_vocab == 310
 
 
 def test_a_given_tokenizer_takes_the_place_of_the_input_s(folder, tmp_path):
-    small = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "other": 1}, unk_token="other"))
-    small.save(str(tmp_path / "small.json"))
+    small = write_byte_level(tmp_path / "small", [EOS])
     write_model(
         dataclasses.replace(read_model(folder), tokenizer_file=train_tokenizer(tmp_path).path), tmp_path / "own", "hf"
     )
     words = ["--input", str(tmp_path / "own"), "--output", str(tmp_path / "out"), "--to", "native"]
-    convert.main([*words, "--tokenizer", str(tmp_path / "small.json")])
+    convert.main([*words, "--tokenizer", str(small)])
     assert read_model(tmp_path / "out").tokenizer_file == tmp_path / "out" / "tokenizer.json"
+
+
+STATEMENTS = {
+    "tokenizer_config.json": {"eos_token": "<over>"},
+    "tokenizer_config.json, as an object": {"eos_token": {"content": "<over>", "lstrip": False}},
+    "config.json": {"eos_token_id": 257},
+    "generation_config.json": {"eos_token_id": [257, 256]},
+}
+
+
+@pytest.mark.parametrize("file", STATEMENTS)
+def test_the_end_of_text_that_a_file_states_wins_over_a_known_name(tmp_path, file):
+    path = write_byte_level(tmp_path / "t", ["</s>", "<over>", EOS])
+    (tmp_path / "t" / file.partition(",")[0]).write_text(json.dumps(STATEMENTS[file]))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.eos_id == 257
+    (tmp_path / "copy").mkdir()
+    assert load_tokenizer(tokenizer.save_to(tmp_path / "copy")).eos_id == 257  # as in shards, runs and native models
+
+
+def test_of_two_statements_that_of_the_tokenizer_s_own_config_counts(tmp_path):
+    path = write_byte_level(tmp_path / "t", ["<a>", "<b>", "<c>"], eos_token="<b>")
+    (tmp_path / "t" / "config.json").write_text('{"eos_token_id": 258, "bos_token_id": 256}')
+    assert load_tokenizer(path).special == {"eos": 257, "bos": 256}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", {"eos_token": "<none>"}, "tokenizer_config.json: eos_token '<none>' is not a token"),
+        ("config.json", {"eos_token_id": 300}, "config.json: eos_token_id = 300, but tokenizer.json has 257 ids"),
+    ],
+)
+def test_a_stated_end_of_text_that_the_tokenizer_lacks_is_refused(tmp_path, file, content, message):
+    path = write_byte_level(tmp_path / "t", [EOS])
+    (path.parent / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(path)
+
+
+def test_text_that_spells_a_special_token_is_ordinary_text_also_where_the_token_was_added_as_a_word(tmp_path):
+    path = write_byte_level(tmp_path / "t", plain=["<end>", "<start>", "word"], eos_token="<end>", bos_token="<start>")
+    tokenizer = load_tokenizer(path)
+    [ids] = tokenizer.encode_batch(["a <end> <start> word"])
+    assert tokenizer.special == {"eos": 256, "bos": 257}
+    assert not {256, 257} & set(ids) and 258 in ids
+    assert tokenizer.decode(ids) == "a <end> <start> word"
+
+
+def test_a_word_that_spells_the_end_of_text_is_unknown_where_words_are_tokens(tmp_path):
+    library = Tokenizer(models.WordLevel({EOS: 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").encode_batch([f"a {EOS} a", "a a"]) == [[1, 2, 1], [1, 1]]
+
+
+def test_an_exported_model_keeps_what_its_tokenizer_config_states(folder, tmp_path):
+    stated = {"eos_token": "<end>", "bos_token": "<start>", "chat_template": "{{ messages }}", "model_max_length": 77}
+    path = write_byte_level(tmp_path / "t", ["<start>", "<end>"], **stated)
+    write_model(dataclasses.replace(read_model(folder), tokenizer_file=path), tmp_path / "native", "native")
+    write_model(read_model(tmp_path / "native"), tmp_path / "again", "hf")
+    written = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert {key: written[key] for key in stated} == stated
+    assert ids_in(tmp_path / "again") == {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 257}
