@@ -1,4 +1,4 @@
-"""HTML pages from the package's templates: one file that can be sent to a colleague, no scripts, nothing fetched."""
+"""HTML pages from the package's templates: one file that can be sent to a colleague, nothing fetched."""
 
 import io
 import time

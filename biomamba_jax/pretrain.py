@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_if_missing(config)
             write_baselines(config)
         distributed.barrier("data", timeout=distributed.DATA_TIMEOUT)
-        complete = train(*with_initial_weights(config))
+        complete = train(*with_initial_weights(config), measure=task_evaluation(config))
         if first:
             show_results(Path(config.run_dir))
     distributed.exit_if_stopped(complete)
@@ -72,6 +72,15 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
         weights = read_model(config.init_from)
         model, params = weights.config, weights.params
     return dataclasses.replace(config, model=with_execution_settings(model, config.model)), params
+
+
+def task_evaluation(config: PretrainConfig) -> Any:
+    """Return what measures the model on the tasks of the evaluate section; None if it names no task."""
+    if not config.evaluate.measures_anything:
+        return None
+    from biomamba_jax.tasks.in_training import TrainingEvaluation
+
+    return TrainingEvaluation(config)
 
 
 def write_baselines(config: PretrainConfig) -> None:

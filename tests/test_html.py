@@ -231,10 +231,11 @@ def found_shards(name):
         TokenizerInfo(name, "0" * 64, "tokenizer.model", 12_345, 2),
         {"train": SplitInfo(1300, 45_600, 98_040, 4), "test": SplitInfo(0, 0, 0, 0)},
         {"no_abstract": 1700, "retracted": 0},
-        [{"name": name, "sha256": "", "records": 1000}, {"name": "b", "sha256": "", "records": 2000}],
+        [{"name": name, "sha256": "", "records": 1000}, {"name": "b.xml.gz", "sha256": "", "records": 2000}],
         {"input": name},
     )
     return inspection.Inspection(
+        name=name,
         manifest=manifest,
         split="train",
         lengths=np.array([100, 1024, 3000], np.uint32),
@@ -254,6 +255,7 @@ def found_shards(name):
 def test_an_inspection_s_page_has_each_figure_under_its_column_and_names_as_they_are(tmp_path, name):
     inspection.write_html(found_shards(name), tmp_path / "text.html")
     root = root_of(tmp_path / "text.html")
+    assert root.findtext(".//header/h1") == name
     assert root.findtext(".//header/p") == f"files read: 2 · {name}, 12,345 ids"
     assert table_under(root, "Records") == [
         ["records", "number", "meaning"],
@@ -272,8 +274,8 @@ def test_an_inspection_s_page_has_each_figure_under_its_column_and_names_as_they
     ]
     assert [item.text for item in root.xpath("//li")] == [
         "rows of 1,024: 98.77 % full when packed; 33.33 % of the documents are longer",
-        "of 2,000 documents 20 (1.000 %) have tags left and 5 (0.250 %) entities; in the MedRAG corpus of the 2021 "
-        "file 27 % and 18 %",
+        "of 2,000 documents 20 (1.000 %) have tags left and 5 (0.250 %) entities; in the MedRAG corpus of "
+        "PubMed's 2021 files 27 % and 18 %",
         "removed.jsonl lists 1,234 as near_duplicate",
     ]
     assert [plot.text for plot in root.xpath("//figcaption")] == [

@@ -122,7 +122,42 @@ class BioASQConfig(Settings, section="bioasq"):
 
 
 @dataclass(frozen=True)
-class EvaluateConfig(Settings):
+class MeasuresConfig(Settings):
+    """What to measure of a model, and how."""
+
+    domains: dict[str, DomainConfig] = field(default_factory=dict)
+    """Name and source of each text domain."""
+    pubmedqa: PubMedQAConfig = field(default_factory=PubMedQAConfig)
+    """PubMedQA."""
+    bioasq: BioASQConfig = field(default_factory=BioASQConfig)
+    """BioASQ task B."""
+    max_unspelled: Fraction = 0.01
+    """Share of a domain's bytes that a tokenizer may fail to spell; above it a model is shown but not compared."""
+    window: PositiveInt = 1024
+    """Tokens of one row. Longer documents carry the state from row to row, so this changes only speed and memory."""
+    batch_size: PositiveInt = 8
+    """Rows computed at a time; only speed and memory depend on it."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    seed: int = 0
+    """Seed of the bootstrap and of samples of documents."""
+
+    @property
+    def measures_anything(self) -> bool:
+        """True if a text domain or a set of questions is given."""
+        return bool(self.domains or self.pubmedqa.path or self.bioasq.path)
+
+
+@dataclass(frozen=True)
+class TrainingEvaluationConfig(MeasuresConfig, section="evaluate"):
+    """Evaluation of the model in training on text domains and questions, as `evaluate` does it."""
+
+    every: NonNegativeInt = 0
+    """Steps between these evaluations, whose figures go to metrics.jsonl; 0: only after the last step."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(MeasuresConfig):
     """An evaluation of several models on text domains and questions."""
 
     basic: ClassVar[str] = (
@@ -141,26 +176,10 @@ class EvaluateConfig(Settings):
     protocol: Literal["standard", "paper", "paper_v1"] = "standard"
     """standard: this project's definitions; paper: those of the published BioMamba code, including its weaknesses;
     paper_v1: standard, and perplexity as that code's first version computes it, with padding in the loss."""
-    domains: dict[str, DomainConfig] = field(default_factory=dict)
-    """Name and source of each text domain."""
-    pubmedqa: PubMedQAConfig = field(default_factory=PubMedQAConfig)
-    """PubMedQA."""
-    bioasq: BioASQConfig = field(default_factory=BioASQConfig)
-    """BioASQ task B."""
-    max_unspelled: Fraction = 0.01
-    """Share of a domain's bytes that a tokenizer may fail to spell; above it a model is shown but not compared."""
-    window: PositiveInt = 1024
-    """Tokens of one row. Longer documents carry the state from row to row, so this changes only speed and memory."""
-    batch_size: PositiveInt = 8
-    """Rows computed at a time; only speed and memory depend on it."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
     resamples: PositiveInt = 2000
     """Bootstrap resamples for each interval."""
     confidence: InnerFraction = 0.95
     """Confidence level of the intervals."""
-    seed: int = 0
-    """Seed of the bootstrap and of samples of documents."""
 
     def __post_init__(self) -> None:
         check(bool(self.models), "models", self.models, "name a model: --models.NAME FOLDER")
@@ -171,5 +190,5 @@ class EvaluateConfig(Settings):
         check(self.reference in (None, *self.models), "reference", self.reference, f"must be one of {known}")
         alone = self.protocol != "paper_v1" or not (self.pubmedqa.path or self.bioasq.path)
         check(alone, "protocol", self.protocol, "is of text domains alone; leave out pubmedqa.path and bioasq.path")
-        asked = bool(self.domains or self.pubmedqa.path or self.bioasq.path)
-        check(asked, "domains", self.domains, "give domains, pubmedqa.path or bioasq.path; there is nothing to measure")
+        remedy = "give domains, pubmedqa.path or bioasq.path; there is nothing to measure"
+        check(self.measures_anything, "domains", self.domains, remedy)

@@ -1,11 +1,12 @@
 """Settings of training, those that every run has, and those of a pretraining run."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import DataConfig, RowsConfig
+from biomamba_jax.config.evaluate import TrainingEvaluationConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig
 from biomamba_jax.config.prepare import PrepareConfig
@@ -66,6 +67,12 @@ class LossConfig(Settings, section="loss"):
     """Tokens whose logits are materialised at a time; default: the fastest for the platform."""
 
 
+_StepRange = Annotated[
+    list[int],
+    checks.Limit("a first and a last step, such as [10, 12]", lambda x: not x or (len(x) == 2 and 1 <= x[0] <= x[1])),
+]
+
+
 @dataclass(frozen=True)
 class TrainConfig(Settings, section="train"):
     """Length of a run, and how often it logs and evaluates."""
@@ -88,6 +95,8 @@ class TrainConfig(Settings, section="train"):
     """Consecutive evaluations without a lower held-out loss after which the run stops early; default: never."""
     max_skipped_steps: checks.PositiveInt = 10
     """Consecutive updates skipped for a non-finite gradient after which the run stops."""
+    profile_steps: _StepRange = field(default_factory=list)
+    """First and last step to trace with JAX's profiler into profile/ of the run directory; default: none."""
     compiler_options: dict[str, bool | int | float | str] = field(default_factory=dict)
     """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; docs/plans.md has two for TPUs."""
 
@@ -160,3 +169,5 @@ class PretrainConfig(RunConfig):
     """Training text."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Preparation of the shards if data.path does not exist (output is data.path; without input, they must exist)."""
+    evaluate: TrainingEvaluationConfig = field(default_factory=TrainingEvaluationConfig)
+    """Tasks to evaluate the model on while it is trained."""

@@ -14,6 +14,7 @@ from biomamba_jax.data.build import REMOVED_NAME
 from biomamba_jax.data.mixture import MixedRowPlan, open_mixture
 from biomamba_jax.data.nlm import find_records
 from biomamba_jax.data.packing import RowPlan
+from biomamba_jax.data.readers import is_nlm
 from biomamba_jax.data.records import REASONS
 from biomamba_jax.data.shards import Manifest, ShardReader, open_split
 from biomamba_jax.data.text import remaining_markup
@@ -73,6 +74,8 @@ class SourceShare(NamedTuple):
 class Inspection:
     """What `inspect` finds out about a split."""
 
+    name: str
+    """Name of the folder of shards."""
     manifest: Manifest
     split: str
     lengths: np.ndarray
@@ -100,6 +103,7 @@ def inspect(config: InspectConfig) -> Inspection:
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
     manifest.check_tokenizer(tokenizer.sha256)
     return Inspection(
+        name=folder.resolve().name,
         manifest=manifest,
         split=config.split,
         lengths=np.array(reader.lengths),
@@ -198,9 +202,10 @@ def _notes(found: Inspection) -> list[str]:
         f"rows of {found.sequence_length:,}: {100 * found.packed:.2f} % full when packed; {100 * longer:.2f} % of the "
         "documents are longer",
         f"of {markup.checked:,} documents {markup.tags:,} ({100 * markup.tags / markup.checked:.3f} %) have tags left "
-        f"and {markup.entities:,} ({100 * markup.entities / markup.checked:.3f} %) entities; in the MedRAG corpus of "
-        "the 2021 file 27 % and 18 %",
+        f"and {markup.entities:,} ({100 * markup.entities / markup.checked:.3f} %) entities",
     ]
+    if any(is_nlm(source["name"]) for source in found.manifest.sources):
+        notes[-1] += "; in the MedRAG corpus of PubMed's 2021 files 27 % and 18 %"
     if found.removed:
         listed = ", ".join(f"{number:,} as {reason}" for reason, number in found.removed.items())
         notes.append(f"{REMOVED_NAME} lists {listed}")
@@ -229,7 +234,7 @@ def write_html(found: Inspection, path: Path) -> None:
     html.write(
         path,
         "inspection",
-        title=path.stem,
+        title=found.name,
         records=records,
         splits=splits,
         split=found.split,

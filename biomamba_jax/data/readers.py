@@ -89,6 +89,11 @@ def files_in(path: str) -> list[Path]:
     return found
 
 
+def is_nlm(path: str) -> bool:
+    """Return True if a file's name is that of NLM's XML."""
+    return _kind(Path(path)) == ".xml"
+
+
 def _kind(path: Path) -> str:
     if str(path).startswith(hub_dataset.PREFIX):
         return hub_dataset.PREFIX

@@ -103,35 +103,57 @@ class Evaluation:
     """Versions, devices and command line."""
 
 
-def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = lambda line: None) -> Evaluation:
+@dataclass(frozen=True)
+class Inputs:
+    """Texts and questions, read once and before the first model is loaded."""
+
+    domains: dict[str, tuple[list[Document], int]]
+    """Documents of each text domain, and the number of those left out."""
+    tasks: dict[str, Task]
+    """Each task, without results."""
+    answer: dict[str, Callable[[Scorer], qa.TaskResult]]
+    """For each task, the function that lets a model answer it."""
+
+
+def evaluate(
+    config: EvaluateConfig,
+    output: Path,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    scorers: Mapping[str, Scorer] | None = None,
+    inputs: Inputs | None = None,
+) -> Evaluation:
     """Run an evaluation; results of documents and questions are written as soon as a model has them.
 
     Args:
       config: models, domains, tasks and protocol.
       output: folder of documents/ and predictions/.
       say: called with a line about each figure as it is computed.
+      scorers: models that are in memory, by name; the others are loaded.
+      inputs: what `read_inputs` returned for these settings; None to read them.
 
     Raises:
       UserError: a model, text or question file cannot be read; all texts are read before anything is measured.
     """
-    read = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
-    domains = {name: documents for name, (documents, _) in read.items()}
+    inputs, scorers = inputs or read_inputs(config), scorers or {}
+    domains = {name: documents for name, (documents, _) in inputs.domains.items()}
     resampling = Resampling(config.resamples, config.confidence, config.seed)
     results = Evaluation(config, config.reference or next(iter(config.models)))
-    for name, (documents, left_out) in read.items():
+    for name, (documents, left_out) in inputs.domains.items():
         sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
         results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes, left_out=left_out)
         if left_out:
             say(f"{name}: {left_out:,} documents left out, whose stored ids do not spell their text")
-    results.tasks, answer = _read_tasks(config, resampling)
+    results.tasks = {key: dataclasses.replace(task, models={}, comparisons={}) for key, task in inputs.tasks.items()}
     for name, task in results.tasks.items():
         if task.left_out:
             say(f"{name}: questions left out: {', '.join(f'{n:,} {reason}' for reason, n in task.left_out.items())}")
     for name, path in config.models.items():
-        check_model(name, path)
+        if name not in scorers:
+            check_model(name, path)
     scores: dict[str, dict[str, DomainScores]] = {name: {} for name in domains}
     for name, path in config.models.items():
-        scorer = load_scorer(name, path, config)
+        scorer = scorers.get(name) or load_scorer(name, path, config)
         results.models[name] = scorer.facts
         say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
         for key, documents in domains.items():
@@ -167,7 +189,7 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
             _write_lines(output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores[key][name]))
             say(f"{name} on {key}: {_domain_line(domain.models[name])}; {spelling}")
         for key, task in results.tasks.items():
-            task.models[name] = result = answer[key](scorer)
+            task.models[name] = result = inputs.answer[key](scorer)
             _write_lines(output / "predictions" / key / f"{name}.jsonl", map(dataclasses.asdict, result.predictions))
             shown = ", ".join(f"{m} {e.value:.4f}" for m, e in result.measures.items())
             say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
@@ -182,10 +204,14 @@ def evaluate(config: EvaluateConfig, output: Path, say: Callable[[str], None] = 
     return results
 
 
-def _read_tasks(
-    config: EvaluateConfig, resampling: Resampling
-) -> tuple[dict[str, Task], dict[str, Callable[[Scorer], qa.TaskResult]]]:
-    """Read the questions of each task; return the tasks, and for each the function that lets a model answer it."""
+def read_inputs(config: EvaluateConfig) -> Inputs:
+    """Read all texts and questions.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    domains = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
+    resampling = Resampling(config.resamples, config.confidence, config.seed)
     published, asked = config.protocol == "paper", config.bioasq
     protocol: ModuleType = paper if published else qa  # both have the same functions
     tasks: dict[str, Task] = {}
@@ -212,7 +238,7 @@ def _read_tasks(
         title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
         majority = protocol.bioasq_majority(questions, resampling)
         tasks["bioasq"] = Task(title, majority.questions, majority, left_out=left_out)
-    return tasks, answer
+    return Inputs(domains, tasks, answer)
 
 
 def padded_ratios(domain: Domain, reference: str) -> dict[str, float]:

@@ -1,17 +1,18 @@
 """The training loop: trains a run directory to its last step, resuming from its newest checkpoint.
 
-Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboard/, environment.json, report.html.
+Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboard/, profile/, environment.json,
+report.html.
 `train` assembles a `TrainingRun` for pretraining, `supervised.finetune` one for fine-tuning.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from biomamba_jax.config import PretrainConfig, RunConfig
+from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
 from biomamba_jax.data.pipeline import Documents, TrainIterator
 from biomamba_jax.data.shards import Manifest
@@ -26,13 +27,18 @@ from biomamba_jax.train.heldout import held_out_evaluator
 from biomamba_jax.train.meters import BestEvaluation, IntervalMeter, IntervalTotals, ThroughputMeter
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.optimizer import evaluation_weights
+from biomamba_jax.train.profile import StepProfiler
 from biomamba_jax.train.program import TrainProgram, pretrain_program
 from biomamba_jax.train.progress import Progress
 from biomamba_jax.train.report import write_report
 from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.stop import StopRequest
 
-Hook = Callable[[int, TrainState], None]
+Metrics = Mapping[str, float]
+Hook = Callable[[int, TrainState], Mapping[str, Metrics] | None]
+"""(step, state) -> metrics by the name of what was measured, which are written into metrics.jsonl; or None."""
+Measure = Callable[[ModelConfig, Any], Mapping[str, Metrics]]
+"""(model, parameters) -> metrics of a model in training by the name of what was measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +71,13 @@ class TrainingRun:
     """Lines logged at the start."""
 
 
-def train(config: PretrainConfig, params: Any = None) -> bool:
+def train(config: PretrainConfig, params: Any = None, measure: Measure | None = None) -> bool:
     """Pretrain as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
       config: the run.
       params: a nested dict of arrays to start from where there is no checkpoint; None for random ones.
+      measure: evaluates the model on tasks every `config.evaluate.every` steps and after the last one.
 
     Returns:
       True if the run is complete; False after SIGTERM or Ctrl-C.
@@ -82,6 +89,10 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
     config = dataclasses.replace(config, model=setup.with_vocabulary(config.model, manifest))
     data, steps = config.data, setup.total_steps(config, manifest)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
+
+    def on_tasks(step: int, state: TrainState) -> Mapping[str, Metrics] | None:
+        return measure and measure(config.model, evaluation_weights(state.params, state.optimizer))
+
     training = TrainingRun(
         config=config,
         program=program,
@@ -91,6 +102,7 @@ def train(config: PretrainConfig, params: Any = None) -> bool:
         documents=setup.training_documents(data, manifest),
         num_workers=data.num_workers,
         tokenizer=Path(data.path) / manifest.tokenizer.file,
+        hooks=[(config.evaluate.every, on_tasks)],
     )
     return run(training, params)
 
@@ -130,6 +142,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
         with (
             MetricsWriter(config, start) as metrics,
             Progress(steps) as progress,
+            StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
             StopRequest() as stop,
         ):
             about = setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
@@ -138,15 +151,23 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             if start is not None and start > steps:
                 progress.log(f"nothing to do: the run is at step {start:,}, beyond the {steps:,} steps of this config")
 
+            traced = config.train.profile_steps
+            if traced and (traced[1] <= (start or 0) or traced[0] > steps):
+                where = f"this start goes from step {start or 0:,} to {steps:,}"
+                progress.log(f"train.profile_steps = {traced}: no trace, {where}")
+
             # --- Hooks between steps -------------------------------------------------------------------------------
+            def report_metrics(step: int, split: str, values: Metrics, name: str = "") -> None:
+                metrics.write(step, split, values)
+                shown = ", ".join(
+                    f"{key.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
+                    for key, value in values.items()
+                )
+                progress.log(f"step {step:,}: {name or split} {shown}")
+
             def evaluate(step: int, state: TrainState) -> None:
                 values = training.evaluate(evaluation_weights(state.params, state.optimizer))
-                metrics.write(step, "validation", values)
-                shown = ", ".join(
-                    f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
-                    for name, value in values.items()
-                )
-                progress.log(f"step {step:,}: held-out {shown}")
+                report_metrics(step, "validation", values, name="held-out")
                 best.add(step, values["loss"])
                 if config.checkpoint.keep_best and best.step == step:
                     save(step, state)
@@ -184,8 +205,10 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             while step < steps and not stop.at(step) and not best.is_stale(config.train.patience):
                 with throughput.waiting():
                     batch = next(batches)
-                state, report = program.step(state, shard_batch(batch, mesh), *frozen)
                 step += 1
+                with profiler.step(step):
+                    state, report = program.step(state, shard_batch(batch, mesh), *frozen)
+                profiler.ended(step, report)
                 interval.add(report)
                 if step == (start or 0) + 1:  # leave compilation out of the speed
                     interval.finish()
@@ -195,7 +218,8 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 for every, hook in hooks:
                     if step == steps or (every and step % every == 0):
                         with throughput.pause():
-                            hook(step, state)
+                            for name, values in (hook(step, state) or {}).items():
+                                report_metrics(step, name, values)
                 if interval.skipped_in_a_row >= config.train.max_skipped_steps:
                     raise UserError(
                         f"step {step}: {interval.skipped_in_a_row} consecutive gradients were not finite; lower "

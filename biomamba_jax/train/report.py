@@ -31,6 +31,8 @@ _MEASURES = {
     "bits_per_byte": ("bits per byte", "{:.4f}"),
     "accuracy": ("accuracy", "{:.4f}"),
 }
+TASKS = "evaluate/"
+"""What the split of a line begins with whose figures are of a task."""
 _MARKED = 50
 """Points up to which a curve is drawn with markers, and from which a noisy one is smoothed."""
 
@@ -71,8 +73,9 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         "training",
         title=folder.resolve().name,
         about=_read(folder / "environment.json", {}),
-        key_figures=_key_figures(metrics, timing),
+        key_figures=key_figures(metrics, timing),
         results=held_out_table(folder, metrics),
+        tasks=task_table(metrics),
         curves=_curves(metrics, timing),
         skipped=max((record["skipped_updates"] for record in metrics if "skipped_updates" in record), default=None),
         config=config.read_text(encoding="utf-8") if config.exists() else "",
@@ -92,8 +95,8 @@ def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -
     baselines = _read(Path(run_dir) / "baselines.json", [])
     rows: list[tuple[str, str, Record]] = []
     final = []
-    for split, evaluations in _evaluations(metrics).items():
-        named = [(split, f"this model, step {values['step']:,}", values) for values in evaluations]
+    for split, records in evaluations(metrics).items():
+        named = [(split, f"this model, step {values['step']:,}", values) for values in records]
         same = [(split, values["name"], values) for values in baselines if values["split"] == split]
         rows += [*named[:-1][:1], *same, named[-1]]
         final.append(len(rows) - 1)
@@ -107,11 +110,24 @@ def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -
     return Table(columns, cells, "".join(["Held-out text", *tokens]), left=(0, 1), emphasized=final)
 
 
-def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> list[tuple[str, str]]:
+def task_table(metrics: Sequence[Record]) -> Table:
+    """Return the measures of the first and the last evaluation on each task, a measure a row."""
+    rows: list[list[str | None]] = []
+    for name, records in evaluations(metrics, tasks=True).items():
+        keys = [key for key in records[-1] if key not in ("step", "split", "tokens")]
+        rows += [[name, key.replace("_", " "), *(_step_value(records[i], key) for i in (0, -1))] for key in keys]
+    return Table(["task", "measure", "first", "last"], rows, left=(0, 1))
+
+
+def _step_value(record: Record, key: str) -> str | None:
+    return f"{record[key]:.4f} (step {record['step']:,})" if key in record else None
+
+
+def key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> list[tuple[str, str]]:
     """Return (figure, label) of what a reader looks for first."""
     trained = [record for record in metrics if record["split"] == "train"]
-    evaluated = next(iter(_evaluations(metrics).values()), [{}])[-1]
-    speeds, shares = (_values(timing, key)[1] for key in ("tokens_per_second", "share_of_peak"))
+    evaluated = next(iter(evaluations(metrics).values()), [{}])[-1]
+    speeds, shares = (values_of(timing, key)[1] for key in ("tokens_per_second", "share_of_peak"))
     figures = [(f"{record['step']:,}", "steps") for record in metrics[-1:]]
     figures += [(_count(record["tokens"]), "tokens") for record in trained[-1:] if "tokens" in record]
     figures += [(show.format(evaluated[key]), label) for key, (label, show) in _MEASURES.items() if key in evaluated]
@@ -129,12 +145,13 @@ def _key_figures(metrics: Sequence[Record], timing: Sequence[Record]) -> list[tu
 
 def _curves(metrics: Sequence[Record], timing: Sequence[Record]) -> list[html.Plot]:
     trained = [record for record in metrics if record["split"] == "train"]
-    losses = {"training": trained} | _evaluations(metrics)
+    losses, tasks = {"training": trained} | evaluations(metrics), evaluations(metrics, tasks=True)
     curves = {
-        "Loss (nats per token)": {name: _values(records, "loss") for name, records in losses.items()},
-        "Learning rate": {"learning rate": _values(trained, "learning_rate")},
-        "Gradient norm": {"gradient norm": _values(trained, "gradient_norm")},
-        "Tokens per second": {"tokens/s": _values(timing, "tokens_per_second")},
+        "Loss (nats per token)": {name: values_of(records, "loss") for name, records in losses.items()},
+        "Learning rate": {"learning rate": values_of(trained, "learning_rate")},
+        "Gradient norm": {"gradient norm": values_of(trained, "gradient_norm")},
+        "Tokens per second": {"tokens/s": values_of(timing, "tokens_per_second")},
+        "Accuracy on tasks": {name: values_of(r, "accuracy") for name, r in tasks.items() if "accuracy" in r[0]},
     }
     return [_plot(title, found) for title, found in curves.items() if any(len(xs) > 1 for xs, _ in found.values())]
 
@@ -168,16 +185,16 @@ def _smooth(xs: np.ndarray, ys: np.ndarray) -> Series:
 # --- Values ---
 
 
-def _evaluations(metrics: Iterable[Record]) -> dict[str, list[Record]]:
-    """Return the evaluations of each held-out split."""
+def evaluations(metrics: Iterable[Record], tasks: bool = False) -> dict[str, list[Record]]:
+    """Return the evaluations of each held-out split, or of each task of the run's evaluate section, by its name."""
     found: dict[str, list[Record]] = {}
     for record in metrics:
-        if record["split"] != "train":
-            found.setdefault(record["split"], []).append(record)
+        if record["split"] != "train" and record["split"].startswith(TASKS) == tasks:
+            found.setdefault(record["split"].removeprefix(TASKS), []).append(record)
     return found
 
 
-def _values(records: Iterable[Record], name: str) -> Series:
+def values_of(records: Iterable[Record], name: str) -> Series:
     """Return steps and finite values of one name."""
     points = [(r["step"], r[name]) for r in records if name in r and math.isfinite(r[name])]
     steps, values = np.array(points, float).reshape(-1, 2).T

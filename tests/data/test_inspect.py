@@ -73,6 +73,12 @@ def test_the_preview_of_a_mixture_has_its_shares(shards, tmp_path):
     prepare.main(["inspect", str(shards), *options])
     page = Page(report)
     assert page.count["svg"] == 3
+    text = report.read_text("utf-8")
+    assert "<title>shards</title>" in text and "MedRAG" in text
+    prepare.main(["inspect", str(tmp_path / "b"), "--report", str(report)])
+    text = report.read_text("utf-8")
+    assert "<title>b</title>" in text
+    assert not [word for word in ("MedRAG", "PMID", "Mixture", "Left out") if word in text]  # it is plain text
     found = {share.name: share for share in preview(parse(InspectConfig, [f"--path={shards}", *options], ""))}
     for name, weight in (("a", 0.75), ("b", 0.25)):
         assert found[name].share == pytest.approx(weight, abs=0.005)
