@@ -10,7 +10,9 @@ command takes the run directory as a model, adapters merged.
 
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 
+from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import FinetuneConfig
 
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
     from biomamba_jax.tables import summary_table
 
-    with processes(config) as first:
+    with processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
         weights = read_model(config.init_from or "")
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:

@@ -80,7 +80,8 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
     for fold in range(FOLDS):
         run_dir = f"{config.run_dir}/fold-{fold}"
         settings = dataclasses.replace(config, run_dir=run_dir, fold=fold, cross_validate=False)
-        of_fold = train_and_answer(settings, weights)
+        with files.locked(run_dir):
+            of_fold = train_and_answer(settings, weights)
         if of_fold is None:
             return None
         results[f"fold {fold}"] = of_fold["pubmedqa development"]

@@ -10,12 +10,14 @@ per byte before and after training, next to those of n-gram models of the same t
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from biomamba_jax import files
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.errors import UserError
 
 # Neither `--help` nor the data workers, which import this module again, need jax: it is imported inside functions.
 
@@ -31,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from biomamba_jax.parallel import distributed
     from biomamba_jax.train.loop import train
 
-    with distributed.processes(config) as first:
+    with distributed.processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
         if first:
             prepare_if_missing(config)
             write_baselines(config)
@@ -61,12 +63,12 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     if config.init_from is None:
         return config, None
     from biomamba_jax.interop import read_model
-    from biomamba_jax.train.checkpoints import has_checkpoint
+    from biomamba_jax.interop import run_dir as runs
     from biomamba_jax.train.setup import with_execution_settings
 
     run = Path(config.run_dir)
-    if (run / "config.yaml").exists() and has_checkpoint(run):
-        model = ModelConfig(**files.read_yaml(run / "config.yaml")["model"])
+    if (run / runs.CONFIG).exists() and runs.complete_steps(run):
+        model = ModelConfig(**runs.read_settings(run)["model"])
         params = None
     else:
         weights = read_model(config.init_from)
@@ -86,15 +88,22 @@ def task_evaluation(config: PretrainConfig) -> Any:
 def write_baselines(config: PretrainConfig) -> None:
     """Count n-gram models on the training split, for the results table and the report.
 
-    Does nothing if they exist, or if there is no held-out text.
+    Does nothing if they exist, unless damaged, or if there is no held-out text.
     """
     from biomamba_jax.data.ngrams import ngram_baselines
     from biomamba_jax.data.shards import open_split
+    from biomamba_jax.train.report import BASELINES, read_baselines
 
-    path = Path(config.run_dir) / "baselines.json"
+    path = Path(config.run_dir) / BASELINES
     manifest, train = open_split(config.data.path, "train")
-    if path.exists() or manifest.splits["train"].tokens > _LARGEST_BASELINE:
+    if manifest.splits["train"].tokens > _LARGEST_BASELINE:
         return
+    try:
+        if path.exists():
+            read_baselines(config.run_dir)
+            return
+    except UserError as error:
+        logging.getLogger(__name__).warning(f"{error}; counted again")
     _, held_out = open_split(config.data.path, "validation")
     if not len(held_out):
         return

@@ -113,6 +113,8 @@ class CheckpointConfig(Settings, section="checkpoint"):
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_best: bool = False
     """Also save and keep the weights with the lowest held-out loss, which are then exported."""
+    verify: bool = True
+    """Compare all files of a checkpoint with SHA256SUMS before it is read; false: leave that to `sha256sum --check`."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ class RunConfig(Settings):
 
     run_dir: checks.LocalFolder = "runs/run"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
+    resume_from: checks.NonNegativeInt | None = None
+    """Step of an earlier checkpoint to go back to, once; later ones are moved to run_dir/replaced_after_STEP."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model. With init_from, its sizes are those of the weights."""
     init_from: str | None = None

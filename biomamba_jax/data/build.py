@@ -173,7 +173,7 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
         for name, split in planned.items():
             join_shards([task.folder for task in split], work.output / name)
             each = [next(infos) for _ in split]
-            splits[name] = SplitInfo(*(sum(totals) for totals in zip(*map(dataclasses.astuple, each), strict=True)))
+            splits[name] = SplitInfo.total(each)
         if config.decontaminate or config.near_duplicates is not None:
             write_json_lines(work.output / REMOVED_NAME, removed)
         file = tokenizer.save_to(work.output).name

@@ -21,9 +21,8 @@ import requests
 import urllib3
 
 from biomamba_jax.data.input_files import stated_md5
-from biomamba_jax.data.work import locked
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import write_text
+from biomamba_jax.files import locked, write_text
 
 Part = Literal["baseline", "updates", "all"]
 _FOLDERS = {"baseline": ("baseline",), "updates": ("updatefiles",), "all": ("baseline", "updatefiles")}

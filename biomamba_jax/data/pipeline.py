@@ -9,6 +9,7 @@ number of workers.
 import signal
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from types import TracebackType
@@ -20,7 +21,7 @@ from absl import flags
 
 from biomamba_jax.data.examples import Encoded
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
-from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, RowPlan, WindowedRows, WindowStart, fill_row
+from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, Piece, RowPlan, WindowedRows, WindowStart, fill_row
 from biomamba_jax.data.workers import end_with_parent
 from biomamba_jax.errors import UserError
 
@@ -204,7 +205,16 @@ class TrainIterator:
     def __next__(self) -> Batch:
         if not self._batches:
             raise ValueError("the iterator is closed")
-        batch = next(self._batches[0])
+        try:
+            with _blocked_signals():  # workers start at the first batch; a signal to the group must not reach them then
+                batch = next(self._batches[0])
+        except RuntimeError as error:  # a UserError is not one
+            if "terminated unexpectedly" not in str(error):
+                raise
+            raise UserError(
+                f"a data worker was killed, perhaps because memory ran out ({str(error).partition('. ')[0]}); give a "
+                "smaller data.num_workers"
+            ) from None
         window, row, drawn = batch.pop("window")
         self._window_start = WindowStart(int(window), int(row), tuple(map(int, drawn)))
         self._row += self._rows_per_step
@@ -212,6 +222,27 @@ class TrainIterator:
             self.tokens_by_source[name] += int(tokens)
         # A worker's arrays are in shared memory, which is scarce in containers and must be free before exit.
         return {name: np.array(values) for name, values in batch.items()} if self._num_workers else batch
+
+    @property
+    def origin(self) -> tuple[int, WindowStart]:
+        """Where the newest batch begins, for `documents_of`."""
+        return self._row - self._rows_per_step, self._window_start
+
+    def documents_of(self, origin: tuple[int, WindowStart]) -> list[dict[str, Any]]:
+        """Return the documents in each row of a step, over all hosts, as JSON values: index, PMID and tokens."""
+        first, start = origin
+        plan = _Batches(self._documents, first_row=first, start=start, **self._rows, **self._host).plan
+
+        def described(piece: Piece) -> dict[str, Any]:
+            documents, index, source = self._documents, piece.document, {}
+            pmid = getattr(documents[index], "pmid", None)
+            if isinstance(documents, MixedDocuments):
+                number = documents.source_of(index)
+                source, index = {"source": documents.names[number]}, index - documents.first_of(number)
+            return source | {"document": index, "pmid": pmid, "tokens": [piece.start, piece.stop]}
+
+        rows = range(first, first + self._rows_per_step)
+        return [{"row": row, "documents": [described(piece) for piece in plan[row]]} for row in rows]
 
     def get_state(self) -> dict[str, Any]:
         """Return where the next batch begins, as a dict for JSON; the same on every host."""
@@ -281,6 +312,16 @@ def _read_ahead(batches: _Batches, num_workers: int) -> grain.DatasetIterator[di
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_prepare_worker)
     return iter(dataset)
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread and in the processes that it starts, which inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:

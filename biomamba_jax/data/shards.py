@@ -81,6 +81,15 @@ class SplitInfo:
     shards: int
     unspelled: int = 0
     """Documents whose ids do not spell the text that they were made from, but another."""
+    largest_id: int | None = None
+    """Largest token id; None in shards of version 0.1, whose ids are checked as they are read."""
+
+    @classmethod
+    def total(cls, parts: Sequence[Self]) -> Self:
+        """Return the totals of a split that is made of several."""
+        *totals, largest = zip(*map(dataclasses.astuple, parts), strict=True)
+        documents, tokens, num_bytes, shards, unspelled = map(sum, totals)
+        return cls(documents, tokens, num_bytes, shards, unspelled, None if None in largest else max(largest))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +162,7 @@ def write_documents(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    dtype, lengths, num_bytes = np.dtype(token_dtype).newbyteorder("<"), array("I"), 0
+    dtype, lengths, num_bytes, largest = np.dtype(token_dtype).newbyteorder("<"), array("I"), 0, 0
     with replacing(folder / _shard_name(0, 1)) as temporary, _closing_writer(temporary) as writer:
         for document in documents:
             ids = np.asarray(document.ids)
@@ -170,9 +179,10 @@ def write_documents(
             with _as_os_errors():
                 writer.write(msgpack.packb(record))
             lengths.append(ids.size)
+            largest = max(largest, int(ids.max()))
             num_bytes += document.num_bytes
     _save_lengths(folder, np.array(lengths, np.uint32))
-    return SplitInfo(len(lengths), sum(lengths), num_bytes, 1)
+    return SplitInfo(len(lengths), sum(lengths), num_bytes, 1, largest_id=largest)
 
 
 @contextmanager
@@ -222,13 +232,17 @@ class ShardReader:
     Safe to share between threads and to pickle: each process opens the files at first use.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], vocab_size: int | None = None):
         """Open the split.
+
+        Args:
+          folder: folder of the split.
+          vocab_size: number of ids; a document with one beyond them is refused when it is read.
 
         Raises:
           UserError: a shard or lengths.npy is missing, damaged, or does not belong to the others.
         """
-        self.folder = Path(folder)
+        self.folder, self._vocab_size = Path(folder), vocab_size
         self.paths = _shard_paths(self.folder)
         try:
             self._records = ArrayRecordDataSource([str(path) for path in self.paths])
@@ -253,6 +267,8 @@ class ShardReader:
             record = msgpack.unpackb(self._records[index])
             raw, length = record["ids"], int(self.lengths[index])
             ids = np.frombuffer(raw, {2 * length: "<u2", 4 * length: "<u4"}[len(raw)])
+            if self._vocab_size is not None and ids.max() >= self._vocab_size:
+                raise ValueError(f"it has id {ids.max()}, beyond the tokenizer's vocabulary of {self._vocab_size}")
             pmid, version, source, num_bytes = (record[key] for key in ("pmid", "version", "source", "bytes"))
             return Document(ids.astype(np.int32), pmid, version, source, num_bytes, record.get("id"))
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -284,7 +300,13 @@ def open_split(
         raise UserError(
             f"{Path(folder) / MANIFEST_NAME}: has no split {split!r}; choose from {', '.join(manifest.splits)}"
         )
-    reader, info = ShardReader(Path(folder) / split), manifest.splits[split]
+    info, vocab_size = manifest.splits[split], manifest.tokenizer.vocab_size
+    reader = ShardReader(Path(folder) / split, vocab_size)
+    if info.largest_id is not None and info.largest_id >= vocab_size:
+        raise UserError(
+            f"{reader.folder}: holds id {info.largest_id}, but the vocabulary of tokenizer {manifest.tokenizer.name!r} "
+            f"has {vocab_size} ids; these shards were made with another tokenizer; {_PREPARE_AGAIN}"
+        )
     found = {"shards": len(reader.paths), "documents": len(reader), "tokens": int(reader.lengths.sum(dtype=np.int64))}
     for name, value in found.items():
         if value != getattr(info, name):

@@ -6,15 +6,14 @@ leaves nothing.
 """
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import locked
 
 
 class Work:
@@ -69,30 +68,3 @@ def work_folder(output: Path, spools: Path | None = None) -> Iterator[Work]:
             shutil.rmtree(work.output, ignore_errors=True)
             if not work.worth_keeping:
                 shutil.rmtree(work.root, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Make a folder and lock it for this process; the system unlocks it when the process ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
-    with lock:
-        lock_file(lock, folder)
-        yield
-
-
-def lock_file(file: IO[Any], name: Path) -> None:
-    """Lock an open file until it is closed.
-
-    Raises:
-      UserError: another process has locked it, or its file system cannot; names `name`.
-    """
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{name}: another run uses it; wait for it or name another") from None
-    except OSError as error:
-        raise UserError(f"{name}: cannot be locked ({error.strerror}); name another disk") from None

@@ -90,18 +90,20 @@ def read(folder: Path) -> Weights:
     return Weights(config, params, tokenizers.find(folder), about, classifier.find(folder, config.d_model), ids)
 
 
+class Damaged(UserError):
+    """A checkpoint or a part of it that cannot be read."""
+
+
 @contextmanager
 def naming_errors(checkpoint: Path) -> Iterator[None]:
-    """Convert orbax's errors into a UserError that names the checkpoint."""
+    """Convert orbax's errors into one that names the checkpoint."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, OSError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{checkpoint}: cannot be read ({reason}); it is damaged, use another copy or checkpoint"
-        ) from None
+        raise Damaged(f"{checkpoint}: cannot be read ({reason[:200]}); it is damaged, use another copy") from None
 
 
 def saved_shapes(checkpoint: Path) -> dict[str, Shape]:

@@ -1,20 +1,16 @@
 """Run directories of `pretrain` and `finetune`, read-only: their best or newest checkpoint and what trained it."""
 
 import dataclasses
+import itertools
 import re
-from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import orbax.checkpoint as ocp
-import yaml
-from etils import epath
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_step_lines
-from biomamba_jax.interop import native, tokenizers
+from biomamba_jax.interop import native, run_dir, tokenizers
 from biomamba_jax.interop.adapters import Base
 from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.interop.configs import portable
@@ -38,20 +34,23 @@ def read(folder: Path) -> tuple[Weights, Base | None]:
     Raises:
       UserError: there is no checkpoint, or a file is damaged.
     """
-    settings, config = _settings(folder / "config.yaml")
-    entries = [entry for entry in (folder / "checkpoints").iterdir() if entry.name.isdigit()]
-    # A checkpoint without a state was deleted or copied in part.
-    steps = [int(entry.name) for entry in entries if (entry / "state").is_dir()]
+    settings, config = _settings(folder)
+    steps = run_dir.complete_steps(folder)
     if not steps:
         raise UserError(
-            f"{folder / 'checkpoints'}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
+            f"{folder / run_dir.CHECKPOINTS}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
-    step, loop = max(steps), _loop(folder / "checkpoints" / str(max(steps)) / "loop")
+    verify = run_dir.verify if settings["checkpoint"].get("verify", True) else lambda *_: None
+    step = max(steps)
+    verify(folder, step)
+    loop = run_dir.read_loop(folder, step)
     best = (loop.get("best") or {}).get("step")
-    if settings["checkpoint"].get("keep_best") and best in steps:
+    if settings["checkpoint"].get("keep_best") and best in steps and best != step:
         step = best
-    checkpoint = folder / "checkpoints" / str(step) / "state"
-    shapes = native.saved_shapes(checkpoint)
+        verify(folder, step)
+    checkpoint = run_dir.checkpoint_folder(folder, step) / "state"
+    with run_dir.reading(folder, step):
+        shapes = native.saved_shapes(checkpoint)
     average = next((path for path in shapes if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
     labels = tuple(settings.get("labels", ())) if settings.get("head") == "classifier" else ()
@@ -71,47 +70,43 @@ def read(folder: Path) -> tuple[Weights, Base | None]:
     if tokenizer_file is None and manifest and (data / manifest.tokenizer.file).exists():
         tokenizer_file = data / manifest.tokenizer.file
     about = describe(folder, settings, step, manifest)
-    params = native.restore(checkpoint, prefix, expected)
+    with run_dir.reading(folder, step):
+        params = native.restore(checkpoint, prefix, expected)
     head = Classifier(params.pop("classifier"), labels) if labels else None
     return Weights(config, params, tokenizer_file, about, head), base
 
 
-def _settings(path: Path) -> tuple[dict[str, Any], ModelConfig]:
+def _settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """Return the config.yaml of a run, with its sections as mappings, and the model's section as a ModelConfig."""
+    settings = run_dir.read_settings(folder)
     try:
-        settings = yaml.safe_load(path.read_text("utf-8"))
         settings |= {name: dict(settings.get(name) or {}) for name in _SECTIONS}
         rows = settings["data"]
         if not all(type(rows.get(key)) is int for key in ("batch_size", "sequence_length")):
             raise TypeError("data.batch_size or data.sequence_length is not an integer")
         return settings, portable(ModelConfig(**settings["model"]))
-    except (OSError, yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: is not the config of a run ({error})") from None
-
-
-def _loop(path: Path) -> dict[str, Any]:
-    """Return the training loop's entry of a checkpoint, {} if it has none."""
-    if not path.exists():
-        return {}
-    with native.naming_errors(path), closing(ocp.JsonCheckpointHandler()) as handler:
-        loop = handler.restore(epath.Path(path.absolute()))
-    if not isinstance(loop, dict) or not isinstance(loop.get("best") or {}, dict):
-        raise UserError(f"{path}: was not written by the training loop")
-    return loop
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / run_dir.CONFIG}: is not the config of a run ({error})") from None
 
 
 def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manifest | None) -> dict[str, Any]:
     """Return the information of a model card about a run.
 
     Returns:
-      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings that had an effect},
-      "init_from" or, if it is no folder, "base_model" (a hub name), "evaluation": the last held-out line up to `step`,
-      "text": {"sources", "splits", "tokenizer"} of the shards' manifest}; the last two only if metrics.jsonl and the
-      shards exist.
+      {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings that had an effect} of the
+      last of them, with {"until step N": {key: value}} for the settings that were changed then, "init_from" or, if it
+      is no folder, "base_model" (a hub name), "evaluation": the last held-out line up to `step`, "text": {"sources",
+      "splits", "tokenizer"} of the shards' manifest}; the last two only if metrics.jsonl and the shards exist.
     """
-    rows = settings["data"]
-    about: dict[str, Any] = {"steps": step, "tokens": step * rows["batch_size"] * rows["sequence_length"]}
-    about["recipe"] = {key: effective(key, settings.get(key) or {}) for key in _RECIPE}
+    changes = run_dir.settings_by_step(folder, step)
+    ends = [*(begin for begin, _ in changes[1:]), step]
+    rows = [(end - begin, change["data"]) for (begin, change), end in zip(changes, ends, strict=True)]
+    tokens = sum(steps * data["batch_size"] * data["sequence_length"] for steps, data in rows)
+    about: dict[str, Any] = {"steps": step, "tokens": tokens}
+    about["recipe"] = {key: effective(key, changes[-1][1].get(key) or {}) for key in _RECIPE}
+    for (_, before), (begin, after) in itertools.pairwise(changes):
+        replaced = {key: old for key, (old, _) in run_dir.changed(before, after).items()}
+        about["recipe"][f"until step {begin:,}"] = replaced
     if base := settings.get("init_from"):
         hub = not Path(base).exists() and re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w.-]+)?", base)
         about |= {"base_model": hub[1]} if hub else {"init_from": Path(base).name}

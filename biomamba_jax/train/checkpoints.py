@@ -2,8 +2,11 @@
 
 A checkpoint holds the train state (parameters, optimizer state, moving average, step, random key, counters) and, as
 JSON, what the loop needs to resume exactly: the data iterator's state and the sums of the metrics line in progress.
+Before it gets its name, the sha256 of each of its files is written beside them.
 """
 
+import asyncio
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from biomamba_jax import files
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.interop import run_dir as runs
+from biomamba_jax.parallel.distributed import DATA_TIMEOUT, barrier
 from biomamba_jax.parallel.sharding import leaves_by_path
 
-_FOLDER = "checkpoints"
+REPLACED = "replaced_after_{step}"
+"""Folder that keeps the checkpoints after the one that `resume_from` went back to."""
 
 
 class _Best(policies.PreservationPolicy):
@@ -28,16 +35,36 @@ class _Best(policies.PreservationPolicy):
         return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    """Return True if a run has a complete checkpoint; one that a killed process left half-written does not count."""
-    return bool(ocp.utils.checkpoint_steps(run_dir / _FOLDER))
+class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint's folder before it gets its name."""
+
+    async def finalize(self) -> None:
+        """Write the digests of all files, and rename the folder."""
+        self._checkpoint_metadata_store = None  # or orbax would write its time once more, after the digests
+        (self.get() / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text(
+            f"Checkpoint commit was successful to {self.get_final()}"  # as orbax does, after the digests
+        )
+        await asyncio.to_thread(files.write_digests, Path(self.get()))
+        await super().finalize()
 
 
 class Checkpoints:
     """The checkpoints of one run directory; a context manager that waits for writes in progress when it closes."""
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig):
-        self.folder = run_dir / _FOLDER
+    def __init__(self, run_dir: Path, config: CheckpointConfig, resume_from: int | None = None):
+        """Find the checkpoint to resume from and check its files.
+
+        Args:
+          run_dir: the run's directory.
+          config: how often checkpoints are kept, and whether their files are checked.
+          resume_from: step to go back to, once: later checkpoints are moved to `replaced_after_STEP/`.
+
+        Raises:
+          UserError: the checkpoint is damaged, or `resume_from` has none.
+        """
+        self.folder, self._run_dir = run_dir / runs.CHECKPOINTS, run_dir
+        self.start = self._find_start(resume_from, config.verify)
+        """The step to resume from; None without checkpoints."""
         self._best = _Best()
         kept: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_last), self._best]
         if config.keep_every:
@@ -46,21 +73,36 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,  # left half-written by a killed process
             enable_async_checkpointing=True,
+            temporary_path_class=_WithDigests,
+            lightweight_initialize=True,  # or a damaged file of another checkpoint would be an error here
         )
         # Handlers are named here so that a new process can read what an earlier one wrote.
         handlers = {"state": ocp.StandardCheckpointHandler(), "loop": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+
+    def _find_start(self, resume_from: int | None, verify: bool) -> int | None:
+        steps = runs.complete_steps(self._run_dir)
+        replaced = self._run_dir / REPLACED.format(step=resume_from)
+        if resume_from is not None and resume_from not in steps:
+            raise UserError(f"resume_from = {resume_from}: {self.folder} has checkpoints of steps {steps}; give one")
+        go_back = resume_from is not None and not replaced.exists()
+        start = resume_from if go_back else max(steps, default=None)
+        if start is not None and verify:
+            runs.verify(self._run_dir, start, jax.process_index(), jax.process_count())
+        barrier("checkpoint verified", timeout=DATA_TIMEOUT)
+        if go_back and jax.process_index() == 0:
+            replaced.mkdir()
+            for step in steps:
+                if start is not None and step > start:
+                    os.rename(self.folder / str(step), replaced / str(step))
+        barrier("checkpoints replaced", timeout=DATA_TIMEOUT)
+        return start
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._manager.close()
-
-    @property
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
-        return self._manager.latest_step()
 
     def save(self, step: int, state: Any, loop: dict[str, Any], *, best: int | None = None) -> None:
         """Start writing a checkpoint, unless the step has one; return as soon as the arrays have been copied.
@@ -77,31 +119,31 @@ class Checkpoints:
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), loop=ocp.args.JsonSave(loop))
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: Any) -> tuple[Any, dict[str, Any]]:
-        """Return the newest checkpoint's state and loop data.
+    def restore(self, like: Any, changed: Sequence[str] = ()) -> tuple[Any, dict[str, Any]]:
+        """Return the state and loop data of the checkpoint to resume from.
 
         Args:
           like: the state expected, as arrays or `jax.ShapeDtypeStruct`s with shardings.
+          changed: what differs from the settings that trained the checkpoint, for the message.
 
         Raises:
-          UserError: there is none, or its tree, shapes or dtypes differ; the message lists every difference.
+          UserError: there is none, it is damaged, or its tree, shapes or dtypes differ; the message says how.
         """
-        step = self.latest
-        if step is None:
+        if self.start is None:
             raise UserError(f"{self.folder}: no checkpoint")
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        metadata = self._manager.item_metadata(step)
-        check_same_tree(metadata["state"], like, f"{self.folder / str(step)}")
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(like), loop=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["loop"]
+        with runs.reading(self._run_dir, self.start):
+            saved = self._manager.item_metadata(self.start)["state"]
+            check_same_tree(saved, like, f"{self.folder / str(self.start)}", changed)
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+            return self._manager.restore(self.start, args=items)["state"], runs.read_loop(self._run_dir, self.start)
 
 
-def check_same_tree(saved: Any, expected: Any, where: str) -> None:
+def check_same_tree(saved: Any, expected: Any, where: str, changed: Sequence[str] = ()) -> None:
     """Compare two trees of arrays (or of anything with shape and dtype) by path, shape and dtype.
 
     Raises:
-      UserError: they differ; the message lists key, saved and expected.
+      UserError: they differ; the message has those of `changed` that concern it, or else the first differences.
     """
     left, right = (
         {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(tree).items()}
@@ -109,5 +151,10 @@ def check_same_tree(saved: Any, expected: Any, where: str) -> None:
     )
     keys = [key for key in sorted(left | right) if left.get(key) != right.get(key)]
     if keys:
-        rows = "; ".join(f"{key}: saved {left.get(key, '-')}, expected {right.get(key, '-')}" for key in keys)
-        raise UserError(f"{where} does not fit this config ({len(keys)} differences): {rows}")
+        rows = [f"{key}: saved {left.get(key, '-')}, expected {right.get(key, '-')}" for key in keys[:3]]
+        settings = [each for each in changed if each.startswith(("model.", "optimizer.", "lora."))]
+        reason = "; ".join((settings or rows)[:3] + ["..."] * (len(settings or keys) > 3))
+        raise UserError(
+            f"{where} does not fit this config ({len(keys)} tensors differ): {reason}; restore the setting or name "
+            "another run_dir"
+        )

@@ -6,12 +6,15 @@ report.html.
 """
 
 import dataclasses
+import math
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from biomamba_jax import files
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
 from biomamba_jax.data.pipeline import Documents, TrainIterator
@@ -39,6 +42,12 @@ Hook = Callable[[int, TrainState], Mapping[str, Metrics] | None]
 """(step, state) -> metrics by the name of what was measured, which are written into metrics.jsonl; or None."""
 Measure = Callable[[ModelConfig, Any], Mapping[str, Metrics]]
 """(model, parameters) -> metrics of a model in training by the name of what was measured."""
+
+NOT_FINITE = (
+    "lower optimizer.learning_rate or lengthen the warm-up, and look at the documents in skipped.jsonl; --resume_from "
+    "goes back to an earlier checkpoint"
+)
+"""Remedy for losses and gradients that are not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,21 +120,27 @@ def run(training: TrainingRun, params: Any = None) -> bool:
     """Run the loop; see `train`."""
     config, program, steps = training.config, training.program, training.steps
     run_dir, mesh = Path(config.run_dir), program.layout.mesh
-    batches = TrainIterator(
-        training.documents,
-        sequence_length=config.data.sequence_length,
-        seed=config.train.seed,
-        num_workers=training.num_workers,
-        **host_batch(config.data.batch_size, mesh, config.train.accumulation),
-    )
     frozen = jax.device_put(training.frozen, replicated(mesh))
 
-    with batches, Checkpoints(run_dir, config.checkpoint) as checkpoints:
+    with (
+        files.naming_full_disks(run_dir, "free space, then run the same command to resume from the newest checkpoint"),
+        Progress(steps) as progress,
+        StopRequest() as stop,
+        TrainIterator(
+            training.documents,
+            sequence_length=config.data.sequence_length,
+            seed=config.train.seed,
+            num_workers=training.num_workers,
+            **host_batch(config.data.batch_size, mesh, config.train.accumulation),
+        ) as batches,
+        Checkpoints(run_dir, config.checkpoint, config.resume_from) as checkpoints,
+    ):
         # --- Restore the newest checkpoint, or start from initial weights ------------------------------------------
-        start = checkpoints.latest
+        start = checkpoints.start
+        changed = setup.changed_settings(config, start)
         saved: dict[str, Any] = {}
         if start is not None:
-            state, saved = checkpoints.restore(program.state)
+            state, saved = checkpoints.restore(program.state, changed)
             batches.set_state(saved["data"])
             for name, value in training.identity.items():
                 if saved.get(name) != value:
@@ -137,19 +152,21 @@ def run(training: TrainingRun, params: Any = None) -> bool:
         else:
             state = program.init(params)
         best = BestEvaluation(**saved.get("best", {}))
-        messages = setup.open_run_dir(run_dir, config, training.tokenizer, start)
+        if start is not None and (start >= steps or best.is_stale(config.train.patience)):
+            progress.log(f"nothing to do: the run is at step {start:,} of the {steps:,} steps of this config")
+            return True
+        if start is None:
+            setup.record_settings(config, training.tokenizer, start)
 
         with (
             MetricsWriter(config, start) as metrics,
-            Progress(steps) as progress,
             StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
-            StopRequest() as stop,
         ):
             about = setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
-            for message in (about, *training.messages, *messages):
+            for message in (about, *training.messages, *(f"changed since this run began: {each}" for each in changed)):
                 progress.log(message)
-            if start is not None and start > steps:
-                progress.log(f"nothing to do: the run is at step {start:,}, beyond the {steps:,} steps of this config")
+
+            recorded = start is None
 
             traced = config.train.profile_steps
             if traced and (traced[1] <= (start or 0) or traced[0] > steps):
@@ -171,14 +188,29 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 best.add(step, values["loss"])
                 if config.checkpoint.keep_best and best.step == step:
                     save(step, state)
+                is_last = step == steps or best.is_stale(config.train.patience)
+                if (is_last or not step) and not math.isfinite(values["loss"]):
+                    if step:
+                        save(step, state)
+                    raise UserError(
+                        f"step {step:,}: the held-out loss is {values['loss']}; "
+                        + (NOT_FINITE if step else "check the weights of init_from and the held-out text")
+                    )
 
             def save(step: int, state: TrainState) -> None:
+                nonlocal recorded
+                if not recorded and step != start:  # from here on, the new settings have trained
+                    setup.record_settings(config, training.tokenizer, start)
+                    recorded = True
                 metrics.sync()
                 loop = {"data": batches.get_state(), "totals": interval.state(), "best": dataclasses.asdict(best)}
                 kept = best.step if config.checkpoint.keep_best else None
                 checkpoints.save(step, state, loop | training.identity, best=kept)
                 if jax.process_index() == 0:
-                    write_report(run_dir)
+                    try:
+                        write_report(run_dir)
+                    except (UserError, OSError) as error:  # must not cost the checkpoint
+                        progress.log(f"report.html is not written: {error}")
 
             def log(step: int, state: TrainState) -> None:
                 drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}
@@ -189,6 +221,17 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 metrics.write_timing(step, throughput.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
                 throughput.restart(interval.totals.tokens)
 
+            def report_skipped(origin: Any, loss: float, norm: float) -> None:
+                if jax.process_index() == 0:
+                    step, rows = origin[0], batches.documents_of(origin[1])
+                    metrics.write_skipped(step, {"loss": loss, "gradient_norm": norm, "rows": rows})
+                    names = [document["pmid"] or document["document"] for row in rows for document in row["documents"]]
+                    progress.log(
+                        f"step {step:,}: update skipped, loss {loss}, gradient norm {norm}; rows {rows[0]['row']} to "
+                        f"{rows[-1]['row']} hold documents {', '.join(map(str, names[:5]))} ... ({len(names)}, all in "
+                        "skipped.jsonl)"
+                    )
+
             hooks = [  # checkpoints come last: a checkpoint's metrics are written before it
                 *training.hooks,
                 (config.train.log_every, log),
@@ -197,19 +240,26 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             ]
 
             # --- The loop ------------------------------------------------------------------------------------------
-            step, interval = start or 0, IntervalMeter(IntervalTotals(**saved.get("totals", {})))
+            failure: UserError | None = None
+            step, interval = start or 0, IntervalMeter(IntervalTotals(**saved.get("totals", {})), report_skipped)
             peak = setup.total_peak_flops(compute_dtype(config.model))
             throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
             if start is None:
+                if stop.requested:  # nothing is worth saving
+                    raise SystemExit(128 + signal.Signals[stop.requested])
                 evaluate(0, state)
             while step < steps and not stop.at(step) and not best.is_stale(config.train.patience):
-                with throughput.waiting():
-                    batch = next(batches)
+                try:
+                    with throughput.waiting():
+                        batch = next(batches)
+                except UserError as error:  # of a data worker or a shard; the state is healthy
+                    failure = error
+                    break
                 step += 1
                 with profiler.step(step):
                     state, report = program.step(state, shard_batch(batch, mesh), *frozen)
                 profiler.ended(step, report)
-                interval.add(report)
+                interval.add(report, (step, batches.origin))
                 if step == (start or 0) + 1:  # leave compilation out of the speed
                     interval.finish()
                     throughput.restart(interval.totals.tokens)
@@ -220,14 +270,19 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                         with throughput.pause():
                             for name, values in (hook(step, state) or {}).items():
                                 report_metrics(step, name, values)
-                if interval.skipped_in_a_row >= config.train.max_skipped_steps:
-                    raise UserError(
-                        f"step {step}: {interval.skipped_in_a_row} consecutive gradients were not finite; lower "
-                        "optimizer.learning_rate or lengthen the warm-up, then run again from the last checkpoint"
-                    )
+                trained = step - (start or 0)
+                most = min(config.train.max_skipped_steps, trained if step == steps else math.inf)
+                if interval.skipped_in_a_row >= most:
+                    reason = f"{interval.skipped_in_a_row} consecutive losses or gradients were not finite"
+                    raise UserError(f"step {step}: {reason}; {NOT_FINITE}")
             if stop.requested:
                 progress.log(f"{stop.requested}: saving step {step:,}; run the same command to resume")
                 save(step, state)
+            elif failure is not None:
+                if jax.process_count() > 1 or step == start:  # the other processes cannot save this step
+                    raise failure
+                save(step, state)
+                raise UserError(f"{failure}; step {step:,} is saved: run the same command to resume")
             elif step < steps:
                 progress.log(f"step {step:,}: no better since step {best.step or 0:,}; ending early")
                 save(step, state)

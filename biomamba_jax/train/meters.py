@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -54,30 +54,45 @@ class BestEvaluation:
 class IntervalMeter:
     """Accumulates step metrics, one step late: the device never waits for the host."""
 
-    def __init__(self, totals: IntervalTotals):
+    def __init__(self, totals: IntervalTotals, on_skipped: Callable[[Any, float, float], None] = lambda *_: None):
+        """Begin with the totals of a checkpoint.
+
+        Args:
+          totals: sums of the interval in progress.
+          on_skipped: called with (origin, loss per token, gradient norm) of each step whose update was skipped.
+        """
         self.totals = totals
+        self._on_skipped = on_skipped
         self.gradient_norm = float("nan")
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.last_loss = float("nan")
-        self._pending: StepMetrics | None = None
+        self._pending: tuple[StepMetrics, Any] | None = None
 
-    def add(self, metrics: StepMetrics) -> None:
-        """Add the metrics of a step, which may still be running; waits for the step before."""
+    def add(self, metrics: StepMetrics, origin: Any = None) -> None:
+        """Add the metrics of a step, which may still be running; waits for the step before.
+
+        Args:
+          metrics: arrays on the devices.
+          origin: what identifies the step and its batch, for `on_skipped`.
+        """
         self.finish()
-        self._pending = metrics
+        self._pending = metrics, origin
 
     def finish(self) -> None:
         """Wait for the newest step and accumulate its metrics."""
         if self._pending is None:
             return
-        metrics, self._pending = jax.device_get(self._pending), None
+        (metrics, origin), self._pending = self._pending, None
+        metrics = jax.device_get(metrics)
         self.gradient_norm = float(metrics.gradient_norm)
         self.skipped, self.skipped_in_a_row = int(metrics.skipped), int(metrics.skipped_in_a_row)
         sums = {name: float(value) for name, value in metrics.sums._asdict().items()}
         self.last_loss = sums["nll"] / max(sums["weight"], 1)
         self.totals.tokens += int(metrics.tokens)
-        if not self.skipped_in_a_row:  # a skipped step says nothing about the model
+        if self.skipped_in_a_row:  # a skipped step says nothing about the model
+            self._on_skipped(origin, sums["loss"] / max(sums["weight"], 1), self.gradient_norm)
+        else:
             for name in ("nll", "loss", "correct", "weight"):
                 setattr(self.totals, name, getattr(self.totals, name) + sums[name])
 

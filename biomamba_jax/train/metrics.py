@@ -1,7 +1,8 @@
-"""Metrics of a run: `metrics.jsonl`, `timing.jsonl`, TensorBoard events and Weights & Biases.
+"""Metrics of a run: `metrics.jsonl`, `timing.jsonl`, `skipped.jsonl`, TensorBoard events and Weights & Biases.
 
 `metrics.jsonl` holds only values that the seed determines, so a run that was killed and resumed writes the same bytes
 as an uninterrupted one; `timing.jsonl` holds what differs from run to run (tokens/s, waits, memory, the time of day).
+`skipped.jsonl` exists once an update was skipped, and holds the documents of such steps.
 One JSON object per line:
 
     {"step": 10, "split": "train", "loss": 6.25, "learning_rate": 0.001, "tokens": 81920}
@@ -33,6 +34,7 @@ from biomamba_jax.errors import UserError
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
+SKIPPED = "skipped.jsonl"
 
 Record = dict[str, Any]
 
@@ -57,14 +59,16 @@ class MetricsWriter:
         Raises:
           UserError: a line in the middle of a file is not JSON, or wandb is not installed.
         """
-        self._open = contextlib.ExitStack()
+        self._folder, self._open = Path(config.run_dir), contextlib.ExitStack()
         self._files: dict[str, BinaryIO] = {}
         self._events: Any = None
         self._wandb: Any = None
         if jax.process_index() != 0:
             return
-        folder = Path(config.run_dir)
+        folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / SKIPPED).exists():
+            _drop_after(folder / SKIPPED, last_step)
         for name in (METRICS, TIMING):
             _drop_after(folder / name, last_step)
             self._files[name] = self._open.enter_context((folder / name).open("ab"))
@@ -91,6 +95,11 @@ class MetricsWriter:
         """Write one line of values that differ from run to run, with the time of day; a None is left out."""
         given = {name: value for name, value in values.items() if value is not None}
         self._write(TIMING, {"step": int(step), "time": round(time.time(), 3)}, "timing", given)
+
+    def write_skipped(self, step: int, values: Mapping[str, Any]) -> None:
+        """Add one line of JSON values about a step whose update was skipped to `skipped.jsonl`."""
+        with (self._folder / SKIPPED).open("ab") as file:
+            file.write(_line({"step": int(step)} | dict(values)))
 
     def _write(self, file: str, about: Record, prefix: str, values: Mapping[str, Any]) -> None:
         if file not in self._files:

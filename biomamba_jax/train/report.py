@@ -10,6 +10,7 @@ Made from the files of the run directory alone, so it can be made again at any t
                       "bits_per_byte": 2.4}, ...]
 """
 
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,8 +22,12 @@ import numpy as np
 
 from biomamba_jax import files, html
 from biomamba_jax.environment import environment
+from biomamba_jax.errors import UserError
 from biomamba_jax.tables import Table
 from biomamba_jax.train.metrics import Record, read_metrics, read_timing
+
+ENVIRONMENT, BASELINES = "environment.json", "baselines.json"
+logger = logging.getLogger(__name__)
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -46,9 +51,13 @@ def record_start(run_dir: str | os.PathLike[str], step: int) -> None:
       run_dir: the run's directory, which exists.
       step: steps done before this start; 0 opens a new history.
     """
-    path = Path(run_dir) / "environment.json"
+    path = Path(run_dir) / ENVIRONMENT
     now = environment()
-    earlier = _read(path, {}).get("starts", []) if step else []
+    try:
+        earlier = _environment(run_dir).get("starts", []) if step else []
+    except UserError as error:
+        logger.warning(f"{error}; the starts before this one are forgotten")
+        earlier = []
     start = {"step": step} | {key: now[key] for key in ("time", "host", "devices", "command")}
     files.write_json(path, now | {"starts": [*earlier, start]})
 
@@ -72,7 +81,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         folder / "report.html",
         "training",
         title=folder.resolve().name,
-        about=_read(folder / "environment.json", {}),
+        about=_environment(folder),
         key_figures=key_figures(metrics, timing),
         results=held_out_table(folder, metrics),
         tasks=task_table(metrics),
@@ -92,7 +101,7 @@ def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -
     Raises:
       UserError: baselines.json cannot be read.
     """
-    baselines = _read(Path(run_dir) / "baselines.json", [])
+    baselines = read_baselines(run_dir)
     rows: list[tuple[str, str, Record]] = []
     final = []
     for split, records in evaluations(metrics).items():
@@ -208,5 +217,33 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def _read(path: Path, default: Any) -> Any:
-    return files.read_any_json(path) if path.exists() else default
+# --- Files ---
+
+
+def read_baselines(run_dir: str | os.PathLike[str]) -> list[Record]:
+    """Return the records of baselines.json, [] without the file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = Path(run_dir) / BASELINES
+    records = files.read_any_json(path) if path.exists() else []
+
+    def is_valid(record: Any) -> bool:
+        texts, numbers = (("name", "split"), str), (_MEASURES.keys() & record, int | float)
+        return all(isinstance(record.get(key), kind) for keys, kind in (texts, numbers) for key in keys)
+
+    if not (isinstance(records, list) and all(isinstance(each, dict) and is_valid(each) for each in records)):
+        raise UserError(f"{path}: is not a list of baselines; delete it")
+    return records
+
+
+def _environment(run_dir: str | os.PathLike[str]) -> Record:
+    """Return the content of environment.json, {} without the file."""
+    path = Path(run_dir) / ENVIRONMENT
+    about = files.read_json(path) if path.exists() else {}
+    starts, keys = about.get("starts", []), {"step", "host", "devices", "time"}
+    valid = isinstance(starts, list) and all(isinstance(each, dict) and keys <= each.keys() for each in starts)
+    if not (valid and all(type(each["step"]) is int for each in starts) and (not about or "versions" in about)):
+        raise UserError(f"{path}: is not a record of starts; delete it")
+    return about

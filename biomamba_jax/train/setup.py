@@ -7,10 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict
 
-from biomamba_jax import files
-from biomamba_jax.command_line import to_yaml
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
 from biomamba_jax.data.pipeline import Documents, PaddedDocuments
@@ -18,6 +15,7 @@ from biomamba_jax.data.shards import Manifest, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
+from biomamba_jax.interop import run_dir as runs
 from biomamba_jax.train.report import record_start
 
 
@@ -76,32 +74,31 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
     return max(1, math.ceil(config.train.epochs * epoch_tokens(config.data, manifest) / tokens_a_step))
 
 
-def open_run_dir(run_dir: Path, config: RunConfig, tokenizer: Path | None, start: int | None) -> list[str]:
+def changed_settings(config: RunConfig, start: int | None) -> list[str]:
+    """Return "KEY was A, is B" for each setting that differs from those that trained the checkpoint of step `start`."""
+    run_dir = Path(config.run_dir)
+    if start is None or not (run_dir / runs.CONFIG).exists():
+        return []
+    before = runs.settings_by_step(run_dir, start)[-1][1]
+    changed = runs.changed(before, dataclasses.asdict(config))
+    return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
+
+
+def record_settings(config: RunConfig, tokenizer: Path | None, start: int | None) -> None:
     """Write the resolved config, the tokenizer and this start into the run directory, from the first process.
 
     Args:
-      run_dir: made if it does not exist.
-      config: the resolved config.
+      config: the resolved config; its run directory is made if it does not exist.
       tokenizer: file to copy, so that the run's weights can be used without its data.
-      start: step of the checkpoint that the run resumes from.
-
-    Returns:
-      One line for each setting that differs from the run's earlier config.
+      start: step of the checkpoint that the run resumed from.
     """
-    if jax.process_index() != 0:
-        return []
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "config.yaml"
-    earlier = files.read_yaml(path) if start is not None and path.exists() else None
-    files.write_text(path, to_yaml(config))
-    if tokenizer is not None and tokenizer.is_file():
-        load_tokenizer(tokenizer).save_to(run_dir)
-    record_start(run_dir, start or 0)
-    if earlier is None:
-        return []
-    before, now = (flatten_dict(settings, sep=".") for settings in (earlier, dataclasses.asdict(config)))
-    changed = [key for key in now if before.get(key) != now[key]]
-    return [f"changed since this run began: {key} was {before.get(key)!r}, is {now[key]!r}" for key in changed]
+    if jax.process_index() == 0:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        runs.write_settings(run_dir, dataclasses.asdict(dataclasses.replace(config, resume_from=None)), start or 0)
+        if tokenizer is not None and tokenizer.is_file():
+            load_tokenizer(tokenizer).save_to(run_dir)
+        record_start(run_dir, start or 0)
 
 
 def describe(config: RunConfig, epochs: float, steps: int, start: int | None, params: Any) -> str:

@@ -34,7 +34,7 @@ class TrainState:
     key: Array
     """Random key of the run, as raw key data: a plain array in checkpoints."""
     skipped: Int[Array, ""]
-    """Number of updates skipped because a gradient was not finite."""
+    """Number of updates skipped because the loss or its gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]
     """Number of consecutive skipped updates."""
 
@@ -118,8 +118,8 @@ def make_train_step(
     """Return the function of one training step, (state, batch, *frozen) -> (state, metrics).
 
     Gradients of summed losses are accumulated and divided by the tokens of the whole batch that the loss counts, so the
-    result does not depend on how tokens are distributed over microbatches. A gradient that is not finite changes
-    nothing but the counters.
+    result does not depend on how tokens are distributed over microbatches. A loss or gradient that is not finite
+    changes nothing but the counters.
 
     Args:
       loss: of one device's shard of batch and parameters; see `language_model_loss`.
@@ -148,7 +148,7 @@ def make_train_step(
         grads = jax.tree.map(lambda g: g / jnp.maximum(sums.weight, 1), grads)
 
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
 

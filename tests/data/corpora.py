@@ -56,7 +56,7 @@ def write_split(folder: Path, documents: Sequence[Sequence[int]], per_shard: int
     join_shards(parts, folder)
     for part in parts:
         shutil.rmtree(part)
-    return SplitInfo(*(sum(totals) for totals in zip(*map(dataclasses.astuple, infos), strict=True)))
+    return SplitInfo.total(infos)
 
 
 def abstract(seed: object) -> str:

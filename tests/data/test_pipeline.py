@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -166,6 +167,19 @@ def test_damage_found_while_reading_ahead_ends_in_the_readers_one_line(folder, t
         pytest.raises(UserError, match="document 0 cannot be read"),
     ):
         next(batches)
+
+
+def test_a_killed_worker_is_one_line_with_the_remedy_and_the_place_stays(folder):
+    before = set(multiprocessing.active_children())
+    with iterator(folder, num_workers=2) as batches:
+        next(batches)
+        for worker in set(multiprocessing.active_children()) - before:
+            os.kill(worker.pid, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"a data worker was killed.*give a smaller data\.num_workers"):
+            for taken in itertools.count(1):  # noqa: B007
+                next(batches)
+        state = batches.get_state()
+    assert state["row"] == taken * BATCH
 
 
 def test_a_closed_iterator_says_so(folder):

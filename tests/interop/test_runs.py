@@ -131,17 +131,47 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         ("config.yaml", b"model: {d_model: '32'}\ndata: {batch_size: 1, sequence_length: 1}", "config.yaml: .*d_model"),
         ("metrics.jsonl", b'{"step": 0}\n{"a":\n', "metrics.jsonl, line 2: not a record with a step"),
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1: not a record with a step"),
-        ("checkpoints/10/state/_METADATA", b"{", "checkpoints/10/state: cannot be read"),
-        ("checkpoints/10/loop/metadata", b"{", "checkpoints/10/loop: cannot be read"),
-        ("checkpoints/10/loop/metadata", b"[]", "checkpoints/10/loop: was not written by"),
+        ("checkpoints/10/state/_METADATA", b"{", "checkpoint 10: .*state/_METADATA: is damaged .* whole .* step 9"),
+        ("checkpoints/10/loop/metadata", b"[]", "checkpoint 10: .*loop/metadata: is damaged .* whole .* of step 9"),
+        ("history.jsonl", b'{"step": 0}\n', "history.jsonl, line 1: does not hold a step and a config"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content, message):
     write_run(tmp_path / "run", 0.0)
-    assert (tmp_path / "run" / file).is_file()
+    assert file == "history.jsonl" or (tmp_path / "run" / file).is_file()
     (tmp_path / "run" / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state/_METADATA", b"{", "checkpoint 10: .*/10/state: cannot be read .* whole .* of step 9"),
+        ("loop/metadata", b"{", "checkpoint 10: .*/10/loop: cannot be read .* whole .* of step 9"),
+        ("loop/metadata", b"[]", "checkpoint 10: .*/10/loop: was not written by"),
+    ],
+)
+def test_damage_in_a_checkpoint_without_digests_is_named(tmp_path, file, content, message):
+    write_run(tmp_path / "run", 0.0)
+    (tmp_path / "run" / "checkpoints" / "10" / "SHA256SUMS").unlink()
+    (tmp_path / "run" / "checkpoints" / "10" / file).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_model(tmp_path / "run")
+
+
+def test_the_model_card_tells_the_settings_of_each_range_of_steps_up_to_its_checkpoint(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    lines = []
+    for step, rate, batch_size in ((0, 3e-3, 2), (4, 1e-3, 4), (10, 5e-4, 64)):
+        settings = config | {"optimizer": config["optimizer"] | {"learning_rate": rate}}
+        lines.append({"step": step, "config": settings | {"data": config["data"] | {"batch_size": batch_size}}})
+    (tmp_path / "run" / "history.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = read_model(tmp_path / "run").about
+    assert about["recipe"]["optimizer"]["learning_rate"] == 1e-3  # of steps 5 to 10
+    assert about["recipe"]["until step 4"] == {"optimizer.learning_rate": 3e-3, "data.batch_size": 2}
+    assert about["tokens"] == (4 * 2 + 6 * 4) * 64
 
 
 def test_a_line_of_metrics_that_is_still_being_written_is_left_out(tmp_path):

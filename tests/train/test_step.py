@@ -106,6 +106,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing_but_the_counters(state):
     assert (recovered.step, recovered.skipped, recovered.skipped_in_a_row) == (2, 1, 0)
 
 
+def test_a_loss_that_is_not_finite_changes_nothing_though_its_gradient_is(state):
+    plain = language_model_loss(GRAPH, LossConfig())
+
+    def broken(params, example):
+        loss, sums = plain(params, example)
+        return loss, sums._replace(loss=jnp.float32(jnp.nan))
+
+    skipped, report = step(loss=broken)(state, batch())
+    assert np.isfinite(report.gradient_norm) and (skipped.skipped, skipped.skipped_in_a_row) == (1, 1)
+    for ours, theirs in zip(jax.tree.leaves(skipped.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_repeated_steps_learn_the_batch(state):
     advance, example = step(), batch()
     losses = []
