@@ -40,11 +40,12 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
     async def finalize(self) -> None:
         """Write the digests of all files, and rename the folder."""
-        self._checkpoint_metadata_store = None  # or orbax would write its time once more, after the digests
-        (self.get() / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text(
-            f"Checkpoint commit was successful to {self.get_final()}"  # as orbax does, after the digests
-        )
-        await asyncio.to_thread(files.write_digests, Path(self.get()))
+        if self.get_final().name.isdigit():  # the checkpoint, not one of its items
+            self._checkpoint_metadata_store = None  # or orbax would write its time once more, after the digests
+            (self.get() / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text(
+                f"Checkpoint commit was successful to {self.get_final()}"  # as orbax does, after the digests
+            )
+            await asyncio.to_thread(files.write_digests, Path(self.get()))
         await super().finalize()
 
 
