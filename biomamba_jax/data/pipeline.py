@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
+from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -195,7 +196,8 @@ class TrainIterator:
     def _start_at(self, row: int, start: WindowStart) -> None:
         batches = _Batches(self._documents, first_row=row, start=start, **self._rows, **self._host)
         self._row, self._window_start, self._rows_per_step = row, start, batches.rows_per_step
-        self._batches = [_read_ahead(batches, self._num_workers)]
+        with _blocked_signals(self._num_workers):
+            self._batches = [_read_ahead(batches, self._num_workers)]
         # Also runs at the program's exit, before Python tears down grain's modules under grain's iterators.
         self._close = weakref.finalize(self, _close_all, self._batches)
 
@@ -206,7 +208,7 @@ class TrainIterator:
         if not self._batches:
             raise ValueError("the iterator is closed")
         try:
-            with _blocked_signals():  # workers start at the first batch; a signal to the group must not reach them then
+            with _blocked_signals(self._num_workers):  # workers start at the first batch
                 batch = next(self._batches[0])
         except RuntimeError as error:  # a UserError is not one
             if "terminated unexpectedly" not in str(error):
@@ -315,8 +317,15 @@ def _read_ahead(batches: _Batches, num_workers: int) -> grain.DatasetIterator[di
 
 
 @contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread and in the processes that it starts, which inherit that."""
+def _blocked_signals(num_workers: int) -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread and in the workers that it starts, which inherit that.
+
+    Otherwise a signal to the process group ends workers that have not come to ignore it yet.
+    """
+    if not num_workers:
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks them when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
