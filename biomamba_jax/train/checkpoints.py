@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers as policies
 
 from biomamba_jax import files
@@ -21,6 +22,9 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop import run_dir as runs
 from biomamba_jax.parallel.distributed import DATA_TIMEOUT, barrier
 from biomamba_jax.parallel.sharding import leaves_by_path
+
+# Orbax logs with a traceback what it raises later.
+absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
 
 REPLACED = "replaced_after_{step}"
 """Folder that keeps the checkpoints after the one that `resume_from` went back to."""
