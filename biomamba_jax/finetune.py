@@ -32,12 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(FinetuneConfig, argv, __doc__)
     import jax
 
-    from biomamba_jax.finetuning import RESULTS, cross_validate, train_and_answer
-    from biomamba_jax.interop import read_model
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
-    from biomamba_jax.tables import summary_table
 
     with processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
+        from biomamba_jax.finetuning import RESULTS, cross_validate, train_and_answer  # late: refused starts end sooner
+        from biomamba_jax.interop import read_model
+        from biomamba_jax.tables import summary_table
+
         weights = read_model(config.init_from or "")
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:

@@ -31,9 +31,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("biomamba_jax").setLevel(logging.INFO)
     config = parse(PretrainConfig, argv, __doc__)
     from biomamba_jax.parallel import distributed
-    from biomamba_jax.train.loop import train
 
     with distributed.processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
+        from biomamba_jax.train.loop import train  # late: a refused start ends sooner
+
         if first:
             prepare_if_missing(config)
             write_baselines(config)

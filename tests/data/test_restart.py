@@ -22,6 +22,7 @@ from biomamba_jax.data import build, encode, shards, work
 from biomamba_jax.data.build import FileTask
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import lock_file
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +254,7 @@ def test_machines_that_each_read_a_share_of_the_files_leave_the_rest_to_one_run(
 def test_a_file_that_another_process_reads_into_the_same_spools_is_refused(many, tmp_path):
     task = FileTask(Path(many[0]), tmp_path, SMALL)
     with open(f"{task.stem}.text", "wb") as file:
-        work.lock_file(file, task.path)
+        lock_file(file, task.path)
         with pytest.raises(UserError, match=r"n0001\.xml\.gz: another run uses it"):
             build.spool_file(task)
 
