@@ -62,6 +62,7 @@ class _Shared(NamedTuple):
 
     segment: Any  # [l 1], resets in this chunk up to each token, as a column; None without segments
     dt: Any  # [R l], after the softplus
+    slope: Any  # [R l], derivative of the softplus
     s: Any  # [l 128], columns
     g: Any  # [l 128], columns
     to_end: Any  # [l 128], columns of w
@@ -132,7 +133,7 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     yield None
     across = jnp.broadcast_to(across, (8, LANES))
     lists = (jnp.concatenate(v, 0) for v in (scores, transposed, g_rows, s_rows))
-    yield _Shared(segment, decays.dt, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
+    yield _Shared(segment, decays.dt, decays.slope, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
 
 
 def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
@@ -242,8 +243,7 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     d_exponent = jnp.where(dt * A > LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
     out.A[...] += d_exponent * dt
     d_dt = d_exponent * (A / LOG2_E) + begins / jnp.maximum(dt, TINY)
-    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)): 1 - exp(-dt) has no digits left where dt is below 1e-7.
-    out.dt[...] = d_dt * jnp.exp(inputs.dt[...] + inputs.A_and_bias[:, 1:] - dt)
+    out.dt[...] = d_dt * shared.slope[...]
 
 
 def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared: _Shared, sums: _Sums) -> None:
@@ -345,6 +345,7 @@ def backward(
     scratch = _Shared(
         segment=None if shared.resets is None else tiles.vmem(CHUNK, 1),
         dt=tiles.vmem(sizes.rows, CHUNK),
+        slope=tiles.vmem(sizes.rows, CHUNK),
         s=tiles.vmem(CHUNK),
         g=tiles.vmem(CHUNK),
         to_end=tiles.vmem(CHUNK),

@@ -230,6 +230,8 @@ class Decays(NamedTuple):
 
     dt: Array
     """After the softplus."""
+    slope: Array
+    """Derivative of the softplus."""
     s: Array
     """Sum of the exponents from the chunk's or segment's start up to each step."""
     g: Array
@@ -240,7 +242,8 @@ class Decays(NamedTuple):
 
 def decays(inputs: SharedInputs, segment: Array | None) -> Decays:
     """Compute the decays; `segment` is the resets up to each token as a column [l 1]."""
-    dt = softplus(inputs.dt[...] + inputs.A_and_bias[:, 1:])
+    raw = inputs.dt[...] + inputs.A_and_bias[:, 1:]
+    dt = softplus(raw)
     exponent = jnp.maximum(dt * inputs.A_and_bias[:, :1], LOWEST_EXPONENT)
     up_to = iota((CHUNK, CHUNK), 0) <= iota((CHUNK, CHUNK), 1)
     if inputs.resets is not None:
@@ -249,4 +252,5 @@ def decays(inputs: SharedInputs, segment: Array | None) -> Decays:
     s = exact_sum_over(exponent, up_to.astype(jnp.float32))
     g = s - jnp.log2(jnp.maximum(dt, TINY))
     to_end = jnp.exp2(jnp.minimum(s[:, CHUNK - 1 :] - g, LARGEST_EXPONENT))
-    return Decays(dt, s, g, to_end)
+    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)): 1 - exp(-dt) has no digits left where dt is below 1e-7.
+    return Decays(dt, jnp.exp(raw - dt), s, g, to_end)
