@@ -38,11 +38,12 @@ FORMAT_VERSION = 1
 # Orbax copies arrays before it writes them, and buffers compressed chunks until a file is full: by default three times
 # the weights in memory, with this size about 400 MB in addition to them. (Buffers above 32 MB are freed at once.)
 _CHUNK_BYTES = 36 << 20
+_OVERHEAD = 1 << 19  # bytes for orbax's own files, the tokenizer and the card
 
 
 def write(weights: Weights, folder: Path) -> None:
     """Write model.json and params/ into `folder`."""
-    size = sum(array.nbytes for array in jax.tree.leaves(weights.params))
+    size = sum(array.nbytes for array in jax.tree.leaves(weights.params)) + _OVERHEAD
     if shutil.disk_usage(folder).free < size:  # in the middle of orbax's writes it would be a traceback for each array
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     config = dataclasses.asdict(portable(weights.config))
