@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 import signal
@@ -188,6 +189,9 @@ def test_export_generation_and_loading_run_as_shown(tmp_path, monkeypatch, capsy
     (tmp_path / "runs").mkdir()
     write_tiny_model(tmp_path / "runs" / "quickstart", "mamba2", train_tokenizer(tmp_path))
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    report = {"models": {"quickstart": {"path": "runs/quickstart"}}, "domains": {}, "tasks": {}}
+    (tmp_path / "evaluation" / "report.json").write_text(json.dumps(report))
     page = ROOT / "docs" / "export.md"
     for line in shell_commands():
         if line in page.read_text():
@@ -199,7 +203,7 @@ def test_export_generation_and_loading_run_as_shown(tmp_path, monkeypatch, capsy
     for snippet in snippets:
         if "transformers" not in snippet:  # tests/interop has that
             exec(snippet, {})
-    assert len(snippets) == 3
+    assert len(snippets) == 4
 
 
 def test_snippets_are_python():

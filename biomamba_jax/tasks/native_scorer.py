@@ -53,12 +53,14 @@ class NativeScorer:
         devices = jax.local_device_count()
         self._rows = -(-batch_size // devices) * devices
         self._mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.local_devices())
+        config = self._model.config
+        padding = (config.padded_vocab - config.known_vocab) * config.d_model * (1 if config.tie_embeddings else 2)
         self.facts = ModelFacts(
             name=name,
             path=path,
             kind="causal",
             run_by="biomamba-jax",
-            parameters=sum(x.size for x in jax.tree.leaves(self._model)),
+            parameters=sum(x.size for x in jax.tree.leaves(self._model)) - padding,
             tokenizer=f"{self._tokenizer.name} ({self._tokenizer.vocab_size:,} ids)",
             context="the whole document",
             dtype=self._model.dtype.name,
