@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from flax.traverse_util import flatten_dict
 
-from biomamba_jax import html
+from biomamba_jax import files, html
 from biomamba_jax.errors import UserError
 from biomamba_jax.tables import Table
 from biomamba_jax.train.metrics import METRICS, Record, read_metrics, read_timing
@@ -71,7 +70,7 @@ def _read(run_dir: str, name: str) -> Run:
     folder, config = Path(run_dir), Path(run_dir) / "config.yaml"
     if not (folder / METRICS).exists():
         raise UserError(f"{run_dir}: is not a run directory: it has no {METRICS}")
-    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if config.exists() else {}
+    settings = files.read_yaml(config) if config.exists() else {}
     return Run(name, flatten_dict(settings, sep=".", keep_empty_nodes=True), read_metrics(folder), read_timing(folder))
 
 
