@@ -77,7 +77,8 @@ def test_adapters_learn_the_questions_and_the_result_leaves_as_any_model_does(he
     convert(["--input=run", "--output=hf", "--to=hf"])
     ids = np.arange(40).reshape(2, 20)
     run, exported = biomamba_jax.load("run"), biomamba_jax.load("hf")
-    np.testing.assert_allclose(run.logits(ids), exported.logits(ids), atol=1e-5)
+    known = run.config.known_vocab  # an export has no rows of padding
+    np.testing.assert_allclose(run.logits(ids)[..., :known], exported.logits(ids)[..., :known], atol=1e-5)
     asked = predictions()[:6]
     prompts = [json.loads(line)["prompt"] for line in Path("test.jsonl").read_text().splitlines()[:6]]
     answers = exported.generate(prompts, max_new_tokens=8)

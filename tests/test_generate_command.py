@@ -100,7 +100,7 @@ def test_a_single_prompt_grows_on_a_terminal(folder, expected):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "model = "),
+        ([], "--model is missing"),
         (["--model", "DIR"], "one of --prompt, --file and --jsonl"),
         (["--model", "DIR", "--prompt", "a", "--jsonl"], "one of --prompt, --file and --jsonl"),
         (["--model", "nowhere", "--prompt", "a"], "nowhere: no such folder"),
