@@ -28,8 +28,8 @@ def test_the_chosen_steps_and_no_others_are_in_the_trace_by_name_and_steps_alrea
         events = json.load(file)["traceEvents"]
     steps = [event["args"]["step_num"] for event in events if event.get("name") == "train_step"]
     assert sorted(map(int, steps)) == [2, 3]
-    main(words)
-    assert "train.profile_steps = [2, 3]: no trace, this start goes from step 5 to 5" in capsys.readouterr().err
+    main([*words, "--train.steps=6"])
+    assert "train.profile_steps = [2, 3]: no trace, this start goes from step 5 to 6" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("steps", ["[3]", "[3, 2]", "[0, 2]", "[1, 2, 3]"])
