@@ -194,7 +194,7 @@ def test_a_killed_data_worker_leaves_the_newest_state_saved(tmp_path):
     assert step > 20 and f"step {step:,} is saved" in last and "data.num_workers" in last
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_ends_a_run_with_the_remedy_and_the_same_command_goes_on_to_the_same_bits(tmp_path):
     """A limit on the size of files stands for the disk: writing fails in the same calls.
 
