@@ -12,7 +12,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from biomamba_jax import files
+from biomamba_jax import folders
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import FinetuneConfig
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
-    with processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
+    with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
         from biomamba_jax.finetuning import RESULTS, cross_validate, train_and_answer  # late: refused starts end sooner
         from biomamba_jax.interop import read_model
         from biomamba_jax.tables import summary_table

@@ -1,4 +1,4 @@
-"""One fine-tuning run: training on questions, then answering them with the best weights."""
+"""The work of `finetune`: training on questions, then answering them with the best weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from biomamba_jax import files
+from biomamba_jax import files, folders
 from biomamba_jax.config import FinetuneConfig
 from biomamba_jax.data.examples import Example, encode_examples
 from biomamba_jax.data.tokenizer import load_tokenizer
@@ -80,7 +80,7 @@ def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] |
     for fold in range(FOLDS):
         run_dir = f"{config.run_dir}/fold-{fold}"
         settings = dataclasses.replace(config, run_dir=run_dir, fold=fold, cross_validate=False)
-        with files.locked(run_dir):
+        with folders.locked(run_dir):
             of_fold = train_and_answer(settings, weights)
         if of_fold is None:
             return None

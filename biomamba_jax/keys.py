@@ -15,7 +15,7 @@ _USAGE = re.compile(r"^(python -m [\w.]+( [a-z]+)?).*\n", re.MULTILINE)
 
 
 class Setting(NamedTuple):
-    """One setting."""
+    """A setting of a command."""
 
     key: str
     """Dotted key; NAME stands for a name that the user chooses."""

@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax import files
+from biomamba_jax import files, folders
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config import ModelConfig, PretrainConfig
 from biomamba_jax.errors import UserError
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parse(PretrainConfig, argv, __doc__)
     from biomamba_jax.parallel import distributed
 
-    with distributed.processes(config) as first, files.locked(config.run_dir) if first else nullcontext():
+    with distributed.processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
         from biomamba_jax.train.loop import train  # late: a refused start ends sooner
 
         if first:

@@ -12,7 +12,7 @@ from synthetic import write_shards
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import locked
+from biomamba_jax.folders import locked
 from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.pretrain import main
 from biomamba_jax.train.metrics import read_metrics

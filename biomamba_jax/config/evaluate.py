@@ -123,7 +123,7 @@ class BioASQConfig(Settings, section="bioasq"):
 
 @dataclass(frozen=True)
 class MeasuresConfig(Settings):
-    """What to measure of a model, and how."""
+    """Measures of a model: text domains, questions, and how they are scored."""
 
     domains: dict[str, DomainConfig] = field(default_factory=dict)
     """Name and source of each text domain."""

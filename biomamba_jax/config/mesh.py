@@ -36,7 +36,7 @@ class MeshConfig(Settings, section="mesh"):
 
 @dataclass(frozen=True)
 class DistributedConfig(Settings, section="distributed"):
-    """How the processes of several hosts find each other.
+    """Addresses by which the processes of several hosts find each other.
 
     Automatic on Cloud TPU, on GKE (GPU nodes: through xpk), under SLURM's srun and under mpirun of Open MPI up to
     version 4.

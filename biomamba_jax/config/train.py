@@ -145,7 +145,7 @@ class RunConfig(Settings):
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """Sharding of the work over devices."""
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
-    """How the processes of several hosts find each other."""
+    """Addresses by which the processes of several hosts find each other."""
     tensorboard: bool = True
     """Write TensorBoard events."""
     wandb_project: str | None = None

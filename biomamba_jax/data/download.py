@@ -22,7 +22,8 @@ import urllib3
 
 from biomamba_jax.data.input_files import stated_md5
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import locked, write_text
+from biomamba_jax.files import write_text
+from biomamba_jax.folders import locked
 
 Part = Literal["baseline", "updates", "all"]
 _FOLDERS = {"baseline": ("baseline",), "updates": ("updatefiles",), "all": ("baseline", "updatefiles")}

@@ -16,7 +16,8 @@ from biomamba_jax.data.near_duplicates import Bands, band_values
 from biomamba_jax.data.records import KEPT, Candidate, Overlap, blocks
 from biomamba_jax.data.source import INDEX, Spool
 from biomamba_jax.data.text import normalized_digest, split_position
-from biomamba_jax.files import lock_file, read_array, read_json, write_json
+from biomamba_jax.files import read_array, read_json, write_json
+from biomamba_jax.folders import lock_file
 
 SPOOL_VERSION = 4
 """Raised whenever the spool of an unchanged file would have other bytes."""

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import locked
+from biomamba_jax.folders import locked
 
 
 class Work:

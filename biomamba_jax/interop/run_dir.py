@@ -1,4 +1,4 @@
-"""What a run directory holds, for training and for every command that reads a run: settings, checkpoints, digests.
+"""Settings, checkpoints and digests of a run directory, for training and for every command that reads a run.
 
 config.yaml           the settings that trained the newest checkpoint
 history.jsonl         {"step": s, "config": settings from step s on}, a line for each change
@@ -16,7 +16,7 @@ import yaml
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from biomamba_jax import files
+from biomamba_jax import files, folders
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import native
 
@@ -88,13 +88,13 @@ def complete_steps(run_dir: Path) -> list[int]:
 
 
 def verify(run_dir: Path, step: int, part: int = 0, parts: int = 1) -> None:
-    """Compare a checkpoint with its digests; see `files.check_digests`.
+    """Compare a checkpoint with its digests; see `folders.check_digests`.
 
     Raises:
       UserError: a file is damaged; names it, and the newest checkpoint that is whole.
     """
     try:
-        files.check_digests(checkpoint_folder(run_dir, step), part, parts)
+        folders.check_digests(checkpoint_folder(run_dir, step), part, parts)
     except UserError as error:
         raise _damaged(run_dir, step, str(error)) from None
 
@@ -113,7 +113,7 @@ def _damaged(run_dir: Path, step: int, reason: str) -> UserError:
     remedy = "no other checkpoint is whole: use a copy, or start again in another run_dir"
     for other in reversed([each for each in complete_steps(run_dir) if each != step]):
         with suppress(UserError):
-            files.check_digests(checkpoint_folder(run_dir, other))
+            folders.check_digests(checkpoint_folder(run_dir, other))
             resume = f"resume with --resume_from {other}, or " if other < step else ""
             remedy = f"the newest whole checkpoint is of step {other}: {resume}move {step} elsewhere"
             break

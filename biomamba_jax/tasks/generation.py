@@ -49,7 +49,7 @@ class Generation:
     tokens: list[int]
     """Generated ids, without the end-of-text token; those that spell a stop string are included."""
     finish_reason: FinishReason
-    """What ended the text: the end-of-text token, a stop string, or max_new_tokens."""
+    """Reason that the text ended: the end-of-text token, a stop string, or max_new_tokens."""
 
     def __str__(self) -> str:
         return self.text

@@ -33,9 +33,9 @@ class PaddedFigures:
     padding: float
     """Share of the predicted tokens that are padding."""
     text_cross_entropy: float
-    """Of the tokens of text alone, in the same rows."""
+    """Mean over the tokens of text alone, in the same rows."""
     padding_cross_entropy: float
-    """Of the padding alone."""
+    """Mean over the padding alone."""
     rows: int
     """Number of rows, one a document."""
     seconds: float

@@ -34,7 +34,7 @@ class ModelFacts:
     tokenizer: str
     """The tokenizer's name and size."""
     context: str
-    """How much text a token is predicted from."""
+    """Description of the context that a token is predicted from."""
     dtype: str
     """Type of matrices and activations."""
 

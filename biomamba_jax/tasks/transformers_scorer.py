@@ -49,7 +49,7 @@ _OTHER_USES = {
     "ElectraForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
     "FunnelForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
 }
-"""What a model is for whose architecture ends so; it gives no likelihood of a text."""
+"""Purpose of a model by the end of its architecture's name; such a model gives no likelihood of a text."""
 
 
 def check_architecture(name: str, folder: Path) -> str:

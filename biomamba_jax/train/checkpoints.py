@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_managers as policies
 
-from biomamba_jax import files
+from biomamba_jax import folders
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import run_dir as runs
@@ -49,7 +49,7 @@ class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
             (self.get() / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text(
                 f"Checkpoint commit was successful to {self.get_final()}"  # as orbax does, after the digests
             )
-            await asyncio.to_thread(files.write_digests, Path(self.get()))
+            await asyncio.to_thread(folders.write_digests, Path(self.get()))
         await super().finalize()
 
 

@@ -17,7 +17,7 @@ from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 from biomamba_jax.data.input_files import checksums
 from biomamba_jax.data.nlm import read_articles
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import locked
+from biomamba_jax.folders import locked
 
 NAMES = {
     "baseline": ["pubmed26n0001.xml.gz", "pubmed26n0002.xml.gz"],

@@ -22,7 +22,7 @@ from biomamba_jax.data import build, encode, shards, work
 from biomamba_jax.data.build import FileTask
 from biomamba_jax.data.shards import ShardReader
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import lock_file
+from biomamba_jax.folders import lock_file
 
 
 @pytest.fixture(scope="module")

@@ -79,17 +79,10 @@ def test_a_download_that_broke_off_goes_on_where_it_was(hub, monkeypatch):
     assert "model.safetensors@70000" in hub.served
 
 
-def test_offline_the_model_comes_from_the_cache(hub, monkeypatch):
+@pytest.mark.parametrize("setting", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_offline_or_with_the_hub_out_of_reach_a_model_comes_from_the_cache(hub, monkeypatch, setting):
     folder = local_folder(NAME)
-    fresh_client(monkeypatch, HF_HUB_OFFLINE="1")
-    assert local_folder(NAME) == folder
-    with pytest.raises(UserError, match=r"ba-lab/other: .*out of reach, and the model is not in the cache"):
-        local_folder("ba-lab/other")
-
-
-def test_a_hub_out_of_reach_is_no_obstacle_for_a_model_in_the_cache(hub, monkeypatch):
-    folder = local_folder(NAME)
-    fresh_client(monkeypatch, HF_ENDPOINT="http://127.0.0.1:9")
+    fresh_client(monkeypatch, **setting)
     assert local_folder(NAME) == folder
     with pytest.raises(UserError, match=r"ba-lab/other: .*out of reach, and the model is not in the cache"):
         local_folder("ba-lab/other")

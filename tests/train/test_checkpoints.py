@@ -6,7 +6,7 @@ import pytest
 
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import check_digests
+from biomamba_jax.folders import check_digests
 from biomamba_jax.train.checkpoints import Checkpoints
 
 

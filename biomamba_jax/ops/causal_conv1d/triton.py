@@ -21,7 +21,7 @@ _LAUNCH = Launch(4)
 
 
 class Sizes(NamedTuple):
-    """What the kernels are compiled for."""
+    """Compile-time constants of the kernels."""
 
     C: int
     """Channels of a row."""

@@ -43,7 +43,7 @@ class Blocks(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What a kernel is compiled for."""
+    """Compile-time constants of a kernel."""
 
     N: int
     """States of a channel."""

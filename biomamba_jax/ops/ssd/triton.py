@@ -64,7 +64,7 @@ takes 40 % fewer instructions than on eight."""
 
 
 class Sizes(NamedTuple):
-    """What a kernel is compiled for."""
+    """Compile-time constants of a kernel."""
 
     H: int
     """Heads of a row."""

@@ -1,0 +1,118 @@
+"""Digests of the files below a folder, and a folder's lock."""
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import naming_errors, write_text
+
+DIGESTS = "SHA256SUMS"
+"""Name of a folder's file of digests, which `sha256sum --check` reads."""
+
+
+def write_digests(folder: Path) -> None:
+    """Write the sha256 of every file below a folder into its SHA256SUMS."""
+    names = _files_below(folder)
+    lines = [f"{digest}  {name}\n" for digest, name in zip(_sha256_of(folder, names), names, strict=True)]
+    write_text(folder / DIGESTS, "".join(lines))
+
+
+def check_digests(folder: Path, part: int = 0, parts: int = 1) -> bool:
+    """Compare the files below a folder with its SHA256SUMS.
+
+    Args:
+      folder: the folder; files in it that SHA256SUMS does not list are refused.
+      part: index of the part of the files that this process reads, of `parts` that several processes share.
+      parts: number of parts.
+
+    Returns:
+      False if the folder has no SHA256SUMS.
+
+    Raises:
+      UserError: a file is damaged, missing or not listed; names it.
+    """
+    sums = folder / DIGESTS
+    if not sums.exists():
+        return False
+    with naming_errors(sums):
+        text = sums.read_text("utf-8", errors="replace")
+    lines = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in text.split("\n")[:-1]]
+    stated = {line[2]: line[1] for line in lines if line}
+    names = _files_below(folder)
+    if None in lines or len(stated) != len(lines) or set(names) - stated.keys():
+        raise UserError(f"{sums}: is damaged: it does not list every file next to it")
+    if missing := stated.keys() - set(names):
+        raise UserError(f"{folder / min(missing)}: is missing")
+    names = names[part::parts]
+    for name, digest in zip(names, _sha256_of(folder, names), strict=True):
+        if digest != stated[name]:
+            raise UserError(f"{folder / name}: is damaged (its sha256 is not the one in {DIGESTS})")
+    return True
+
+
+def _files_below(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in paths if path.relative_to(folder) != Path(DIGESTS))
+
+
+def _sha256_of(folder: Path, names: Iterable[str]) -> Iterator[str]:
+    def digest(name: str) -> str:
+        with naming_errors(folder / name), open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # hashing releases Python's lock
+        yield from pool.map(digest, names)
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Make a folder and lock it for this process; the system unlocks it when the process ends, however it ends.
+
+    The file `lock` names the owner. Where the file system has no locks, a warning says so.
+
+    Raises:
+      UserError: another process holds the lock, or the folder cannot be written.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
+    with lock:
+        lock.seek(0)
+        lock_file(lock, folder, owner=lock.read().strip())
+        lock.truncate(0)
+        with suppress(OSError):  # a full disk ends the run where it writes what matters
+            print(f"process {os.getpid()} of host {platform.node()}", file=lock, flush=True)
+        yield
+
+
+def lock_file(file: IO[Any], name: Path, owner: str = "") -> None:
+    """Lock an open file until it is closed.
+
+    Args:
+      file: the open file.
+      name: what the lock stands for, for messages.
+      owner: who holds the lock if another process does.
+
+    Raises:
+      UserError: another process has locked it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        by = f" ({owner})" if owner else ""
+        raise UserError(f"{name}: another run uses it{by}; wait for it or name another") from None
+    except OSError as error:
+        reason = f"{name}: cannot be locked on this file system ({error.strerror})"
+        logging.getLogger(__name__).warning(f"{reason}; see to it that only one run at a time uses it")
