@@ -50,14 +50,8 @@ SPLITS = ("train", "validation", "test")
 RECENT = "recent"
 """The split of records that became public on `recent_from` or later; only with that setting."""
 REMOVED_NAME = "removed.jsonl"
-_PLACES = (
-    "input",
-    "output",
-    "tokenizer",
-    "spools",
-    "workers",
-    "max_unspelled",
-)  # settings that do not decide what the shards hold
+# Settings that do not decide what the shards hold.
+_NOT_CONTENT = ("input", "output", "tokenizer", "spools", "workers", "max_unspelled")
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, and how many parts of it are done, of how many."""
 T = TypeVar("T")
@@ -182,7 +176,7 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
             splits=splits,
             filters=_count_reasons(sources),
             sources=[source.describe() for source in sources],
-            settings={name: value for name, value in dataclasses.asdict(config).items() if name not in _PLACES},
+            settings={name: value for name, value in dataclasses.asdict(config).items() if name not in _NOT_CONTENT},
         )
         manifest.save(work.output)
     return manifest

@@ -29,13 +29,8 @@ LEAST_SHARED = 4
 """Least number of shared runs (a phrase of eleven words), unless the document has fewer."""
 _BLOCK_ROWS = 4096
 _PMID_URL = re.compile(r"(?:/pubmed|pubmed\.ncbi\.nlm\.nih\.gov)/(\d{1,8})/?$")
-_TEXT_KEYS = (
-    "question",
-    "contexts",
-    "long_answer",
-    "body",
-    "text",
-)  # what stands there is text, or the file is damaged
+# A value of these keys is text, or the file is damaged.
+_TEXT_KEYS = ("question", "contexts", "long_answer", "body", "text")
 
 
 class Item(NamedTuple):

@@ -28,9 +28,8 @@ from tests.ops.test_selective_scan import (
     small_steps,
 )
 
-ODD = Shape(
-    rows=2, length=37, channels=6, d_state=4
-)  # all of it padded; states pass from the first 32 steps to the rest
+# All of it padded; states pass from the first 32 steps to the rest.
+ODD = Shape(rows=2, length=37, channels=6, d_state=4)
 TWO_TILES = Shape(rows=1, length=35, channels=70, d_state=17)  # of 64 channels in two groups; two registers a group
 
 
