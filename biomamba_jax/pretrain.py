@@ -108,8 +108,7 @@ def write_baselines(config: PretrainConfig) -> None:
     _, held_out = open_split(config.data.path, "validation")
     if not len(held_out):
         return
-    tokenizer = manifest.tokenizer
-    baselines = ngram_baselines(train, held_out, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+    baselines = ngram_baselines(train, held_out, vocab_size=manifest.tokenizer.vocab_size)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, [dataclasses.asdict(b) | {"split": "validation"} for b in baselines])
 

@@ -172,7 +172,9 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
             write_json_lines(work.output / REMOVED_NAME, removed)
         file = tokenizer.save_to(work.output).name
         manifest = Manifest(
-            tokenizer=TokenizerInfo(tokenizer.name, tokenizer.sha256, file, tokenizer.vocab_size, tokenizer.eos_id),
+            tokenizer=TokenizerInfo(
+                tokenizer.name, tokenizer.sha256, file, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.start_id
+            ),
             splits=splits,
             filters=_count_reasons(sources),
             sources=[source.describe() for source in sources],

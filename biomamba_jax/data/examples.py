@@ -1,7 +1,7 @@
 """Supervised examples: prompts and answers as documents whose targets are the answer alone.
 
-    ids       prompt  answer  EOS        targets   -1 ... -1  answer  EOS         the language model answers
-    ids       prompt  EOS                targets   -1 ... -1  class               a classifier answers
+    inputs    start  prompt  answer        targets   -1 ... -1  answer  EOS         the language model answers
+    inputs    start  prompt                targets   -1 ... -1  class               a classifier answers
 
 Negative targets do not count in the loss. A classifier's one target is predicted from the prompt's last token. Rows are
 packed like any others (see `packing`), except that no example is ever split.
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from biomamba_jax.data.shards import shifted
 from biomamba_jax.data.text import split_position
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
@@ -38,8 +39,8 @@ class Example:
 class Encoded(NamedTuple):
     """An encoded example."""
 
-    ids: np.ndarray
-    """int32 [tokens]."""
+    inputs: np.ndarray
+    """int32 [tokens], the first one the start token."""
     targets: np.ndarray
     """int32 [tokens]; negative ones do not count."""
 
@@ -51,7 +52,7 @@ class EncodedExamples:
         self.folder = folder
         self.shortened = shortened
         """Number of examples whose prompt lost its beginning."""
-        self.lengths = np.array([len(example.ids) for example in examples], np.int64)
+        self.lengths = np.array([len(example.inputs) for example in examples], np.int64)
         self._examples = examples
 
     def __len__(self) -> int:
@@ -138,7 +139,7 @@ def encode_examples(
         targets[: len(prompt)] = NOT_COUNTED
         if labels:
             targets[-1] = labels.index(example.label)
-        encoded.append(Encoded(ids, targets))
+        encoded.append(Encoded(shifted(ids, tokenizer.start_id), targets))
     return EncodedExamples(source, encoded, shortened)
 
 

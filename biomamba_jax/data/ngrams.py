@@ -1,6 +1,7 @@
 """Unigram and bigram baselines with add-k smoothing, on exactly the tokens that a trained model predicts.
 
-Every token of a held-out document is predicted, including its first (after EOS, as for the model) and its final EOS:
+Every token of a held-out document is predicted, its first (after the start token, as for the model) and its final EOS
+included:
     unigram p(t) = (n(t) + k) / (N + k V)          bigram p(t | s) = (n(s, t) + k) / (n(s) + k V)
 The counts are the training split's; k is a fixed number for each, never fitted to the held-out text.
 """
@@ -35,7 +36,6 @@ def ngram_baselines(
     heldout: ShardReader,
     *,
     vocab_size: int,
-    eos_id: int,
     unigram_k: float = UNIGRAM_K,
     bigram_k: float = BIGRAM_K,
 ) -> list[Baseline]:
@@ -45,17 +45,16 @@ def ngram_baselines(
       train: documents to count.
       heldout: at least one document to predict; its pairs are held in memory.
       vocab_size: V, one more than the largest id.
-      eos_id: the token that ends, and precedes, every document.
       unigram_k: added to the count of every token.
       bigram_k: added to the count of every pair of tokens.
     """
-    firsts, seconds = zip(*_token_pairs(heldout, eos_id), strict=True)
+    firsts, seconds = zip(*_token_pairs(heldout), strict=True)
     wanted, times = np.unique(np.concatenate(firsts) * vocab_size + np.concatenate(seconds), return_counts=True)
     first, second = np.divmod(wanted, vocab_size)
 
     single, before = np.zeros((2, vocab_size), np.int64)  # n(t) and n(s)
     together = np.zeros(len(wanted) + 1, np.int64)  # n(s, t) of held-out pairs; the last entry counts all others
-    for previous, token in _token_pairs(train, eos_id):
+    for previous, token in _token_pairs(train):
         single += np.bincount(token, minlength=vocab_size)
         before += np.bincount(previous, minlength=vocab_size)
         pair = previous * vocab_size + token
@@ -73,10 +72,9 @@ def ngram_baselines(
     return results
 
 
-def _token_pairs(reader: ShardReader, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _token_pairs(reader: ShardReader) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield blocks of (previous token, predicted token), each int64 [tokens of some documents]."""
     for start in range(0, len(reader), _BLOCK):
-        documents = [reader[i].ids for i in range(start, min(start + _BLOCK, len(reader)))]
-        second = np.concatenate(documents).astype(np.int64)
-        first = np.concatenate([[eos_id], second[:-1]])  # a document's first token follows the EOS of the one before
-        yield first, second
+        documents = [reader[i] for i in range(start, min(start + _BLOCK, len(reader)))]
+        pairs = np.concatenate([(document.inputs, document.targets) for document in documents], axis=1, dtype=np.int64)
+        yield pairs[0], pairs[1]

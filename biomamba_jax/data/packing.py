@@ -220,14 +220,14 @@ def fill_row(
 ) -> dict[str, np.ndarray]:
     """Fill a row with its pieces.
 
-    Inputs are the ids shifted by one, preceded by EOS (which thus doubles as the start symbol) or, in a later piece of
-    a long document, by the token before it. Segments are numbered 1, 2, ... along the row; the rest of it is padding.
+    A later piece of a long document begins with the token before it. Segments are numbered 1, 2, ... along the row; the
+    rest of it is padding.
 
     Args:
       pieces: the pieces of the row.
       sequence_length: tokens in the row.
-      read: returns a document's ids t1 ... tn, EOS and its targets of the same length: the ids themselves where every
-        token is predicted.
+      read: returns a document's inputs, start token t1 ... tn, and its targets of the same length: t1 ... tn EOS where
+        every token is predicted.
 
     Returns:
       "inputs", "targets" and "segment_ids", each int32 [sequence_length], 0 in padding.
@@ -235,11 +235,10 @@ def fill_row(
     row = {name: np.zeros(sequence_length, np.int32) for name in ("inputs", "targets", "segment_ids")}
     begin = 0
     for segment, (document, start, stop) in enumerate(pieces, 1):
-        ids, targets = read(document)
+        inputs, targets = read(document)
         end = begin + stop - start
+        row["inputs"][begin:end] = inputs[start:stop]
         row["targets"][begin:end] = targets[start:stop]
-        row["inputs"][begin] = ids[start - 1]  # ids[-1], the EOS, for a first piece
-        row["inputs"][begin + 1 : end] = ids[start : stop - 1]
         row["segment_ids"][begin:end] = segment
         begin = end
     return row

@@ -23,6 +23,7 @@ from absl import flags
 from biomamba_jax.data.examples import Encoded
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, Piece, RowPlan, WindowedRows, WindowStart, fill_row
+from biomamba_jax.data.shards import shifted
 from biomamba_jax.data.workers import end_with_parent
 from biomamba_jax.errors import UserError
 
@@ -45,7 +46,7 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Any:
-        """Return a document with `ids` t1 ... tn, EOS and as many `targets`, int32 [tokens]; see `packing.fill_row`."""
+        """Return a document with `inputs` and as many `targets`, int32 [tokens]; see `packing.fill_row`."""
 
 
 class PaddedDocuments:
@@ -67,10 +68,10 @@ class PaddedDocuments:
         return len(self._documents)
 
     def __getitem__(self, index: int) -> Encoded:
-        ids = self._documents[index].ids
-        row = np.full(self.lengths[index] + 1, ids[-1], np.int32)
-        row[: min(len(ids), len(row) - 1)] = ids[: len(row) - 1]
-        return Encoded(row, row[:-1])  # `fill_row` begins with the last id, EOS
+        document = self._documents[index]
+        row = np.full(self.lengths[index], document.targets[-1], np.int32)
+        row[: len(document.targets)] = document.targets[: len(row)]
+        return Encoded(shifted(row, document.inputs[0]), row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +140,7 @@ class _Batches:
 
         def read(index: int) -> tuple[np.ndarray, np.ndarray]:
             document = self.documents[index]
-            return document.ids, document.targets
+            return document.inputs, document.targets
 
         return fill_row([] if past_the_end else self.plan[row], self.sequence_length, read)
 

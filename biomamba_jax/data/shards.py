@@ -28,7 +28,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_array, read_json, replacing, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # 1 has no start_id
 MANIFEST_NAME = "manifest.json"
 LENGTHS_NAME = "lengths.npy"
 _PREPARE_AGAIN = "run `python -m biomamba_jax.prepare` again into a new folder"
@@ -47,11 +48,26 @@ class Document(NamedTuple):
     """UTF-8 length of the text that the ids spell."""
     id: str | None = None
     """Id that is not a PMID, None: none."""
+    start_id: int | None = None
+    """Id that precedes the document, None: EOS."""
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Tokens that the targets are predicted from, int32 [tokens]: the start token and all but the last one."""
+        return shifted(self.ids, self.start_id)
 
     @property
     def targets(self) -> np.ndarray:
         """Tokens to predict, int32 [tokens]: all of them."""
         return self.ids
+
+
+def shifted(ids: np.ndarray, start_id: int | None = None) -> np.ndarray:
+    """Return [start_id, *ids[:-1]]; the last of the ids, EOS, takes the place of a start_id of None."""
+    rolled = np.roll(ids, 1)
+    if start_id is not None:
+        rolled[0] = start_id
+    return rolled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +83,8 @@ class TokenizerInfo:
     """One more than the largest id."""
     eos_id: int
     """Id that ends every document."""
+    start_id: int | None = None
+    """Id that precedes every document, None: eos_id, as always in format version 1. It is not among the stored ids."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,10 +144,9 @@ class Manifest:
         except UserError as error:
             raise UserError(f"{error}; {_PREPARE_AGAIN}") from None
         version = raw.get("format_version")
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; {_PREPARE_AGAIN}"
-            )
+        if version not in _READ_VERSIONS:
+            known = " and ".join(map(str, _READ_VERSIONS))
+            raise UserError(f"{path}: format_version is {version!r}, this program reads {known}; {_PREPARE_AGAIN}")
         try:
             return pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
         except pydantic.ValidationError as error:
@@ -232,17 +249,18 @@ class ShardReader:
     Safe to share between threads and to pickle: each process opens the files at first use.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], vocab_size: int | None = None):
+    def __init__(self, folder: str | os.PathLike[str], vocab_size: int | None = None, start_id: int | None = None):
         """Open the split.
 
         Args:
           folder: folder of the split.
           vocab_size: number of ids; a document with one beyond them is refused when it is read.
+          start_id: id that precedes each document; None: EOS.
 
         Raises:
           UserError: a shard or lengths.npy is missing, damaged, or does not belong to the others.
         """
-        self.folder, self._vocab_size = Path(folder), vocab_size
+        self.folder, self._vocab_size, self._start_id = Path(folder), vocab_size, start_id
         self.paths = _shard_paths(self.folder)
         try:
             self._records = ArrayRecordDataSource([str(path) for path in self.paths])
@@ -270,7 +288,8 @@ class ShardReader:
             if self._vocab_size is not None and ids.max() >= self._vocab_size:
                 raise ValueError(f"it has id {ids.max()}, beyond the tokenizer's vocabulary of {self._vocab_size}")
             pmid, version, source, num_bytes = (record[key] for key in ("pmid", "version", "source", "bytes"))
-            return Document(ids.astype(np.int32), pmid, version, source, num_bytes, record.get("id"))
+            name = record.get("id")
+            return Document(ids.astype(np.int32), pmid, version, source, num_bytes, name, self._start_id)
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.folder}: document {index} cannot be read, or is not as long as {LENGTHS_NAME} says "
@@ -301,7 +320,7 @@ def open_split(
             f"{Path(folder) / MANIFEST_NAME}: has no split {split!r}; choose from {', '.join(manifest.splits)}"
         )
     info, vocab_size = manifest.splits[split], manifest.tokenizer.vocab_size
-    reader = ShardReader(Path(folder) / split, vocab_size)
+    reader = ShardReader(Path(folder) / split, vocab_size, manifest.tokenizer.start_id)
     if info.largest_id is not None and info.largest_id >= vocab_size:
         raise UserError(
             f"{reader.folder}: holds id {info.largest_id}, but the vocabulary of tokenizer {manifest.tokenizer.name!r} "

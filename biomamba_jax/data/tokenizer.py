@@ -1,9 +1,8 @@
 """Tokenizers: one interface to Hugging Face's tokenizer.json and SentencePiece's .model, and SentencePiece training.
 
-Which tokens begin, end and pad a text is what the files beside the tokenizer state: tokenizer_config.json first, then
-config.json, then generation_config.json; only an end-of-text token that none of them states is found by its name.
-Special tokens that a text merely spells (`<|endoftext|>` in a document) are encoded as ordinary text, and none is added
-at either end: the writer of documents appends `eos_id`.
+Which tokens begin, end and pad a text is what the files state, see `special_tokens`. A special token that a text merely
+spells (`<|endoftext|>` in a document or a prompt) is encoded as ordinary text, and none is added at either end:
+documents get `start_id` and `eos_id` from their readers and writers, prompts from `encode_prompts`.
 """
 
 import hashlib
@@ -12,7 +11,6 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,31 +18,13 @@ import sentencepiece
 import tokenizers
 
 from biomamba_jax.config.prepare import TokenizerTraining
+from biomamba_jax.data.special_tokens import EOS, EOS_NAMES, TOKENIZER_CONFIG, SpecialTokens, read_stated
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_json, write_json
+from biomamba_jax.files import write_json
 
-EOS = "<|endoftext|>"
-TOKENIZER_CONFIG = "tokenizer_config.json"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
 # Fixed, since the result of unigram training depends on the number of threads.
 _TRAINING_THREADS = 4
 _LARGE_SAMPLE_BYTES = 1_000_000_000  # from here on SentencePiece needs 64-bit suffix arrays
-
-
-def token_ids(path: Path, raw: Any) -> dict[str, Any]:
-    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
-
-    Raises:
-      UserError: an entry is neither.
-    """
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
-    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) not in (None, [])}
-    for key, value in found.items():
-        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
-            raise UserError(f"{path}: {key} = {value!r}: must be a token id")
-    return found
 
 
 class Tokenizer(ABC):
@@ -64,45 +44,44 @@ class Tokenizer(ABC):
         """One more than the largest id."""
         self.config: dict[str, Any] = {}
         """tokenizer_config.json beside the file, with the special tokens that config.json states by id."""
-        self.special: dict[str, int] = {}
-        """Ids of those of "bos", "eos", "pad" and "unk" that are stated, and always of "eos"."""
-        self._read_stated()
-        eos = self.special.setdefault("eos", -1 if default_eos is None else default_eos)
-        if eos < 0:
+        stated: dict[str, int] = {}
+        if path.name == self.filename:  # else one of several tokenizers: the files beside it may be another's
+            self.config, stated = read_stated(path, vocab_size, self.token_id, self.token)
+        eos = stated.get("eos", default_eos)
+        if eos is None:
             raise UserError(
-                f"{path}: has no end-of-text token ({', '.join(_EOS_NAMES)}), which must end every document; state it "
+                f"{path}: has no end-of-text token ({', '.join(EOS_NAMES)}), which must end every document; state it "
                 f"as eos_token in a {TOKENIZER_CONFIG} beside it, give --tokenizer another file or train one with "
                 "--train-tokenizer"
             )
-        self.eos_id = eos
-        """Id of the token that ends every stored document."""
+        start = self._added_start(eos, stated.get("bos"))
+        found = stated | {"eos": eos, "start": eos if start is None else start}
+        self.special = SpecialTokens(**found, adds_start=start is not None)
+        """Which tokens begin, end and pad a text."""
+        self.start_id, self.eos_id = self.special.start, eos
         self.unknown_id: int | None = None
         """Id of the token that stands for text that has no other token; None if there is no such token."""
         self._make_special()
 
-    def _read_stated(self) -> None:
-        if self.path.name != self.filename:
-            return  # one of several tokenizers in a folder: the files beside it may be another's
-        folder = self.path.parent
-        if (folder / TOKENIZER_CONFIG).exists():
-            self.config = read_json(folder / TOKENIZER_CONFIG)
-        for name in ("bos", "eos", "pad", "unk"):
-            stated = self.config.get(f"{name}_token")
-            text = stated.get("content") if isinstance(stated, dict) else stated
-            token = self.token_id(text) if isinstance(text, str) else None
-            if token is not None:
-                self.special[name] = token
-            elif stated is not None and name == "eos":
-                raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token {text!r} is not a token of {self.path.name}")
-        for file in (folder / "config.json", folder / "generation_config.json"):
-            for key, value in token_ids(file, read_json(file)).items() if file.exists() else ():
-                name, token = key.removesuffix("_token_id"), value[0] if isinstance(value, list) else value
-                if name in self.special:
-                    continue
-                if 0 <= token < self.vocab_size:
-                    self.special[name], self.config[f"{name}_token"] = token, self.token(token)
-                elif name == "eos":
-                    raise UserError(f"{file}: {key} = {value}, but {self.path.name} has {self.vocab_size} ids")
+    @abstractmethod
+    def _added_start(self, eos: int, bos: int | None) -> int | None:
+        """Return the token that the files say is added before a text, None: none.
+
+        Args:
+          eos: the end-of-text token.
+          bos: the stated beginning of a text.
+        """
+
+    def _made_by_text(self) -> set[int]:
+        """Return the special tokens that a text which spells them is encoded as."""
+        return {token for token in self.special.never_text if token in self.encode_batch([self.token(token)])[0]}
+
+    def _refuse_made_by_text(self) -> None:
+        if self._made_by_text():
+            raise UserError(
+                f"{self.path}: text that spells one of its special tokens gets that token's id and would be cut in "
+                "two; give another tokenizer"
+            )
 
     @abstractmethod
     def _make_special(self) -> None:
@@ -121,13 +100,13 @@ class Tokenizer(ABC):
         """Return the ids of each text, without special tokens."""
 
     def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each prompt, preceded by what a text followed in training; never empty.
+        """Return the ids of each prompt, preceded by the start token where the files say that it is; never empty.
 
-        A Hugging Face tokenizer.json's post-processor defines it (GPT-NeoX's adds nothing) and its special tokens are
-        recognized in prompts, as in transformers. Our SentencePiece models precede each document with the end-of-text
-        token, which also stands for an empty prompt.
+        GPT-NeoX's files say nothing, so that a prompt is read as by transformers; a document begins with its start
+        token all the same, since its first token must be predicted from something.
         """
-        return [[self.eos_id, *ids] for ids in self.encode_batch(texts)]
+        start = [self.start_id] if self.special.adds_start else []
+        return [[*start, *ids] or [self.start_id] for ids in self.encode_batch(texts)]
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -161,22 +140,29 @@ class _HuggingFace(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._never_text: set[int] = set()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        eos = next((vocabulary[name] for name in _EOS_NAMES if name in vocabulary), None)
+        eos = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
         super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
         self.encode_batch(["\U000f0000"])  # an unknown character, for which its unknown token must exist
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # Unigram models name its id
         self.unknown_id = vocabulary.get(unknown) if unknown else getattr(self._tokenizer.model, "unk_id", None)
-        special = {token for name, token in self.special.items() if name != "unk"}
-        self._never_text = {token for token in special if token in self.encode_batch([self.token(token)])[0]}
-        if self._never_text and self.unknown_id is None:
+        if self.unknown_id is None:
+            self._refuse_made_by_text()
+        else:  # where tokens are whole words: such a word is one that the model lacks
+            self._never_text = self._made_by_text()
+
+    def _added_start(self, eos: int, bos: int | None) -> int | None:
+        encoding = self._tokenizer.encode("a")
+        added = encoding.special_tokens_mask
+        before = added.index(0) if 0 in added else 0
+        if before > 1:
             raise UserError(
-                f"{path}: text that spells one of its special tokens gets that token's id and would be cut in two; "
-                "give another tokenizer"
+                f"{self.path}: adds {before} tokens before a text, where one can be; give another tokenizer"
             )
+        return encoding.ids[0] if before else bos if self.config.get("add_bos_token") else None
 
     def _make_special(self) -> None:
         added = self._tokenizer.get_added_tokens_decoder()
-        for token in (added[token] for token in self.special.values() if token in added):
+        for token in (added[i] for i in {self.start_id, *self.special.named.values()} if i in added):
             token.special = True  # else the library looks for it in text
             self._tokenizer.add_special_tokens([token])
 
@@ -196,15 +182,7 @@ class _HuggingFace(Tokenizer):
         unknown = self.unknown_id
         if not self._never_text or unknown is None:
             return [encoding.ids for encoding in encoded]
-        # Such as whole words, of which a special token's text is one: in a text it is a word that the model lacks.
         return [[unknown if i in self._never_text else i for i in encoding.ids] for encoding in encoded]
-
-    @cached_property
-    def _of_prompts(self) -> tokenizers.Tokenizer:
-        return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())  # it recognizes special tokens
-
-    def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids or [self.eos_id] for encoding in self._of_prompts.encode_batch(list(texts))]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -224,6 +202,13 @@ class _SentencePiece(Tokenizer):
         eos = self._processor.eos_id()
         super().__init__(path, content, self._processor.vocab_size(), None if eos < 0 else eos)
         self.unknown_id = self._processor.unk_id()
+        self._refuse_made_by_text()
+
+    def _added_start(self, eos: int, bos: int | None) -> int | None:
+        if "add_bos_token" not in self.config:
+            return eos  # as in the models that `train_sentencepiece` makes
+        bos = self._processor.bos_id() if bos is None else bos
+        return bos if self.config["add_bos_token"] and bos >= 0 else None
 
     def _make_special(self) -> None:
         pass  # it makes no control piece of text

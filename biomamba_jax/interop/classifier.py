@@ -42,8 +42,6 @@ def write_for_transformers(classifier: Classifier, folder: Path, config: dict[st
     config["auto_map"] = {"AutoModelForSequenceClassification": f"modeling_biomamba.{prefix}ForSequenceClassification"}
     config["id2label"] = {str(i): label for i, label in enumerate(classifier.labels)}
     config["label2id"] = {label: i for i, label in enumerate(classifier.labels)}
-    eos = config["eos_token_id"]
-    config["start_token_id"] = eos[0] if isinstance(eos, list) else eos
 
 
 def find(folder: Path, width: int) -> Classifier | None:

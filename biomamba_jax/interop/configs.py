@@ -11,7 +11,7 @@ from typing import Any
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.checks import check_type
-from biomamba_jax.data.tokenizer import TOKEN_IDS
+from biomamba_jax.data.special_tokens import TOKEN_IDS
 from biomamba_jax.errors import UserError
 
 EXECUTION = ("compute_dtype", "kernels", "remat", "unroll")

@@ -8,7 +8,8 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.data.tokenizer import TOKEN_IDS, load_tokenizer, token_ids
+from biomamba_jax.data.special_tokens import TOKEN_IDS, token_ids
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers
@@ -57,15 +58,16 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
     """Write everything but the tokenizer's own file, which must be in `folder`; arguments as of `write_model`."""
     config, source = weights.config, weights.tokenizer_file
     if dialect == "hf":
-        ids = weights.token_ids
+        ids, special = weights.token_ids, None
         if source:  # its EOS token is authoritative, and the default of the other special tokens
             special = load_tokenizer(source).special
-            eos, stated = special["eos"], ids.get("eos_token_id")
-            known = {f"{name}_token_id": token for name, token in special.items()}
+            eos, stated = special.eos, ids.get("eos_token_id")
+            known = {"bos_token_id": special.start} | {f"{name}_token_id": id for name, id in special.named.items()}
             ids = {key: ids.get(key, known.get(key, eos)) for key in TOKEN_IDS}
             ids["eos_token_id"] = stated if isinstance(stated, list) and eos in stated else eos
             tokenizers.write_for_transformers(source, folder, ids)
         raw = configs.write_hf(config, dtype, ids)
+        raw |= {"start_token_id": special.start} if special else {}
         if weights.classifier is not None:
             classifier.write_for_transformers(weights.classifier, folder, raw)
         write_json(folder / "generation_config.json", ids)

@@ -146,9 +146,10 @@ def _add_tokenizer(gguf: Any, writer: Any, config: ModelConfig, tokenizer: Token
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(types)
-    for name, token in ({"bos": tokenizer.eos_id} | tokenizer.special).items():
+    special = tokenizer.special
+    for name, token in (special.named | {"bos": special.start}).items():
         getattr(writer, f"add_{name}_token_id")(token)
-    writer.add_add_bos_token(True)  # as `generate` does; llama.cpp ignores it for "plamo2"
+    writer.add_add_bos_token(special.adds_start)  # llama.cpp ignores it for "plamo2"
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(False)
 
@@ -170,7 +171,9 @@ def _byte_level(gguf: Any, writer: Any, tokenizer: Tokenizer) -> tuple[list[str]
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     writer.add_token_merges(list(pairs))
     added = {token["id"]: token for token in raw.get("added_tokens", [])}
-    control = set(tokenizer.special.values()) | {i for i, token in added.items() if token["special"]}
+    control = {tokenizer.start_id, *tokenizer.special.named.values()} | {
+        i for i, token in added.items() if token["special"]
+    }
     tokens, types = [], []
     for i in range(tokenizer.vocab_size):
         tokens.append(tokenizer.token(i) or f"[PAD{i}]")

@@ -24,7 +24,7 @@ from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import type_handlers
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.data.tokenizer import token_ids
+from biomamba_jax.data.special_tokens import token_ids
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import classifier, tokenizers

@@ -9,7 +9,8 @@ import tokenizers as hf
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from biomamba_jax.data.tokenizer import TOKENIZER_CONFIG, load_tokenizer
+from biomamba_jax.data.special_tokens import TOKENIZER_CONFIG
+from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import write_json
 
@@ -54,6 +55,10 @@ def write_for_transformers(file: Path, folder: Path, token_ids: dict[str, Any]) 
         if "tokenizer_class" in tokenizer.config:  # as a model of others states it, whose prompts may spell them
             del settings["split_special_tokens"]
         settings |= tokenizer.config
+        library = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
+        if tokenizer.special.adds_start and library.encode("").ids[:1] != [tokenizer.start_id]:
+            library.post_processor = _start_template(tokenizer)  # transformers does not read add_bos_token beside it
+            library.save(str(folder / TOKENIZER_JSON))
     eos = tokenizer.token(tokenizer.eos_id)
     for name in ("bos", "eos", "pad", "unk"):
         known = token_ids.get(f"{name}_token_id")
@@ -61,10 +66,15 @@ def write_for_transformers(file: Path, folder: Path, token_ids: dict[str, Any]) 
     write_json(folder / TOKENIZER_CONFIG, settings)
 
 
+def _start_template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
+    start = tokenizer.token(tokenizer.start_id)
+    return processors.TemplateProcessing(f"{start}:0 $A:0", special_tokens=[(start, tokenizer.start_id)])
+
+
 def from_sentencepiece(file: Path) -> hf.Tokenizer:
     """Convert a SentencePiece model of `data.tokenizer.train_sentencepiece` to the tokenizers library.
 
-    Prepends `<|endoftext|>`, the start symbol of every document in training, and recognises it in text. All other ids
+    Prepends the start token, in our own models `<|endoftext|>`, and recognises special tokens in text. All other ids
     are the same, except where two segmentations of a word have the same score to within SentencePiece's float32 sums
     (unigram models: 5 of 6,000 PubMed abstracts, 1 token in 300,000).
 
@@ -100,8 +110,11 @@ def from_sentencepiece(file: Path) -> hf.Tokenizer:
     spelled = Regex(f"<0(?=x[0-9A-F]{{2}}>)|{re.escape(eos[0])}(?={re.escape(eos[1:])})")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Split(spelled, "merged_with_previous")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(eos, normalized=False, special=True)])
-    tokenizer.post_processor = processors.TemplateProcessing(f"{eos} $A", special_tokens=[(eos, processor.eos_id())])
+    stated = load_tokenizer(file)
+    special = dict.fromkeys((eos, stated.token(stated.start_id)))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    if stated.special.adds_start:
+        tokenizer.post_processor = _start_template(stated)
     for text in _PROBE:
         if tokenizer.encode(text, add_special_tokens=False).ids != processor.encode(text):
             raise UserError(

@@ -40,7 +40,7 @@ class TextScore:
     tokens: list[int]
     """Token ids of the text."""
     logprobs: list[float]
-    """Log probability of each token in nats, given the end-of-text token and the tokens before it."""
+    """Log probability of each token in nats, given the start token and the tokens before it."""
 
     @property
     def total(self) -> float:
@@ -151,7 +151,7 @@ class Model:
     def logprobs(self, texts: str | Sequence[str]) -> list[TextScore]:
         """Return the log-likelihood of each text and the log probability of each of its tokens.
 
-        As in training, a text follows an end-of-text token, so its first token is predicted as well.
+        As in training, a text follows the start token, so its first token is predicted as well.
 
         Args:
           texts: a text or several.
@@ -164,7 +164,7 @@ class Model:
         """
         ids = self.tokenizer.encode_batch(_as_list(texts))
         scorer = NativeScorer(self._path, self.generator, self._path, _WINDOW, max(1, min(_ROWS, len(ids))))
-        nats = dict(scorer.rows([[self.tokenizer.eos_id, *tokens] for tokens in ids]))
+        nats = dict(scorer.rows([[self.tokenizer.start_id, *tokens] for tokens in ids]))
         return [TextScore(tokens, (-nats[index]).tolist()) for index, tokens in enumerate(ids)]
 
     def classify(self, texts: str | Sequence[str]) -> list[TextClass]:
@@ -184,7 +184,7 @@ class Model:
         ids, classes = self.tokenizer.encode_batch(_as_list(texts)), []
         weight = jnp.asarray(self._classifier.weight)
         for batch in batched(ids, _ROWS):
-            rows = [[self.tokenizer.eos_id, *tokens] for tokens in batch]
+            rows = [[self.tokenizer.start_id, *tokens] for tokens in batch]
             last = np.array([len(tokens) - 1 for tokens in rows])
             inputs = pad_right(rows, (len(rows), bucket_length(last.max() + 1)))
             for row in np.asarray(_class_probabilities(self._model, weight, inputs, last), np.float64):

@@ -79,16 +79,16 @@ class NativeScorer:
 
     def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """See `scoring.Scorer`."""
-        eos = self._tokenizer.eos_id
+        start, eos = self._tokenizer.start_id, self._tokenizer.eos_id
         for first in range(0, len(texts), _BLOCK):
-            block = [[eos, *ids, eos] for ids in self.encode(texts[first : first + _BLOCK])]
+            block = [[start, *ids, eos] for ids in self.encode(texts[first : first + _BLOCK])]
             for index, nats in self.rows(block):
                 yield first + index, nats
 
     def rows(self, rows: Sequence[Tokens]) -> Iterator[tuple[int, np.ndarray]]:
         """See `scoring.Scorer`."""
         lengths = np.array([len(row) - 1 for row in rows], np.int64)  # predicted tokens
-        rotated = [np.roll(np.asarray(row, np.int32), -1) for row in rows]  # targets; `fill_row` leads with the last id
+        arrays = [np.asarray(row, np.int32) for row in rows]
         width = min(self._window, bucket_length(int(lengths.sum())))
         model = self._model
         for batches in self._plan(lengths, width):
@@ -96,7 +96,9 @@ class NativeScorer:
             parts: dict[int, list[np.ndarray]] = defaultdict(list)
             for batch in batches:
                 padded = [*batch, *[[]] * (self._rows - len(batch))]
-                filled = [fill_row(pieces, width, lambda index: (rotated[index], rotated[index])) for pieces in padded]
+                filled = [
+                    fill_row(pieces, width, lambda index: (arrays[index], arrays[index][1:])) for pieces in padded
+                ]
                 inputs = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
                 nats, states = _row_nats(model, inputs, states, self._generator.vocab_size, self._mesh)
                 for row, pieces in zip(np.asarray(nats, np.float64), batch, strict=False):

@@ -105,7 +105,7 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     try:  # local_files_only: evaluates this folder, whatever repository its config names
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
         model, found = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -183,7 +183,7 @@ class _Causal(_Model):
         super().__init__(*arguments)
         tokenizer = self._tokenizer
         self._prefix: Tokens = tokenizer("")["input_ids"][:1]  # special token before a text; GPT-2's has none
-        starts = [*self._prefix, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        starts = [*self._prefix, tokenizer.eos_token_id, tokenizer.bos_token_id]  # as `data.special_tokens`
         self._start: Tokens = [token for token in starts if token is not None][:1]
         if not self._start:
             raise UserError(f"models.{self._name}: the tokenizer of {self._folder} has no bos and no eos to begin with")

@@ -38,7 +38,7 @@ class _Classifier:
         their padding, on whichever side it is.
         """
         keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        start = input_ids.new_tensor([self.config.start_token_id])  # that of the end of a text
+        start = input_ids.new_tensor([self.config.start_token_id])
         rows = [row[mask.bool()] for row, mask in zip(input_ids, keep, strict=True)]
         rows = [row if row[:1].equal(start) else torch.cat([start, row]) for row in rows]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

@@ -44,7 +44,7 @@ def test_json_that_is_nested_without_end_is_refused(tmp_path, depth):
 def test_only_the_answer_and_the_end_of_the_text_are_targets(tokenizer):
     [example] = encode(tokenizer, Example(PROMPT, " diabetes"))
     prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
-    assert example.ids.tolist() == [*prompt, *answer, tokenizer.eos_id]
+    assert example.inputs.tolist() == [tokenizer.eos_id, *prompt, *answer]
     assert example.targets.tolist() == [-1] * len(prompt) + [*answer, tokenizer.eos_id]
 
 
@@ -82,13 +82,13 @@ def test_answers_to_one_prompt_come_back_in_their_order():
 
 def test_a_space_at_the_prompt_s_end_is_learnt_with_the_answer(tokenizer):
     one, other = encode(tokenizer, Example(PROMPT, " diabetes")), encode(tokenizer, Example(PROMPT + " ", "diabetes"))
-    assert one[0].ids.tolist() == other[0].ids.tolist() and one[0].targets.tolist() == other[0].targets.tolist()
+    assert one[0].inputs.tolist() == other[0].inputs.tolist() and one[0].targets.tolist() == other[0].targets.tolist()
 
 
 def test_a_classifiers_one_target_stands_behind_the_prompt(tokenizer):
     [example] = encode(tokenizer, Example(PROMPT, " no", label="no"), labels=("yes", "no"))
     [prompt] = tokenizer.encode_batch([PROMPT])
-    assert example.ids.tolist() == [*prompt, tokenizer.eos_id]
+    assert example.inputs.tolist() == [tokenizer.eos_id, *prompt]
     assert example.targets.tolist() == [-1] * len(prompt) + [1]
 
 
@@ -96,7 +96,7 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(tokenizer
     examples = encode(tokenizer, Example(PROMPT, " diabetes"), Example("the", " diabetes"), length=8)
     prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
     room = 8 - len(answer) - 1
-    assert examples[0].ids.tolist() == [*prompt[-room:], *answer, tokenizer.eos_id]
+    assert examples[0].inputs.tolist() == [tokenizer.eos_id, *prompt[-room:], *answer]
     assert examples[0].targets.tolist() == [-1] * room + [*answer, tokenizer.eos_id]
     assert examples.shortened == 1 and examples.lengths.max() <= 8
 
@@ -162,4 +162,4 @@ def test_the_development_share_depends_on_each_prompt_alone():
 
 def test_encoded_examples_tell_their_lengths(tokenizer):
     examples = encode(tokenizer, Example("the", " mice"), Example(PROMPT, " mice"))
-    np.testing.assert_array_equal(examples.lengths, [len(examples[0].ids), len(examples[1].ids)])
+    np.testing.assert_array_equal(examples.lengths, [len(examples[0].inputs), len(examples[1].inputs)])

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from biomamba_jax.data.packing import RowPlan, best_fit_decreasing, fill_row
+from biomamba_jax.data.shards import shifted
 
 lengths_of_documents = st.lists(st.integers(1, 70), min_size=1, max_size=60)
 plans = {
@@ -147,22 +148,22 @@ def test_best_fit_decreasing_does_what_its_definition_says(lengths):
 
 def test_a_row_holds_inputs_one_place_behind_targets_and_numbers_its_documents():
     documents = {4: np.array([11, 12, 0]), 7: np.array([0]), 9: np.array([21, 0])}
-    row = fill_row([(4, 0, 3), (7, 0, 1), (9, 0, 2)], 8, lambda i: (documents[i], documents[i]))
+    row = fill_row([(4, 0, 3), (7, 0, 1), (9, 0, 2)], 8, lambda i: (shifted(documents[i], 9), documents[i]))
     assert row["targets"].tolist() == [11, 12, 0, 0, 21, 0, 0, 0]
-    assert row["inputs"].tolist() == [0, 11, 12, 0, 0, 21, 0, 0]
+    assert row["inputs"].tolist() == [9, 11, 12, 9, 9, 21, 0, 0]
     assert row["segment_ids"].tolist() == [1, 1, 1, 2, 3, 3, 0, 0]
     assert all(values.dtype == np.int32 for values in row.values())
 
 
 def test_a_later_piece_of_a_long_document_starts_from_the_token_before_it():
     document = np.array([11, 12, 13, 14, 15, 0])
-    rows = [fill_row([(0, start, start + 2)], 2, lambda _: (document, document)) for start in (0, 2, 4)]
+    rows = [fill_row([(0, start, start + 2)], 2, lambda _: (shifted(document), document)) for start in (0, 2, 4)]
     assert [row["inputs"].tolist() for row in rows] == [[0, 11], [12, 13], [14, 15]]
     assert [row["targets"].tolist() for row in rows] == [[11, 12], [13, 14], [15, 0]]
 
 
-def test_targets_may_differ_from_the_ids_that_are_read():
-    prompt_and_answer = np.array([11, 12, 21, 0]), np.array([-1, -1, 21, 0])
+def test_targets_may_differ_from_the_tokens_that_are_read():
+    prompt_and_answer = np.array([0, 11, 12, 21]), np.array([-1, -1, 21, 0])
     row = fill_row([(0, 0, 4), (1, 0, 4)], 9, lambda _: prompt_and_answer)
     assert row["targets"].tolist() == [-1, -1, 21, 0, -1, -1, 21, 0, 0]
     assert row["inputs"].tolist() == [0, 11, 12, 21, 0, 11, 12, 21, 0]

@@ -34,7 +34,7 @@ def test_documents_are_read_back_in_any_order(tmp_path, token_dtype):
         ids, *rest = reader[i]
         assert ids.dtype == np.int32
         assert ids.tolist() == DOCUMENTS[i]
-        assert rest == [1000 + i, None, i % 2, 10 * i, None]
+        assert rest == [1000 + i, None, i % 2, 10 * i, None, None]
     np.testing.assert_array_equal(reader.lengths, [len(d) for d in DOCUMENTS])
 
 
@@ -112,7 +112,7 @@ def drop(*keys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda raw: raw.update(format_version=2), "format_version is 2, this program reads 1"),
+        (lambda raw: raw.update(format_version=3), "format_version is 3, this program reads 1 and 2"),
         (drop("format_version"), "format_version is None"),
         (drop("sources"), "sources: Field required"),
         (drop("tokenizer", "sha256"), r"tokenizer\.sha256: Field required"),
@@ -136,12 +136,24 @@ def test_a_manifest_that_is_unknown_or_wrong_is_refused(folder, change, message)
     assert "\n" not in str(caught.value)
 
 
-def test_a_manifest_from_before_unspelled_documents_were_counted_is_read(folder):
+def test_a_manifest_of_the_first_format_is_read(folder):
+    """It states no start token and counts no unspelled documents: each document follows EOS."""
     path = folder / "manifest.json"
     raw = json.loads(path.read_text())
-    del raw["splits"]["train"]["unspelled"]
+    del raw["splits"]["train"]["unspelled"], raw["tokenizer"]["start_id"]
+    path.write_text(json.dumps(raw | {"format_version": 1}))
+    manifest, reader = open_split(folder, "train")
+    assert manifest.splits["train"].unspelled == 0
+    assert [document.inputs[0] for document in reader] == [document.ids[-1] for document in reader]
+
+
+def test_every_document_begins_with_the_start_token_of_the_manifest(folder):
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["tokenizer"]["start_id"] = 300
     path.write_text(json.dumps(raw))
-    assert open_split(folder, "train")[0].splits["train"].unspelled == 0
+    for document, ids in zip(open_split(folder, "train")[1], DOCUMENTS, strict=True):
+        assert (document.inputs.tolist(), document.targets.tolist()) == ([300, *ids[:-1]], ids)
 
 
 def test_a_manifest_that_is_not_json_is_refused(folder):

@@ -124,7 +124,7 @@ def test_the_end_of_text_that_a_file_states_wins_over_a_known_name(tmp_path, fil
 def test_of_two_statements_that_of_the_tokenizer_s_own_config_counts(tmp_path):
     path = write_byte_level(tmp_path / "t", ["<a>", "<b>", "<c>"], eos_token="<b>")
     (tmp_path / "t" / "config.json").write_text('{"eos_token_id": 258, "bos_token_id": 256}')
-    assert load_tokenizer(path).special == {"eos": 257, "bos": 256}
+    assert load_tokenizer(path).special.named == {"eos": 257, "bos": 256}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_text_that_spells_a_special_token_is_ordinary_text_also_where_the_token_
     path = write_byte_level(tmp_path / "t", plain=["<end>", "<start>", "word"], eos_token="<end>", bos_token="<start>")
     tokenizer = load_tokenizer(path)
     [ids] = tokenizer.encode_batch(["a <end> <start> word"])
-    assert tokenizer.special == {"eos": 256, "bos": 257}
+    assert tokenizer.special.named == {"eos": 256, "bos": 257}
     assert not {256, 257} & set(ids) and 258 in ids
     assert tokenizer.decode(ids) == "a <end> <start> word"
 

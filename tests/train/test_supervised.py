@@ -78,9 +78,9 @@ def batch_of(examples, *rows):
     """Rows that hold the examples of these numbers."""
 
     def read(index):
-        return examples[index].ids, examples[index].targets
+        return examples[index].inputs, examples[index].targets
 
-    filled = [fill_row([Piece(i, 0, len(examples[i].ids)) for i in row], LENGTH, read) for row in rows]
+    filled = [fill_row([Piece(i, 0, len(examples[i].inputs)) for i in row], LENGTH, read) for row in rows]
     return {name: jnp.asarray(np.stack([row[name] for row in filled])) for name in filled[0]}
 
 

@@ -1,0 +1,102 @@
+"""Special tokens: which ones begin, end and pad a text, as the files beside a tokenizer state it.
+
+tokenizer_config.json counts first, then config.json, then generation_config.json; only an end-of-text token that none
+of them states is found by its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
+
+EOS = "<|endoftext|>"
+EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_NAMES = ("bos", "eos", "pad", "unk")
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Special tokens of a tokenizer, by id; no text is encoded as one of them, except as `unk`."""
+
+    eos: int
+    """Ends every stored document."""
+    start: int
+    """Precedes every document: the token that the files say is added before a text, else `eos`."""
+    adds_start: bool = False
+    """True if the files say that `start` is added before a text; it then precedes prompts too."""
+    bos: int | None = None
+    """Stated beginning of a text, None: not stated."""
+    pad: int | None = None
+    """Stated padding, None: not stated."""
+    unk: int | None = None
+    """Stated unknown token, None: not stated."""
+
+    @property
+    def named(self) -> dict[str, int]:
+        """Ids of those of "bos", "eos", "pad" and "unk" that are known."""
+        return {name: token for name, token in asdict(self).items() if name in _NAMES and token is not None}
+
+    @property
+    def never_text(self) -> set[int]:
+        """Ids that no text may be encoded as."""
+        return {self.start, *(token for name, token in self.named.items() if name != "unk")}
+
+
+def token_ids(path: Path, raw: Any) -> dict[str, Any]:
+    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
+
+    Raises:
+      UserError: an entry is neither.
+    """
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
+    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) not in (None, [])}
+    for key, value in found.items():
+        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{path}: {key} = {value!r}: must be a token id")
+    return found
+
+
+def read_stated(
+    file: Path, vocab_size: int, token_id: Callable[[str], int | None], token: Callable[[int], str]
+) -> tuple[dict[str, Any], dict[str, int]]:
+    """Read what the files beside a tokenizer state.
+
+    Args:
+      file: the tokenizer.
+      vocab_size: number of its ids.
+      token_id: returns the id of a token by its text, None if there is none.
+      token: returns the text of a token.
+
+    Returns:
+      tokenizer_config.json with the special tokens that config.json states by id, and the ids of those of "bos", "eos",
+      "pad" and "unk" that are stated.
+
+    Raises:
+      UserError: the stated end-of-text token is not in the vocabulary.
+    """
+    folder, ids = file.parent, dict[str, int]()
+    config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
+    for name in _NAMES:
+        stated = config.get(f"{name}_token")
+        text = stated.get("content") if isinstance(stated, dict) else stated
+        found = token_id(text) if isinstance(text, str) else None
+        if found is not None:
+            ids[name] = found
+        elif stated is not None and name == "eos":
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token {text!r} is not a token of {file.name}")
+    for path in (folder / "config.json", folder / "generation_config.json"):
+        for key, value in token_ids(path, read_json(path)).items() if path.exists() else ():
+            name, first = key.removesuffix("_token_id"), value[0] if isinstance(value, list) else value
+            if name in ids:
+                continue
+            if 0 <= first < vocab_size:
+                ids[name], config[f"{name}_token"] = first, token(first)
+            elif name == "eos":
+                raise UserError(f"{path}: {key} = {value}, but {file.name} has {vocab_size} ids")
+    return config, ids
