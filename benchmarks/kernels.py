@@ -5,20 +5,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.hardware import Chip
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
-from biomamba_jax.planning.kernels import D_STATE, HEADDIM, SMALLEST, SSD_D_STATE
-from biomamba_jax.planning.topology import parse_topology
+from biomamba_jax.planning.kernels import HEADDIM, SMALLEST, SSD_D_STATE, kernel_costs
+from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.tables import Table, print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128
 OPS = ("selective_scan", "ssd", "causal_conv1d")
-
-_VECTOR_SLOTS = 4  # vector operations on 8 x 128 values per VLIW bundle
-# Vector operations of the selective scan for 8 states of 128 channels in one time step, counted in the kernels; reading
-# a result of the transcendental unit is one. Sums over d_state and over lanes are shared by two or four registers.
-_SCAN_OPERATIONS = {"forward": 6.5, "backward": 20.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,10 +103,11 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
 
 def lines(settings: KernelsBenchmark) -> Iterator[Line]:
     """Yield the rows of each kernel and its alternative; raises like `estimates`."""
-    chip = parse_topology(f"{settings.target}:{SMALLEST[settings.target]}").chip
+    topology = parse_topology(f"{settings.target}:{SMALLEST[settings.target]}")
+    chip = topology.chip
     assert chip.clock is not None
     for op in OPS:
-        yield from _pallas_lines(op, settings, chip)
+        yield from _pallas_lines(op, settings, topology)
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
         for direction, estimate in (("forward", forward), ("forward and backward", both)):
             memory = (estimate.argument_bytes + estimate.output_bytes) / chip.bandwidth
@@ -141,22 +136,22 @@ def _estimates(
 _SHORT_LENGTHS = [256, 512]  # multiples of every kernel's chunk
 
 
-def _pallas_lines(op: str, settings: KernelsBenchmark, chip: Chip) -> Iterator[Line]:
+def _pallas_lines(op: str, settings: KernelsBenchmark, topology: Topology) -> Iterator[Line]:
     """Yield rows from the slope between two short lengths, which excludes the fixed cost of a call."""
     short, long = _estimates(op, "pallas_tpu", settings, 1, _SHORT_LENGTHS, profile=True)
     whole = _estimates(op, "pallas_tpu", settings, settings.rows, [settings.length], profile=False)[0]
-    tokens = settings.rows * settings.length
+    tokens, chip = settings.rows * settings.length, topology.chip
     memory = [(e.argument_bytes + e.output_bytes) / chip.bandwidth for e in whole]
     assert chip.clock is not None  # known for every generation in SMALLEST
     cycle_rate = chip.clock * chip.cores  # rows are sharded over the cores
+    costs = kernel_costs({"op": op, "implementation": "pallas_tpu", "gradient": True, **shape(settings)})
+    fused = {kernel.name.rpartition("_")[2]: kernel.vector_operations for kernel in costs}
     lines = []
     for i, direction in enumerate(("forward", "backward")):
         cycles = [_kernel_cycles(pair[1].static_cycles, direction) for pair in (short, long)]
         seconds = (cycles[1] - cycles[0]) / (_SHORT_LENGTHS[1] - _SHORT_LENGTHS[0]) * tokens / cycle_rate
-        vector = matrix = None
-        if op == "selective_scan":
-            registers = tokens * settings.channels * D_STATE / 1024
-            vector = registers * _SCAN_OPERATIONS[direction] / _VECTOR_SLOTS / cycle_rate
+        vector = fused[direction] / topology.kind.vector if topology.kind.vector and fused[direction] else None
+        matrix = None
         if op == "ssd":
             matrix = 2 * tokens * _ssd_products(settings.channels)[direction] / chip.flops["bfloat16"]
         lines.append(Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes))

@@ -20,7 +20,9 @@ from biomamba_jax.ops import dispatch
 from biomamba_jax.parallel.mesh import make_mesh
 from biomamba_jax.planning.ahead_of_time import compiler_environment, require_compiler, run_in_child, tpu_devices
 from biomamba_jax.planning.costs import Costs, Operation, program_costs
-from biomamba_jax.planning.program import Collective, Program
+from biomamba_jax.planning.links import Places
+from biomamba_jax.planning.program import Program
+from biomamba_jax.planning.schedule import Collective, Schedule, collectives, operations
 from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.program import pretrain_program
 
@@ -56,16 +58,24 @@ class Compiled:
     """Memory of one device; if the program is too large, as far as it is known."""
     costs: Costs = dataclasses.field(default_factory=Costs)
     """Costs on one device, from the jaxpr."""
-    work: list[Operation] = dataclasses.field(default_factory=list)
-    """Operations of the compiled program other than kernels."""
-    collectives: list[Collective] = dataclasses.field(default_factory=list)
-    """Collectives of the compiled program."""
+    schedule: Schedule = ()
+    """What a device runs, in order."""
     refused: str | None = None
     """Why config and machine do not go together."""
     needed: int | None = None
     """Bytes that one device would need, if that is more than it has; 0 if the compiler did not say."""
     seconds: float = 0.0
     """Compile time."""
+
+    @property
+    def work(self) -> list[Operation]:
+        """Operations of the compiled program other than kernels."""
+        return operations(self.schedule)
+
+    @property
+    def collectives(self) -> list[Collective]:
+        """Collectives of the compiled program, each kind and shape once."""
+        return collectives(self.schedule)
 
     @property
     def fits(self) -> bool:
@@ -121,9 +131,10 @@ def _compile(config: PlanConfig, folder: Path) -> Compiled:
     rest = analysis.argument_size_in_bytes - parameters - optimizer
     rest += analysis.output_size_in_bytes - analysis.alias_size_in_bytes + analysis.generated_code_size_in_bytes
     memory = Memory(parameters, optimizer, kept, analysis.temp_size_in_bytes - kept, rest)
-    found = Program(_text(compiled, folder), mesh.size, topology.slices)
+    places = Places.of_devices(list(mesh.devices.flat), topology)
+    schedule = Program(_text(compiled, folder), places).schedule
     needed = memory.total if memory.total > topology.chip.memory_bytes else None
-    return Compiled(sizes, memory, costs, found.work, found.collectives, None, needed, seconds)
+    return Compiled(sizes, memory, costs, schedule, None, needed, seconds)
 
 
 def _text(compiled: Any, folder: Path) -> str:

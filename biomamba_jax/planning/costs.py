@@ -11,7 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
+from jax.extend.core import Literal
 
+_REDUCTIONS = ("reduce_sum", "reduce_max", "reduce_min")
+_ELEMENTWISE = frozenset(
+    "add sub mul div neg abs max min exp exp2 log log1p logistic tanh rsqrt sqrt pow integer_pow select_n and or xor "
+    "not eq ne lt le gt ge convert_element_type".split()
+)
 _KERNELS = ("pallas_call", "mpmd_map", "triton_kernel_call")  # Pallas for TPU, Mosaic GPU, jax-triton
 
 
@@ -28,7 +35,11 @@ class Operation:
     bytes: float
     """Bytes that one execution reads and writes in device memory; of a kernel those of its operands and results."""
     vector_operations: float = 0.0
-    """Vector operations of one call of a kernel that states them."""
+    """Float32 operations of one call of a kernel in vector units; without products, and a lower bound."""
+    parallel: int = 1
+    """Blocks of a kernel that several cores can share."""
+    is_kernel: bool = False
+    """True for a call of a kernel in a compiled program."""
 
 
 @dataclasses.dataclass
@@ -51,7 +62,7 @@ def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Co
       devices: number of devices that work outside `shard_map` is divided over.
       layers: length of the loops whose stacked results are saved activations; None: no loop's are.
     """
-    costs, calls = Costs(), collections.Counter[tuple[str, float, float, float]]()
+    costs, calls = Costs(), collections.Counter[Operation]()
     for equation, times, share in _executed(getattr(jaxpr, "jaxpr", jaxpr), 1, 1 / devices):
         name, parameters = equation.primitive.name, equation.params
         if name == "dot_general":
@@ -61,10 +72,10 @@ def program_costs(jaxpr: Any, devices: int = 1, layers: int | None = None) -> Co
         elif name in _KERNELS:
             kernel = _kernel(equation)
             calls[kernel] += times
-            costs.flops += times * kernel[1]
+            costs.flops += times * kernel.flops
         elif name == "scan" and parameters["length"] == layers and share == 1 and not parameters["reverse"]:
             costs.saved_bytes += _stacked_bytes(equation)
-    costs.kernels = [Operation(key[0], number, *key[1:]) for key, number in calls.items()]
+    costs.kernels = [dataclasses.replace(kernel, calls=number) for kernel, number in calls.items()]
     return costs
 
 
@@ -114,22 +125,44 @@ def _tensor_core_flops(equation: Any) -> float:
     return 2.0 * math.prod(total.shape) * left.shape[-1]
 
 
-def _kernel(equation: Any) -> tuple[str, float, float, float]:
-    """Return name, FLOPs of matrix products, bytes and vector operations of one call."""
-    parameters = equation.params
+def _kernel(equation: Any) -> Operation:
+    """Return one call of a kernel."""
+    parameters, moved = equation.params, _all_bytes(equation)
     if equation.primitive.name == "triton_kernel_call":  # states no cost: only its bytes are known
-        return str(parameters.get("name") or "triton"), 0.0, _all_bytes(equation), 0.0
+        return Operation(str(parameters.get("name") or "triton"), 1, 0.0, moved, is_kernel=True)
     name = parameters.get("name") or parameters["name_and_src_info"].name
     if "meshes" in parameters:  # each warpgroup of a block has its own branch: all of them count
         ((mesh, jaxpr),) = zip(parameters["meshes"], parameters["jaxprs"], strict=True)
-        grid = mesh.grid
-    else:
-        jaxpr, grid = parameters["jaxpr"], parameters["grid_mapping"].grid
-    inside = program_costs(jaxpr)
-    flops = inside.flops * math.prod(grid)
-    stated = parameters.get("cost_estimate")
-    vector = 0.0 if stated is None or flops else float(stated.flops)
-    return name, flops, _all_bytes(equation), vector
+        return Operation(name, 1, program_costs(jaxpr).flops * math.prod(mesh.grid), moved, is_kernel=True)
+    jaxpr, grid = parameters["jaxpr"], parameters["grid_mapping"].grid
+    flops, vector = (math.prod(grid) * count for count in (program_costs(jaxpr).flops, vector_operations(jaxpr)))
+    semantics = getattr(parameters["compiler_params"], "dimension_semantics", None) or ("arbitrary",) * len(grid)
+    shared = (size for size, kind in zip(grid, semantics, strict=True) if kind in ("parallel", pltpu.PARALLEL))
+    return Operation(name, 1, flops, moved, 0.0 if flops else vector, math.prod(shared), is_kernel=True)
+
+
+def vector_operations(jaxpr: Any) -> float:
+    """Return the least number of element operations in vector units that one run of a TPU kernel's body needs.
+
+    What `pl.when` guards is left out, and so are copies, broadcasts and products with matrix units. A reduction takes
+    as many operations as it removes elements; a read of a result of the transcendental unit is one.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        name, parameters, result = (
+            equation.primitive.name,
+            equation.params,
+            equation.outvars and equation.outvars[0].aval,
+        )
+        if name == "scan":
+            total += parameters["length"] * vector_operations(parameters["jaxpr"].jaxpr)
+        elif name in _REDUCTIONS:
+            total += equation.invars[0].aval.size - result.size
+        elif name in _ELEMENTWISE and not any(isinstance(v, Literal) and v.val == 0 for v in equation.invars):
+            total += result.size if result.size > 1 else 0  # scalars have a unit of their own
+        elif name != "cond" and name not in _KERNELS:
+            total += sum(map(vector_operations, _inner_jaxprs(parameters)))
+    return total
 
 
 def _all_bytes(equation: Any) -> float:

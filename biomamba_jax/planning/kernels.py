@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan, ssd
 from biomamba_jax.planning.ahead_of_time import Request, estimates
-from biomamba_jax.planning.costs import program_costs
+from biomamba_jax.planning.costs import Operation, program_costs
 from biomamba_jax.planning.topology import parse_topology
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def build(
 
 @functools.cache
 def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, float]:
-    """Return seconds per byte of operands and results of each kernel of a mixer, by name.
+    """Return seconds per byte of operands and results of each kernel of a mixer on one core, by name.
 
     The slope between two short lengths, which excludes the fixed cost of a call. Empty for targets whose profile
     cannot be trusted (v4, TPU7x, GPUs) and where the compiler produces none.
@@ -109,18 +109,17 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
         reason = f"no profile, so the time of its kernels is a lower bound: {error}"
         logger.warning("%s on %s: %s", _OPS[kind], target, reason)
         return {}
-    few, many = map(_kernel_bytes, arguments)
+    few, many = ({kernel.name: kernel.bytes for kernel in kernel_costs(a)} for a in arguments)
     rates: dict[str, float] = {}
     for name in few:
         cycles = sum(long[key] for key in long if name in key) - sum(short[key] for key in short if name in key)
         if cycles > 0:
-            rates[name] = cycles / (many[name] - few[name]) / (chip.clock * chip.cores)  # rows: sharded over the cores
+            rates[name] = cycles / (many[name] - few[name]) / chip.clock
     return rates
 
 
-def _kernel_bytes(arguments: Mapping[str, Any]) -> dict[str, float]:
-    """Return the bytes of one call of each kernel that an op's gradient runs."""
+def kernel_costs(arguments: Mapping[str, Any]) -> list[Operation]:
+    """Return one call of each kernel that an op's gradient runs on TPU; `arguments` are those of `build`."""
     with dispatch.target_platform("tpu"):
         function, shapes = build(devices=None, **arguments)
-        found = program_costs(jax.make_jaxpr(function)(*shapes)).kernels
-    return {kernel.name: kernel.bytes for kernel in found}
+        return program_costs(jax.make_jaxpr(function)(*shapes)).kernels

@@ -14,6 +14,7 @@ from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.planning.ahead_of_time import require_compiler
 from biomamba_jax.planning.compile import Compiled, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
+from biomamba_jax.planning.schedule import Collective, one_call
 from biomamba_jax.planning.search import nearest_fit, resolved_mesh, search_settings
 from biomamba_jax.planning.times import Times, step_times
 from biomamba_jax.planning.topology import Topology, parse_topology
@@ -94,12 +95,18 @@ class Plan:
             "memory": dataclasses.asdict(compiled.memory) | {"total": compiled.memory.total},
             "available_bytes": self.topology.chip.memory_bytes,
             "flops": compiled.costs.flops,
-            "collectives": [dataclasses.asdict(c) | {"sent": c.sent} for c in compiled.collectives],
+            "collectives": [self._collective(c) for c in compiled.collectives],
             "seconds": times and {key: getattr(times, key) for key in _SECONDS},
             "unprofiled_kernels": None if times is None else list(times.unprofiled),
             **{key: getattr(self, key) for key in _SPEED},
             "compile_seconds": compiled.seconds,
         }
+
+    def _collective(self, one: Collective) -> dict[str, Any]:
+        exposed = None if self.times is None else self.times.exposed.get(one_call(one), 0.0)
+        found = dataclasses.asdict(one) | {"sent": one.sent, "exposed_seconds": exposed}
+        del found["name"]
+        return found
 
 
 @dataclasses.dataclass(frozen=True)

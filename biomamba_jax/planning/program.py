@@ -1,11 +1,10 @@
-"""Reads operations and collectives of a compiled program, with their counts and bytes, from its text.
+"""Reads the schedule of a compiled program from its text: operations and collectives in the order of execution.
 
 The text is `jax.stages.Compiled.as_text()`: one device's program, loops with their trip counts. Operations inside a
 fusion cause no memory traffic; a slice of a stacked array counts as the slice, not as the array; buffers in on-chip
 memory do not count.
 """
 
-import collections
 import dataclasses
 import math
 import re
@@ -16,41 +15,18 @@ import numpy as np
 from biomamba_jax.planning import hlo
 from biomamba_jax.planning.costs import Operation
 from biomamba_jax.planning.hlo import Instruction
+from biomamba_jax.planning.links import Places, Route
+from biomamba_jax.planning.schedule import Collective, Item, Loop, Wait
 
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "token": 0, "opaque": 0}
 _FREE = frozenset(
     "parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id iota opt-barrier domain "
-    "copy-done slice-done dynamic-slice-done async-done async-update all-gather-done all-reduce-done "
-    "collective-permute-done recv-done send-done".split()
+    "async-update recv".split()
 )
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Operations that update their first operand in place -> position of the operand that they write."""
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
 _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """Collectives of one kind and shape."""
-
-    kind: str
-    """all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all."""
-    calls: int
-    """Calls in a step."""
-    bytes: int
-    """Bytes of the full array that one call gathers, reduces or moves, on one device."""
-    group: int
-    """Devices in a replica group."""
-    between_slices: bool
-    """True if a group spans slices."""
-    overlaps: bool
-    """True if it is asynchronous: other work can overlap with it."""
-
-    @property
-    def sent(self) -> float:
-        """Bytes that each device must send in one call, by any algorithm."""
-        whole = self.bytes * (self.group - 1) / max(self.group, 1)
-        return {"all-reduce": 2 * whole, "collective-permute": float(self.bytes)}.get(self.kind, whole)
 
 
 def shape_bytes(text: str, everywhere: bool = False) -> int:
@@ -71,57 +47,57 @@ def _dimensions(text: str) -> list[int]:
 
 
 class Program:
-    """Operations of one device in one step, without kernels: their costs are in the jaxpr."""
+    """Schedule of one device in one step; of kernels only their names and bytes, since their costs are in the jaxpr."""
 
-    work: list[Operation]
-    """Operations other than collectives."""
-
-    def __init__(self, text: str, devices: int = 1, slices: int = 1) -> None:
+    def __init__(self, text: str, places: Places) -> None:
         """Read a compiled module.
 
         Args:
           text: text of the optimized module.
-          devices: number of devices that run it.
-          slices: number of slices that the devices belong to, in order.
+          places: where its devices are.
         """
         self._computations, entry = hlo.parse(text)
         self._named = {name: {i.name: i for i in body} for name, body in self._computations.items()}
-        self._devices, self._slices = devices, slices
-        self._calls = collections.Counter[tuple[str, int, int, bool, bool]]()
-        self.work = []
-        self._walk(entry, 1)
+        self._places = places
+        self.schedule = self._walk(entry)
+        """What the device runs, in order."""
 
-    @property
-    def collectives(self) -> list[Collective]:
-        """Collectives, each kind and shape once."""
-        return [Collective(key[0], calls, *key[1:]) for key, calls in self._calls.items()]
-
-    def _walk(self, computation: str, times: int, overlaps: bool = False) -> None:
-        """Count `times` runs of a computation; it overlaps if it runs asynchronously, as on SparseCores."""
+    def _walk(self, computation: str, on_sparse_core: bool = False) -> tuple[Item, ...]:
+        """Return the schedule of a computation; collectives that run on SparseCores end where they are awaited."""
+        found: list[Item] = []
         for i in self._computations.get(computation, ()):
-            if hlo.is_kernel(i):
-                continue
             called = hlo.called_computations(i)
-            if i.opcode == "while":
-                self._walk(called["body"][0], times * self._trips(i, computation), overlaps)
+            if hlo.is_kernel(i):
+                sizes = (shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
+                size = sum(sizes) + shape_bytes(i.results, everywhere=True)
+                found.append(Operation(i.name, 1, 0.0, size, is_kernel=True))
+            elif i.opcode == "while":
+                body = self._walk(called["body"][0], on_sparse_core)
+                found.append(Loop(self._trips(i, computation), body))
             elif i.opcode in ("call", "async-start") or "called_computations" in called:
+                starts = i.opcode == "async-start"
                 for inner in next(iter(called.values()), ()):
-                    self._walk(inner, times, overlaps or i.opcode == "async-start")
+                    for item in self._walk(inner, on_sparse_core or starts):
+                        if starts and isinstance(item, Collective):
+                            item = dataclasses.replace(item, name=i.name)
+                        found.append(item)
             elif i.opcode == "conditional":
                 for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
-                    self._walk(inner, times, overlaps)
+                    found += self._walk(inner, on_sparse_core)
             elif kind := _collective_kind(i.opcode):
-                self._collective(i, kind, computation, times, overlaps)
+                found += self._collective(i, kind, computation, on_sparse_core or i.opcode.endswith("-start"))
+            elif i.opcode.endswith("-done") and i.operands:
+                found.append(Wait(self._started_by(i, computation)))
             elif i.opcode == "send":
-                self._send(i, computation, times)
+                found += self._send(i, computation)
             elif i.opcode == "fusion":
-                self._fusion(i, computation, called["calls"][0], times)
+                found += self._fusion(i, computation, called["calls"][0])
             elif i.opcode not in _FREE:
-                self._add(i, times, self._flops(i, computation), self._moved(i, computation))
+                found += self._operation(i, self._flops(i, computation), self._moved(i, computation))
+        return tuple(found)
 
-    def _add(self, i: Instruction, times: int, flops: float, moved: float) -> None:
-        if flops or moved:
-            self.work.append(Operation(i.name, times, flops, moved))
+    def _operation(self, i: Instruction, flops: float, moved: float) -> list[Item]:
+        return [Operation(i.name, 1, flops, moved)] if flops or moved else []
 
     def _trips(self, i: Instruction, computation: str) -> int:
         """Return the trip count; if it is unknown, the bound in the loop's condition: a plan is an estimate."""
@@ -134,50 +110,60 @@ class Program:
 
     # --- Collectives -------------------------------------------------------------------------------------------------
 
-    def _collective(self, i: Instruction, kind: str, computation: str, times: int, overlaps: bool = False) -> None:
+    def _collective(self, i: Instruction, kind: str, computation: str, overlaps: bool) -> list[Collective]:
         operands = sum(shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
         results = shape_bytes(i.results, everywhere=True)
-        starts = i.opcode.endswith("-start")
         size = results if kind == "all-gather" else operands
-        if kind == "all-gather" and starts:  # its result includes its operand
+        if kind == "all-gather" and i.opcode.endswith("-start"):  # its result includes its operand
             size -= operands
-        groups = replica_groups(i.attributes) or [list(range(self._devices))]
-        group = max(map(len, groups)) if kind != "collective-permute" else 2
-        per_slice = self._devices // self._slices
-        between = any(len({k // per_slice for k in g}) > 1 for g in groups)
-        self._count(kind, size, group, between, starts or overlaps, times)
+        groups = replica_groups(i.attributes) or [list(range(len(self._places.slices)))]
+        pairs = kind == "collective-permute"
+        group = max(map(len, groups)) if not pairs else 2
+        return self._found(i.name, kind, size, group, self._places.route(groups, pairs), overlaps)
 
-    def _send(self, i: Instruction, computation: str, times: int) -> None:
-        """Count a collective between TPU slices, which goes through the hosts: each device sends its shard."""
-        original = re.search(r'host_transfer_rendezvous="([a-z\-]+)', i.attributes)
-        if original and self._slices > 1 and (kind := _collective_kind(original[1].rstrip("-"))):
+    def _send(self, i: Instruction, computation: str) -> list[Collective]:
+        """Return a collective between TPU slices, which goes through the hosts: each device sends its shard."""
+        name, slices = _rendezvous(i), len(set(self._places.slices))
+        if slices > 1 and (kind := _collective_kind(re.sub(r"[-.\d_]*$", "", name))):
             size = shape_bytes(self._type(i.operands[0], computation), everywhere=True)
-            self._count(kind, size, self._slices, True, True, times)
+            return self._found(name, kind, size, slices, Route("network", 1.0), True)
+        return []
 
-    def _count(self, kind: str, size: int, group: int, between: bool, overlaps: bool, times: int) -> None:
-        if group > 1 and size:
-            self._calls[kind, size, group, between, overlaps] += times
+    def _found(self, name: str, kind: str, size: int, group: int, route: Route, overlaps: bool) -> list[Collective]:
+        return [Collective(kind, 1, size, group, route, overlaps, name)] if group > 1 and size else []
+
+    def _started_by(self, i: Instruction, computation: str) -> str:
+        """Return the name of the collective that `i` awaits, if it is one."""
+        if i.opcode == "fusion":  # between the two stand the fusions that it overlaps with
+            return i.name.replace("-done", "-start")
+        while i.operands and i.opcode not in ("send", "recv") and not i.opcode.endswith("-start"):
+            i = self._named[computation][i.operands[0]]
+        return _rendezvous(i) or i.name
 
     # --- Work --------------------------------------------------------------------------------------------------------
 
-    def _fusion(self, i: Instruction, computation: str, fused: str, times: int) -> None:
+    def _fusion(self, i: Instruction, computation: str, fused: str) -> list[Item]:
         inside = self._computations[fused]
         root = next(j for j in inside if j.is_root)
         # TPU: a collective that overlaps with products appears in the fusion that starts it, in each fusion that it
         # overlaps with, and in the fusion that awaits it.
         starts, awaits = (i.name.startswith(f"async-collective-{end}") for end in ("start", "done"))
-        if not awaits and not fused.startswith("async_collective_fusion"):
+        if awaits:
+            return [Wait(self._started_by(i, computation))]
+        found: list[Item] = []
+        if not fused.startswith("async_collective_fusion"):
             for j in inside:
                 if kind := _collective_kind(j.opcode):
                     # TPU: an all-reduce of which the fusion keeps one shard is a reduce-scatter.
                     scatters = kind == "all-reduce" and root.opcode == "dynamic-slice" and root.operands[0] == j.name
-                    self._collective(j, "reduce-scatter" if scatters else kind, fused, times, overlaps=starts)
-        if starts or awaits:
-            return
+                    each = self._collective(j, "reduce-scatter" if scatters else kind, fused, overlaps=starts)
+                    found += (dataclasses.replace(c, name=i.name) for c in each)
+        if starts:
+            return found
         pairs = zip(self._parameters(fused), i.operands, strict=True)
         moved = sum(self._read(j, fused, self._type(o, computation)) for j, o in pairs)
         moved += self._written(root, fused, i.results)
-        self._add(i, times, self._all_flops(fused), moved)
+        return found + self._operation(i, self._all_flops(fused), moved)
 
     def _parameters(self, fused: str) -> list[Instruction]:
         parameters = (i for i in self._computations[fused] if i.opcode == "parameter")
@@ -263,6 +249,12 @@ class Program:
 
 def _is_product(i: Instruction) -> bool:
     return i.opcode == "custom-call" and re.search(r'custom_call_target="[^"]*(gemm|matmul)', i.attributes) is not None
+
+
+def _rendezvous(i: Instruction) -> str:
+    """Return the name that the two ends of a host transfer share; "" if it is none."""
+    found = re.search(r'host_transfer_rendezvous="([^"]+)', i.attributes)
+    return found[1] if found else ""
 
 
 def _collective_kind(opcode: str) -> str | None:

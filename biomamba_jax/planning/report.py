@@ -1,11 +1,14 @@
 """Prints a plan as tables."""
 
+import collections
 import dataclasses
 
 from biomamba_jax.hardware import GIB
 from biomamba_jax.model.flops import matrix_parameters
 from biomamba_jax.planning.plan import Answer, Plan
+from biomamba_jax.planning.schedule import one_call
 from biomamba_jax.planning.search import describe
+from biomamba_jax.planning.times import Times
 from biomamba_jax.tables import summary_table
 
 
@@ -65,11 +68,11 @@ def _show_plan(plan: Plan) -> None:
     assert times is not None
     if compiled.collectives:
         rows = [
-            (c.kind, c.calls, c.group, f"{c.bytes / 1e6:,.3f}", f"{c.calls * c.sent / 1e6:,.1f}")
-            + ("between slices" if c.between_slices else "inside a slice", "overlapped" if c.overlaps else "exposed")
+            (c.kind, c.calls, c.group, c.route.axes, f"{c.bytes / 1e6:,.3f}", f"{c.calls * c.sent / 1e6:,.1f}")
+            + (f"{times.exposed.get(one_call(c), 0.0) * 1e3:,.2f}",)
             for c in sorted(compiled.collectives, key=lambda c: -c.calls * c.sent)
         ]
-        columns = ("collective", "calls", "devices", "MB per call", "MB sent per step", "where", "overlap")
+        columns = ("collective", "calls", "devices", "along", "MB per call", "MB sent per step", "exposed, ms")
         summary_table("Collectives of one device in a step", columns, rows)
     times_rows = [
         ("lower bound: matrix products", times.compute, f"{compiled.costs.flops / 1e12:,.2f} TFLOP"),
@@ -77,6 +80,7 @@ def _show_plan(plan: Plan) -> None:
         ("lower bound: links of the slice", times.links, None),
         ("lower bound: network between slices", times.network, None),
         ("kernels", times.kernels, f"{sum(k.calls for k in compiled.costs.kernels):,} calls"),
+        ("waits for collectives", sum(times.exposed.values()), exposed(times)),
         ("step", times.step, f"lower bound {times.floor / times.step:.0%} of it, set by {times.bound}"),
     ]
     if plan.topology.slices == 1:
@@ -86,6 +90,15 @@ def _show_plan(plan: Plan) -> None:
     if times.unprofiled:
         print(f"only a lower bound, without a static profile: the time of {', '.join(times.unprofiled)}")
     print(summary(plan))
+
+
+def exposed(times: Times) -> str | None:
+    """Return the milliseconds of a step that wait for each kind of collective, the longest first."""
+    by_kind = collections.defaultdict[str, float](float)
+    for collective, seconds in times.exposed.items():
+        by_kind[f"{collective.kind} along {collective.route.axes}"] += seconds
+    longest = sorted(by_kind.items(), key=lambda pair: -pair[1])[:4]
+    return ", ".join(f"{name} {seconds * 1e3:,.1f}" for name, seconds in longest) or None
 
 
 def summary(plan: Plan) -> str:

@@ -25,8 +25,11 @@ class Generation:
     """Units per chip that the number in a name counts: 1 for chips, 2 for TensorCores."""
     devices: int
     """`jax.Device`s per chip."""
+    joined: int
+    """The last chip along an axis is a neighbour of the first where the axis is a multiple of this (of three axes:
+    where all are); 0 for GPUs, whose node has a switch."""
     link: float
-    """Bytes/s that a device can send inside its slice or node, over all links."""
+    """Bytes/s that a device sends over one link of the torus; of a GPU over its switch."""
     network: float
     """Bytes/s that a device can send between slices or nodes: its share of the host's network."""
     vector: float | None
@@ -34,18 +37,21 @@ class Generation:
 
 
 # Links: half of the bidirectional "inter-chip interconnect bandwidth per chip" of
-# https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; for v4 six links of 50 GB/s (arXiv 2304.01433); for
-# TPU7x, as for its FLOP/s, half a chip's. Networks: the same pages; for v4 and TPU7x, whose pages do not say, v5e's and
-# v5p's share. Vector: 8 x 128 lanes x 4 slots x clock x cores, clocks from peak FLOP/s. H100: NVLink 4 (900 GB/s both
-# ways), one 400 Gbit/s adapter a GPU, 128 fp32 units x 132 x 1.98 GHz (DGX H100, H100 datasheets).
+# https://docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x} over two links an axis; for v4 links of 50 GB/s (arXiv
+# 2304.01433); for TPU7x, as for its FLOP/s, half a chip's. Joined ends: "How to Scale Your Model" (Austin et al. 2025),
+# chapter 2. Networks: the same pages; for v4 and TPU7x, whose pages do not say, v5e's and v5p's share. Vector: 8 x 128
+# lanes x 4 slots x clock x cores, clocks from peak FLOP/s. H100: NVLink 4 (900 GB/s both ways), one 400 Gbit/s adapter
+# a GPU, 128 fp32 units x 132 x 1.98 GHz (DGX H100, H100 datasheets).
 GENERATIONS: Mapping[str, Generation] = {
-    "v4": Generation("TPU v4", 3, 2, 1, 300e9, 3.125e9, 2 * 4096 * 1.05e9),
-    "v5e": Generation("TPU v5 lite", 2, 1, 1, 200e9, 3.125e9, 4096 * 1.5e9),
-    "v5p": Generation("TPU v5p", 3, 2, 1, 600e9, 6.25e9, 2 * 4096 * 1.75e9),
-    "v6e": Generation("TPU v6 lite", 2, 1, 1, 400e9, 12.5e9, 4096 * 1.75e9),
-    "tpu7x": Generation("TPU7x", 3, 2, 2, 300e9, 6.25e9, None),
-    "h100": Generation("NVIDIA H100 80GB HBM3", 1, 1, 1, 450e9, 50e9, 2 * 128 * 132 * 1.98e9),
+    "v4": Generation("TPU v4", 3, 2, 1, 4, 50e9, 3.125e9, 2 * 4096 * 1.05e9),
+    "v5e": Generation("TPU v5 lite", 2, 1, 1, 16, 50e9, 3.125e9, 4096 * 1.5e9),
+    "v5p": Generation("TPU v5p", 3, 2, 1, 4, 100e9, 6.25e9, 2 * 4096 * 1.75e9),
+    "v6e": Generation("TPU v6 lite", 2, 1, 1, 16, 100e9, 12.5e9, 4096 * 1.75e9),
+    "tpu7x": Generation("TPU7x", 3, 2, 2, 4, 50e9, 6.25e9, None),
+    "h100": Generation("NVIDIA H100 80GB HBM3", 1, 1, 1, 0, 450e9, 50e9, 2 * 128 * 132 * 1.98e9),
 }
+HOP = 1e-6
+"""Seconds that data needs from one chip of a torus to the next ("How to Scale Your Model", Austin et al. 2025)."""
 _ALIAS = {"v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e", "trillium": "v6e", "v7x": "tpu7x", "ironwood": "tpu7x"}
 _NODE = 8  # GPUs connected by NVLink
 
@@ -72,6 +78,14 @@ class Topology:
     def is_tpu(self) -> bool:
         """True for TPUs, False for GPUs."""
         return self.kind.device_kind.startswith("TPU")
+
+    @property
+    def joined(self) -> tuple[bool, ...]:
+        """True for each axis whose last chip is a neighbour of the first."""
+        if not self.is_tpu:
+            return (False,) * len(self.shape)
+        whole = [size % self.kind.joined == 0 for size in self.shape]
+        return tuple(whole) if len(whole) == 2 else (all(whole),) * len(whole)
 
     @property
     def chips(self) -> int:

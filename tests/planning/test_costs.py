@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
 from biomamba_jax.ops import dispatch, selective_scan, ssd
@@ -59,19 +60,53 @@ def call(kernel, x, **options):
     return pl.pallas_call(kernel, **options)(x)
 
 
-def test_kernels_state_their_costs_or_are_looked_into():
+def guarded(x_ref, y_ref):
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        y_ref[...] = jnp.exp(x_ref[...])
+
+    def step(_, total):
+        return total * x_ref[...] + 1.0
+
+    y_ref[...] = jax.lax.fori_loop(0, 7, step, 0.0 + x_ref[...])
+
+
+def test_costs_of_kernels_are_read_from_their_bodies():
     x = jnp.ones((64, 16))
-    estimate = pl.CostEstimate(flops=77, transcendentals=0, bytes_accessed=0)
+    both_cores = pltpu.CompilerParams(dimension_semantics=("parallel",))
 
     def program(x):
-        return call(square, call(double, call(double, x, cost_estimate=estimate), cost_estimate=estimate))
+        return call(guarded, call(square, call(double, call(double, x))), compiler_params=both_cores)
 
     costs = program_costs(jax.make_jaxpr(program)(x))
     by_name = {kernel.name: kernel for kernel in costs.kernels}
-    assert (by_name["double"].calls, by_name["double"].vector_operations, by_name["double"].flops) == (2, 77, 0)
-    assert by_name["double"].bytes == 2 * 4 * x.size
-    assert (by_name["square"].calls, by_name["square"].flops) == (1, 4 * 2 * 16**3)
-    assert costs.flops == by_name["square"].flops
+    double_, square_, guarded_ = (by_name[name] for name in ("double", "square", "guarded"))
+    assert (double_.calls, double_.vector_operations, double_.flops, double_.parallel) == (2, x.size, 0, 1)
+    assert double_.bytes == 2 * 4 * x.size
+    assert (square_.calls, square_.flops, square_.vector_operations) == (1, 4 * 2 * 16**3, 0)
+    assert (guarded_.vector_operations, guarded_.parallel) == (7 * 2 * x.size, 4)  # not what only the first block does
+    assert costs.flops == square_.flops
+
+
+def test_the_vector_work_of_the_scan_counts_all_that_is_fused_into_it():
+    rows, length, channels, d_state = 2, 256, 512, 16
+    wide, states = ((rows, length, channels), jnp.bfloat16), ((rows, length, d_state), jnp.bfloat16)
+    vector = ((channels,), jnp.float32)
+    arguments = [wide, wide, ((channels, d_state), jnp.float32), states, states, vector, wide, vector]
+
+    def operations(D, z, dt_bias):
+        with dispatch.target_platform("tpu"):
+            shapes = [jax.ShapeDtypeStruct(*a) for a in arguments]
+            run = lambda *a: selective_scan(*a[:5], a[5] if D else None, z=a[6] if z else None, dt_bias=a[7])  # noqa: E731
+            (kernel,) = program_costs(jax.make_jaxpr(run)(*shapes)).kernels
+        assert kernel.parallel == rows
+        return kernel.vector_operations / (rows * length * channels)
+
+    # Of each state: exponent and its exp2, decay, input, sum, output; half an addition of outputs, then the sum over
+    # eight sublanes. Softplus, skip and gate come on top.
+    recurrence = d_state * 6.5 + 7 / 8 * 8
+    assert recurrence < operations(D=True, z=False, dt_bias=True) < recurrence + 32
+    assert operations(D=True, z=True, dt_bias=True) >= operations(D=True, z=False, dt_bias=True) + 3  # z sigmoid(z) y
 
 
 def gradient_costs(op, arguments, *platform):

@@ -23,7 +23,8 @@ from biomamba_jax.planning import plan
 from biomamba_jax.planning.ahead_of_time import run_in_child
 from biomamba_jax.planning.compile import Compiled, Memory
 from biomamba_jax.planning.costs import Costs, Operation
-from biomamba_jax.planning.program import Collective
+from biomamba_jax.planning.links import Route
+from biomamba_jax.planning.schedule import Collective
 from tests.compilers import needs_libtpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -33,8 +34,10 @@ FOUND = Compiled(
     mesh={"data": 4, "fsdp": 1, "tensor": 1, "sequence": 1},
     memory=Memory(1 * GIB, 2 * GIB, 3 * GIB, 4 * GIB, 0),
     costs=Costs(flops=197e12 / 10),
-    work=[Operation("product", 1, 197e12 / 10, 0.0)],
-    collectives=[Collective("all-reduce", 1, 10**9, 4, False, False)],
+    schedule=(
+        Operation("product", 1, 197e12 / 10, 0.0),
+        Collective("all-reduce", 1, 10**9, 4, Route("x y", 2, 2), False),
+    ),
     seconds=12.0,
 )
 
@@ -66,8 +69,8 @@ def test_a_plan_shows_memory_collectives_time_and_speed(compiler, printed):
     lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
     assert "10.000" in lines["total"] and "63.5%" in lines["total"]
     assert "1,500.0" in lines["all-reduce"]  # 1 GB among four: each sends 3/4 of it twice
-    assert "107.50" in lines["step"]  # 100 ms of products, 7.5 ms of links
-    for words in ("nothing here is measured", "about 38,102 tokens/s", "0.00 B tokens: 0.00 days"):
+    assert "115.00" in lines["step"]  # 100 ms of products, 15 ms of two links
+    for words in ("nothing here is measured", "about 35,616 tokens/s", "0.00 B tokens: 0.00 days"):
         assert words in text
 
 
@@ -75,9 +78,9 @@ def test_json_has_the_figures_exactly(compiler, printed):
     found = printed("--json", "--tokens", "1e9")
     assert found["model"] == {"kind": "mamba2", "d_model": 256, "n_layers": 2}
     assert (found["fits"], found["memory"]["total"]) == (True, 10 * GIB)
-    assert found["seconds"]["step"] == pytest.approx(0.1075)
+    assert found["seconds"]["step"] == pytest.approx(0.115004)
     speed = found["tokens_per_second"]
-    assert speed == pytest.approx(8 * 512 / 0.1075)
+    assert speed == pytest.approx(8 * 512 / 0.115004)
     assert found["chip_hours"] == pytest.approx(4 * 1e9 / speed / 3600)
     flops = training_flops_per_token(parse(PlanConfig, SMALL).model)
     assert found["share_of_peak"] == pytest.approx(flops * speed / (4 * 197e12))

@@ -4,12 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from biomamba_jax.planning.program import Program, replica_groups, shape_bytes
+from biomamba_jax.planning import program
+from biomamba_jax.planning.links import Places
+from biomamba_jax.planning.program import replica_groups, shape_bytes
+from biomamba_jax.planning.schedule import Collective, Loop, Wait, collectives, operations
 
 STEP = Path(__file__).with_name("step.hlo").read_text()
 COLLECTIVES = Path(__file__).with_name("collectives.hlo").read_text()  # as libtpu writes them
 STATED = STEP.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"64"}}')
 UNCLEAR = STEP.replace("constant(65)", "constant(64)").replace("add(%i, %one)", "multiply(%i, %one)")
+
+
+class Program(program.Program):
+    """A program of GPUs, in `slices` nodes."""
+
+    def __init__(self, text, devices=8, slices=1):
+        super().__init__(text, Places([k * slices // devices for k in range(devices)], [()] * devices))
+        self.work, self.collectives = operations(self.schedule), collectives(self.schedule)
 
 
 @pytest.mark.parametrize("text", [STATED, STEP, UNCLEAR], ids=["stated", "counted", "the bound in its condition"])
@@ -39,8 +50,7 @@ def test_collectives_are_counted_with_their_groups_and_bytes():
 
 def test_groups_that_span_slices_are_distinguished():
     gather, reduce = sorted(Program(STEP, devices=8, slices=2).collectives, key=lambda c: c.kind)
-    assert gather.between_slices
-    assert not reduce.between_slices
+    assert (gather.route.axes, reduce.route.axes) == ("network", "switch")
 
 
 def test_what_hosts_send_between_slices_is_a_collective_of_slices():
@@ -48,7 +58,7 @@ def test_what_hosts_send_between_slices_is_a_collective_of_slices():
     send += 'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}'
     text = STEP.replace("  %b = ", f"  {send}\n  %b = ").replace("%here = f32[1024,1024]", "%here = f32[512,1]")
     (sent,) = [c for c in Program(text, devices=8, slices=2).collectives if c.bytes == 4 * 512]
-    assert (sent.kind, sent.group, sent.between_slices, sent.overlaps) == ("all-reduce", 2, True, True)
+    assert (sent.kind, sent.group, sent.route.axes, sent.overlaps) == ("all-reduce", 2, "network", True)
     assert sent.sent == 4 * 512
 
 
@@ -59,6 +69,16 @@ def test_collectives_that_overlap_count_once_and_all_reduces_that_are_sliced_are
     # With rows of padding where its parts would not be whole tiles.
     assert (scatter.kind, scatter.calls, scatter.bytes) == ("reduce-scatter", 1, 4 * 2688 * 512)
     assert scatter.sent == scatter.bytes * 3 / 4
+
+
+def test_the_schedule_has_what_runs_between_the_start_of_a_collective_and_its_end():
+    schedule = Program(COLLECTIVES, devices=4).schedule
+    names = [getattr(item, "name", None) for item in schedule]
+    assert names[:3] == ["async-collective-start", "fusion.9", "async-collective-start"]
+    assert [type(item) for item in schedule[2:5]] == [Wait, Collective, Wait]
+    assert schedule[3].name == schedule[4].name == "start"  # on SparseCores
+    loop = next(item for item in Program(STEP).schedule if isinstance(item, Loop))
+    assert loop.calls == 64 and any(getattr(item, "is_kernel", False) for item in loop.body)
 
 
 @pytest.mark.parametrize(
