@@ -14,19 +14,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from grain.experimental import index_shuffle
 
 from biomamba_jax.config.data import MixtureConfig
-from biomamba_jax.data.packing import (
-    DEFAULT_WINDOW,
-    FIRST_WINDOW,
-    SHUFFLE_ROUNDS,
-    WindowedRows,
-    WindowStart,
-    shuffle_word,
-)
+from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, WindowedRows, WindowStart, shuffle_word
+from biomamba_jax.data.permutation import permuted
 from biomamba_jax.data.shards import Document, Manifest, ShardReader, open_split
 from biomamba_jax.errors import UserError
+
+_AHEAD = 256  # documents of a source whose order is drawn at once
 
 
 class MixedDocuments:
@@ -112,24 +107,36 @@ class MixedRowPlan(WindowedRows):
         """Return what was drawn before `window`."""
         return self._drawn[window - self._first_window]
 
-    def _documents_of(self, window: int) -> Iterator[tuple[int, int]]:
-        """Yield the window's documents and lengths; record what has been drawn when it ends."""
+    def _documents_of(self, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the window's documents and lengths; record what has been drawn when it ends."""
         mixed = self._documents
         sources = len(mixed.readers)
         drawn = self.drawn_before(window)
         documents, tokens = list(drawn[:sources]), list(drawn[sources:])
         behind, weights = documents if mixed.unit == "documents" else tokens, mixed.weights
+        streams = [self._stream(source, documents[source]) for source in range(sources)]
+        found: list[tuple[int, int]] = []
         for _ in range(self._window_documents):
             source = min(range(sources), key=lambda i: behind[i] / weights[i])
-            reader = mixed.readers[source]
-            epoch, position = divmod(documents[source], len(reader))
-            document = index_shuffle(position, len(reader) - 1, self._word(source, epoch), SHUFFLE_ROUNDS)
-            length = int(reader.lengths[document])
+            document, length = next(streams[source])
             documents[source] += 1
             tokens[source] += length
-            yield mixed.first_of(source) + document, length
+            found.append((document, length))
         if len(self._drawn) == window - self._first_window + 1:
             self._drawn.append((*documents, *tokens))
+        both = np.array(found)
+        return both[:, 0], both[:, 1]
+
+    def _stream(self, source: int, first: int) -> Iterator[tuple[int, int]]:
+        """Yield a source's documents and their lengths from the `first` that it contributes on."""
+        reader = self._documents.readers[source]
+        while True:
+            epoch, position = divmod(first, len(reader))
+            positions = np.arange(position, min(position + _AHEAD, len(reader)))
+            first = epoch * len(reader) + int(positions[-1]) + 1
+            chosen = permuted(positions, len(reader), self._word(source, epoch))
+            lengths = reader.lengths[chosen].tolist()
+            yield from zip((chosen + self._documents.first_of(source)).tolist(), lengths, strict=True)
 
     def _row_key(self, window: int) -> tuple[int, ...]:
         return (0, window)

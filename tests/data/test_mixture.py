@@ -100,7 +100,7 @@ def test_a_mixture_by_documents_counts_documents(folders):
 def test_each_epoch_of_a_source_holds_all_its_documents_in_another_order(folders):
     documents = open_mixture(mixture(folders), tokenizer_sha256="ab")
     plan = MixedRowPlan(documents, LENGTH, seed=0, window=50)
-    order = [document for window in range(12) for document, _ in plan._documents_of(window)]
+    order = [document for window in range(12) for document in plan._documents_of(window)[0].tolist()]
     for source, size in enumerate(SIZES.values()):
         own = [document - documents.first_of(source) for document in order if documents.source_of(document) == source]
         whole = [own[i : i + size] for i in range(0, len(own) - size + 1, size)]
