@@ -1,16 +1,18 @@
-"""Measures this machine: python -m benchmarks step | decode | kernels | prepare | startup.
+"""Measures this machine: python -m benchmarks step | decode | kernels | prepare | input | startup.
 
     python -m benchmarks step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
     python -m benchmarks decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
     python -m benchmarks kernels --target gpu | v5e | v5p | v6e | sm_80 | sm_90 | sm_100
     python -m benchmarks prepare [--peer FOLDER]
+    python -m benchmarks input [--path SHARDS] [--hosts 64]
     python -m benchmarks startup
 
 `step`: tokens/s, memory and share of peak of a config's training step, by default the published 130m shape on one row
 of 512 tokens; with --compare, in paired timing with transformers' model. `decode`: the same for greedy decoding.
 `kernels`: accuracy and speed of the ops on this machine's GPU; for a TPU, attached or not, the compiler's estimate next
 to the roofline; for an absent GPU, registers and spills. `prepare`: reading NLM's XML, in paired timing with
-pubmed_parser if --peer names the folder that contains it. `startup`: CPU time of each command's --help.
+pubmed_parser if --peer names the folder that contains it. `input`: batches of one host of a pod. `startup`: CPU time of
+each command's --help.
 """
 
 import sys
@@ -57,6 +59,13 @@ def prepare(argv: Sequence[str], prog: str) -> None:
     measure_parsing(parse(PrepareBenchmark, argv, f"{prog}\n\n{prepare.__doc__}"))
 
 
+def input_(argv: Sequence[str], prog: str) -> None:
+    """Measure the tokens/s that one host of a pod reads, shuffles and packs."""
+    from benchmarks.input import InputBenchmark, measure_input
+
+    measure_input(parse(InputBenchmark, argv, f"{prog}\n\n{input_.__doc__}"))
+
+
 def startup(argv: Sequence[str], prog: str) -> None:
     """Measure the CPU time of each command's --help."""
     from benchmarks.startup import StartupBenchmark, measure_startup
@@ -64,7 +73,7 @@ def startup(argv: Sequence[str], prog: str) -> None:
     measure_startup(parse(StartupBenchmark, argv, f"{prog}\n\n{startup.__doc__}"))
 
 
-SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare, "startup": startup}
+SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare, "input": input_, "startup": startup}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

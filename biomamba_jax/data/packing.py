@@ -50,29 +50,39 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Return the row of every item, int64 [items], so that the lengths in a row sum to at most `capacity`.
 
     Items, longest first, go to the fullest row that still has room (Johnson 1974: at most 11/9 of the optimum).
-    `lengths` are integers in 1 ... capacity. Rows with k tokens of room are found by bit k of one integer.
+    `lengths` are integers in 1 ... capacity. Rows with k tokens of room are found by bit k of one integer. Items of
+    equal length go to the same row while it has room for them, or to many rows at once.
     """
-    rows = np.empty(len(lengths), np.int64)
+    lengths = lengths.astype(np.int64)
     rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     occupied = 0  # bit k is set while rows_with_room[k] is not empty
+    rows: list[int] = []  # of the items, longest first
     num_rows = 0
-    order = np.argsort(-lengths.astype(np.int64), kind="stable")
-    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = occupied >> length << length
-        if fitting:
-            lowest = fitting & -fitting
-            room = lowest.bit_length() - 1
-            row = rows_with_room[room].pop()
-            if not rows_with_room[room]:
-                occupied ^= lowest
-        else:
-            room, row = capacity, num_rows
-            num_rows += 1
-        if room > length:
-            rows_with_room[room - length].append(row)
-            occupied |= 1 << (room - length)
-        rows[item] = row
-    return rows
+    sizes, counts = np.unique(lengths, return_counts=True)
+    for length, left in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while left:
+            fitting = occupied >> length << length
+            if fitting:
+                lowest = fitting & -fitting
+                room = lowest.bit_length() - 1
+                number = 1 if room >= 2 * length else left
+                chosen = rows_with_room[room][: -number - 1 : -1]
+                del rows_with_room[room][-number:]
+                if not rows_with_room[room]:
+                    occupied ^= lowest
+            else:
+                room, chosen = capacity, [num_rows]
+                num_rows += 1
+            each = min(left, room // length) if len(chosen) == 1 else 1
+            rows += chosen * each
+            left -= len(chosen) * each
+            room -= length * each
+            if room:
+                rows_with_room[room] += chosen
+                occupied |= 1 << room
+    row_of = np.empty(len(lengths), np.int64)
+    row_of[np.argsort(-lengths, kind="stable")] = rows
+    return row_of
 
 
 class WindowedRows(ABC):

@@ -25,16 +25,18 @@ def permuted(positions: np.ndarray, total: int, seed: int) -> np.ndarray:
     if total == 1:
         return np.zeros(len(positions), np.int64)
     half = max(8, ((total - 1).bit_length() + 1) // 2)  # bits of each half of a block
-    if half == 8:  # few elements in many blocks: chains of encryptions are long, and followed for all blocks at once
-        blocks = np.arange(2**16)
-        encrypted = _encrypt(blocks, half, seed)
-        ends = np.where(blocks < total, blocks, encrypted)
-        while (found := ends[encrypted[positions]]).max() >= total:
-            ends = ends[ends]
-        return found
     found = _encrypt(positions, half, seed)
+    if total > 2**14:
+        while (outside := np.flatnonzero(found >= total)).size:
+            found[outside] = _encrypt(found[outside], half, seed)
+        return found
+    # Few elements: chains of encryptions are long. `further` takes up to 16 of them at once.
+    blocks = np.arange(2**16)
+    further = np.where(blocks < total, blocks, _encrypt(blocks, half, seed))
+    for _ in range(4):
+        further = further[further]
     while (outside := np.flatnonzero(found >= total)).size:
-        found[outside] = _encrypt(found[outside], half, seed)
+        found[outside] = further[found[outside]]
     return found
 
 

@@ -150,16 +150,23 @@ def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
     again = {"none": 1.0, "dots": 1.1, "full": 4 / 3}[model.remat]
     compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
     weights = matrix_parameters(model) / mesh.tensor
-    sent = 0.0
+
+    def exchange(sent: float, devices: int) -> float:
+        """Return the seconds of `sent` bytes among so many devices, which have the links of one axis or of several."""
+        axes = len(topology.shape) * math.log(devices, max(topology.devices // topology.slices, 2))
+        return sent / (topology.kind.link * (2 * max(round(axes), 1) if topology.is_tpu else 1))
+
+    seconds = compute
     if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
-        sent += 8 * weights / mesh.fsdp
+        seconds += exchange(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
     if mesh.fsdp > 1:
-        sent += (2 + 2 + 4) * weights * config.train.accumulation
+        seconds += exchange((2 + 2 + 4) * weights * config.train.accumulation, mesh.fsdp)
     if mesh.tensor > 1:  # two all-reduces of the residual stream per pass, on every device of the group
-        sent += 4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model
+        seconds += exchange(4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model, mesh.tensor)
     if mesh.sequence > 1:  # each row's state, in both passes, in log2 steps
         rows = config.data.batch_size / (mesh.data * mesh.fsdp)
         state = 4 * model.d_inner * model.state_size / mesh.tensor
-        sent += 2 * math.log2(mesh.sequence) * rows * model.n_layers * state
-    network = 8 * weights / mesh.fsdp / topology.kind.network if topology.slices > 1 else 0.0
-    return compute + sent / topology.kind.link + network
+        seconds += exchange(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
+    if topology.slices > 1:
+        seconds += 8 * weights / mesh.fsdp / topology.kind.network
+    return seconds

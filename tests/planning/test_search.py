@@ -112,3 +112,14 @@ def test_a_search_covers_meshes_and_policies_that_divide():
 def test_a_small_batch_needs_devices_that_share_rows():
     config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=4, sequence_length=2048), train=TrainConfig())
     assert all(s.mesh.data * s.mesh.fsdp <= 4 for s in search_settings(config, V5E))
+
+
+def test_weights_sharded_over_both_axes_of_a_pod_are_guessed_to_take_half_as_long_as_over_one():
+    pod = parse_topology("v5e-256")
+    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=256, sequence_length=2048))
+
+    def seconds(data, fsdp):
+        return search.guessed_seconds(dataclasses.replace(config, mesh=MeshConfig(data, fsdp)), pod)
+
+    compute = seconds(256, 1) - 8 * matrix_parameters(CONFIG.model) / 200e9  # all-reduce over four links of 50 GB/s
+    assert (seconds(16, 16) - compute) / (seconds(1, 256) - compute) == pytest.approx(2, rel=0.1)
