@@ -4,7 +4,13 @@ The docstring below a field is its `--help`, and its type holds its limits (see 
 """
 
 from biomamba_jax.config.data import DataConfig, RowsConfig
-from biomamba_jax.config.evaluate import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
+from biomamba_jax.config.evaluate import (
+    BioASQConfig,
+    DomainConfig,
+    EvaluateConfig,
+    MultipleChoiceConfig,
+    PubMedQAConfig,
+)
 from biomamba_jax.config.finetune import ExamplesConfig, FinetuneConfig, LoraConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
 from biomamba_jax.config.model import ModelConfig

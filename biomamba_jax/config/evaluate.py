@@ -122,6 +122,39 @@ class BioASQConfig(Settings, section="bioasq"):
 
 
 @dataclass(frozen=True)
+class MultipleChoiceConfig(Settings, section="multiple_choice.NAME"):
+    """Questions with options: MedQA, MedMCQA, MMLU's subjects."""
+
+    path: Annotated[list[str], Limit("a list of at least one file", bool)] = field(default_factory=list)
+    """Files to answer, as published: JSON lines, Parquet, or MMLU's .csv."""
+    train: list[str] = field(default_factory=list)
+    """Files of the training split, from which examples are shown and the most frequent letter is known."""
+    shots: NonNegativeInt = 0
+    """Number of examples before a question: the first ones of its subject in `train`, or of all."""
+    answer: Literal["text", "letter"] = "text"
+    """Choose by the likelihood of the options' texts, or of their letters after a prompt that lists them."""
+    prompt: str | None = None
+    """Template of the prompt: {question} and {options} ("A. text" a line). Default: "Question: {question}", with letter
+    also {options}, then "Answer:", each on a line."""
+    first_option: Annotated[int, Limit("0 or 1", lambda x: x in (0, 1))] | None = None
+    """Number of the first option in MedMCQA's cop: 1 in its authors' files, 0 on the hub; default: seen in the file."""
+    max_questions: PositiveInt | None = None
+    """Answer a sample of this many questions, drawn with the evaluation's seed; default: all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_template("multiple_choice.NAME.prompt", self.template, ("question", "options"))
+        lists = self.answer == "text" or "{options}" in self.template
+        check(lists, "multiple_choice.NAME.prompt", self.prompt, "must contain {options} where the answer is a letter")
+
+    @property
+    def template(self) -> str:
+        """The prompt or its default."""
+        listed = "\n{options}" if self.answer == "letter" else ""
+        return self.prompt if self.prompt is not None else f"Question: {{question}}{listed}\nAnswer:"
+
+
+@dataclass(frozen=True)
 class MeasuresConfig(Settings):
     """Measures of a model: text domains, questions, and how they are scored."""
 
@@ -131,6 +164,8 @@ class MeasuresConfig(Settings):
     """PubMedQA."""
     bioasq: BioASQConfig = field(default_factory=BioASQConfig)
     """BioASQ task B."""
+    multiple_choice: dict[str, MultipleChoiceConfig] = field(default_factory=dict)
+    """Name and files of each set of questions with options."""
     max_unspelled: Fraction = 0.01
     """Share of a domain's bytes that a tokenizer may fail to spell; above it a model is shown but not compared."""
     window: PositiveInt = 1024
@@ -145,7 +180,7 @@ class MeasuresConfig(Settings):
     @property
     def measures_anything(self) -> bool:
         """True if a text domain or a set of questions is given."""
-        return bool(self.domains or self.pubmedqa.path or self.bioasq.path)
+        return bool(self.domains or self.multiple_choice or self.pubmedqa.path or self.bioasq.path)
 
 
 @dataclass(frozen=True)
@@ -162,7 +197,7 @@ class EvaluateConfig(MeasuresConfig):
 
     basic: ClassVar[str] = (
         "output models.NAME reference domains.NAME.path domains.NAME.split domains.NAME.max_documents "
-        "pubmedqa.path bioasq.path batch_size"
+        "pubmedqa.path bioasq.path multiple_choice.NAME.path batch_size"
     )
 
     output: str = "evaluation"
@@ -184,11 +219,15 @@ class EvaluateConfig(MeasuresConfig):
     def __post_init__(self) -> None:
         check(bool(self.models), "models", self.models, "name a model: --models.NAME FOLDER")
         super().__post_init__()
-        for name in [*self.models, *self.domains]:
+        for name in [*self.models, *self.domains, *self.multiple_choice]:
             check(name not in ("", ".", "..") and "/" not in name, "models and domains", name, "must be a file name")
+        taken = {"pubmedqa", "bioasq"} & set(self.multiple_choice)
+        check(not taken, "multiple_choice", taken, "names of tasks; give the sets others")
         known = ", ".join(self.models)
         check(self.reference in (None, *self.models), "reference", self.reference, f"must be one of {known}")
+        published = self.protocol != "standard" and bool(self.multiple_choice)
+        check(not published, "protocol", self.protocol, "has no multiple choice; leave multiple_choice out")
         alone = self.protocol != "paper_v1" or not (self.pubmedqa.path or self.bioasq.path)
         check(alone, "protocol", self.protocol, "is of text domains alone; leave out pubmedqa.path and bioasq.path")
-        remedy = "give domains, pubmedqa.path or bioasq.path; there is nothing to measure"
+        remedy = "give domains, pubmedqa.path, bioasq.path or multiple_choice; there is nothing to measure"
         check(self.measures_anything, "domains", self.domains, remedy)

@@ -14,7 +14,7 @@ from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks import paper, paper_v1
+from biomamba_jax.tasks import multiple_choice, paper, paper_v1
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
 from biomamba_jax.tasks.load_scorer import check_model, load_scorer
@@ -98,7 +98,7 @@ class Evaluation:
     domains: dict[str, Domain] = field(default_factory=dict)
     """Results on each text domain."""
     tasks: dict[str, Task] = field(default_factory=dict)
-    """Results of each task: pubmedqa, bioasq."""
+    """Results of each task: pubmedqa, bioasq, and each set of multiple choice by its name."""
     environment: dict[str, Any] = field(default_factory=environment)
     """Versions, devices and command line."""
 
@@ -238,6 +238,12 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
         title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
         majority = protocol.bioasq_majority(questions, resampling)
         tasks["bioasq"] = Task(title, majority.questions, majority, left_out=left_out)
+    for name, choice in config.multiple_choice.items():
+        found = multiple_choice.read_task(name, choice, config.seed)
+        answer[name] = partial(multiple_choice.answer, config=choice, questions=found, resampling=resampling)
+        title = f"{name}: multiple choice by {choice.answer}, {choice.shots} shots, chance {100 * found.chance:.1f} %"
+        most = multiple_choice.majority(found, resampling)
+        tasks[name] = Task(title, len(found.asked), most, left_out=found.left_out)
     return Inputs(domains, tasks, answer)
 
 

@@ -15,6 +15,7 @@ from biomamba_jax.tasks.statistics import Estimate
 
 _TASK_MEASURES = {
     "accuracy": "accuracy",
+    "accuracy_per_byte": "accuracy, likelihood per byte",
     "macro_f1": "macro F1",
     "yesno_accuracy": "yes/no: accuracy",
     "yesno_macro_f1": "yes/no: macro F1",
