@@ -133,15 +133,16 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         cells = csv.reader((f"{line}\n" for line in read_lines(path)), strict=True)
         try:
             for row in filter(None, cells):
-                yield f"{path}, line {cells.line_num}", {"question": row[0], "options": row[1:-1], "answer": row[-1]}
+                question, *options, answer = [*row, ""][: max(len(row), 2)]
+                yield f"{path}, line {cells.line_num}", {"question": question, "options": options, "answer": answer}
         except csv.Error as error:
             raise UserError(f"{path}, line {cells.line_num}: is not CSV ({error})") from None
         return
     if not is_rows(path):
         raise UserError(f"{path}: unknown kind of file; give .jsonl, .json, .parquet or MMLU's .csv")
-    for where, row in read_rows(path):
-        nested = row["data"] if isinstance(row.get("data"), dict) else {}
-        yield where, {key.lower().replace(" ", "_"): value for key, value in (row | nested).items()}
+    for where, record in read_rows(path):
+        nested = record["data"] if isinstance(record.get("data"), dict) else {}
+        yield where, {key.lower().replace(" ", "_"): value for key, value in (record | nested).items()}
 
 
 def _options(row: dict[str, Any]) -> list[Any]:
