@@ -26,13 +26,14 @@ def write_digests(folder: Path) -> None:
     write_text(folder / DIGESTS, "".join(lines))
 
 
-def check_digests(folder: Path, part: int = 0, parts: int = 1) -> bool:
+def check_digests(folder: Path, part: int = 0, parts: int = 1, *, complete: bool = True) -> bool:
     """Compare the files below a folder with its SHA256SUMS.
 
     Args:
-      folder: the folder; files in it that SHA256SUMS does not list are refused.
+      folder: the folder.
       part: index of the part of the files that this process reads, of `parts` that several processes share.
       parts: number of parts.
+      complete: refuse a file that is missing or not listed, as well as one that differs.
 
     Returns:
       False if the folder has no SHA256SUMS.
@@ -48,11 +49,11 @@ def check_digests(folder: Path, part: int = 0, parts: int = 1) -> bool:
     lines = [re.fullmatch("([0-9a-f]{64})  (.+)", line) for line in text.split("\n")[:-1]]
     stated = {line[2]: line[1] for line in lines if line}
     names = _files_below(folder)
-    if None in lines or len(stated) != len(lines) or set(names) - stated.keys():
+    if None in lines or len(stated) != len(lines) or (complete and set(names) - stated.keys()):
         raise UserError(f"{sums}: is damaged: it does not list every file next to it")
-    if missing := stated.keys() - set(names):
+    if complete and (missing := stated.keys() - set(names)):
         raise UserError(f"{folder / min(missing)}: is missing")
-    names = names[part::parts]
+    names = [name for name in names if name in stated][part::parts]
     for name, digest in zip(names, _sha256_of(folder, names), strict=True):
         if digest != stated[name]:
             raise UserError(f"{folder / name}: is damaged (its sha256 is not the one in {DIGESTS})")

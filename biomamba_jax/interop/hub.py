@@ -9,7 +9,7 @@ from typing import Any
 
 from biomamba_jax.errors import UserError
 
-_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "params/*")
+_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "params/*", "SHA256SUMS")
 _TORCH = "pytorch_model*.bin"
 
 

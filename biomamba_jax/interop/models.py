@@ -18,6 +18,7 @@ from typing import Literal
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_text
+from biomamba_jax.folders import DIGESTS, check_digests, write_digests
 from biomamba_jax.interop import adapters, classifier, foreign, gguf, native, runs
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.interop.model_card import model_card
@@ -66,6 +67,10 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
     """
     folder = local_folder(path)
     dialect = dialect_of(folder)
+    try:
+        check_digests(folder, complete=False)  # a copy may lack files, or have more, such as a hub's
+    except UserError as error:
+        raise UserError(f"{error}; copy it again, or delete {DIGESTS} if the change is meant") from None
     if dialect == "native":
         return native.read(folder)
     if dialect != "run":
@@ -116,6 +121,7 @@ def write_model(
             gguf.write(weights, new / f"{name.rpartition('/')[2]}.gguf", dtype)
         else:
             _write_folder(weights, new, dialect, dtype)
+        write_digests(new)  # of all but the card, which people edit
         card = model_card(name, dialect, weights, dtype)
         write_text(new / "README.md", card)
     return sorted(Path(folder).iterdir())

@@ -1,7 +1,6 @@
 """Native models on disk, and the orbax checkpoints in which they and runs hold their parameters.
 
 model.json      {"format_version": 1, "model": fields of ModelConfig, "about": see `runs.describe`,
-                "sha256": `adapters.fingerprint` of the parameters,
                 "token_ids": those of the Hugging Face config.json that it was converted from, if any}
 params/         the parameters in float32, a nested dict, written by orbax
 tokenizer.model or tokenizer.json
@@ -28,7 +27,6 @@ from biomamba_jax.data.special_tokens import token_ids
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import classifier, tokenizers
-from biomamba_jax.interop.adapters import fingerprint
 from biomamba_jax.interop.configs import EXECUTION, portable
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name
 from biomamba_jax.interop.weights import Weights
@@ -59,7 +57,7 @@ def write(weights: Weights, folder: Path) -> None:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
     raw = {"format_version": FORMAT_VERSION, "model": {key: config[key] for key in config if key not in EXECUTION}}
-    raw |= {"about": weights.about, "sha256": fingerprint(weights.params)}
+    raw |= {"about": weights.about}
     raw |= {"token_ids": weights.token_ids} if weights.token_ids else {}
     write_json(folder / MODEL_JSON, raw)
 
@@ -83,10 +81,6 @@ def read(folder: Path) -> Weights:
     if not isinstance(about, dict):
         raise UserError(f"{path}: about = {about!r}: must be a mapping")
     params = restore(folder / PARAMS, "", shapes)
-    if raw.get("sha256") not in (None, fingerprint(params)):
-        raise UserError(
-            f"{folder / PARAMS}: its weights are not those that were written (sha256); copy or export the model again"
-        )
     ids = token_ids(path, raw.get("token_ids", {}))
     return Weights(config, params, tokenizers.find(folder), about, classifier.find(folder, config.d_model), ids)
 

@@ -4,7 +4,6 @@ Only one tensor is in memory in addition to what the caller holds: each read reo
 of the memory map, and safetensors are written by hand, since the library's writer needs all tensors at once.
 """
 
-import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterable
@@ -21,8 +20,7 @@ from biomamba_jax.files import read_json
 from biomamba_jax.interop.names import Shape
 
 SAFETENSORS, INDEX, BIN = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-METADATA, SHA256 = "biomamba_jax", "biomamba_jax.sha256"
-_NO_DIGEST = "0" * 64
+METADATA = "biomamba_jax"
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -44,9 +42,7 @@ def _safetensors(files: list[Path]) -> TensorSource:
     source = TensorSource({}, {}, lambda key: _read_tensor(home[key], key))
     for path in files:
         with _opened(path) as file:
-            metadata = file.metadata() or {}
-            _verify(path, metadata.get(SHA256))
-            source.metadata.update(metadata)
+            source.metadata.update(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_slice(key)
                 if tensor.get_dtype() not in _FLOATS:
@@ -58,23 +54,6 @@ def _safetensors(files: list[Path]) -> TensorSource:
 def _read_tensor(path: Path, key: str) -> np.ndarray:
     with _opened(path) as file:
         return file.get_tensor(key).astype(np.float32, copy=False)
-
-
-def _verify(path: Path, stated: str | None) -> None:
-    """Raise a UserError if a file states the digest of an export (see `write_safetensors`) and has another."""
-    if stated is None:
-        return
-    with open(path, "rb") as file:
-        length = file.read(8)
-        header = file.read(int.from_bytes(length, "little"))
-        digest = hashlib.sha256(length + header.replace(stated.encode(), _NO_DIGEST.encode(), 1))
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    if digest.hexdigest() != stated:
-        raise UserError(
-            f"{path}: its sha256 is not the one that was written with it: a damaged copy, or tensors changed later; "
-            "copy or export it again"
-        )
 
 
 def _opened(path: Path) -> Any:
@@ -137,30 +116,23 @@ def write_safetensors(
     """Write tensors, in the order of `shapes`, as `dtype` ("float32", "float16" or "bfloat16").
 
     The format: the length of the header as 8 little-endian bytes; the JSON header, padded with spaces to 8 bytes; data.
-    The metadata state the file's sha256, computed with zeros in the place of its digits.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", SHA256: _NO_DIGEST} | metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | metadata}
     end = 0
     for key, shape in shapes.items():
         begin, end = end, end + int(np.prod(shape)) * np.dtype(dtype).itemsize
         header[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(start)
     with open(path, "wb") as file:
-        file.write(start)
+        file.write(len(text).to_bytes(8, "little") + text)
         for (key, shape), tensor in zip(shapes.items(), tensors, strict=True):
             assert tensor.shape == shape, (key, tensor.shape, shape)
             with np.errstate(over="ignore"):  # overflow is reported below
                 array = np.ascontiguousarray(tensor, dtype=np.dtype(dtype))
             if dtype == "float16" and not np.isfinite(array).all() and np.isfinite(tensor).all():
                 raise UserError(f"{key} holds values beyond float16's range; give --dtype bfloat16 or float32")
-            data = array.reshape(-1).view(np.uint8).data
-            digest.update(data)
-            file.write(data)
-        file.seek(start.index(_NO_DIGEST.encode()))
-        file.write(digest.hexdigest().encode())
+            file.write(array.reshape(-1).view(np.uint8).data)
 
 
 def write_bin(folder: Path) -> None:

@@ -155,10 +155,10 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time of the block out."""
+        """Leave the time of the block out; it may begin a new interval."""
         begin = time.perf_counter()
         yield
-        self._start += time.perf_counter() - begin
+        self._start += time.perf_counter() - max(begin, self._start)
 
     @property
     def speed(self) -> Speed:

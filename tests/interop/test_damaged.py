@@ -24,8 +24,9 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def folder(request, tmp_path) -> Path:
-    """A sound Hugging Face folder."""
+    """A sound Hugging Face folder, as another program's: without digests."""
     write_model(random_weights(MODELS[request.param]), tmp_path / "hf", "hf")
+    (tmp_path / "hf" / "SHA256SUMS").unlink()
     return tmp_path / "hf"
 
 

@@ -48,7 +48,10 @@ def test_throughput_leaves_pauses_out_and_counts_waiting_for_data(monkeypatch):
         clock[0] += 50
     meter.update(40)
     assert meter.speed == (10.0, pytest.approx(0.3), 0.25)
-    meter.restart(40)
+    with meter.pause():  # a line of the log, which begins the next interval in the middle of its work
+        clock[0] += 7
+        meter.restart(40)
+        clock[0] += 9
     clock[0] += 2
     meter.update(50)
     assert meter.speed == (5.0, pytest.approx(0.15), 0.0)
