@@ -1,10 +1,13 @@
 """Random weights of any shape for tests of formats and parity: of sensible size, and nothing in them is 0 or 1."""
 
+from pathlib import Path
+
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.interop import Weights
+from biomamba_jax.folders import DIGESTS
+from biomamba_jax.interop import Weights, write_model
 from biomamba_jax.interop.configs import portable
 from biomamba_jax.interop.names import native_shapes
 
@@ -27,3 +30,9 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
     params = {path: values(path, shape) for path, shape in native_shapes(config).items()}
     return Weights(portable(config), unflatten_dict(params, sep="/"))
+
+
+def write_undigested(weights: Weights, folder: Path, dialect: str) -> None:
+    """Write a folder as another program does, without digests of its files: a test may change them."""
+    write_model(weights, folder, dialect)
+    (folder / DIGESTS).unlink()

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from random_weights import random_weights
+from random_weights import random_weights, write_undigested
 from safetensors.numpy import load_file, save_file
 
 from biomamba_jax import convert
 from biomamba_jax.command_line import run_command
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.interop import read_model, write_model
+from biomamba_jax.interop import read_model
 
 MODELS = {
     "mamba1": ModelConfig(kind="mamba1", d_model=32, n_layers=3, vocab_size=61, pad_vocab_multiple=1),
@@ -24,9 +24,8 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def folder(request, tmp_path) -> Path:
-    """A sound Hugging Face folder, as another program's: without digests."""
-    write_model(random_weights(MODELS[request.param]), tmp_path / "hf", "hf")
-    (tmp_path / "hf" / "SHA256SUMS").unlink()
+    """A sound Hugging Face folder."""
+    write_undigested(random_weights(MODELS[request.param]), tmp_path / "hf", "hf")
     return tmp_path / "hf"
 
 
@@ -142,7 +141,7 @@ def test_a_folder_without_a_model_says_what_one_has(tmp_path, capsys):
 
 
 def test_native_parameters_of_another_shape_are_listed(tmp_path, capsys):
-    write_model(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
+    write_undigested(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
     path = tmp_path / "native" / "model.json"
     raw = json.loads(path.read_text())
     raw["model"]["d_state"] = 8
@@ -203,7 +202,7 @@ def test_metadata_of_tensors_that_is_no_json_is_refused(folder, capsys):
 
 @pytest.mark.parametrize("ssm", ["x", {"layer": ["Mamba2"]}, {"dt_limit": None}, {"d_state": "16"}], ids=str)
 def test_a_damaged_config_of_mamba_ssm_is_named(tmp_path, ssm, capsys):
-    write_model(random_weights(MODELS["mamba2"]), tmp_path / "ssm", "mamba_ssm")
+    write_undigested(random_weights(MODELS["mamba2"]), tmp_path / "ssm", "mamba_ssm")
     set_config(tmp_path / "ssm" / "config.json", ssm_cfg=ssm)
     assert f"{tmp_path / 'ssm' / 'config.json'}: " in refusal(tmp_path / "ssm", capsys)
 
@@ -214,7 +213,7 @@ def test_a_damaged_config_of_mamba_ssm_is_named(tmp_path, ssm, capsys):
     ids=str,
 )
 def test_a_native_model_s_setting_of_another_type_is_named_with_its_file(tmp_path, values, capsys):
-    write_model(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
+    write_undigested(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
     path = tmp_path / "native" / "model.json"
     raw = json.loads(path.read_text())
     path.write_text(json.dumps(raw | {"model": raw["model"] | values}))
@@ -223,6 +222,6 @@ def test_a_native_model_s_setting_of_another_type_is_named_with_its_file(tmp_pat
 
 
 def test_native_parameters_that_are_damaged_are_named(tmp_path, capsys):
-    write_model(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
+    write_undigested(random_weights(MODELS["mamba1"]), tmp_path / "native", "native")
     (tmp_path / "native" / "params" / "_METADATA").write_text("{")
     assert f"{tmp_path / 'native' / 'params'}: cannot be read" in refusal(tmp_path / "native", capsys)

@@ -7,7 +7,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from random_weights import random_weights
+from random_weights import random_weights, write_undigested
 from safetensors.numpy import load_file, save_file
 
 from biomamba_jax import convert
@@ -116,7 +116,7 @@ def test_the_tensors_decide_the_number_of_rows_and_released_padding_is_known(tmp
 def test_a_released_mamba1_config_without_layer_or_sizes_is_enough(tmp_path):
     """As in state-spaces/mamba-130m: an empty ssm_cfg, and a head that repeats the embedding."""
     weights = random_weights(ModelConfig(kind="mamba1", d_model=32, n_layers=2, vocab_size=61, pad_vocab_multiple=8))
-    write_model(weights, tmp_path / "ssm", "mamba_ssm")
+    write_undigested(weights, tmp_path / "ssm", "mamba_ssm")
     released = {
         "d_model": 32,
         "n_layer": 2,
@@ -134,7 +134,7 @@ def test_sizes_that_a_config_leaves_out_come_from_the_tensors(tmp_path):
         kind="mamba2", d_model=32, n_layers=2, vocab_size=61, headdim=16, d_state=24, expand=3, d_conv=3
     )
     weights = random_weights(dataclasses.replace(config, bias=True, tie_embeddings=False, pad_vocab_multiple=1))
-    write_model(weights, tmp_path / "hf", "hf")
+    write_undigested(weights, tmp_path / "hf", "hf")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "mamba2"}')
     assert_equal(weights, read_model(tmp_path / "hf"))
 

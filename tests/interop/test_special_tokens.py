@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from random_weights import random_weights
+from random_weights import random_weights, write_undigested
 from tiny_models import CONFIGS, train_tokenizer, write_byte_level
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -30,7 +30,7 @@ def state(path, **values):
 def folder(request, tmp_path):
     """A Hugging Face folder without a tokenizer."""
     weights = random_weights(dataclasses.replace(CONFIGS[request.param], vocab_size=310))
-    write_model(weights, tmp_path / "hf", "hf")
+    write_undigested(weights, tmp_path / "hf", "hf")
     return tmp_path / "hf"
 
 
@@ -88,7 +88,7 @@ def test_a_tokenizer_with_as_many_ids_as_the_model_is_accepted(folder, tmp_path)
 def test_rows_beyond_the_tokenizer_s_ids_are_padding_where_the_config_does_not_say(folder, tmp_path):
     weights = dataclasses.replace(read_model(folder), tokenizer_file=train_tokenizer(tmp_path).path)
     assert weights.config.padded_vocab == 320
-    write_model(weights, tmp_path / "own", "mamba_ssm")
+    write_undigested(weights, tmp_path / "own", "mamba_ssm")
     state(tmp_path / "own" / "config.json", vocab_size=None)
     assert read_model(tmp_path / "own").config.known_vocab == 310
 
