@@ -1,11 +1,35 @@
-"""Prints paired timings of two contenders, and the settings that were tried for each."""
+"""Prints paired timings of two contenders next to what the CPU allows, and the settings that were tried for each."""
 
 from collections.abc import Mapping
+from typing import NamedTuple, Self
 
 from benchmarks.paired_timing import TRIAL_STEPS, Contender, Spread, Timing, alternate
+from biomamba_jax import processor
+from biomamba_jax.hardware import measure_matmul_flops, measure_read_bandwidth
 from biomamba_jax.tables import summary_table
 
 _COLUMNS = ("contender", "allocator", "tokens/s", "slowest–fastest", "peak memory")
+
+
+class Machine(NamedTuple):
+    """The CPU and its bare speeds: the floor of a run's time is what they alone would take."""
+
+    name: str
+    """Name of the CPU."""
+    flops: float
+    """FLOP/s of float32 matrix products."""
+    bandwidth: float
+    """Bytes/s of reading memory."""
+
+    @classmethod
+    def measured(cls) -> Self:
+        """Return this machine, measured now."""
+        return cls(processor.name(), measure_matmul_flops(), measure_read_bandwidth())
+
+    def __str__(self) -> str:
+        """Return a line for a table's title."""
+        speeds = f"products {self.flops / 1e9:,.0f} GFLOP/s, reads {self.bandwidth / 1e9:,.1f} GB/s"
+        return f"{self.name}; float32 {speeds}, measured in this run"
 
 
 def tokens_per_second(tokens: int, seconds: Spread) -> tuple[str, str]:
@@ -25,12 +49,21 @@ def print_tried(tokens: int, tried: Mapping[Contender, Timing | str], chosen: tu
     summary_table(f"Settings tried, {TRIAL_STEPS} runs each; * the fastest of a contender", _COLUMNS, rows)
 
 
-def compare(title: str, tokens: int, ours: Contender, theirs: Contender, rounds: int, limit_seconds: float) -> None:
+def compare(
+    title: str,
+    tokens: int,
+    floor: float,
+    ours: Contender,
+    theirs: Contender,
+    rounds: int,
+    limit_seconds: float,
+) -> None:
     """Time two contenders in turns and print both and the ratio within pairs.
 
     Args:
       title: title of the table.
       tokens: tokens of one run.
+      floor: seconds of one run that the machine's bare speeds alone would take.
       ours: the first contender.
       theirs: the second contender.
       rounds: number of pairs.
@@ -40,10 +73,13 @@ def compare(title: str, tokens: int, ours: Contender, theirs: Contender, rounds:
       UserError: a contender failed.
     """
     results = alternate((ours, theirs), rounds, limit_seconds)
-    rows = [_row(tokens, contender, timing) for contender, timing in zip((ours, theirs), results, strict=True)]
+    rows = [
+        [*_row(tokens, contender, timing), f"{floor / timing.seconds.median:.0%}"]
+        for contender, timing in zip((ours, theirs), results, strict=True)
+    ]
     ratio = Spread.of(slow / fast for fast, slow in zip(*(timing.each for timing in results), strict=True))
-    rows.append(["ratio within pairs", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None])
-    summary_table(f"{title}: {rounds} pairs", _COLUMNS, rows)
+    rows.append(["ratio within pairs", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None, None])
+    summary_table(f"{title}: {rounds} pairs", (*_COLUMNS, "share of floor"), rows)
 
 
 def _row(tokens: int, contender: Contender, timing: Timing | str, mark: bool = False) -> list[str | None]:

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from benchmarks import baselines
-from benchmarks.contenders import compare, tokens_per_second
+from benchmarks.contenders import Machine, compare, tokens_per_second
 from benchmarks.paired_timing import Contender, Spread
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
@@ -18,6 +18,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
+from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
 from biomamba_jax.tables import summary_table
@@ -55,6 +56,16 @@ class DecodeBenchmark:
         """New tokens of one run."""
         return self.batch_size * self.new_tokens
 
+    def floor(self, machine: Machine) -> float:
+        """Return the seconds that a run in float32 would take at the machine's bare speeds.
+
+        They are those of the prompts' products, and for each new token of reading all weights or of computing with
+        them, whichever is slower.
+        """
+        flops = training_flops_per_token(self.model) / 3 * self.batch_size
+        reading = 4 * matrix_parameters(self.model) / machine.bandwidth
+        return self.prompt_length * flops / machine.flops + self.new_tokens * max(reading, flops / machine.flops)
+
     def prompts(self) -> np.ndarray:
         """Return random token ids [B L]."""
         shape = self.batch_size, self.prompt_length
@@ -85,10 +96,12 @@ def measure_decode(config: DecodeBenchmark) -> None:
         if jax.default_backend() != "cpu":
             raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
         baselines.check_installed(config.model)
+        machine = Machine.measured()
+        print(machine)
         ours = Contender("biomamba_jax", config.allocator, functools.partial(Decoding, config))
         generate = functools.partial(baselines.TransformersDecoding, config.model, config.prompts(), config.new_tokens)
         theirs = Contender("transformers", config.allocator, generate)
-        compare(_title(config), config.tokens, ours, theirs, config.rounds, config.limit_seconds)
+        compare(_title(config), config.tokens, config.floor(machine), ours, theirs, config.rounds, config.limit_seconds)
         return
     decode = Decoding(config)
     decode()

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from benchmarks import baselines
-from benchmarks.contenders import compare, print_tried, tokens_per_second
+from benchmarks.contenders import Machine, compare, print_tried, tokens_per_second
 from benchmarks.paired_timing import Contender, Spread, fastest, try_out
+from biomamba_jax import processor
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
@@ -86,7 +87,8 @@ def measure_step(config: StepBenchmark) -> None:
     memory = f"{peak_memory_bytes() / 1e9:.2f} GB"
     rows = [(_name(config), f"{spread.median:.3f}", *tokens_per_second(config.tokens, spread), memory, share)]
     columns = ("training step", "seconds", "tokens/s", "slowest–fastest", "peak memory", "share of peak")
-    title = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {config.steps} steps on random tokens"
+    device = processor.name() if jax.default_backend() == "cpu" else jax.devices()[0].device_kind
+    title = f"{jax.device_count()} x {device}, {config.steps} steps on random tokens"
     summary_table(title, columns, rows)
 
 
@@ -99,6 +101,8 @@ def compare_step(config: StepBenchmark) -> None:
     if jax.default_backend() != "cpu":
         raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
     baselines.check_installed(config.model)
+    machine = Machine.measured()
+    print(machine)
     ours = [Contender("biomamba_jax", a, functools.partial(TrainingStep, config)) for a in config.allocators]
     sizes = config.model, config.data.batch_size, config.data.sequence_length
     step = functools.partial(baselines.TransformersStep, *sizes, config.optimizer)
@@ -113,7 +117,8 @@ def compare_step(config: StepBenchmark) -> None:
             tried[compiled] = try_out(compiled, config.limit_seconds)
         pair = fastest(tried, ours), fastest(tried, theirs)
         print_tried(config.tokens, tried, pair)
-    compare(_name(config), config.tokens, *pair, config.steps, config.limit_seconds)
+    floor = training_flops_per_token(config.model) * config.tokens / machine.flops
+    compare(_name(config), config.tokens, floor, *pair, config.steps, config.limit_seconds)
 
 
 def _seconds(step: TrainingStep) -> float:

@@ -10,12 +10,13 @@ import select
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 
-from biomamba_jax import files, keys
+from biomamba_jax import files, folders, keys, processor
 from biomamba_jax.config.checks import accepts, describe, field_docs, field_types, fits, leaves, mapping_value
 from biomamba_jax.errors import UserError
 
@@ -190,6 +191,7 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     is gone, as after `head`, the command ends silently with exit status 141, as a shell reports SIGPIPE.
     """
     try:
+        keep_compiled_programs()
         command(argv)
         sys.stdout.flush()
     except BrokenPipeError:
@@ -202,6 +204,21 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def keep_compiled_programs() -> None:
+    """Turn on JAX's persistent compilation cache, in the user's cache folder; must come before JAX is imported.
+
+    JAX's own variables win: JAX_ENABLE_COMPILATION_CACHE=false turns it off, JAX_COMPILATION_CACHE_DIR names another
+    folder. A home folder may be shared by machines of several kinds, and a program may use any instruction of the CPU
+    that compiled it: each kind of CPU has a folder of its own.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    with suppress(UserError):  # no home folder, no cache
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folders.cache_folder() / "programs" / processor.kind())
+    # The default of a second would leave out most programs of a small model.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def _reader_is_gone() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 import biomamba_jax
+from biomamba_jax import processor
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "sentencepiece", "tokenizers")
 
@@ -25,6 +26,7 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(sys.orig_argv),
         "host": platform.node(),
         "system": platform.platform(),
+        "cpu": processor.name(),
         "cpu_cores": os.cpu_count(),
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "processes": jax.process_count(),

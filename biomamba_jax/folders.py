@@ -1,4 +1,4 @@
-"""Digests of the files below a folder, and a folder's lock."""
+"""The cache folder, digests of the files below a folder, and a folder's lock."""
 
 import fcntl
 import hashlib
@@ -17,6 +17,18 @@ from biomamba_jax.files import naming_errors, write_text
 
 DIGESTS = "SHA256SUMS"
 """Name of a folder's file of digests, which `sha256sum --check` reads."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: `$BIOMAMBA_CACHE`, else `~/.cache/biomamba_jax`.
+
+    Raises:
+      UserError: there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("BIOMAMBA_CACHE") or Path.home() / ".cache" / "biomamba_jax").expanduser()
+    except RuntimeError as error:
+        raise UserError(f"no cache folder ({error}); set BIOMAMBA_CACHE") from None
 
 
 def write_digests(folder: Path) -> None:

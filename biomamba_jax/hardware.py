@@ -5,15 +5,18 @@ leave the share of peak out.
 """
 
 import dataclasses
+import os
 import re
 import resource
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 GIB = 2**30
@@ -130,6 +133,22 @@ def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
         fastest = min(fastest, stop - start)
         if stop >= end:
             return 2 * size**3 / fastest
+
+
+def measure_read_bandwidth(seconds: float = 0.5, megabytes: int = 256) -> float:
+    """Return the bytes/s at which all cores read memory that is not in their caches, in the fastest pass of `seconds`.
+
+    Generating a token reads every weight once, so this bounds the speed of decoding on a CPU.
+    """
+    cores = os.cpu_count() or 1
+    parts = np.array_split(np.ones(megabytes * 2**18, np.float32), cores)
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    with ThreadPoolExecutor(cores) as pool:  # NumPy releases Python's lock
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))
+            fastest = min(fastest, time.perf_counter() - start)
+    return megabytes * 2**20 / fastest
 
 
 def peak_memory_bytes() -> int:

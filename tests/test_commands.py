@@ -1,10 +1,12 @@
 """All commands under one name: what is imported before arguments are parsed, completion, and how a word is refused."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 
+from biomamba_jax import processor
 from biomamba_jax.__main__ import COMMANDS, dispatch
 from biomamba_jax.errors import UserError
 
@@ -69,3 +71,26 @@ complete -p biomamba
 """
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
     assert found.stdout == "complete -o default -C 'biomamba --complete' biomamba\n"
+
+
+COMPILES = """
+from biomamba_jax.command_line import run_command
+def command(argv):
+    import jax
+    print(jax.jit(lambda x: jax.numpy.sin(x) + 1)(0.0))
+run_command(command)
+"""
+
+
+@pytest.mark.parametrize(
+    ("variables", "kept"),
+    [({}, True), ({"JAX_ENABLE_COMPILATION_CACHE": "false"}, False), ({"BIOMAMBA_CACHE": "/dev/null/cache"}, False)],
+    ids=["by default", "turned off", "not writable"],
+)
+def test_compiled_programs_are_kept_in_the_cache_folder(variables, kept, tmp_path):
+    cache = {"BIOMAMBA_CACHE": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    command = [sys.executable, "-c", COMPILES]
+    ran = subprocess.run(command, env=environment | cache | variables, capture_output=True, text=True, check=True)
+    assert ran.stdout == "1.0\n"
+    assert any(tmp_path.glob(f"programs/{processor.kind()}/jit__lambda*")) == kept

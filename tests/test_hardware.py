@@ -1,9 +1,12 @@
 """The share of peak is computed against the right device, or not at all."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 
-from biomamba_jax.hardware import find_chip, measure_matmul_flops, peak_flops, peak_memory_bytes
+from biomamba_jax import processor
+from biomamba_jax.hardware import find_chip, measure_matmul_flops, measure_read_bandwidth, peak_flops, peak_memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -51,6 +54,16 @@ def test_memory_of_a_tpu_is_what_its_compiler_allows():
 
 def test_a_cpu_is_measured_instead():
     assert 1e8 < measure_matmul_flops(seconds=0.05, size=256) < 1e14
+    assert 1e8 < measure_read_bandwidth(seconds=0.05, megabytes=32) < 1e13
+
+
+def test_a_cpu_is_named_with_family_model_and_vectors(monkeypatch):
+    cpu = {"model name": "AMD EPYC", "cpu family": "25", "model": "1", "flags": "fpu avx avx2 fma"}
+    monkeypatch.setattr(processor, "description", lambda: cpu)
+    assert re.fullmatch(r"AMD EPYC \(family 25, model 1\), AVX2, \d+ cores", processor.name())
+    kind = processor.kind()
+    monkeypatch.setattr(processor, "description", lambda: cpu | {"flags": "fpu avx avx2 fma avx512f"})
+    assert "AVX-512" in processor.name() and processor.kind() != kind
 
 
 def test_memory_in_use_at_the_peak_is_at_least_that_of_a_live_array():

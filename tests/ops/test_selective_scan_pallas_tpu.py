@@ -105,7 +105,7 @@ def test_no_gradient_passes_a_change_of_segment():
     assert not np.any(gradients["initial_state"])
 
 
-def gradient_of_layers(scan, mesh=None):
+def gradient_of_layers(scan, mesh=None, check_vma=False):
     """A loss of two rematerialised layers in `lax.scan`, each a scan of rows and channels spread over the mesh."""
 
     def layer(x, arrays):
@@ -118,7 +118,7 @@ def gradient_of_layers(scan, mesh=None):
         arrays = (wide, vector, narrow, narrow, vector, wide, vector)
         specs = {"in_specs": (wide, arrays), "out_specs": (wide, P(row, channel))}
         # Pallas's interpreter does not follow which values vary; the compiled kernels do (test_kernels_for_tpu.py).
-        layer = jax.shard_map(layer, mesh=mesh, **specs, check_vma=False)
+        layer = jax.shard_map(layer, mesh=mesh, **specs, check_vma=check_vma)
 
     def loss(x, stacked):
         x, states = jax.lax.scan(jax.checkpoint(layer), x, stacked)

@@ -6,12 +6,14 @@ from typing import Literal
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.causal_conv1d import pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.causal_conv1d import native, pallas_tpu, reference, triton, xla
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.kernel_arrays import check_shapes
+from biomamba_jax.ops.native import call
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.causal_conv1d,
+    "native": native.causal_conv1d,
     "pallas_tpu": pallas_tpu.causal_conv1d,
     "triton": triton.causal_conv1d,
     "reference": reference.causal_conv1d,
@@ -45,7 +47,7 @@ def causal_conv1d(
       segment_ids: document of each token [B L]. A tap that would reach across a change of id reads zero.
       initial_state: the K-1 inputs before the first token [B K-1 C], of that token's segment; None is zeros.
       return_final_state: also return the last K-1 inputs, zeros where they precede the last token's segment.
-      implementation: "xla", "pallas_tpu", "triton", "reference", or None for the platform's fastest.
+      implementation: "xla", "native" (CPU), "pallas_tpu", "triton", "reference", or None for the platform's fastest.
 
     Returns:
       y [B L C] of x's dtype; with `return_final_state` a pair (y, state [B K-1 C] of x's dtype).
@@ -72,6 +74,7 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     unsupported = {
+        "native": call.unsupported_reason(x),
         "pallas_tpu": pallas_tpu.unsupported_reason(x, weight),
         "triton": triton_calls.unsupported_reason(x),
     }

@@ -6,11 +6,13 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.selective_scan import pallas_gpu, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.native import call
+from biomamba_jax.ops.selective_scan import native, pallas_gpu, pallas_tpu, reference, triton, xla
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.selective_scan,
+    "native": native.selective_scan,
     "pallas_gpu": pallas_gpu.selective_scan,
     "pallas_tpu": pallas_tpu.selective_scan,
     "triton": triton.selective_scan,
@@ -57,7 +59,8 @@ def selective_scan(
         token before, so packed documents do not affect each other.
       initial_state: state before the first token [B E N], which continues that token's segment; None is zero.
       return_final_state: also return the state after the last token.
-      implementation: "xla", "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the platform's fastest.
+      implementation: "xla", "native" (CPU), "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the
+        platform's fastest.
 
     Returns:
       y [B L E] of x's dtype; with `return_final_state` a pair (y, state [B E N] in float32).
@@ -86,11 +89,12 @@ def selective_scan(
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
     unsupported = {
+        "native": call.unsupported_reason(x),
         "pallas_gpu": pallas_gpu.unsupported_reason(x, A),
         "pallas_tpu": pallas_tpu.unsupported_reason(x, A),
         "triton": triton_calls.unsupported_reason(x),
     }
-    # A single token is an elementwise step, which XLA fuses with its neighbours; a kernel would pad it to eight.
+    # A single token is an elementwise step, which XLA fuses with its neighbours; kernels would pad it to eight.
     scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=length == 1)
     y, final_state = scan(inputs)
     return (y, final_state) if return_final_state else y

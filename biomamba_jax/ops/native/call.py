@@ -1,0 +1,58 @@
+"""Calls of the compiled functions from JAX programs."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biomamba_jax.errors import UserError
+from biomamba_jax.ops.array_typing import Array, Int
+from biomamba_jax.ops.kernel_arrays import vary_alike, vary_over, varying_axes
+from biomamba_jax.ops.native import library
+
+CHANNEL_RANGE = 64
+"""Channels of a row that a thread handles at a time."""
+
+
+def call(
+    name: str, results: Sequence[tuple[int, ...]], arguments: Sequence[Array | None], **attributes: bool | int
+) -> Sequence[Array]:
+    """Call a function of the library.
+
+    Args:
+      name: its name.
+      results: shapes of its results, all float32.
+      arguments: its arrays, cast to float32 unless they hold integers; None becomes an empty array: an absent input.
+      attributes: its static arguments.
+
+    Returns:
+      The results; inside `shard_map` they vary over all mesh axes that any argument varies over.
+
+    Raises:
+      UserError: the library cannot be used here.
+    """
+    if reason := library.unavailable_reason():
+        raise UserError(f"{name}: {reason}")
+    arrays = vary_alike([_argument(v) for v in arguments])
+    structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    static = {k: v if isinstance(v, bool) else np.int64(v) for k, v in attributes.items()}
+    outputs = jax.ffi.ffi_call(name, structs, vmap_method="sequential")(*arrays, **static)
+    axes = varying_axes(arrays)
+    return [vary_over(v, axes) for v in outputs]
+
+
+def unsupported_reason(x: Array) -> str | None:
+    """Return why the compiled code cannot compute an op of x, or None if it can."""
+    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
+
+
+def segments(segment_ids: Int[Array, "B L"] | None) -> Int[Array, "..."]:
+    """Return the argument for optional segment ids."""
+    return jnp.zeros(0, jnp.int32) if segment_ids is None else segment_ids
+
+
+def _argument(v: Array | None) -> Array:
+    if v is None:
+        return jnp.zeros(0, jnp.float32)
+    return v.astype(jnp.int32 if jnp.issubdtype(v.dtype, jnp.integer) else jnp.float32)
