@@ -20,9 +20,11 @@ from jax import lax
 
 from biomamba_jax import ops
 from biomamba_jax.errors import UserError
+from biomamba_jax.ops import numerics
 from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs
 from biomamba_jax.ops.numerics import accumulator_dtype
+from biomamba_jax.ops.ssd.xla import weights_and_exponents
 
 AXIS = "sequence"
 
@@ -30,6 +32,11 @@ AXIS = "sequence"
 def receive_from_left(x: Array, size: int, distance: int = 1) -> Array:
     """Return `x` of the device `distance` places to the left; zeros where there is none."""
     return lax.ppermute(x, AXIS, [(i, i + distance) for i in range(size - distance)])
+
+
+def receive_from_right(x: Array, size: int) -> Array:
+    """Return `x` of the right neighbour; zeros on the last device."""
+    return lax.ppermute(x, AXIS, [(i + 1, i) for i in range(size - 1)])
 
 
 def continues_segment(segment_ids: Int[Array, "B L"] | None, rows: int, size: int) -> Bool[Array, " B"]:
@@ -69,6 +76,28 @@ def incoming_state(
             decay = decay * receive_from_left(decay, size, distance)
         distance *= 2
     return jnp.where(passes, state, 0)
+
+
+def segment_cumsum(
+    v: Float[Array, "B L C"],
+    *,
+    continues: Bool[Array, " B"],
+    size: int,
+    segment_ids: Int[Array, "B L"] | None = None,
+    initial: Float[Array, "B C"] | None = None,
+    period: float,
+) -> Float[Array, "B L C"]:
+    """Return `numerics.segment_cumsum` of a row sharded over `size` devices.
+
+    `continues` and `size` as in `incoming_state`; everything else as in `numerics.segment_cumsum`, for local tokens.
+    """
+    sums = numerics.segment_cumsum(v, segment_ids, period=period)
+    unbroken = _single_segment(segment_ids, v)[:, None].astype(v.dtype)
+    incoming = incoming_state(unbroken, sums[:, -1], continues, size, initial)
+    first = jnp.ones(v.shape[:2], bool)
+    if segment_ids is not None:
+        first = lax.cumsum(numerics.segment_starts(segment_ids).astype(jnp.int32), axis=1) == 0
+    return sums + jnp.where(first[..., None], incoming[:, None], 0)
 
 
 def causal_conv1d(
@@ -133,8 +162,8 @@ def selective_scan(
 
 def ssd(
     x: Float[Array, "B L H P"],
-    dt: Float[Array, "B L H"],
-    A: Float[Array, " H"],
+    dt: Float[Array, "B L H"] | None,
+    A: Float[Array, " H"] | Float[Array, "B L H"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
     D: Float[Array, " H"] | None = None,
@@ -150,25 +179,26 @@ def ssd(
 
         S = sum_t exp(sum_{k > t} d_k A) d_t x_t B_t^T, over the tokens of the last segment
 
+    (without dt, A_k is in place of d_k A and one in place of d_t).
+
     `continues` and `size` as in `incoming_state`; everything else as in `ops.ssd`, for the local tokens.
     """
     rows, _, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     segment_ids = options.get("segment_ids")
-    step = _step_sizes(x, dt, options.get("dt_bias"))
-    exponent = step * A.astype(step.dtype)
+    weight, exponent = weights_and_exponents(x, dt, A, options.get("dt_bias"))
     # Exponents are summed from the end, never subtracted: next to huge steps a difference has no digits left.
     after = jnp.pad(lax.cumsum(exponent[:, 1:], axis=1, reverse=True), ((0, 0), (0, 1), (0, 0)))
     if segment_ids is not None:  # a token counts unless a segment starts after it
         starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)))
         ended = lax.cumsum(starts.astype(jnp.int32), axis=1, reverse=True) > 0
         after = jnp.where(ended[:, :, None], -jnp.inf, after)
-    weighted = (x * (jnp.exp(after) * step)[..., None]).astype(x.dtype)
+    weighted = (x * (jnp.exp(after) * weight)[..., None]).astype(x.dtype)
     state = jnp.einsum(
         "blghp,blgn->bghpn",
         weighted.reshape(rows, -1, groups, heads // groups, headdim),
         B.astype(x.dtype),
-        preferred_element_type=step.dtype,
+        preferred_element_type=weight.dtype,
     ).reshape(rows, heads, headdim, d_state)
     decay = jnp.exp(jnp.where(_single_segment(segment_ids, x)[:, None], jnp.sum(exponent, axis=1), -jnp.inf))
     incoming = incoming_state(decay[:, :, None, None], state, continues, size, initial_state)

@@ -70,11 +70,11 @@ def in_dtype(inputs: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:
 @cache
 def values_and_gradients(implementation: str, chunk: int | None):
     def compute(inputs, segment_ids):
-        arrays = {name: inputs[name] for name in ARRAYS}
+        arrays = {name: inputs[name] for name in ARRAYS if name in inputs}
 
         def run(arrays):
             return ssd(
-                **arrays,
+                **{"dt": None} | arrays,
                 segment_ids=segment_ids,
                 return_final_state=True,
                 chunk_size=chunk,
@@ -92,7 +92,7 @@ def of_kernels(compute: Callable[..., Any], inputs: dict[str, jax.Array], segmen
     """Values and gradients by name of compute(Inputs, None); arrays missing in inputs are left out."""
 
     def run(arrays):
-        return compute(Inputs(**arrays, segment_ids=segment_ids), None)
+        return compute(Inputs(**{"dt": None} | arrays, segment_ids=segment_ids), None)
 
     (y, final_state), pull_back = jax.vjp(run, {name: inputs[name] for name in ARRAYS if name in inputs})
     (gradients,) = pull_back((inputs["dy"].astype(y.dtype), inputs["d_final_state"]))
@@ -142,6 +142,20 @@ def test_values_and_all_gradients_match_the_recurrence(dtype, data):
     shape = data.draw(st.sampled_from(SHAPES))
     inputs = random_inputs(shape, data.draw(st.integers(0, 2**16)))
     assert_matches_recurrence(inputs, data.draw(segment_layouts(shape)), dtype, shape.chunk)
+
+
+def given_decays(shape: Shape, seed: int) -> dict[str, np.ndarray]:
+    """Inputs with the log-decay of each step in place of dt, some of them zero and some beyond the smallest float."""
+    inputs, random = random_inputs(shape, seed), np.random.default_rng(seed)
+    del inputs["dt"], inputs["dt_bias"]
+    scale = random.choice([0.0, 1.0, 1e4], (shape.rows, shape.length, shape.heads), p=[0.3, 0.6, 0.1])
+    return inputs | {"A": -scale * np.exp(random.standard_normal(scale.shape))}
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]._replace(groups=4)], ids=["chunks", "a token"])
+def test_given_decays_match_the_recurrence(shape):
+    segment_ids = np.repeat([[0, 1]], [11, 26], axis=1).repeat(shape.rows, axis=0)[:, : shape.length].astype(np.int32)
+    assert_matches_recurrence(given_decays(shape, 12), segment_ids, "float32", 8)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

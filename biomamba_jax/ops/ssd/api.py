@@ -20,8 +20,8 @@ _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
 
 def ssd(
     x: Float[Array, "B L H P"],
-    dt: Float[Array, "B L H"],
-    A: Float[Array, " H"],
+    dt: Float[Array, "B L H"] | None,
+    A: Float[Array, " H"] | Float[Array, "B L H"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
     D: Float[Array, " H"] | None = None,
@@ -40,6 +40,8 @@ def ssd(
         S_t = exp(d_t A) S_{t-1} + d_t x_t B_t^T        [P N]
         y_t = S_t C_t + D x_t                           [P]
 
+    Without dt, S_t = exp(A_t) S_{t-1} + x_t B_t^T: the decays depend on the data, and inputs have no weight (Mamba-3).
+
     S_{t-1} is zero at every t > 0 where segment_ids changes, so no value or gradient crosses the boundary. Products are
     computed in x's dtype with float32 accumulation; d, decays and states are float32 (float64 for float64 inputs).
     Differentiable in every floating-point argument, the states included.
@@ -49,8 +51,8 @@ def ssd(
 
     Args:
       x: inputs per head [B L H P], any float dtype.
-      dt: raw step sizes [B L H]; `dt_bias` and the softplus are applied here.
-      A: decay rate of each head [H], negative, in 1 / step.
+      dt: raw step sizes [B L H]; `dt_bias` and the softplus are applied here. None: inputs are weighted already.
+      A: decay rate of each head [H], negative, in 1 / step; without dt the log of each step's decay [B L H].
       B: input projections [B L G N], shared by the H / G heads of a group.
       C: output projections [B L G N], shared likewise.
       D: skip weight of each head [H], or None for no skip.
@@ -78,7 +80,7 @@ def ssd(
         "ssd",
         inputs._asdict(),
         dt=(batch, length, heads),
-        A=(heads,),
+        A=(heads,) if dt is not None else (batch, length, heads),
         C=B.shape,
         D=(heads,),
         dt_bias=(heads,),
@@ -92,6 +94,8 @@ def ssd(
         "pallas_tpu": pallas_tpu.unsupported_reason(x, B, chunk_size),
         "triton": triton.unsupported_reason(x, chunk_size),
     }
+    if dt is None:
+        unsupported = dict.fromkeys(unsupported, "it computes decays from dt, which is None")
     # Few tokens would be padded to a chunk, and one is a step without products.
     prefer_xla = pallas_tpu.xla_is_faster(x, B) if dispatch.platform() == "tpu" else length < triton.CHUNK
     compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=prefer_xla)

@@ -9,8 +9,8 @@ class Inputs(NamedTuple):
     """Arguments of `api.ssd`; None where the caller gave none."""
 
     x: Float[Array, "B L H P"]
-    dt: Float[Array, "B L H"]
-    A: Float[Array, " H"]
+    dt: Float[Array, "B L H"] | None
+    A: Float[Array, " H"] | Float[Array, "B L H"]
     B: Float[Array, "B L G N"]
     C: Float[Array, "B L G N"]
     D: Float[Array, " H"] | None = None

@@ -14,8 +14,12 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     batch, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     dtype = accumulator_dtype(x.dtype)
-    u, dt, A, B, C = (v.astype(dtype) for v in (x, dt, A, B, C))
-    dt = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dtype))
+    u, A, B, C = (v.astype(dtype) for v in (x, A, B, C))
+    weight, log_decay = jnp.ones_like(A), A
+    if dt is not None:
+        dt = dt.astype(dtype)
+        weight = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(dtype))
+        log_decay = weight * A
     B, C = (jnp.repeat(v, heads // groups, axis=2) for v in (B, C))
     starts = jnp.zeros((batch, length), bool)
     if segment_ids is not None:
@@ -24,13 +28,13 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
         initial_state = jnp.zeros((batch, heads, headdim, d_state), dtype)
 
     def step(state: Array, token: tuple[Array, ...]) -> tuple[Array, Array]:
-        u_t, dt_t, b_t, c_t, start = token
+        u_t, w_t, a_t, b_t, c_t, start = token
         state = jnp.where(start[:, None, None, None], 0, state)
-        decay = jnp.exp(dt_t * A)[:, :, None, None]
-        state = decay * state + (dt_t[:, :, None] * u_t)[..., None] * b_t[:, :, None, :]
+        decay = jnp.exp(a_t)[:, :, None, None]
+        state = decay * state + (w_t[:, :, None] * u_t)[..., None] * b_t[:, :, None, :]
         return state, jnp.einsum("bhpn,bhn->bhp", state, c_t, precision="highest")
 
-    over_time = tuple(jnp.moveaxis(v, 1, 0) for v in (u, dt, B, C, starts))
+    over_time = tuple(jnp.moveaxis(v, 1, 0) for v in (u, weight, log_decay, B, C, starts))
     final_state, y = jax.lax.scan(step, initial_state.astype(dtype), over_time)
     y = jnp.moveaxis(y, 0, 1)
     if D is not None:
