@@ -3,18 +3,29 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from biomamba_jax.config.checks import Limit, NonNegativeFloat, PositiveInt, Settings, check, check_type, field_types
+from biomamba_jax.config.checks import (
+    Limit,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Settings,
+    check,
+    check_type,
+    field_types,
+)
 from biomamba_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+Kind = Literal["mamba1", "mamba2", "mamba3"]
 
 
 @dataclass(frozen=True)
 class ModelConfig(Settings, section="model"):
     """A Mamba language model."""
 
-    kind: Literal["mamba1", "mamba2"] = "mamba2"
-    """Mixer of every layer: Mamba-1 (selective scan) or Mamba-2 (state-space duality)."""
+    kind: Kind = "mamba2"
+    """Mixer of every layer: Mamba-1 (selective scan), Mamba-2 (state-space duality) or Mamba-3 (trapezoidal rule and
+    rotations)."""
     d_model: PositiveInt = 768
     """Width of the residual stream."""
     n_layers: PositiveInt = 24
@@ -24,23 +35,33 @@ class ModelConfig(Settings, section="model"):
     pad_vocab_multiple: PositiveInt = 16
     """The embedding's rows are padded to a multiple of this; padded ids are never predicted."""
     d_state: PositiveInt | None = None
-    """State size per channel; default: 16 for mamba1, 128 for mamba2, as published."""
+    """State size per channel; default: 16 for mamba1, 128 for mamba2 and mamba3, as published."""
     d_conv: Annotated[int, Limit("at least 2", lambda x: x >= 2)] = 4
-    """Width of the causal convolution."""
+    """mamba1, mamba2: width of the causal convolution."""
     expand: PositiveInt = 2
     """d_inner = expand * d_model."""
     dt_rank: PositiveInt | None = None
     """mamba1: rank of the projection to dt; default: ceil(d_model / 16)."""
     headdim: PositiveInt = 64
-    """mamba2: channels of one head."""
+    """mamba2, mamba3: channels of one head."""
     n_groups: PositiveInt = 1
-    """mamba2: groups of heads that share B and C."""
+    """mamba2, mamba3: groups of heads that share B and C."""
     chunk_size: PositiveInt | None = None
-    """mamba2: chunk length of the SSD algorithm; default: the fastest for the platform. Results do not depend on it."""
+    """mamba2, mamba3: chunk length of the SSD algorithm; default: the platform's fastest. It changes no result."""
+    mimo_rank: PositiveInt | None = None
+    """mamba3: inputs and outputs of each state (MIMO); default: one of each, without their projections (SISO)."""
+    rope_fraction: Annotated[float, Limit("0.5 or 1.0", lambda x: x in (0.5, 1.0))] = 0.5
+    """mamba3: share of each state's dimensions that rotates."""
+    outproj_norm: bool = False
+    """mamba3: normalise each head before the gate."""
+    a_floor: NonNegativeFloat = 1e-4
+    """mamba3: lower bound of the decay rates."""
+    d_intermediate: NonNegativeInt = 0
+    """Width of a gated MLP after each mixer, rounded up to a multiple of 128; 0: none."""
     bias: bool = False
-    """Biases on the input and output projections."""
+    """mamba1, mamba2: biases on the input and output projections."""
     conv_bias: bool = True
-    """Bias on the convolution."""
+    """mamba1, mamba2: bias on the convolution."""
     tie_embeddings: bool = True
     """Use the transposed embedding as the output head."""
     norm_eps: NonNegativeFloat = 1e-5
@@ -58,11 +79,15 @@ class ModelConfig(Settings, section="model"):
         for name in field_types(ModelConfig):  # also from JSON files, whose types nothing else checks
             check_type(ModelConfig, name, self.key(name), getattr(self, name))
         super().__post_init__()
-        if self.kind == "mamba2":
+        if self.kind != "mamba1":
             whole = self.d_inner % self.headdim == 0
             check(whole, "model.headdim", self.headdim, f"must divide d_inner = {self.d_inner}")
             whole = self.n_heads % self.n_groups == 0
             check(whole, "model.n_groups", self.n_groups, f"must divide {self.n_heads} heads")
+        if self.kind == "mamba3":
+            whole = self.state_size % 2 == 0 and self.n_angles > 0
+            check(whole, "model.d_state", self.state_size, "must be even, for pairs that rotate, and at least 4")
+            check(not self.bias, "model.bias", self.bias, "mamba3 has no such biases; leave it out")
 
     @property
     def implementation(self) -> Literal["xla"] | None:
@@ -77,7 +102,7 @@ class ModelConfig(Settings, section="model"):
     @property
     def state_size(self) -> int:
         """N, d_state or its published default."""
-        return self.d_state or {"mamba1": 16, "mamba2": 128}[self.kind]
+        return self.d_state or (16 if self.kind == "mamba1" else 128)
 
     @property
     def rank(self) -> int:
@@ -86,13 +111,29 @@ class ModelConfig(Settings, section="model"):
 
     @property
     def n_heads(self) -> int:
-        """H, heads of Mamba-2."""
+        """H, heads of Mamba-2 and Mamba-3."""
         return self.d_inner // self.headdim
 
     @property
     def conv_channels(self) -> int:
-        """C, channels of the convolution: x alone in Mamba-1, x, B and C in Mamba-2."""
-        return self.d_inner + (2 * self.n_groups * self.state_size if self.kind == "mamba2" else 0)
+        """C, channels of the convolution: x alone in Mamba-1, x, B and C in Mamba-2, none in Mamba-3."""
+        both = self.d_inner + 2 * self.n_groups * self.state_size
+        return {"mamba1": self.d_inner, "mamba2": both, "mamba3": 0}[self.kind]
+
+    @property
+    def ranks(self) -> int:
+        """R, inputs and outputs of a state of Mamba-3: `mimo_rank`, or 1."""
+        return self.mimo_rank or 1
+
+    @property
+    def n_angles(self) -> int:
+        """S, pairs of a state's dimensions that rotate in Mamba-3."""
+        return int(self.state_size * self.rope_fraction) // 2
+
+    @property
+    def mlp_width(self) -> int:
+        """Width of the gated MLP, `d_intermediate` rounded up as in the released models; 0: none."""
+        return -(-self.d_intermediate // 128) * 128
 
     @property
     def known_vocab(self) -> int:

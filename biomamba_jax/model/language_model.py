@@ -11,16 +11,17 @@ from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
-from biomamba_jax.model.layers import RMSNorm
+from biomamba_jax.model.layers import GatedMLP, RMSNorm
 from biomamba_jax.model.mamba1 import Mamba1Mixer
 from biomamba_jax.model.mamba2 import Mamba2Mixer
+from biomamba_jax.model.mamba3 import Mamba3Mixer
 from biomamba_jax.model.state import MixerState, ModelState, reset_changed_segments
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.numerics import accumulator_dtype
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives, recompute_all_gathers
 
-_MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer}
+_MIXERS = {"mamba1": Mamba1Mixer, "mamba2": Mamba2Mixer, "mamba3": Mamba3Mixer}
 _REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -36,11 +37,13 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 
 
 class Block(nnx.Module):
-    """A residual block: h + mixer(norm(h))."""
+    """A residual block: h + mixer(norm(h)), and with an MLP then h + mlp(norm2(h))."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype)
         self.mixer = _MIXERS[config.kind](config, dtype=dtype, rngs=rngs)
+        self.norm2 = RMSNorm(config.d_model, eps=config.norm_eps, dtype=dtype) if config.mlp_width else None
+        self.mlp = GatedMLP(config, dtype=dtype, rngs=rngs) if config.mlp_width else None
 
     def __call__(
         self,
@@ -51,11 +54,14 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B L D"], MixerState]:
         """Return the residual stream after the block, and the state after the last token; see `hidden`."""
         y, state = self.mixer(self.norm(h), state, segment_ids, collectives)
-        return h + y.astype(h.dtype), state
+        h = h + y.astype(h.dtype)
+        if self.norm2 is not None and self.mlp is not None:
+            h = h + self.mlp(self.norm2(h), collectives).astype(h.dtype)
+        return h, state
 
 
 class LanguageModel(nnx.Module):
-    """A Mamba-1 or Mamba-2 language model.
+    """A Mamba-1, Mamba-2 or Mamba-3 language model.
 
     Args:
       config: sizes; `vocab_size` must be set.

@@ -1,4 +1,4 @@
-"""Layers that both mixers are built from."""
+"""Layers that the mixers and blocks are built from."""
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +53,11 @@ class RMSNorm(nnx.Module):
         self.eps, self.groups, self.dtype = eps, groups, dtype
 
     def __call__(
-        self, x: Float[Array, "B L C"], gate: Float[Array, "B L C"] | None = None, collectives: Collectives = UNSHARDED
-    ) -> Float[Array, "B L C"]:
+        self,
+        x: Float[Array, "*batch C"],
+        gate: Float[Array, "*batch C"] | None = None,
+        collectives: Collectives = UNSHARDED,
+    ) -> Float[Array, "*batch C"]:
         """Return the norm of x, or of x * silu(gate)."""
         return collectives.rms_norm(x, self.weight[...], gate, eps=self.eps, groups=self.groups).astype(self.dtype)
 
@@ -84,6 +87,21 @@ class CausalConv1d(nnx.Module):
             initial_state=state,
             implementation=self.implementation,
         )
+
+
+class GatedMLP(nnx.Module):
+    """down(up(x) * silu(gate(x))): SwiGLU, Shazeer 2020 (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.up = dense(config.d_model, config.mlp_width, dtype=dtype, rngs=rngs)
+        self.gate = dense(config.d_model, config.mlp_width, dtype=dtype, rngs=rngs)
+        scale = config.n_layers**-0.5
+        self.down = dense(config.mlp_width, config.d_model, scale=scale, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B L D"], collectives: Collectives = UNSHARDED) -> Float[Array, "B L D"]:
+        """Return the MLP's output, its width sharded over tensor."""
+        x = collectives.copy_to_tensor_parallel(x)
+        return row_parallel(self.down, self.up(x) * jax.nn.silu(self.gate(x)), collectives)
 
 
 def negative_exp(a_log: nnx.Param) -> jax.Array:

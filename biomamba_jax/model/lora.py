@@ -25,7 +25,8 @@ from biomamba_jax.ops.array_typing import Array
 Params = dict[str, Any]
 
 _MATRICES = ("kernel", "embedding", "lm_head")
-_RELEASED = {"in_x": "in_proj", "in_z": "in_proj", "in_bc": "in_proj", "in_dt": "in_proj", "out": "out_proj"}
+_RELEASED = {f"in_{part}": "in_proj" for part in ("x", "z", "bc", "dt", "A", "trap", "angle")}
+_RELEASED |= {"out": "out_proj", "up": "fc1", "gate": "fc1", "down": "fc2"}
 """Names of the projections in the released weights, which `targets` may use too."""
 
 

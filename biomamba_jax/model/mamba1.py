@@ -60,4 +60,4 @@ class Mamba1Mixer(nnx.Module):
             initial_state=past_ssm,
             implementation=self.implementation,
         )
-        return row_parallel(self.out, y, collectives), MixerState(conv_x=conv, conv_bc=None, ssm=ssm)
+        return row_parallel(self.out, y, collectives), MixerState(ssm, conv_x=conv)

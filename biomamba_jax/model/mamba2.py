@@ -67,4 +67,4 @@ class Mamba2Mixer(nnx.Module):
             implementation=self.implementation,
         )
         y = self.norm(y.reshape(x.shape), self.in_z(u), collectives)
-        return row_parallel(self.out, y, collectives), MixerState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
+        return row_parallel(self.out, y, collectives), MixerState(ssm, conv_x, conv_bc)

@@ -14,12 +14,18 @@ from biomamba_jax.ops.numerics import accumulator_dtype
 class MixerState:
     """State of one mixer, or of all layers, stacked along a first axis."""
 
-    conv_x: Float[Array, "*layers B past E"]
-    """Last K-1 inputs of the convolution over x."""
-    conv_bc: Float[Array, "*layers B past GN2"] | None
-    """Last K-1 inputs of the convolution over B and C, 2 G N channels; Mamba-2 only."""
     ssm: Float[Array, "*layers_B_channels N"]
-    """State of the state-space model, [B E N] in Mamba-1 and [B H P N] in Mamba-2, in the accumulator dtype."""
+    """State of the state-space model, [B E N] in Mamba-1 and [B H P N] in the others, in the accumulator dtype."""
+    conv_x: Float[Array, "*layers B past E"] | None = None
+    """Last K-1 inputs of the convolution over x; Mamba-1 and Mamba-2."""
+    conv_bc: Float[Array, "*layers B past GN2"] | None = None
+    """Last K-1 inputs of the convolution over B and C, 2 G N channels; Mamba-2 only."""
+    angle: Float[Array, "*layers B H S"] | None = None
+    """Running angle of each rotating pair, in radians, in the accumulator dtype; Mamba-3 only."""
+    last_x: Float[Array, "*layers B R H P"] | None = None
+    """Input of the last token, whose second term in the trapezoidal rule is the next token's; Mamba-3 only."""
+    last_B: Float[Array, "*layers B R H N"] | None = None
+    """Rotated B of the last token; Mamba-3 only."""
 
 
 @struct.dataclass
@@ -40,13 +46,19 @@ def empty_state(config: ModelConfig, rows: int, dtype: DTypeLike) -> MixerState:
       rows: batch size.
       dtype: the model's compute dtype, that of the convolutions' inputs.
     """
-    mamba1, past = config.kind == "mamba1", (rows, config.d_conv - 1)
-    channels = (config.d_inner,) if mamba1 else (config.n_heads, config.headdim)
-    return MixerState(
-        conv_x=jnp.zeros((*past, config.d_inner), dtype),
-        conv_bc=None if mamba1 else jnp.zeros((*past, 2 * config.n_groups * config.state_size), dtype),
-        ssm=jnp.zeros((rows, *channels, config.state_size), accumulator_dtype(dtype)),
-    )
+    heads, d_state, past = config.n_heads, config.state_size, (rows, config.d_conv - 1)
+    channels = (config.d_inner,) if config.kind == "mamba1" else (heads, config.headdim)
+    state = MixerState(ssm=jnp.zeros((rows, *channels, d_state), accumulator_dtype(dtype)))
+    if config.kind == "mamba3":
+        return state.replace(
+            angle=jnp.zeros((rows, heads, config.n_angles), accumulator_dtype(dtype)),
+            last_x=jnp.zeros((rows, config.ranks, *channels), dtype),
+            last_B=jnp.zeros((rows, config.ranks, heads, d_state), dtype),
+        )
+    state = state.replace(conv_x=jnp.zeros((*past, config.d_inner), dtype))
+    if config.kind == "mamba2":
+        state = state.replace(conv_bc=jnp.zeros((*past, 2 * config.n_groups * d_state), dtype))
+    return state
 
 
 def reset_changed_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:

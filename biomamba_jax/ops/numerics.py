@@ -36,6 +36,57 @@ def segment_starts(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def next_in_segment(
+    v: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None, after_last: Float[Array, "B C"] | None = None
+) -> Float[Array, "B L C"]:
+    """Return v of each token's successor, zero where that begins another segment; `after_last` or zero at the end."""
+    following = jnp.pad(v[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    if after_last is not None:
+        following = following.at[:, -1].set(after_last)
+    if segment_ids is None:
+        return following
+    ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)))
+    return jnp.where(ends[..., None], 0, following)
+
+
+def segment_cumsum(
+    v: Float[Array, "B L C"],
+    segment_ids: Int[Array, "B L"] | None = None,
+    initial: Float[Array, "B C"] | None = None,
+    *,
+    period: float,
+    chunk: int = 64,
+) -> Float[Array, "B L C"]:
+    """Sum v along L within each segment, up to multiples of `period`, which keep the sum small and so exact.
+
+    Args:
+      v: terms.
+      segment_ids: document of each token; the sum restarts where it changes.
+      initial: sum before the first token, whose segment it belongs to.
+      period: subtracted from the carried sum as often as it fits.
+      chunk: tokens summed by one product with a triangular matrix.
+    """
+    batch, length, channels = v.shape
+    starts = jnp.zeros((batch, length), bool) if segment_ids is None else segment_starts(segment_ids)
+    initial = jnp.zeros((batch, channels), v.dtype) if initial is None else initial.astype(v.dtype)
+    chunk = min(chunk, length)
+    padding = ((0, 0), (0, -length % chunk))
+    parts = jnp.pad(v, (*padding, (0, 0))).reshape(batch, -1, chunk, channels).swapaxes(0, 1)
+    starts = jnp.pad(starts, padding).reshape(batch, -1, chunk).swapaxes(0, 1)
+    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
+
+    def step(carry: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+        terms, begins = part
+        segment = jnp.cumsum(begins, axis=1)
+        same = causal & (segment[:, :, None] == segment[:, None, :])
+        sums = jnp.einsum("bts,bsc->btc", same.astype(terms.dtype), terms, precision="highest")
+        sums += jnp.where(segment[..., None] == 0, carry[:, None], 0)
+        return sums[:, -1] - period * jnp.floor(sums[:, -1] / period), sums
+
+    _, sums = jax.lax.scan(step, initial, (parts, starts))
+    return sums.swapaxes(0, 1).reshape(batch, -1, channels)[:, :length]
+
+
 @jax.custom_vjp
 def project(x: Float[Array, "*batch C"], kernel: Float[Array, "C F"]) -> Float[Array, "*batch F"]:
     """Return x @ kernel, with the kernel's gradient computed in the kernel's own layout.

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from biomamba_jax import ops
+from biomamba_jax.ops import numerics
 from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 from biomamba_jax.ops.numerics import accumulator_dtype
 from biomamba_jax.parallel import sequence
@@ -114,8 +115,8 @@ class Collectives:
         return _reduce(jnp.where(inside[..., None], table[jnp.where(inside, local, 0)], 0))
 
     def rms_norm(
-        self, x: Float[Array, "B L C"], weight: Float[Array, " C"], gate: Array | None, *, eps: float, groups: int
-    ) -> Float[Array, "B L C"]:
+        self, x: Float[Array, "*batch C"], weight: Float[Array, " C"], gate: Array | None, *, eps: float, groups: int
+    ) -> Float[Array, "*batch C"]:
         """Return `ops.rms_norm` of channels sharded over tensor; `groups` counts those of all devices.
 
         Where devices share a group, forward and backward all-reduce its statistics among them.
@@ -136,9 +137,31 @@ class Collectives:
         """Return `ops.selective_scan` and its final state; see `sequence.selective_scan`."""
         return self._along_sequence(ops.selective_scan, sequence.selective_scan, *inputs, **options)
 
-    def ssd(self, *inputs: Array, **options: Any) -> tuple[Array, Array]:
+    def ssd(self, *inputs: Array | None, **options: Any) -> tuple[Array, Array]:
         """Return `ops.ssd` and its final state; see `sequence.ssd`."""
         return self._along_sequence(ops.ssd, sequence.ssd, *inputs, **options)
+
+    def segment_cumsum(self, v: Array, segment_ids: Array | None, initial: Array | None, period: float) -> Array:
+        """Return `numerics.segment_cumsum`; see `sequence.segment_cumsum`."""
+        if self.sequence == 1:
+            return numerics.segment_cumsum(v, segment_ids, initial, period=period)
+        assert self.continues_segment is not None  # with_segments was called
+        return sequence.segment_cumsum(
+            v,
+            continues=self.continues_segment,
+            size=self.sequence,
+            segment_ids=segment_ids,
+            initial=initial,
+            period=period,
+        )
+
+    def next_in_segment(self, v: Float[Array, "B L C"], segment_ids: Array | None) -> Float[Array, "B L C"]:
+        """Return `numerics.next_in_segment`; the device's last token has its successor on the right neighbour."""
+        if self.sequence == 1:
+            return numerics.next_in_segment(v, segment_ids)
+        assert self.continues_segment is not None  # with_segments was called
+        first = jnp.where(self.continues_segment[:, None], v[:, 0], 0)
+        return numerics.next_in_segment(v, segment_ids, sequence.receive_from_right(first, self.sequence))
 
     def _along_sequence(self, local: Callable, sharded: Callable, *inputs: Any, **options: Any) -> tuple[Array, Array]:
         if self.sequence == 1:

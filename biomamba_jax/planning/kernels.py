@@ -91,11 +91,11 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
     cannot be trusted (v4, TPU7x, GPUs) and where the compiler produces none.
 
     Args:
-      kind: mixer, "mamba1" or "mamba2".
+      kind: mixer; Mamba-3 has no kernels.
       target: generation of the TPU.
       timeout: seconds after which the compiler is stopped.
     """
-    if target not in SMALLEST:
+    if target not in SMALLEST or kind not in _OPS:
         return {}
     topology = f"{target}:{SMALLEST[target]}"
     chip = parse_topology(topology).chip

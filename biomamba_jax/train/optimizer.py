@@ -18,9 +18,9 @@ from biomamba_jax.parallel.sharding import path_names
 
 Params = Any
 
-DECAYED = (r"embedding", r"layers/mixer/.*/kernel", r"layers/mixer/conv.*/weight")
-"""Parameters that weight decay applies to: matrices, embedding and convolution taps, and an untied lm_head. Norms,
-biases, A_log, D and dt_bias are never decayed."""
+DECAYED = (r"embedding", r"layers/(.*/kernel|mixer/conv.*/weight|mixer/mimo_[xzo])")
+"""Parameters that weight decay applies to: matrices, embedding, convolution taps and MIMO projections, and an untied
+lm_head. Norms, biases, A_log, D and dt_bias are never decayed."""
 
 
 def decay_mask(params: Params) -> Params:

@@ -9,9 +9,10 @@ from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 
 
-@pytest.mark.parametrize(("kind", "beyond"), [("mamba1", 0.02), ("mamba2", 0.05)])
+@pytest.mark.parametrize(("kind", "beyond"), [("mamba1", 0.02), ("mamba2", 0.05), ("mamba3", 0.05)])
 def test_training_takes_six_flops_per_parameter_and_token_and_little_more(kind, beyond):
-    config = ModelConfig(kind=kind, d_model=2560, n_layers=8, vocab_size=50280)
+    mlp = {"d_intermediate": 2500} if kind == "mamba3" else {}
+    config = ModelConfig(kind=kind, d_model=2560, n_layers=8, vocab_size=50280, **mlp)
     shapes = nnx.eval_shape(lambda: nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.to_pure_dict(shapes)))
     assert matrix_parameters(config) == pytest.approx(parameters, rel=0.005)

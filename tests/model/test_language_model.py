@@ -1,4 +1,4 @@
-"""Language models of both kinds: one function for training and decoding, and no leaks between documents."""
+"""Language models of all kinds: one function for training and decoding, and no leaks between documents."""
 
 import dataclasses
 
@@ -18,6 +18,8 @@ SMALL = {
         kind="mamba2", d_model=32, n_layers=2, vocab_size=61, d_state=16, headdim=16, n_groups=2, chunk_size=CHUNK
     ),
 }
+SISO = dataclasses.replace(SMALL["mamba2"], kind="mamba3", d_intermediate=100)
+SMALL |= {"mamba3": SISO, "mamba3_mimo": dataclasses.replace(SISO, mimo_rank=2, outproj_norm=True)}
 
 
 def make(kind: str, **changes) -> LanguageModel:
@@ -33,7 +35,7 @@ def make(kind: str, **changes) -> LanguageModel:
     return build()
 
 
-@pytest.fixture(scope="module", params=["mamba1", "mamba2"])
+@pytest.fixture(scope="module", params=SMALL)
 def model(request) -> LanguageModel:
     return make(request.param)
 

@@ -1,5 +1,6 @@
 """Training on any mesh gives the losses and gradients of one device."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -22,7 +23,11 @@ CONFIGS = {
     "mamba2": ModelConfig(
         kind="mamba2", d_model=16, n_layers=2, vocab_size=61, headdim=4, d_state=4, n_groups=2, tie_embeddings=False
     ),
+    "mamba3": ModelConfig(
+        kind="mamba3", d_model=16, n_layers=2, vocab_size=61, headdim=4, d_state=4, n_groups=2, d_intermediate=100
+    ),
 }
+CONFIGS["mamba3_mimo"] = dataclasses.replace(CONFIGS["mamba3"], mimo_rank=2, outproj_norm=True, rope_fraction=1.0)
 
 
 def packed_batch(rows: int = 8, length: int = 64) -> dict[str, np.ndarray]:
@@ -76,14 +81,14 @@ def check_meshes(kind: str, meshes: list[tuple[int, ...]]) -> None:
             assert error < 2e-5, f"{where}: gradient of {jax.tree_util.keystr(path)} is off by {error:.1e}"
 
 
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("kind", CONFIGS)
 @on_devices(8)
 def test_devices_train_as_one(kind):
     check_meshes(kind, [(1, 2, 2, 2)])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("kind", CONFIGS)
 @on_devices(8)
 def test_every_mesh_of_eight_devices_trains_as_one(kind):
     check_meshes(kind, ALL_MESHES)

@@ -1,0 +1,74 @@
+"""Mamba-3 against a plain loop in float64, from weights in the authors' layout; packing and decoding of all kinds are
+in test_language_model.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_weights import random_weights
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.interop.names import flatten, foreign_tensors
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.model.decode import InferenceModel
+from biomamba_jax.model.state import empty_state
+from biomamba_jax.ops.numerics import segment_cumsum
+from tests.model import mamba3_reference
+
+SISO = ModelConfig(
+    kind="mamba3", d_model=32, n_layers=2, vocab_size=64, d_state=16, headdim=16, d_intermediate=100, chunk_size=8
+)
+CONFIGS = {
+    "siso": SISO,
+    "all of the state rotates": dataclasses.replace(SISO, rope_fraction=1.0),
+    "groups": dataclasses.replace(SISO, n_groups=2),
+    "norm before the gate": dataclasses.replace(SISO, outproj_norm=True),
+    "no MLP, slowest decay": dataclasses.replace(SISO, d_intermediate=0, a_floor=0.9),
+    "mimo": dataclasses.replace(SISO, mimo_rank=3),
+    "mimo, all flags": dataclasses.replace(SISO, mimo_rank=2, n_groups=2, rope_fraction=1.0, outproj_norm=True),
+    "mimo of rank 1": dataclasses.replace(SISO, mimo_rank=1),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_logits_are_those_of_the_plain_loop(name):
+    config = CONFIGS[name]
+    weights = random_weights(config)
+    flat = flatten(weights.params)
+    released = {tensor.key: tensor.build(flat) for tensor in foreign_tensors(config, "mamba_ssm")}
+    text = np.random.default_rng(0).integers(0, 64, 21)
+    want = mamba3_reference.language_model(config, released, text)
+    with jax.enable_x64(True):
+        model = LanguageModel(config, dtype=jnp.float64, rngs=nnx.Rngs(0))
+        nnx.update(model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), weights.params))
+        logits = nnx.jit(lambda model, tokens: model(tokens)[0])(model, jnp.asarray(text[None], jnp.int32))
+    assert np.max(np.abs(logits[0] - want)) <= 1e-6 * np.max(np.abs(want))
+
+
+def test_a_running_sum_keeps_its_digits_over_a_long_row():
+    """Without its period subtracted, float32 would lose two digits of an angle of 15,000 radians."""
+    terms = np.random.default_rng(0).uniform(0, 0.3, (1, 100_000, 2)).astype(np.float32)
+    exact = np.cumsum(terms.astype(np.float64), axis=1)[:, -1]
+    got = np.asarray(segment_cumsum(jnp.asarray(terms), period=2 * np.pi))[:, -1]
+    np.testing.assert_allclose(np.exp(1j * got), np.exp(1j * exact), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["siso", "mimo, all flags"])
+def test_decoding_with_a_state_gives_the_logits_of_the_whole_text(name):
+    config = CONFIGS[name]
+    weights = random_weights(config)
+    text = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 12)), jnp.int32)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
+    want, _ = jax.jit(lambda p: nnx.merge(graph, p)(text))(jax.tree.map(jnp.asarray, weights.params))
+    model = InferenceModel.from_params(config, weights.params)
+    call = jax.jit(lambda model, tokens, states: model.hidden(tokens, states))
+    hidden, states = call(model, text[:, :9], (empty_state(config, 2, jnp.float32),) * config.n_layers)
+    parts = [hidden]
+    for t in range(9, 12):
+        hidden, states = call(model, text[:, t : t + 1], states)
+        parts.append(hidden)
+    got = model.logits(jnp.concatenate(parts, axis=1))
+    assert np.max(np.abs(got - want)) <= 1e-5 * np.max(np.abs(want))
