@@ -11,7 +11,9 @@ from biomamba_jax.errors import UserError
 
 
 def check_installed(model: ModelConfig) -> None:
-    """Raise UserError if a package that the baselines need is missing."""
+    """Raise UserError if transformers has no such model, or a package that the baselines need is missing."""
+    if model.kind == "mamba3" or model.d_intermediate:
+        raise UserError(f"compare: transformers has no {model.kind} with model.d_intermediate = {model.d_intermediate}")
     needed = ["torch", "transformers", *(["mambapy"] if model.kind == "mamba1" else [])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:

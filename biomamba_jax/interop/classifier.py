@@ -16,7 +16,13 @@ from safetensors.numpy import save_file
 
 from biomamba_jax.errors import UserError
 
-FILE, CODE = "classifier.safetensors", "modeling_biomamba.py"
+FILE = "classifier.safetensors"
+CODE = {
+    "mamba": ("modeling_biomamba.py",),
+    "mamba2": ("modeling_biomamba.py",),
+    "mamba3": ("modeling_mamba3.py", "modeling_biomamba.py"),
+}
+"""PyTorch modules of the classifier by model_type; the first one has the class."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,18 @@ def write(classifier: Classifier, folder: Path) -> None:
 
 def write_for_transformers(classifier: Classifier, folder: Path, config: dict[str, Any]) -> None:
     """Let `AutoModelForSequenceClassification` find the classifier: its code into `folder`, its keys into `config`."""
-    shutil.copyfile(Path(__file__).parents[1] / "templates" / CODE, folder / CODE)
-    prefix = config["model_type"].capitalize()
-    config["auto_map"] = {"AutoModelForSequenceClassification": f"modeling_biomamba.{prefix}ForSequenceClassification"}
+    module = write_code(folder, config["model_type"])
+    name = f"{module}.{config['model_type'].capitalize()}ForSequenceClassification"
+    config["auto_map"] = config.get("auto_map", {}) | {"AutoModelForSequenceClassification": name}
     config["id2label"] = {str(i): label for i, label in enumerate(classifier.labels)}
     config["label2id"] = {label: i for i, label in enumerate(classifier.labels)}
+
+
+def write_code(folder: Path, model_type: str) -> str:
+    """Write the PyTorch modules of a model type into `folder`; return the name of the one with its classes."""
+    for name in CODE[model_type]:
+        shutil.copyfile(Path(__file__).parents[1] / "templates" / name, folder / name)
+    return CODE[model_type][0].removesuffix(".py")
 
 
 def find(folder: Path, width: int) -> Classifier | None:

@@ -1,7 +1,7 @@
 """Conversion between `ModelConfig` and the config.json of Hugging Face and mamba_ssm, by tables of keys.
 
 Sources: `transformers.models.{mamba,mamba2}.configuration_*`, `mamba_ssm.models.config_mamba` and the arguments of
-`mamba_ssm.modules.{mamba_simple.Mamba, mamba2.Mamba2}`, which are the keys of `ssm_cfg`.
+`mamba_ssm.modules.{mamba_simple.Mamba, mamba2.Mamba2, mamba3.Mamba3}`, which are the keys of `ssm_cfg`.
 """
 
 import dataclasses
@@ -17,24 +17,25 @@ from biomamba_jax.errors import UserError
 EXECUTION = ("compute_dtype", "kernels", "remat", "unroll")
 """Fields of ModelConfig that do not describe the weights."""
 _DEFAULT_CHUNK = 256  # of both libraries; read as None, since results do not depend on it
-_HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2"}
-_SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2"}
+_HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2", "mamba3": "mamba3"}
+_SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2", "Mamba3": "mamba3"}
 
 # Foreign key -> field of ModelConfig.
 _HF_FIELDS = {
     "hidden_size": "d_model",
     "num_hidden_layers": "n_layers",
     "state_size": "d_state",
-    "conv_kernel": "d_conv",
     "expand": "expand",
     "layer_norm_epsilon": "norm_eps",
-    "use_bias": "bias",
-    "use_conv_bias": "conv_bias",
     "tie_word_embeddings": "tie_embeddings",
 }
+_HF_CONV_FIELDS = {"conv_kernel": "d_conv", "use_bias": "bias", "use_conv_bias": "conv_bias"}
+_HF_HEAD_FIELDS = {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"}
+_MAMBA3_FIELDS = ("mimo_rank", "rope_fraction", "a_floor", "outproj_norm", "d_intermediate")
 _HF_KIND_FIELDS = {
-    "mamba1": {"time_step_rank": "dt_rank"},
-    "mamba2": {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"},
+    "mamba1": _HF_CONV_FIELDS | {"time_step_rank": "dt_rank"},
+    "mamba2": _HF_CONV_FIELDS | _HF_HEAD_FIELDS,
+    "mamba3": _HF_HEAD_FIELDS | dict(zip(_MAMBA3_FIELDS, _MAMBA3_FIELDS, strict=True)),  # our own class, our names
 }
 # In this order: what the rows of our embedding are padded to wins over padding in the file.
 _HF_VOCABULARY = {
@@ -48,20 +49,27 @@ _HF_VOCABULARY = {
 _NO_BOUND = 65504.0
 _SSM_OUTER_FIELDS = {
     "d_model": "d_model",
+    "d_intermediate": "d_intermediate",
     "n_layer": "n_layers",
     "vocab_size": "vocab_size",
     "pad_vocab_size_multiple": "pad_vocab_multiple",
     "tie_embeddings": "tie_embeddings",
 }
-_SSM_FIELDS = {"d_state": "d_state", "d_conv": "d_conv", "expand": "expand", "bias": "bias", "conv_bias": "conv_bias"}
+_SSM_FIELDS = {"d_state": "d_state", "expand": "expand"}
+_SSM_CONV_FIELDS = {"d_conv": "d_conv", "bias": "bias", "conv_bias": "conv_bias"}
+_SSM_HEAD_FIELDS = {"headdim": "headdim", "ngroups": "n_groups", "chunk_size": "chunk_size"}
+_SSM_MAMBA3_FIELDS = {"mimo_rank": "mimo_rank", "rope_fraction": "rope_fraction", "A_floor": "a_floor"}
 _SSM_KIND_FIELDS = {
-    "mamba1": {"dt_rank": "dt_rank"},
-    "mamba2": {"headdim": "headdim", "ngroups": "n_groups", "chunk_size": "chunk_size"},
+    "mamba1": _SSM_CONV_FIELDS | {"dt_rank": "dt_rank"},
+    "mamba2": _SSM_CONV_FIELDS | _SSM_HEAD_FIELDS,
+    "mamba3": _SSM_HEAD_FIELDS | _SSM_MAMBA3_FIELDS | {"is_outproj_norm": "outproj_norm"},
 }
+_SSM_RANK = 4  # default of mimo_rank, which counts only with is_mimo
 # Arguments of mamba_ssm's mixers that affect initial values or speed, not the function.
 _SSM_IRRELEVANT = {
     *("layer", "dt_min", "dt_max", "dt_init", "dt_scale", "dt_init_floor", "conv_init", "A_init_range"),
     *("use_fast_path", "use_mem_eff_path", "process_group", "sequence_parallel", "device", "dtype"),
+    *("is_mimo", "fuse_pregate_headwise_norm", "dropout"),  # is_mimo is read with mimo_rank
 }
 # Settings that are fixed in our models, and the libraries' defaults.
 _SSM_FIXED = {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "norm_before_gate": (False,)}
@@ -69,7 +77,12 @@ _SSM_FIXED = {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "nor
 
 def portable(config: ModelConfig) -> ModelConfig:
     """Return `config` with every size filled in and all settings that do not describe the weights at their defaults."""
-    unused = {"mamba1": ("headdim", "n_groups", "chunk_size"), "mamba2": ("dt_rank",)}[config.kind]
+    mamba3 = ("mimo_rank", "rope_fraction", "a_floor", "outproj_norm")
+    unused = {
+        "mamba1": ("headdim", "n_groups", "chunk_size", *mamba3),
+        "mamba2": ("dt_rank", *mamba3),
+        "mamba3": ("dt_rank", "d_conv", "conv_bias"),
+    }[config.kind]
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
     fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.rank}
     fields |= {name: defaults[name] for name in (*EXECUTION, *unused)}
@@ -140,7 +153,7 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     kind = _SSM_LAYERS.get(layer) if isinstance(layer, str) else None
     unsupported = {} if kind else {"ssm_cfg.layer": layer}
     kind = kind or "mamba1"
-    unsupported |= {key: raw[key] for key in ("d_intermediate", "attn_layer_idx", "attn_cfg") if raw.get(key)}
+    unsupported |= {key: raw[key] for key in ("attn_layer_idx", "attn_cfg") if raw.get(key)}
     unsupported |= {"rms_norm": False} if raw.get("rms_norm") is False else {}
     names = _SSM_FIELDS | _SSM_KIND_FIELDS[kind]
     for key, value in ssm.items():
@@ -151,18 +164,32 @@ def read_mamba_ssm(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
         if not good:
             unsupported[f"ssm_cfg.{key}"] = value
     _refuse(path, unsupported)
-    return {"kind": kind} | _stated(path, raw, _SSM_OUTER_FIELDS) | _stated(path, ssm, names)
+    fields = _stated(path, ssm, names)
+    if kind == "mamba3":
+        rank = fields.pop("mimo_rank", _SSM_RANK)
+        fields["mimo_rank"] = rank if ssm.get("is_mimo") else None
+    return {"kind": kind} | _stated(path, raw, _SSM_OUTER_FIELDS) | fields
 
 
 def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """Return the Hugging Face config.json, with every field: the library's defaults are those of other models.
 
     So are its token ids: unknown ones are null. The embedding has a row for each token and no padding; what our own is
-    padded to is `pad_vocab_multiple`, which is ours. mlx-lm needs every key of its `ModelArgs`.
+    padded to is `pad_vocab_multiple`, which is ours. mlx-lm needs every key of its `ModelArgs`. Mamba-3 is run by the
+    classes of `templates/modeling_mamba3.py`.
+
+    Raises:
+      UserError: transformers has no class for the model.
     """
     own: dict[str, Any]
+    if config.d_intermediate and config.kind != "mamba3":
+        setting = f"model.d_intermediate = {config.d_intermediate}"
+        raise UserError(f"{setting}: transformers' {config.kind} has no MLP; use --to mamba_ssm")
     if config.kind == "mamba1":
         own = {"time_step_scale": 1.0, "time_step_init_scheme": "random", "use_mambapy": False}
+    elif config.kind == "mamba3":
+        classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+        own = {"auto_map": {auto: f"modeling_mamba3.Mamba3{name}" for auto, name in classes.items()}}
     else:
         own = {"num_heads": config.n_heads, "time_step_rank": config.rank, "rms_norm": True, "norm_before_gate": False}
         own |= {"time_step_limit": [0.0, _NO_BOUND]}
@@ -199,10 +226,12 @@ def write_mamba_ssm(config: ModelConfig) -> dict[str, Any]:
     if config.norm_eps != 1e-5:
         raise UserError(f"model.norm_eps = {config.norm_eps}: mamba_ssm has no key for it and uses 1e-5; use --to hf")
     layer = {kind: layer for layer, kind in _SSM_LAYERS.items()}[config.kind]
+    mixer = {"layer": layer} | _written(config, _SSM_FIELDS | _SSM_KIND_FIELDS[config.kind])
+    if config.kind == "mamba3":
+        mixer["is_mimo"] = config.mimo_rank is not None
     return {
         **_written(config, _SSM_OUTER_FIELDS),
-        "d_intermediate": 0,
-        "ssm_cfg": {"layer": layer} | _written(config, _SSM_FIELDS | _SSM_KIND_FIELDS[config.kind]),
+        "ssm_cfg": mixer,
         "attn_layer_idx": [],
         "attn_cfg": {},
         "rms_norm": True,

@@ -68,6 +68,8 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
             tokenizers.write_for_transformers(source, folder, ids)
         raw = configs.write_hf(config, dtype, ids)
         raw |= {"start_token_id": special.start} if special else {}
+        if "auto_map" in raw:
+            classifier.write_code(folder, raw["model_type"])
         if weights.classifier is not None:
             classifier.write_for_transformers(weights.classifier, folder, raw)
         write_json(folder / "generation_config.json", ids)

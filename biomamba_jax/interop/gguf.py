@@ -62,6 +62,9 @@ def write(weights: Weights, path: Path, dtype: str) -> None:
     except ImportError:
         raise UserError("--to gguf needs the gguf package: pip install 'biomamba-jax[gguf]'") from None
     config = weights.config
+    if config.kind == "mamba3" or config.d_intermediate:
+        setting = "kind = mamba3" if config.kind == "mamba3" else f"d_intermediate = {config.d_intermediate}"
+        raise UserError(f"model.{setting}: llama.cpp has no such model; use --to hf or mamba_ssm")
     if config.bias or (config.kind == "mamba1" and config.expand != 2):
         setting = "model.bias = true" if config.bias else f"model.expand = {config.expand}"
         raise UserError(f"{setting}: llama.cpp does not support it for {config.kind}; use --to hf")

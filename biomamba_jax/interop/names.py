@@ -5,6 +5,7 @@ as (C, 1, K), and joins projections that are separate here; native parameters ar
 Sources: `mamba_ssm.modules` of state-spaces/mamba at e9594ce, `transformers.models.{mamba,mamba2}`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import EllipsisType
@@ -37,6 +38,24 @@ SAME = Layout(lambda x: x, lambda x: x, lambda s: s)
 LINEAR = Layout(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])  # (in, out) <-> (out, in)
 CONV = Layout(lambda x: x[:, None, :], lambda x: x[:, 0, :], lambda s: (s[0], 1, s[1]))  # [C K] <-> (C, 1, K)
 
+
+def neighbours(layout: Layout, d_state: int) -> Layout:
+    """Return `layout` after a reordering of the state's dimensions, axis -1 of the native parameter.
+
+    Dimensions n and n + d_state / 2, a rotating pair in native parameters, are neighbours in foreign ones.
+    """
+
+    def interleave(x: np.ndarray) -> np.ndarray:
+        return x.reshape(*x.shape[:-1], -1, 2, d_state // 2).swapaxes(-1, -2).reshape(x.shape)
+
+    def separate(x: np.ndarray) -> np.ndarray:
+        return x.reshape(*x.shape[:-1], -1, d_state // 2, 2).swapaxes(-1, -2).reshape(x.shape)
+
+    return Layout(
+        lambda x: layout.to_foreign(interleave(x)), lambda x: separate(layout.to_native(x)), shape=layout.shape
+    )
+
+
 Row = tuple[str, tuple[str, ...], Layout]
 
 MIXERS: dict[str, tuple[Row, ...]] = {
@@ -65,8 +84,27 @@ MIXERS: dict[str, tuple[Row, ...]] = {
         ("out_proj.weight", ("out/kernel",), LINEAR),
         ("out_proj.bias", ("out/bias",), SAME),
     ),
+    "mamba3": (
+        ("in_proj.weight", tuple(f"in_{part}/kernel" for part in ("z", "x", "bc", "dt", "A", "trap", "angle")), LINEAR),
+        ("dt_bias", ("dt_bias",), SAME),
+        ("B_bias", ("B_bias",), SAME),
+        ("C_bias", ("C_bias",), SAME),
+        ("B_norm.weight", ("norm_B/weight",), SAME),
+        ("C_norm.weight", ("norm_C/weight",), SAME),
+        *((name, (name,), SAME) for name in ("mimo_x", "mimo_z", "mimo_o", "D")),
+        ("norm.weight", ("norm/weight",), SAME),
+        ("out_proj.weight", ("out/kernel",), LINEAR),
+    ),
 }
 """Foreign name below `mixer.`, the native parameters below `layers/mixer/` that it concatenates, and their layout."""
+MLP: tuple[Row, ...] = (
+    ("norm2.weight", ("norm2/weight",), SAME),
+    ("mlp.fc1.weight", ("mlp/up/kernel", "mlp/gate/kernel"), LINEAR),
+    ("mlp.fc2.weight", ("mlp/down/kernel",), LINEAR),
+)
+"""Foreign name of a block's MLP, the native parameters below `layers/`, and their layout."""
+_ROTATING = re.compile(r"layers/mixer/(in_bc/kernel|norm_[BC]/weight|[BC]_bias)")
+"""Parameters along the state, whose rotating pairs are neighbours in SISO weights of Mamba-3."""
 
 EMBEDDINGS = {"hf": "backbone.embeddings.weight", "mamba_ssm": "backbone.embedding.weight"}
 HEAD = "lm_head.weight"
@@ -82,27 +120,29 @@ class Tensor:
     """Paths of the native parameters."""
     part_shapes: tuple[Shape, ...]
     """Native shape of each part, of one layer."""
-    layout: Layout
+    layouts: tuple[Layout, ...]
+    """Layout of each part."""
     index: int | slice | EllipsisType = ...
     """Layer, or rows of the vocabulary, of the native parameters."""
 
     @property
     def shape(self) -> Shape:
         """Shape in the foreign file."""
-        shapes = [self.layout.shape(shape) for shape in self.part_shapes]
+        shapes = [lay.shape(shape) for lay, shape in zip(self.layouts, self.part_shapes, strict=True)]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
     def read_into(self, params: dict[str, np.ndarray], tensor: np.ndarray) -> None:
         """Copy the foreign tensor into allocated native parameters, flat by path."""
         row = 0
-        for path, shape in zip(self.parts, self.part_shapes, strict=True):
-            rows = self.layout.shape(shape)[0]
-            params[path][self.index][...] = self.layout.to_native(tensor[row : row + rows])
+        for path, shape, layout in zip(self.parts, self.part_shapes, self.layouts, strict=True):
+            rows = layout.shape(shape)[0]
+            params[path][self.index][...] = layout.to_native(tensor[row : row + rows])
             row += rows
 
     def build(self, params: dict[str, np.ndarray]) -> np.ndarray:
         """Return the foreign tensor of native parameters, flat by path."""
-        foreign = [self.layout.to_foreign(params[path][self.index]) for path in self.parts]
+        parts = zip(self.parts, self.layouts, strict=True)
+        foreign = [layout.to_foreign(params[path][self.index]) for path, layout in parts]
         return foreign[0] if len(foreign) == 1 else np.concatenate(foreign)
 
 
@@ -127,18 +167,22 @@ def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterato
     rows = rows or (config.known_vocab if dialect == "hf" else config.padded_vocab)
 
     def vocabulary(key: str, path: str) -> Tensor:
-        return Tensor(key, (path,), ((rows, config.d_model),), SAME, slice(rows))
+        return Tensor(key, (path,), ((rows, config.d_model),), (SAME,), slice(rows))
+
+    def layout_of(path: str, layout: Layout) -> Layout:
+        siso = config.kind == "mamba3" and config.mimo_rank is None
+        return neighbours(layout, config.state_size) if siso and _ROTATING.fullmatch(path) else layout
 
     yield vocabulary(EMBEDDINGS[dialect], "embedding")
     for layer in range(config.n_layers):
         prefix = f"backbone.layers.{layer}."
-        mixer = [
-            (f"mixer.{key}", tuple(f"layers/mixer/{p}" for p in parts), lay) for key, parts, lay in MIXERS[config.kind]
-        ]
-        for key, parts, layout in [("norm.weight", ("layers/norm/weight",), SAME), *mixer]:
-            if parts[0] in shapes:  # biases are optional
-                yield Tensor(prefix + key, parts, tuple(shapes[part][1:] for part in parts), layout, layer)
-    yield Tensor("backbone.norm_f.weight", ("norm_f/weight",), (shapes["norm_f/weight"],), SAME)
+        mixer = [(f"mixer.{key}", tuple(f"mixer/{p}" for p in parts), lay) for key, parts, lay in MIXERS[config.kind]]
+        for key, names, layout in [("norm.weight", ("norm/weight",), SAME), *mixer, *MLP]:
+            parts = tuple(f"layers/{name}" for name in names)
+            if parts[0] in shapes:  # biases and others are optional
+                layouts = tuple(layout_of(part, layout) for part in parts)
+                yield Tensor(prefix + key, parts, tuple(shapes[part][1:] for part in parts), layouts, layer)
+    yield Tensor("backbone.norm_f.weight", ("norm_f/weight",), (shapes["norm_f/weight"],), (SAME,))
     if not config.tie_embeddings or dialect == "mamba_ssm":
         yield vocabulary(HEAD, "embedding" if config.tie_embeddings else "lm_head")
 

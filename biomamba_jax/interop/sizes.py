@@ -19,10 +19,18 @@ _COMMON_AXES = {
     "d_model": ("norm.weight", 0),
     "d_conv": ("mixer.conv1d.weight", 2),
     "inner": ("mixer.out_proj.weight", 1),
+    "d_intermediate": ("mlp.fc2.weight", 1),
 }
 _AXES = {
     "mamba1": _COMMON_AXES | {"d_state": ("mixer.A_log", 1), "dt_rank": ("mixer.dt_proj.weight", 1)},
     "mamba2": _COMMON_AXES | {"heads": ("mixer.A_log", 0), "channels": ("mixer.conv1d.weight", 0)},
+    "mamba3": _COMMON_AXES
+    | {
+        "heads": ("mixer.dt_bias", 0),
+        "d_state": ("mixer.B_norm.weight", 0),
+        "mimo_rank": ("mixer.mimo_x", 1),
+        "rows": ("mixer.in_proj.weight", 0),
+    },
 }
 
 
@@ -62,16 +70,21 @@ def _from_tensors(kind: str, shapes: dict[str, Shape], dialect: str) -> dict[str
     found: dict[str, Any] = {
         size: first[key][axis] for size, (key, axis) in _AXES[kind].items() if len(first.get(key, ())) > axis
     }
-    inner, heads, channels = (found.pop(name, 0) for name in ("inner", "heads", "channels"))
+    inner, heads, channels, rows = (found.pop(name, 0) for name in ("inner", "heads", "channels", "rows"))
     if inner and "d_model" in found:
         found["expand"] = max(inner // found["d_model"], 1)
     if inner and heads:
         found["headdim"] = max(inner // heads, 1)
     if inner and channels > inner:
         found["d_state"] = (channels - inner) // 2  # assumes one group unless the config states more
+    if rows and found.get("d_state"):  # rows of z, x, B, C, dt, A, trap and angle
+        group = 2 * found["d_state"] * found.get("mimo_rank", 1)
+        found["n_groups"], angles = divmod(rows - 2 * inner - 3 * heads, group)
+        found |= {"rope_fraction": 2 * angles / found["d_state"], "outproj_norm": "mixer.norm.weight" in first}
     found |= {"n_layers": max(layers, default=0) + 1, "bias": "mixer.in_proj.bias" in first}
-    found |= {"conv_bias": "mixer.conv1d.bias" in first, "tie_embeddings": dialect == "mamba_ssm" or HEAD not in shapes}
-    return found
+    if kind != "mamba3":
+        found["conv_bias"] = "mixer.conv1d.bias" in first
+    return found | {"tie_embeddings": dialect == "mamba_ssm" or HEAD not in shapes}
 
 
 def _refuse_absurd(path: Path, stated: dict[str, Any], shapes: dict[str, Shape]) -> None:

@@ -48,17 +48,16 @@ def empty_state(config: ModelConfig, rows: int, dtype: DTypeLike) -> MixerState:
     """
     heads, d_state, past = config.n_heads, config.state_size, (rows, config.d_conv - 1)
     channels = (config.d_inner,) if config.kind == "mamba1" else (heads, config.headdim)
-    state = MixerState(ssm=jnp.zeros((rows, *channels, d_state), accumulator_dtype(dtype)))
+    ssm = jnp.zeros((rows, *channels, d_state), accumulator_dtype(dtype))
     if config.kind == "mamba3":
-        return state.replace(
+        return MixerState(
+            ssm,
             angle=jnp.zeros((rows, heads, config.n_angles), accumulator_dtype(dtype)),
             last_x=jnp.zeros((rows, config.ranks, *channels), dtype),
             last_B=jnp.zeros((rows, config.ranks, heads, d_state), dtype),
         )
-    state = state.replace(conv_x=jnp.zeros((*past, config.d_inner), dtype))
-    if config.kind == "mamba2":
-        state = state.replace(conv_bc=jnp.zeros((*past, 2 * config.n_groups * d_state), dtype))
-    return state
+    conv_bc = None if config.kind == "mamba1" else jnp.zeros((*past, 2 * config.n_groups * d_state), dtype)
+    return MixerState(ssm, jnp.zeros((*past, config.d_inner), dtype), conv_bc)
 
 
 def reset_changed_segments(state: ModelState, first: Int[Array, " B"]) -> ModelState:

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.plan import PlanConfig
@@ -21,16 +21,20 @@ from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.setup import total_steps, with_vocabulary
 
 PUBLISHED_VOCABULARY = 50277
-"""Vocabulary size of the GPT-NeoX tokenizer, which the released models use."""
+"""Vocabulary size of the GPT-NeoX tokenizer, which the released Mamba-1 and Mamba-2 models use."""
+_LLAMA_VOCABULARY = 128256  # of Llama 3.1, for Mamba-3
 _SECONDS_PER_DAY = 86400
 _SECONDS = ("compute", "memory", "links", "network", "kernels", "step", "floor", "bound")
 _SPEED = ("tokens_per_second", "share_of_peak", "run_tokens", "days", "chip_hours")
 # Names on the hub without owner, the smallest model first, and their d_model and layers.
-_RELEASED: Mapping[Literal["mamba1", "mamba2"], Sequence[str]] = {
+_RELEASED: Mapping[Any, Sequence[str]] = {
     "mamba1": ("mamba-130m", "mamba-370m", "mamba-790m", "mamba-1.4b", "mamba-2.8b"),
     "mamba2": ("mamba2-130m", "mamba2-370m", "mamba2-780m", "mamba2-1.3b", "mamba2-2.7b"),
+    "siso": ("mamba3-siso-187m", "mamba3-siso-443m", "mamba3-siso-893m", "mamba3-siso-1.5b"),
+    "mimo": ("mamba3-mimo-187m", "mamba3-mimo-443m", "mamba3-mimo-893m", "mamba3-mimo-1.5b"),
 }
 _RELEASED_SIZES = ((768, 24), (1024, 48), (1536, 48), (2048, 48), (2560, 64))
+_MAMBA3_SIZES = ((768, 12), (1024, 24), (1536, 24), (2048, 24))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +185,19 @@ def released_sizes(model: ModelConfig, init_from: str) -> ModelConfig:
     name = init_from.rstrip("/").rsplit("/", 1)[-1].removesuffix("-hf")
     for kind, names in _RELEASED.items():
         if name in names:
-            d_model, n_layers = _RELEASED_SIZES[names.index(name)]
-            model = dataclasses.replace(model, kind=kind, d_model=d_model, n_layers=n_layers)
-            multiple = 8 if kind == "mamba1" else 16
-            return dataclasses.replace(model, vocab_size=PUBLISHED_VOCABULARY, pad_vocab_multiple=multiple)
+            mamba3, mimo = kind in ("siso", "mimo"), kind == "mimo"
+            d_model, n_layers = (_MAMBA3_SIZES if mamba3 else _RELEASED_SIZES)[names.index(name)]
+            return dataclasses.replace(
+                model,
+                kind="mamba3" if mamba3 else kind,
+                d_model=d_model,
+                n_layers=n_layers,
+                mimo_rank=4 if mimo else None,
+                # MIMO's MLP is narrower by what the projections of its ranks take, so that both have the named size.
+                d_intermediate=2 * d_model - 256 * mimo if mamba3 else 0,
+                vocab_size=_LLAMA_VOCABULARY if mamba3 else PUBLISHED_VOCABULARY,
+                pad_vocab_multiple=8 if kind == "mamba1" else 16,
+            )
     known = ", ".join(itertools.chain(*_RELEASED.values()))
     raise UserError(
         f"init_from = {init_from!r}: sizes are known for {known}; for other weights give the sizes as model.* and "

@@ -15,7 +15,7 @@ from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.scoring import Scorer
 
 TRANSFORMERS_PREFIX = "hf:"
-_OUR_TYPES = ("mamba", "mamba2")
+_OUR_TYPES = ("mamba", "mamba2", "mamba3")
 
 
 def check_model(name: str, path: str) -> None:

@@ -27,6 +27,11 @@ MODELS = {
         kind="mamba2", d_model=32, n_layers=2, vocab_size=64, pad_vocab_multiple=1, bias=True, tie_embeddings=False,
         headdim=16, n_groups=2, d_state=24, conv_bias=False, chunk_size=32,
     ),
+    "mamba3": ModelConfig(kind="mamba3", d_model=64, n_layers=2, vocab_size=61, d_intermediate=128),
+    "mamba3, odd": ModelConfig(
+        kind="mamba3", d_model=32, n_layers=2, vocab_size=64, pad_vocab_multiple=1, tie_embeddings=False, headdim=16,
+        n_groups=2, d_state=24, mimo_rank=3, rope_fraction=1.0, outproj_norm=True, a_floor=0.01,
+    ),
 }  # fmt: skip
 
 
@@ -137,6 +142,16 @@ def test_sizes_that_a_config_leaves_out_come_from_the_tensors(tmp_path):
     write_undigested(weights, tmp_path / "hf", "hf")
     (tmp_path / "hf" / "config.json").write_text('{"model_type": "mamba2"}')
     assert_equal(weights, read_model(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_released_mamba3_config_needs_no_sizes(rank, tmp_path):
+    weights = random_weights(dataclasses.replace(MODELS["mamba3"], n_groups=2, mimo_rank=rank, rope_fraction=1.0))
+    write_model(weights, tmp_path / "ssm", "mamba_ssm")
+    mixer = {"layer": "Mamba3", "is_mimo": rank is not None} | ({"mimo_rank": rank} if rank else {})
+    released = {"d_model": 64, "n_layer": 2, "vocab_size": 61, "ssm_cfg": mixer}
+    (tmp_path / "ssm" / "config.json").write_text(json.dumps(released))
+    assert_equal(weights, read_model(tmp_path / "ssm"))
 
 
 def test_the_command_converts_and_lists_what_it_wrote(weights, tmp_path, capsys):

@@ -44,6 +44,7 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = None) -> tup
       interpret: parameters of Pallas's interpreter for GPU, which is slow and needs no GPU. For tests.
     """
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
+    assert dt is not None  # api.ssd refuses this implementation without it
     batch, length, heads, _ = x.shape
     f32 = jnp.float32
     padded = round_up(length, CHUNK)

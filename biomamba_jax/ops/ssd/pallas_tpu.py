@@ -47,6 +47,7 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = False) -> tu
       interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
     """
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
+    assert dt is not None  # api.ssd refuses this implementation without it
     batch, length, heads, _ = x.shape
     padded = round_up(length, tiles.CHUNK)
     zeros = jnp.zeros(heads, jnp.float32)

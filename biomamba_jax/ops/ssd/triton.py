@@ -112,6 +112,7 @@ def unsupported_reason(x: Array, chunk_size: int | None) -> str | None:
 def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     """Return all outputs and the final state; see `api.ssd`. `chunk_size` is None or `CHUNK`."""
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
+    assert dt is not None  # api.ssd refuses this implementation without it
     rows, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     f32 = jnp.float32

@@ -55,8 +55,8 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     chunk = min(chunk_size or _CHUNK_SIZE[dispatch.platform()], length)
     # A padded step has weight and exponent zero, which leaves the state unchanged.
     padded = round_up(length, chunk)
-    inputs = (x, weight, exponent, B, C, starts)
-    x, weight, exponent, B, C, starts = (pad(v, (batch, padded, *v.shape[2:])) for v in inputs)
+    unpadded = (x, weight, exponent, B, C, starts)
+    x, weight, exponent, B, C, starts = (pad(v, (batch, padded, *v.shape[2:])) for v in unpadded)
     state = initial_state.reshape(batch, groups, -1, d_state).swapaxes(2, 3)
     y, state = _scan_chunks(x, weight, exponent, B, C, D, starts, state, chunk)
     return y[:, :length], state.swapaxes(2, 3).reshape(initial_state.shape)
