@@ -8,7 +8,7 @@ from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import DataConfig, RowsConfig
 from biomamba_jax.config.evaluate import TrainingEvaluationConfig
 from biomamba_jax.config.mesh import DistributedConfig, MeshConfig
-from biomamba_jax.config.model import ModelConfig
+from biomamba_jax.config.model import DType, ModelConfig
 from biomamba_jax.config.prepare import PrepareConfig
 
 
@@ -83,6 +83,9 @@ class TrainConfig(Settings, section="train"):
     """Passes over the training text, counted in tokens, unless steps is given."""
     accumulation: checks.PositiveInt = 1
     """Microbatches that a batch is split into; gradients are weighted by tokens."""
+    reduce_dtype: DType = "float32"
+    """Dtype in which gradients of weights sharded over fsdp are reduce-scattered; bfloat16 halves what is sent, and its
+    sums are rounded. They are accumulated in float32."""
     seed: checks.Seed = 0
     """Seed of the initial weights and of the order of documents."""
     log_every: checks.PositiveInt = 10

@@ -36,18 +36,20 @@ class Collectives:
     """Devices that the tokens of each row are sharded over."""
     fsdp_axes: Mapping[str, int] = field(default_factory=dict)
     """Parameters sharded over fsdp: path -> sharded axis of the array."""
+    reduce_dtype: str = "float32"
+    """Dtype in which gradients of parameters sharded over fsdp are reduce-scattered."""
     continues_segment: Bool[Array, " B"] | None = None
     """With sequence parallelism: True where the first token continues the segment of the left neighbour."""
 
     @classmethod
-    def from_specs(cls, mesh: Mesh, specs: Specs) -> "Collectives":
+    def from_specs(cls, mesh: Mesh, specs: Specs, reduce_dtype: str = "float32") -> "Collectives":
         """Return the collectives for parameters sharded over `mesh` by `specs`."""
         fsdp_axes = {}
         if mesh.shape["fsdp"] > 1:
             for name, spec in specs.items():
                 if "fsdp" in mesh_axes(spec):
                     fsdp_axes[name] = next(i for i, entry in enumerate(spec) if entry and "fsdp" in entry)
-        return cls(mesh.shape["tensor"], mesh.shape["sequence"], fsdp_axes)
+        return cls(mesh.shape["tensor"], mesh.shape["sequence"], fsdp_axes, reduce_dtype)
 
     @property
     def tensor_axis(self) -> str | None:
@@ -70,10 +72,10 @@ class Collectives:
     def all_gather(self, path: str, x: Array, dtype: DTypeLike) -> Array:
         """Return a parameter unsharded along fsdp, in its compute dtype.
 
-        Forward: all-gather in `dtype`. Backward: reduce-scatter in float32.
+        Forward: all-gather in `dtype`. Backward: reduce-scatter in `reduce_dtype`; the result has the parameter's.
         """
         axis = self.fsdp_axes.get(path)
-        return x if axis is None else _all_gather(x, axis, jnp.dtype(dtype))
+        return x if axis is None else _all_gather(x, axis, jnp.dtype(dtype), jnp.dtype(self.reduce_dtype))
 
     def all_gather_layer(self, path: str, layer: Any, dtype: DTypeLike) -> Any:
         """Return `all_gather` of all parameters of one layer, sliced from those stacked at `path`."""
@@ -81,7 +83,7 @@ class Collectives:
         def gather(keys: tuple[Any, ...], x: Array) -> Array:
             names = [str(key.key) for key in keys if isinstance(key, jax.tree_util.DictKey)]
             axis = self.fsdp_axes.get("/".join((path, *names)))
-            return x if axis is None else _all_gather(x, axis - 1, jnp.dtype(dtype))
+            return x if axis is None else _all_gather(x, axis - 1, jnp.dtype(dtype), jnp.dtype(self.reduce_dtype))
 
         return jax.tree_util.tree_map_with_path(gather, layer) if self.fsdp_axes else layer
 
@@ -174,17 +176,18 @@ UNSHARDED = Collectives()
 """The collectives of one device, or of devices that share nothing but the batch."""
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_gather(x: Array, axis: int, dtype: jnp.dtype) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_gather(x: Array, axis: int, dtype: jnp.dtype, reduce_dtype: jnp.dtype) -> Array:
     return lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
 
 
-def _reduce_scatter(axis: int, dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
-    g = g.astype(accumulator_dtype(g.dtype))  # the parameter's own dtype: gradients are never summed in bfloat16
-    return (lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True),)
+def _reduce_scatter(axis: int, dtype: jnp.dtype, reduce_dtype: jnp.dtype, _: None, g: Array) -> tuple[Array]:
+    own = accumulator_dtype(g.dtype)  # of the parameter
+    g = g.astype(jnp.bfloat16 if reduce_dtype == jnp.bfloat16 else own)
+    return (lax.psum_scatter(g, "fsdp", scatter_dimension=axis, tiled=True).astype(own),)
 
 
-_all_gather.defvjp(lambda x, axis, dtype: (_all_gather(x, axis, dtype), None), _reduce_scatter)
+_all_gather.defvjp(lambda x, axis, dtype, reduce: (_all_gather(x, axis, dtype, reduce), None), _reduce_scatter)
 
 
 @jax.custom_vjp

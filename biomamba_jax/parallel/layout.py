@@ -20,16 +20,18 @@ class Layout:
     """Devices, with the axes of `mesh.AXES`."""
     specs: Specs = field(default_factory=dict)
     """PartitionSpec of each parameter, by path."""
+    reduce_dtype: str = "float32"
+    """See `Collectives.reduce_dtype`."""
 
     @classmethod
-    def from_rules(cls, mesh: Mesh, params: Any, rules: Rules) -> "Layout":
+    def from_rules(cls, mesh: Mesh, params: Any, rules: Rules, reduce_dtype: str = "float32") -> "Layout":
         """Return the layout of parameters, or of their shapes, by `rules`; see `sharding.parameter_specs`."""
-        return cls(mesh, parameter_specs(params, rules, mesh))
+        return cls(mesh, parameter_specs(params, rules, mesh), reduce_dtype)
 
     @property
     def collectives(self) -> Collectives:
         """The collectives that the model runs with."""
-        return Collectives.from_specs(self.mesh, self.specs)
+        return Collectives.from_specs(self.mesh, self.specs, self.reduce_dtype)
 
     def shardings(self, tree: Any) -> Any:
         """Return a `NamedSharding` for each array of a tree; see `sharding.tree_specs`."""

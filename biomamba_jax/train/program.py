@@ -48,7 +48,7 @@ def pretrain_program(config: PretrainConfig, mesh: Mesh, steps: int) -> TrainPro
     Raises:
       UserError: the sizes of model, batch and mesh do not fit together, or the compiler refuses an option.
     """
-    graph, layout = abstract_model(config.model, mesh)
+    graph, layout = abstract_model(config.model, mesh, config.train.reduce_dtype)
     loss = language_model_loss(graph, config.loss, layout.collectives)
     return train_program(config, graph, layout, loss, steps)
 
@@ -100,7 +100,7 @@ def train_program(
     )
 
 
-def abstract_model(model: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Layout]:
+def abstract_model(model: ModelConfig, mesh: Mesh, reduce_dtype: str = "float32") -> tuple[nnx.GraphDef, Layout]:
     """Return the model's graph definition and the layout of its parameters, without allocating any.
 
     Raises:
@@ -108,7 +108,7 @@ def abstract_model(model: ModelConfig, mesh: Mesh) -> tuple[nnx.GraphDef, Layout
     """
     graph, shapes = nnx.split(nnx.eval_shape(lambda: LanguageModel(model, rngs=nnx.Rngs(0))))
     rules = sharding_rules(model, mesh.shape["tensor"])
-    return graph, Layout.from_rules(mesh, nnx.to_pure_dict(shapes), rules)
+    return graph, Layout.from_rules(mesh, nnx.to_pure_dict(shapes), rules, reduce_dtype)
 
 
 def initial_state(

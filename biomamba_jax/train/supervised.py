@@ -58,7 +58,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
       UserError: config, weights and checkpoint do not fit together, gradients stayed non-finite, or an adapter got
         none.
     """
-    graph, layout = abstract_model(config.model, make_mesh(config.mesh))
+    graph, layout = abstract_model(config.model, make_mesh(config.mesh), config.train.reduce_dtype)
     mesh, rows, lora = layout.mesh, config.data, config.lora
     adapters, classifier = bool(lora.rank), bool(config.labels)
     params = _trained_params(config, weights)

@@ -45,10 +45,10 @@ def keep_gradients() -> optax.GradientTransformation:
     )
 
 
-def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1):
+def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1, reduce_dtype: str = "float32"):
     """Losses of all steps, gradient of the first, last parameters."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
-    graph, layout = abstract_model(config, mesh)
+    graph, layout = abstract_model(config, mesh, reduce_dtype)
     adam = make_optimizer(OptimizerConfig(ema=0.9), config, optax.constant_schedule(1e-3))
     optimizer = optax.chain(keep_gradients(), adam)
     like = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
@@ -84,6 +84,20 @@ def check_meshes(kind: str, meshes: list[tuple[int, ...]]) -> None:
 @on_devices(8)
 def test_devices_train_as_one(kind):
     check_meshes(kind, [(1, 2, 2, 2)])
+
+
+@on_devices(8)
+def test_gradients_reduce_scattered_in_bfloat16_are_those_of_float32_to_its_rounding():
+    exact, rounded = (train(CONFIGS["mamba2"], (2, 4, 1, 1), reduce_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=2e-3)
+    for path, want in jax.tree_util.tree_leaves_with_path(exact[1]):
+        got = rounded[1]
+        for key in path:
+            got = got[key.key]
+        assert got.dtype == np.float32
+        error = np.abs(got - want).max() / np.abs(want).max()
+        sharded = path[-1].key in ("kernel", "embedding")
+        assert error < 4 * 2**-8 and (error > 1e-5) == sharded, jax.tree_util.keystr(path)
 
 
 @pytest.mark.long
