@@ -1,18 +1,19 @@
-"""Measures this machine: python -m benchmarks step | decode | kernels | prepare | input | startup.
+"""Measures this machine: python -m benchmarks step | decode | kernels | prepare | input | plan | startup.
 
     python -m benchmarks step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
     python -m benchmarks decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
     python -m benchmarks kernels --target gpu | v5e | v5p | v6e | sm_80 | sm_90 | sm_100
     python -m benchmarks prepare [--peer FOLDER]
     python -m benchmarks input [--path SHARDS] [--hosts 64]
+    python -m benchmarks plan
     python -m benchmarks startup
 
 `step`: tokens/s, memory and share of peak of a config's training step, by default the published 130m shape on one row
 of 512 tokens; with --compare, in paired timing with transformers' model. `decode`: the same for greedy decoding.
 `kernels`: accuracy and speed of the ops on this machine's GPU; for a TPU, attached or not, the compiler's estimate next
 to the roofline; for an absent GPU, registers and spills. `prepare`: reading NLM's XML, in paired timing with
-pubmed_parser if --peer names the folder that contains it. `input`: batches of one host of a pod. `startup`: CPU time of
-each command's --help.
+pubmed_parser if --peer names the folder that contains it. `input`: batches of one host of a pod. `plan`: the plan's
+time of a transformer's step next to the published one. `startup`: CPU time of each command's --help.
 """
 
 import sys
@@ -66,6 +67,13 @@ def input_(argv: Sequence[str], prog: str) -> None:
     measure_input(parse(InputBenchmark, argv, f"{prog}\n\n{input_.__doc__}"))
 
 
+def plan(argv: Sequence[str], prog: str) -> None:
+    """Compare the plan's model of time with the published speed of a dense transformer on v5e-256."""
+    from benchmarks.published_step import PlanBenchmark, compare_with_published_step
+
+    compare_with_published_step(parse(PlanBenchmark, argv, f"{prog}\n\n{plan.__doc__}"))
+
+
 def startup(argv: Sequence[str], prog: str) -> None:
     """Measure the CPU time of each command's --help."""
     from benchmarks.startup import StartupBenchmark, measure_startup
@@ -73,7 +81,8 @@ def startup(argv: Sequence[str], prog: str) -> None:
     measure_startup(parse(StartupBenchmark, argv, f"{prog}\n\n{startup.__doc__}"))
 
 
-SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare, "input": input_, "startup": startup}
+SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare}
+SUBJECTS |= {"input": input_, "plan": plan, "startup": startup}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

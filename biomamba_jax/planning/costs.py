@@ -130,7 +130,7 @@ def _kernel(equation: Any) -> Operation:
     parameters, moved = equation.params, _all_bytes(equation)
     if equation.primitive.name == "triton_kernel_call":  # states no cost: only its bytes are known
         return Operation(str(parameters.get("name") or "triton"), 1, 0.0, moved, is_kernel=True)
-    name = parameters.get("name") or parameters["name_and_src_info"].name
+    name = parameters.get("name") or getattr(parameters.get("name_and_src_info"), "name", None) or "kernel"
     if "meshes" in parameters:  # each warpgroup of a block has its own branch: all of them count
         ((mesh, jaxpr),) = zip(parameters["meshes"], parameters["jaxprs"], strict=True)
         return Operation(name, 1, program_costs(jaxpr).flops * math.prod(mesh.grid), moved, is_kernel=True)
