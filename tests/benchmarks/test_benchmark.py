@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from synthetic import write_shards
 
 from benchmarks import __main__ as benchmark
 from benchmarks.contenders import Machine
@@ -54,6 +55,15 @@ def test_the_floor_of_decoding_is_the_prompts_products_and_the_slower_of_reading
     flops, weights = training_flops_per_token(model) / 3, 4 * matrix_parameters(model)
     assert config.floor(Machine("", flops, weights)) == pytest.approx(8 * 100 + 10 * 8)
     assert config.floor(Machine("", flops, weights / 20)) == pytest.approx(8 * 100 + 10 * 20)
+
+
+def test_input_prints_what_one_host_delivers_and_all_of_them_would(tmp_path, capsys):
+    folder = write_shards(tmp_path / "shards")
+    words = f"input --path {folder} --hosts 4 --batch_size 2 --sequence_length 8 --window 10 --seconds 0.1"
+    benchmark.main(words.split())
+    lines = [line.split("│") for line in capsys.readouterr().out.splitlines() if "│" in line]
+    one, all_hosts, _ = (float(line[2].replace(",", "")) for line in lines)
+    assert all_hosts == pytest.approx(4 * one, abs=0.1)
 
 
 def test_what_to_measure_must_be_said():
