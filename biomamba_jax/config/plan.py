@@ -12,7 +12,7 @@ class PlanConfig(PretrainConfig):
     """A pretraining config and the machine that it is planned for."""
 
     basic: ClassVar[str] = (
-        "topology slices tokens search json model.kind model.d_model model.n_layers model.remat "
+        "topology slices tokens search auto_remat json model.kind model.d_model model.n_layers model.remat "
         "data.batch_size data.sequence_length mesh.data mesh.fsdp mesh.tensor"
     )
 
@@ -22,6 +22,8 @@ class PlanConfig(PretrainConfig):
     """Slices (or GPU nodes) of that size, connected by the data centre's network."""
     tokens: Annotated[float, Limit("at least 1", lambda x: x >= 1)] | None = None
     """Training tokens of the whole run; default: train.steps, or train.epochs of the shards at data.path."""
+    auto_remat: bool = False
+    """Instead of model.remat take the policy that recomputes least among those that fit the device's memory."""
     search: bool = False
     """Rank meshes and remat policies."""
     tries: PositiveInt = 8

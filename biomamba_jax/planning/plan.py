@@ -15,7 +15,7 @@ from biomamba_jax.planning.ahead_of_time import require_compiler
 from biomamba_jax.planning.compile import Compiled, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
 from biomamba_jax.planning.schedule import Collective, one_call
-from biomamba_jax.planning.search import nearest_fit, resolved_mesh, search_settings
+from biomamba_jax.planning.search import nearest_fit, remat_policies, resolved_mesh, search_settings
 from biomamba_jax.planning.times import Times, step_times
 from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.setup import total_steps, with_vocabulary
@@ -142,7 +142,12 @@ def make_plan(config: PlanConfig) -> Answer:
             times = step_times(compiled, topology, product_dtype(config.model), rates)
         return Plan(config, topology, compiled, times, run_tokens)
 
-    asked = plan(config)
+    candidates = remat_policies(config, topology) if config.auto_remat else [config]
+    for candidate in candidates:
+        asked = plan(candidate)
+        if asked.compiled.fits:
+            break
+    config = asked.config
     if config.search:
         settings = search_settings(config, topology)[: config.tries]
         same = resolved_mesh(config, topology.devices), config.model.remat

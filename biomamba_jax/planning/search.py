@@ -14,7 +14,8 @@ from biomamba_jax.parallel.mesh import AXES
 from biomamba_jax.planning.compile import Compiled
 from biomamba_jax.planning.topology import Topology
 
-_POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "dots", "full")
+"""Remat policies, the one that recomputes least first."""
 _CHANGED = ("model.remat", "train.accumulation", "data.batch_size", *(f"mesh.{axis}" for axis in AXES))
 _LARGEST_AXIS = 8  # of tensor and sequence in a search: larger axes are bound by the links inside a slice
 
@@ -34,6 +35,12 @@ def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
 def with_mesh(config: PlanConfig, mesh: MeshConfig, **model: Any) -> PlanConfig:
     """Return `config` with another mesh and changed fields of its model."""
     return dataclasses.replace(config, mesh=mesh, model=dataclasses.replace(config.model, **model))
+
+
+def remat_policies(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
+    """Return `config` with each remat policy that may fit, the one that recomputes least first; at least the last."""
+    settings = [with_mesh(config, config.mesh, remat=policy) for policy in POLICIES]
+    return _hopeful(settings[:-1], topology) + settings[-1:]
 
 
 # --- The nearest setting that fits -----------------------------------------------------------------------------------
@@ -61,7 +68,7 @@ def _smaller_settings(config: PlanConfig, topology: Topology) -> Iterator[PlanCo
             if rows % (parts * across):
                 continue
             train = dataclasses.replace(config.train, accumulation=parts)
-            for policy in _POLICIES[_POLICIES.index(config.model.remat) :]:
+            for policy in POLICIES[POLICIES.index(config.model.remat) :]:
                 yield dataclasses.replace(with_mesh(config, sharded, remat=policy), train=train)
     if across % topology.slices:
         return
@@ -123,7 +130,7 @@ def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
         if (data := topology.devices // (tensor * sequence * fsdp)) % topology.slices == 0
         if config.data.batch_size % (data * fsdp * config.train.accumulation) == 0
         if config.data.sequence_length % sequence == 0 and config.model.d_inner % tensor == 0
-        for policy in _POLICIES
+        for policy in POLICIES
     ]
     return sorted(_hopeful(found, topology), key=lambda setting: guessed_seconds(setting, topology))
 

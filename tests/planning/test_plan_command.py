@@ -107,6 +107,25 @@ def test_a_config_that_does_not_fit_gets_the_nearest_that_does(compiler, printed
     assert "no setting tried fits" in printed()
 
 
+def test_auto_remat_takes_the_least_recomputation_that_fits(compiler, printed, monkeypatch):
+    tried = []
+
+    def compile_step(config):
+        tried.append(config.model.remat)
+        return compiler.pop(0)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB), FOUND]
+    assert printed("--auto_remat", "--model.remat", "full", "--json")["remat"] == "dots"
+    assert tried == ["none", "dots"]
+    tried.clear()
+    large = "--model.d_model 2560 --model.n_layers 64 --mesh.data 1 --mesh.fsdp 4 --data.sequence_length 8192".split()
+    compiler[:] = [Compiled(mesh=FOUND.mesh, needed=20 * GIB), Compiled(mesh=FOUND.mesh, needed=20 * GIB)]
+    monkeypatch.setattr(plan, "nearest_fit", lambda *arguments: None)
+    assert "DOES NOT FIT" in printed("--auto_remat", *large)
+    assert tried == ["full"]  # the others are too large by the formula
+
+
 def test_a_search_ranks_what_it_compiled(compiler, printed):
     slow = dataclasses.replace(FOUND, costs=Costs(flops=197e12))
     compiler[:] = [slow, FOUND, Compiled(mesh=FOUND.mesh, needed=1)]
