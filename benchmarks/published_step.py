@@ -77,7 +77,7 @@ def _compile() -> Compiled:
     def shape(spec: PartitionSpec, *size: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(size, dtype, sharding=NamedSharding(mesh, spec))
 
-    params = {"layers": {name: shape(by_layer, LAYERS, *size) for name, size in sizes.items()}}
+    params: dict[str, Any] = {"layers": {name: shape(by_layer, LAYERS, *size) for name, size in sizes.items()}}
     params |= {"embedding": shape(by_row, VOCABULARY, D_MODEL), "head": shape(by_row, D_MODEL, VOCABULARY)}
     specs = jax.tree.map(lambda x: x.sharding.spec, params)
     step = jax.shard_map(_step, mesh=mesh, in_specs=((specs,) * 3, by_row), out_specs=(specs,) * 3, check_vma=False)
@@ -91,8 +91,8 @@ def _compile() -> Compiled:
 def compare_with_published_step(config: PlanBenchmark) -> float:
     """Print the model's time of the step next to the published one; return the error."""
     require_compiler(tpu=True)
-    options = {"subject": "compiling for v5e-256", "environment": compiler_environment()}
-    compiled = run_in_child(_compile, timeout=config.limit_seconds, **options)
+    environment, limit = compiler_environment(), config.limit_seconds
+    compiled = run_in_child(_compile, subject="compiling for v5e-256", timeout=limit, environment=environment)
     times = step_times(compiled, parse_topology("v5e-256"))
     # As MaxText counted them then: six FLOPs a parameter and token, and attention without its causal half.
     parameters = LAYERS * D_MODEL * (4 * HEADS * D_HEAD + 3 * D_MLP) + 2 * VOCABULARY * D_MODEL
