@@ -14,6 +14,7 @@ import pytest
 from tiny_models import train_tokenizer, write_tiny_model
 
 import biomamba_jax.config as schemas
+from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalConfig, SearchConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
 from biomamba_jax.errors import UserError
@@ -80,7 +81,7 @@ def test_commands_are_parsed_with_their_settings(line, parsed):
 
 def test_the_commands_of_every_kind_are_among_those_parsed():
     shown = {match[1] for line in shell_commands() if (match := re.match(PROGRAM, line))}
-    names = "prepare plan pretrain report finetune evaluate generate classify convert".split()
+    names = "prepare plan pretrain report finetune evaluate generate classify embed convert".split()
     assert shown >= {"benchmarks", *(f"biomamba_jax.{name}" for name in names)}
 
 
@@ -159,6 +160,7 @@ SCHEMAS = [schemas.PretrainConfig, schemas.FinetuneConfig, schemas.EvaluateConfi
 SCHEMAS += [DownloadConfig, InspectConfig, TokenizersConfig]
 SCHEMAS += [importlib.import_module("biomamba_jax.convert").ConvertConfig]
 SCHEMAS += [importlib.import_module("biomamba_jax.generate").GenerateConfig]
+SCHEMAS += [EmbedConfig, SearchConfig, RetrievalConfig, ContrastiveConfig]
 SETTINGS = {key for schema in SCHEMAS for key in keys(schema)}
 SECTIONS = {key.split(".")[0] for key in SETTINGS if "." in key}
 

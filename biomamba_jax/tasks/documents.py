@@ -4,6 +4,7 @@ Shards hold token ids, which their own tokenizer decodes. A document that comes 
 was recorded is left out and counted: its ids do not spell its text.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from biomamba_jax.config import DomainConfig
-from biomamba_jax.config.prepare import FilterConfig
+from biomamba_jax.config.prepare import FilterConfig, TextFields
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.readers import read_records
-from biomamba_jax.data.records import KEPT
+from biomamba_jax.data.records import CODE, KEPT
 from biomamba_jax.data.shards import MANIFEST_NAME, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json
 from biomamba_jax.tasks import bioasq
+
+UNSPELLED = "unspelled"
+"""Stored documents whose ids do not spell their text."""
+_REASONS = {code: reason for reason, code in CODE.items()}
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,9 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
     Raises:
       UserError: a source that cannot be read, or contains no document.
     """
-    read = [document for path in config.paths for document in _read(Path(path), config.split)]
-    documents, left_out = [document for document in read if document], read.count(None)
+    reasons: Counter[str] = Counter()
+    documents = [document for path in config.paths for document in read_documents(Path(path), config.split, reasons)]
+    left_out = reasons[UNSPELLED]
     if not documents:
         why = f"no document whose ids spell its text, of {left_out}" if left_out else "no document"
         raise UserError(f"domains.{name}: {', '.join(config.paths)} holds {why}; give another path or split")
@@ -67,16 +73,32 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
     return documents, left_out
 
 
-def _read(path: Path, split: str) -> Iterator[Document | None]:
+def read_documents(
+    path: Path, split: str, left_out: Counter[str], fields: TextFields | None = None
+) -> Iterator[Document]:
+    """Yield the documents of a source, one at a time.
+
+    Args:
+      path: a folder of shards, a file that `prepare` reads, or a BioASQ file.
+      split: split of the shards.
+      left_out: counts what is left out, by the keys of `records.REASONS`, and as UNSPELLED.
+      fields: keys of text, title and id in rows.
+
+    Raises:
+      UserError: the source cannot be read.
+    """
     if path.is_dir() or (path / MANIFEST_NAME).exists():
-        yield from _shards(path, split)
+        yield from _shards(path, split, left_out)
     elif path.suffix == ".json" and _is_bioasq(path):
         for question in bioasq.read_questions(path):
             yield Document(question.key, question.text)
     else:
-        for number, record in enumerate(judge(read_records(path), FilterConfig(min_abstract_characters=0)), 1):
+        records = read_records(path, fields or TextFields())
+        for number, record in enumerate(judge(records, FilterConfig(min_abstract_characters=0)), 1):
             if record.status == KEPT:
                 yield Document(str(record.pmid or record.id or f"{path.name}:{number}"), record.text)
+            elif record.status in _REASONS:
+                left_out[_REASONS[record.status]] += 1
 
 
 def _is_bioasq(path: Path) -> bool:
@@ -88,7 +110,7 @@ def _is_bioasq(path: Path) -> bool:
     return isinstance(raw, list) or "questions" in raw
 
 
-def _shards(folder: Path, split: str) -> Iterator[Document | None]:
+def _shards(folder: Path, split: str, left_out: Counter[str]) -> Iterator[Document]:
     manifest, reader = open_split(folder, split)
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
     manifest.check_tokenizer(tokenizer.sha256)
@@ -96,4 +118,7 @@ def _shards(folder: Path, split: str) -> Iterator[Document | None]:
         stored = reader[index]
         key = str(stored.pmid or stored.id or f"{split}:{index}")
         document = Document(key, tokenizer.decode(stored.ids[:-1].tolist()))
-        yield document if document.bytes == stored.num_bytes else None
+        if document.bytes == stored.num_bytes:
+            yield document
+        else:
+            left_out[UNSPELLED] += 1

@@ -16,6 +16,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
@@ -23,6 +24,7 @@ from biomamba_jax.interop import read_model
 from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.tasks.embedding import Embedder
 from biomamba_jax.tasks.generation import Generation, Generator
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.padding import batched, bucket_length, pad_right
@@ -193,6 +195,22 @@ class Model:
                 probabilities = dict(zip(self._classifier.labels, row.tolist(), strict=True))
                 classes.append(TextClass(max(probabilities, key=probabilities.__getitem__), probabilities))
         return classes
+
+    def embed(self, texts: str | Sequence[str], **settings: Any) -> np.ndarray:
+        """Return a vector for each text, float32 [texts D].
+
+        Args:
+          texts: a text or several, each of any length.
+          **settings: fields of `EmbeddingConfig`: pooling="last", batch_size=32, ...
+
+        Raises:
+          UserError: the model has no tokenizer, a setting is out of range, or a hidden state is NaN.
+        """
+        return self.embedder(EmbeddingConfig(**settings))(_as_list(texts))
+
+    def embedder(self, config: EmbeddingConfig) -> Embedder:
+        """Return what `embed` computes with, to be used again and again."""
+        return Embedder(self._model, self.tokenizer, config, self._path)
 
 
 def _as_list(texts: str | Sequence[str]) -> Sequence[str]:

@@ -8,12 +8,11 @@ continuations it has. Rows of documents are sharded over the devices of this hos
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import Mesh
 
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
@@ -21,6 +20,7 @@ from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
+from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.generation import Generator, prefill
 from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left, pad_right
 from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
@@ -50,9 +50,8 @@ class NativeScorer:
         self._generator, self._model, self._tokenizer = generator, generator.model, generator.tokenizer
         self._window, self._batch_size = window, batch_size
         self.padding_id = self._tokenizer.eos_id
-        devices = jax.local_device_count()
-        self._rows = -(-batch_size // devices) * devices
-        self._mesh = jax.make_mesh((devices,), ("rows",), axis_types=(AxisType.Auto,), devices=jax.local_devices())
+        self._mesh = row_mesh()
+        self._rows = rows_of(batch_size, self._mesh)
         config = self._model.config
         padding = (config.padded_vocab - config.known_vocab) * config.d_model * (1 if config.tie_embeddings else 2)
         self.facts = ModelFacts(
@@ -184,19 +183,15 @@ class NativeScorer:
 
 @partial(jax.jit, static_argnames=("vocab_size", "mesh"))
 def _row_nats(
-    model: InferenceModel, rows: dict[str, Array], states: LayerStates, vocab_size: int, mesh: jax.sharding.Mesh
+    model: InferenceModel, rows: dict[str, Array], states: LayerStates, vocab_size: int, mesh: Mesh
 ) -> tuple[Float[Array, "B L"], LayerStates]:
-    """Return the nats of every target and the states; each device computes its own rows, so kernels stay unsharded."""
+    """Return the nats of every target and the states."""
 
     def local(model: InferenceModel, rows: dict[str, Array], states: LayerStates) -> tuple[Array, LayerStates]:
         hidden, states = model.hidden(rows["inputs"], states, rows["segment_ids"])
         return _nats(model, hidden, rows["targets"], vocab_size), states
 
-    sharded = PartitionSpec("rows")
-    mapped: Any = jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), sharded, sharded), out_specs=(sharded, sharded), check_vma=False
-    )
-    return mapped(model, rows, states)
+    return over_rows(local, mesh)(model, rows, states)
 
 
 @partial(jax.jit, static_argnames=("vocab_size",))

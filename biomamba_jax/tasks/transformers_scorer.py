@@ -1,7 +1,5 @@
 """Scores text with other projects' causal and masked language models, run by transformers on PyTorch.
 
-The only module of the package that imports PyTorch, and only when such a model is evaluated (the [hf] extra).
-
 A causal model with a limited number of positions reads a long document in windows that overlap by half, so that each
 token is predicted from at least half a window. A masked model gives pseudo-log-likelihoods (Salazar et al. 2020, arXiv
 1910.14659): each token is masked in turn and predicted from the text on both sides. They are not probabilities of the
@@ -27,6 +25,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.tasks.generation import truncate_at_stop
 from biomamba_jax.tasks.padding import batched
+from biomamba_jax.tasks.pretrained import load_pretrained, reserved_positions
 from biomamba_jax.tasks.scoring import (
     Continuation,
     DocumentsScore,
@@ -88,36 +87,23 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
       UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
     """
     architecture = check_architecture(name, folder)
-    try:
-        torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
-    except ImportError as error:
-        raise UserError(
-            f"models.{name}: {folder} is run by transformers, and {error.name} is not installed: "
-            "pip install 'biomamba-jax[hf]'"
-        ) from None
-    transformers.utils.logging.set_verbosity_error()
-    settings, auto = (
-        read_json(folder / "config.json"),
-        importlib.import_module("transformers.models.auto.modeling_auto"),
-    )
-    masked = _is_masked(architecture, settings["model_type"], bool(settings.get("is_decoder")), auto)
-    kind = transformers.AutoModelForMaskedLM if masked else transformers.AutoModelForCausalLM
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    try:  # local_files_only: evaluates this folder, whatever repository its config names
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
-        model, found = kind.from_pretrained(folder, local_files_only=True, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"models.{name}: transformers cannot load {folder} ({reason})") from None
-    if missing := sorted(found["missing_keys"]):
+
+    def is_masked() -> bool:
+        settings = read_json(folder / "config.json")
+        auto = importlib.import_module("transformers.models.auto.modeling_auto")
+        return _is_masked(architecture, settings["model_type"], bool(settings.get("is_decoder")), auto)
+
+    def kind() -> str:
+        return "AutoModelForMaskedLM" if is_masked() else "AutoModelForCausalLM"
+
+    torch, model, tokenizer, missing = load_pretrained(name, folder, kind, config.dtype)
+    if missing:
         rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
         raise UserError(
             f"models.{name}: {folder} ({architecture or 'of no stated architecture'}) lacks {missing[0]}{rest} of a "
             f"{type(model).__name__}, which would be drawn at random; give a folder with a trained language-model head"
         )
-    model = model.to(device).eval()
-    return (_Masked if masked else _Causal)(name, folder, torch, model, tokenizer, config.batch_size)
+    return (_Masked if is_masked() else _Causal)(name, folder, torch, model, tokenizer, config.batch_size)
 
 
 class _Model:
@@ -126,7 +112,7 @@ class _Model:
     def __init__(self, name: str, folder: Path, torch: Any, model: Any, tokenizer: Any, batch_size: int):
         self._torch, self._model, self._tokenizer, self._batch_size = torch, model, tokenizer, batch_size
         limit = getattr(model.config, "max_position_embeddings", None)
-        self._limit = (min(int(limit), _MAX_WINDOW) if limit else _MAX_WINDOW) - _reserved_positions(model)
+        self._limit = (min(int(limit), _MAX_WINDOW) if limit else _MAX_WINDOW) - reserved_positions(model)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1  # rows of the head from here on are padding
         self._rows = model.get_input_embeddings().weight.shape[0]
         if self._vocabulary > self._rows:
@@ -348,16 +334,6 @@ class _Masked(_Model):
             f"models.{self._name}: a masked language model cannot generate text; set method likelihood, and "
             "bioasq.types [yesno]"
         )
-
-
-def _reserved_positions(model: Any) -> int:
-    """Return the rows of the position embedding that no text uses: RoBERTa's positions start after the padding's."""
-    found = [
-        module.padding_idx + 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    return max(found, default=0)
 
 
 def _windows(length: int, limit: int) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,109 @@
+"""Other projects' models, run by transformers on PyTorch, and the embeddings of encoders.
+
+The only module of the package that imports PyTorch, and only when such a model is used (the [hf] extra).
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomamba_jax.config.embed import EmbeddingConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.padding import batched
+
+_UNUSED = "pooler"
+"""Weights that an encoder's hidden states do not depend on, and that its folder may lack."""
+
+
+def load_pretrained(
+    name: str, folder: Path, kind: Callable[[], str], dtype: str | None
+) -> tuple[Any, Any, Any, list[str]]:
+    """Load a Hugging Face folder with its tokenizer.
+
+    Args:
+      name: the model's name in the config.
+      folder: the model's folder.
+      kind: returns the class of transformers that loads it; called once transformers is imported.
+      dtype: compute dtype; None: bfloat16 on a GPU, float32 on CPU.
+
+    Returns:
+      The module torch, the model, its tokenizer, and the names of the weights that the folder lacks.
+
+    Raises:
+      UserError: the extra is not installed, or transformers cannot load the folder.
+    """
+    try:
+        torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
+    except ImportError as error:
+        raise UserError(
+            f"models.{name}: {folder} is run by transformers, and {error.name} is not installed: "
+            "pip install 'biomamba-jax[hf]'"
+        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    of_weights = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    try:  # local_files_only: uses this folder, whatever repository its config names
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
+        model, found = getattr(transformers, kind()).from_pretrained(
+            folder, local_files_only=True, dtype=of_weights, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"models.{name}: transformers cannot load {folder} ({reason})") from None
+    return torch, model.to(device).eval(), tokenizer, sorted(found["missing_keys"])
+
+
+def reserved_positions(model: Any) -> int:
+    """Return the rows of the position embedding that no text uses: RoBERTa's positions start after the padding's."""
+    found = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return max(found, default=0)
+
+
+class Encoder:
+    """Turns texts into the mean of an encoder's last hidden states, special tokens included.
+
+    Args:
+      name: the model's name in the config.
+      folder: the model's folder.
+      config: rows of a batch and dtype; pooling must be mean.
+
+    Raises:
+      UserError: transformers cannot load the folder, it lacks a weight, or another pooling is asked for.
+    """
+
+    def __init__(self, name: str, folder: Path, config: EmbeddingConfig):
+        if config.pooling != "mean":
+            raise UserError(f"models.{name}: an encoder's embedding is the mean; leave out pooling {config.pooling}")
+        self._torch, self._model, self._tokenizer, missing = load_pretrained(
+            name, folder, lambda: "AutoModel", config.dtype
+        )
+        if missing := [weight for weight in missing if _UNUSED not in weight]:
+            raise UserError(f"models.{name}: {folder} lacks {missing[0]}, which would be drawn at random")
+        self._batch_size = config.batch_size
+        positions = self._model.config.max_position_embeddings - reserved_positions(self._model)
+        self.limit = int(min(self._tokenizer.model_max_length, positions))
+        """Tokens beyond which a text is cut."""
+        self.cut = 0
+        """Number of texts that were longer."""
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the embedding of each text, float32 [texts D]."""
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+        vectors = np.empty((len(texts), self._model.config.hidden_size), np.float32)
+        for chosen in batched(order, self._batch_size):
+            rows = self._tokenizer([texts[index] for index in chosen], verbose=False)["input_ids"]
+            self.cut += sum(len(row) > self.limit for row in rows)
+            options = {"padding": True, "truncation": True, "max_length": self.limit, "return_tensors": "pt"}
+            inputs = self._tokenizer([texts[index] for index in chosen], **options).to(self._model.device)
+            with self._torch.inference_mode():
+                hidden = self._model(**inputs).last_hidden_state.float()
+            mask = inputs["attention_mask"][..., None].float()
+            vectors[chosen] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
+        return vectors

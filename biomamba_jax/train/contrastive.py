@@ -1,0 +1,230 @@
+"""Contrastive training of embeddings on pairs of texts, by the loop that pretraining uses.
+
+A query must be nearest to its own document among the documents of the batch (InfoNCE, van den Oord et al. 2018, by
+cosine similarity), of all devices, the hard negatives that each pair brings included. An example is packed as one
+document of a row:
+
+    inputs    start query   start document   start negative ...   as in `embed`
+    targets   q ... q       d ... d          n ... n              number of the document x kinds + kind of text
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from biomamba_jax.config.embed import ContrastiveConfig, Pooling
+from biomamba_jax.data.examples import Encoded, EncodedExamples
+from biomamba_jax.data.packing import RowPlan
+from biomamba_jax.data.pipeline import evaluation_batches
+from biomamba_jax.data.tokenizer import Tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop import Weights
+from biomamba_jax.model import LanguageModel
+from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.ops.cross_entropy import LossSums
+from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
+from biomamba_jax.parallel.mesh import host_batch, make_mesh
+from biomamba_jax.train.heldout import LossEvaluator, Metrics
+from biomamba_jax.train.loop import TrainingRun, run
+from biomamba_jax.train.optimizer import Params, decay_mask
+from biomamba_jax.train.program import abstract_model, train_program
+from biomamba_jax.train.step import Batch, LossFunction
+
+ROW_AXES = ("data", "fsdp")
+QUERY, DOCUMENT = 0, 1
+"""Kinds of text; those from 2 on are negatives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedPairs:
+    """Pairs as examples to pack."""
+
+    examples: EncodedExamples
+    """A query, its document and its negatives each."""
+    kinds: int
+    """Texts of an example."""
+
+    def per_row(self, sequence_length: int) -> int:
+        """Return an upper bound of the examples in a row."""
+        return sequence_length // int(self.examples.lengths.min())
+
+
+def encode_pairs(
+    queries: Sequence[str],
+    documents: Sequence[str],
+    negatives: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+) -> EncodedPairs:
+    """Tokenize pairs.
+
+    A query is cut at a quarter of a row, then documents at equal shares of the rest; `shortened` counts the examples.
+
+    Args:
+      queries: at least one; none is empty.
+      documents: that of each query.
+      negatives: indices of other documents for each query, equally many.
+      tokenizer: encodes the texts.
+      sequence_length: tokens of a row.
+
+    Raises:
+      UserError: rows are too short for an example.
+    """
+    kinds, start = 2 + len(negatives[0]), tokenizer.start_id
+    share = (sequence_length - sequence_length // 4) // (kinds - 1)
+    if share < 2:
+        raise UserError(f"data.sequence_length = {sequence_length}: has no room for {kinds} texts; raise it")
+    encoded, shortened = [], 0
+    of_queries, of_documents = tokenizer.encode_batch(queries), tokenizer.encode_batch(documents)
+    for index, (query, others) in enumerate(zip(of_queries, negatives, strict=True)):
+        parts = [query[: sequence_length // 4 - 1]]
+        numbers = [index, index, *others]
+        parts += [of_documents[number][: share - 1] for number in numbers[1:]]
+        whole = [query, *(of_documents[number] for number in numbers[1:])]
+        shortened += any(len(part) < len(text) for part, text in zip(parts, whole, strict=True))
+        inputs = [token for part in parts for token in (start, *part)]
+        marks = np.repeat([n * kinds + kind for kind, n in enumerate(numbers)], [len(part) + 1 for part in parts])
+        encoded.append(Encoded(np.array(inputs, np.int32), marks.astype(np.int32)))
+    return EncodedPairs(EncodedExamples("pairs", encoded, shortened), kinds)
+
+
+def train_embeddings(config: ContrastiveConfig, weights: Weights, train: EncodedPairs, held_out: EncodedPairs) -> bool:
+    """Train as `config` says, from the newest checkpoint in its run directory where there is one.
+
+    Args:
+      config: the run, with the model of `weights`.
+      weights: what to start from.
+      train: pairs to train on.
+      held_out: pairs for the held-out loss.
+
+    Returns:
+      True if the run is complete; False after SIGTERM or Ctrl-C.
+
+    Raises:
+      UserError: config, weights and checkpoint do not fit together, or gradients stayed non-finite.
+    """
+    graph, layout = abstract_model(config.model, make_mesh(config.mesh))
+    mesh, rows = layout.mesh, config.data
+    if mesh.shape["tensor"] * mesh.shape["sequence"] > 1:
+        raise UserError("mesh.tensor and mesh.sequence: must be 1 for contrastive training")
+
+    def loss(pairs: EncodedPairs) -> LossFunction:
+        per_row = pairs.per_row(rows.sequence_length)
+        options = (config.pooling, config.temperature, pairs.kinds, per_row)
+        axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1)
+        return contrastive_loss(graph, *options, layout.collectives, axes)
+
+    plan = RowPlan(train.examples.lengths, rows.sequence_length, seed=config.train.seed)
+    epoch_steps = plan.rows_in_epoch() / rows.batch_size
+    steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
+    program = train_program(
+        config, graph, layout, loss(train), steps, params=weights.params, weight_decay_mask=_decay_mask
+    )
+    of_host: dict[str, Any] = {"sequence_length": rows.sequence_length, **host_batch(rows.batch_size, mesh)}
+    batches = partial(evaluation_batches, held_out.examples, **of_host)
+    cut = train.examples.shortened + held_out.examples.shortened
+    messages = [f"{len(train.examples):,} pairs to train on, {len(held_out.examples):,} held out"]
+    messages += [f"{cut:,} pairs do not fit into their share of a row and lose their ends"] if cut else []
+    training = TrainingRun(
+        config=config,
+        program=program,
+        steps=steps,
+        epoch_steps=epoch_steps,
+        evaluate=LossEvaluator(loss(held_out), layout, batches, _metrics),
+        documents=train.examples,
+        tokenizer=weights.tokenizer_file,
+        messages=messages,
+    )
+    return run(training, weights.params)
+
+
+def _metrics(sums: Metrics) -> Metrics:
+    count = sums["weight"]
+    return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "pairs": int(count)}
+
+
+def _decay_mask(params: Params) -> Params:
+    """Return pretraining's mask; a language model head, which is not used, is not decayed."""
+    return decay_mask(params) | ({"lm_head": False} if "lm_head" in params else {})
+
+
+def contrastive_loss(
+    graph: nnx.GraphDef,
+    pooling: Pooling,
+    temperature: float,
+    kinds: int,
+    per_row: int,
+    collectives: Collectives = UNSHARDED,
+    axes: tuple[str, ...] = (),
+) -> LossFunction:
+    """Return the summed InfoNCE loss of a batch's queries; `correct` counts those nearest to their own document.
+
+    Another copy of a query's own document, brought by another pair as a negative, does not count.
+
+    Args:
+      graph: the model's graph definition.
+      pooling: see `EmbeddingConfig`.
+      temperature: divides the cosine similarities.
+      kinds: texts of an example.
+      per_row: upper bound of the examples in a row.
+      collectives: see `language_model_loss`.
+      axes: mesh axes that rows are sharded over, whose documents are gathered.
+    """
+
+    def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
+        model: LanguageModel = nnx.merge(graph, params)
+        segments, kind, number = batch["segment_ids"], batch["targets"] % kinds, batch["targets"] // kinds
+        texts = jnp.where(segments != 0, segments * kinds + kind, 0)
+        hidden, _ = model.hidden(batch["inputs"], segment_ids=texts, collectives=collectives)
+        rows = jnp.arange(segments.shape[0])[:, None]
+        unused = segments.shape[0] * per_row * kinds
+        slot = jnp.where(segments != 0, (rows * per_row + segments - 1) * kinds + kind, unused).reshape(-1)
+        weighted = _pooling_weights(pooling, texts)[..., None] * hidden.astype(jnp.float32)
+
+        def by_text(reduce: Any, values: Array) -> Array:
+            return reduce(values, slot, unused + 1)[:-1].reshape(-1, kinds, *values.shape[1:])
+
+        vectors = by_text(jax.ops.segment_sum, weighted.reshape(len(slot), -1))
+        vectors *= jax.lax.rsqrt(jnp.sum(vectors**2, -1, keepdims=True) + 1e-12)  # empty slots stay 0
+        numbers = by_text(jax.ops.segment_max, number.reshape(-1))  # below 0 in empty slots
+        found = vectors[:, DOCUMENT:].reshape(-1, vectors.shape[-1]), numbers[:, DOCUMENT:].reshape(-1)
+        own = jnp.arange(len(vectors)) * (kinds - 1)
+        if axes:
+            own += jax.lax.axis_index(axes) * len(found[1])
+            found = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), found)
+        documents, owners = found
+        exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+        logits = jnp.matmul(vectors[:, QUERY], documents.T, **exact) / temperature
+        is_own = jnp.arange(len(owners)) == own[:, None]
+        copy = (owners == numbers[:, QUERY, None]) & ~is_own
+        logits = jnp.where((owners < 0) | copy, -1e9, logits)
+        valid = numbers[:, QUERY] >= 0
+        chosen = jnp.take_along_axis(logits, own[:, None], 1)[:, 0]
+        nats = jnp.where(valid, jax.nn.logsumexp(logits, -1) - chosen, 0).sum()
+        correct = (valid & (logits.argmax(-1) == own)).sum().astype(jnp.float32)
+        return nats, LossSums(nats, nats, correct, valid.sum().astype(jnp.float32))
+
+    return loss
+
+
+def _pooling_weights(pooling: Pooling, texts: Int[Array, "B L"]) -> Float[Array, "B L"]:
+    """Return the weight of each state in the direction of its text's embedding, as `tasks.embedding` pools.
+
+    Args:
+      pooling: see `EmbeddingConfig`.
+      texts: number of the text that each token belongs to; neighbours differ.
+    """
+    changes = texts[:, 1:] != texts[:, :-1]
+    index = jnp.arange(texts.shape[1])
+    begins = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
+    position = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    weights = {"mean": position > 0, "weighted": position, "last": ends}
+    return weights[pooling].astype(jnp.float32)
