@@ -34,7 +34,11 @@ class ConvertConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
     """Dtype of the tensors written; native is always float32, and q8_0 is for gguf."""
     tokenizer: str | None = None
-    """Tokenizer to export with the weights instead of the input's: a file, or the name gpt-neox."""
+    """Tokenizer to export with the weights: a file, or the name gpt-neox. Where the input has another, see
+    new_tokenizer."""
+    new_tokenizer: bool = False
+    """Take the tokenizer where the input has another: rows of the embedding whose tokens it also has keep their values,
+    by spelling; the others are drawn anew."""
     push: Annotated[str, _HUB_NAME] | None = None
     """Also upload the folder to the hub under this name, owner/name, as a private model if it is new. Needs
     `hf auth login` or HF_TOKEN, and the [hub] extra."""
@@ -60,7 +64,7 @@ def convert(config: ConvertConfig) -> list[Path]:
     """
     from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer import load_tokenizer
-    from biomamba_jax.interop import dialect_of, hub, read_model, write_model
+    from biomamba_jax.interop import dialect_of, hub, read_model, vocabulary, write_model
     from biomamba_jax.interop.model_card import read_results
     from biomamba_jax.interop.models import refuse_existing
     from biomamba_jax.interop.tensors import BIN
@@ -72,6 +76,12 @@ def convert(config: ConvertConfig) -> list[Path]:
     weights = read_model(config.input)
     if config.tokenizer:
         file = tokenizer_file(config.tokenizer)
+        if weights.tokenizer_file is not None and config.new_tokenizer:
+            weights = vocabulary.with_tokenizer(weights, load_tokenizer(file))[0]
+        elif weights.tokenizer_file is not None:
+            remedy = "leave it out, or give --new_tokenizer to draw the rows of its other tokens anew"
+            ours = load_tokenizer(weights.tokenizer_file)
+            vocabulary.require_same(ours, load_tokenizer(file), f"--tokenizer {config.tokenizer}", remedy)
         if (ids := load_tokenizer(file).vocab_size) > weights.config.known_vocab:
             raise UserError(
                 f"--tokenizer {config.tokenizer}: has {ids} ids, the model {weights.config.known_vocab}; "

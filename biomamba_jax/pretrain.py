@@ -72,9 +72,34 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
         model = ModelConfig(**runs.read_settings(run)["model"])
         params = None
     else:
-        weights = read_model(config.init_from)
+        weights = for_shards(read_model(config.init_from), config)
         model, params = weights.config, weights.params
     return dataclasses.replace(config, model=with_execution_settings(model, config.model)), params
+
+
+def for_shards(weights: Any, config: PretrainConfig) -> Any:
+    """Return the weights to start from for the ids of the shards.
+
+    Raises:
+      UserError: the shards were made with another tokenizer than the weights', without new_tokenizer.
+    """
+    from biomamba_jax.data.shards import Manifest
+    from biomamba_jax.data.tokenizer import load_tokenizer
+    from biomamba_jax.interop import vocabulary
+
+    log = logging.getLogger(__name__)
+    file = Path(config.data.path) / Manifest.load(config.data.path).tokenizer.file
+    if weights.tokenizer_file is None or not file.is_file():
+        log.warning(f"{config.init_from}: has no tokenizer; the shards' ids are taken to be its rows, unchecked")
+        return weights
+    ours, theirs = load_tokenizer(weights.tokenizer_file), load_tokenizer(file)
+    if config.new_tokenizer and ours.vocabulary_sha256 != theirs.vocabulary_sha256:
+        weights, drawn = vocabulary.with_tokenizer(weights, theirs)
+        log.info(f"new tokenizer: {theirs.vocab_size - drawn:,} of {theirs.vocab_size:,} tokens keep their embeddings")
+    elif not config.new_tokenizer:
+        remedy = "prepare the text with that, or give --new_tokenizer to take this one and draw its other rows anew"
+        vocabulary.require_same(ours, theirs, config.data.path, remedy)
+    return weights
 
 
 def task_evaluation(config: PretrainConfig) -> Any:

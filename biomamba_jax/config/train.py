@@ -172,6 +172,9 @@ class PretrainConfig(RunConfig):
 
     run_dir: checks.LocalFolder = "runs/pretrain"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
+    new_tokenizer: bool = False
+    """Take the shards' tokenizer where init_from has another: rows of the embedding whose tokens it also has keep their
+    values, by spelling; the others are drawn anew."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training text."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)

@@ -11,6 +11,7 @@ that is not a PMID. Packing reads `lengths.npy` only.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 from array import array
@@ -319,6 +320,12 @@ def open_split(
         raise UserError(
             f"{Path(folder) / MANIFEST_NAME}: has no split {split!r}; choose from {', '.join(manifest.splits)}"
         )
+    file = Path(folder) / manifest.tokenizer.file
+    if file.is_file() and (found := hashlib.sha256(file.read_bytes()).hexdigest()) != manifest.tokenizer.sha256:
+        raise UserError(
+            f"{file}: is not the tokenizer that made the ids (sha256 {found[:12]}, {MANIFEST_NAME} says "
+            f"{manifest.tokenizer.sha256[:12]}); put that one back, or {_PREPARE_AGAIN}"
+        )
     info, vocab_size = manifest.splits[split], manifest.tokenizer.vocab_size
     reader = ShardReader(Path(folder) / split, vocab_size, manifest.tokenizer.start_id)
     if info.largest_id is not None and info.largest_id >= vocab_size:
@@ -326,8 +333,8 @@ def open_split(
             f"{reader.folder}: holds id {info.largest_id}, but the vocabulary of tokenizer {manifest.tokenizer.name!r} "
             f"has {vocab_size} ids; these shards were made with another tokenizer; {_PREPARE_AGAIN}"
         )
-    found = {"shards": len(reader.paths), "documents": len(reader), "tokens": int(reader.lengths.sum(dtype=np.int64))}
-    for name, value in found.items():
+    totals = {"shards": len(reader.paths), "documents": len(reader), "tokens": int(reader.lengths.sum(dtype=np.int64))}
+    for name, value in totals.items():
         if value != getattr(info, name):
             raise UserError(
                 f"{reader.folder}: holds {value} {name}, {MANIFEST_NAME} says {getattr(info, name)}; {_PREPARE_AGAIN}"

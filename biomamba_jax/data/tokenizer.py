@@ -11,6 +11,7 @@ import os
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ class Tokenizer(ABC):
         self.unknown_id: int | None = None
         """Id of the token that stands for text that has no other token; None if there is no such token."""
         self._make_special()
+
+    @cached_property
+    def vocabulary_sha256(self) -> str:
+        """Digest of what the ids mean; other bytes in the file or other merges do not change it."""
+        tokens = "\0".join(map(self.token, range(self.vocab_size)))
+        return hashlib.sha256(tokens.encode()).hexdigest()
 
     @abstractmethod
     def _added_start(self, eos: int, bos: int | None) -> int | None:

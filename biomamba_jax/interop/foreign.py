@@ -12,7 +12,7 @@ from biomamba_jax.data.special_tokens import TOKEN_IDS, token_ids
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
-from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers
+from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers, vocabulary
 from biomamba_jax.interop.weights import Weights
 
 
@@ -25,14 +25,16 @@ def read(folder: Path, dialect: str) -> Weights:
     source, config_json = tensors.open_tensors(folder), folder / "config.json"
     stated = (configs.read_hf if dialect == "hf" else configs.read_mamba_ssm)(config_json, read_json(config_json))
     tokenizer_file = tokenizers.find(folder)
-    vocabulary = load_tokenizer(tokenizer_file).vocab_size if tokenizer_file else None
-    config = sizes.model_config(config_json, stated, source.shapes, dialect, vocabulary)
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
+    ids_in_use = tokenizer.vocab_size if tokenizer else None
+    config = sizes.model_config(config_json, stated, source.shapes, dialect, ids_in_use)
     try:
         about = json.loads(source.metadata.get(tensors.METADATA, "{}"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is not JSON ({error})") from None
     if not isinstance(about, dict):
         raise UserError(f"{folder}: the metadata {tensors.METADATA} of its tensors is not a mapping")
+    vocabulary.check_recorded(folder, tokenizer, about.pop("tokenizer", None))
     params = _read_params(config, source, dialect, folder)
     ids: dict[str, Any] = {}
     for path in (config_json, folder / "generation_config.json") if dialect == "hf" else ():  # the last one wins
@@ -77,7 +79,9 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
         raw = configs.write_mamba_ssm(config)
     write_json(folder / "config.json", raw)
     table, flat = list(names.foreign_tensors(config, dialect)), names.flatten(weights.params)
-    metadata = {tensors.METADATA: json.dumps(weights.about)} if weights.about else {}
+    recorded = {"tokenizer": vocabulary.identity(load_tokenizer(source))} if source else {}
+    about = weights.about | recorded
+    metadata = {tensors.METADATA: json.dumps(about)} if about else {}
     shapes = {tensor.key: tensor.shape for tensor in table}
     built = (tensor.build(flat) for tensor in table)
     tensors.write_safetensors(folder / tensors.SAFETENSORS, shapes, built, dtype, metadata)

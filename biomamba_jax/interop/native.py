@@ -1,7 +1,8 @@
 """Native models on disk, and the orbax checkpoints in which they and runs hold their parameters.
 
-model.json      {"format_version": 1, "model": fields of ModelConfig, "about": see `runs.describe`,
-                "token_ids": those of the Hugging Face config.json that it was converted from, if any}
+model.json      {"format_version": 2, "model": fields of ModelConfig, "about": see `runs.describe`,
+                "token_ids": those of the Hugging Face config.json that it was converted from, if any,
+                "tokenizer": `vocabulary.identity` of the tokenizer, if there is one}
 params/         the parameters in float32, a nested dict, written by orbax
 tokenizer.model or tokenizer.json
 """
@@ -24,15 +25,17 @@ from orbax.checkpoint import type_handlers
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.special_tokens import token_ids
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
-from biomamba_jax.interop import classifier, tokenizers
+from biomamba_jax.interop import classifier, tokenizers, vocabulary
 from biomamba_jax.interop.configs import EXECUTION, portable
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name
 from biomamba_jax.interop.weights import Weights
 
 MODEL_JSON, PARAMS = "model.json", "params"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READ_VERSIONS = (1, 2)  # 1 does not name the tokenizer
 # Orbax copies arrays before it writes them, and buffers compressed chunks until a file is full: by default three times
 # the weights in memory, with this size about 400 MB in addition to them. (Buffers above 32 MB are freed at once.)
 _CHUNK_BYTES = 36 << 20
@@ -59,6 +62,8 @@ def write(weights: Weights, folder: Path) -> None:
     raw = {"format_version": FORMAT_VERSION, "model": {key: config[key] for key in config if key not in EXECUTION}}
     raw |= {"about": weights.about}
     raw |= {"token_ids": weights.token_ids} if weights.token_ids else {}
+    file = weights.tokenizer_file
+    raw |= {"tokenizer": vocabulary.identity(load_tokenizer(file))} if file else {}
     write_json(folder / MODEL_JSON, raw)
 
 
@@ -70,8 +75,9 @@ def read(folder: Path) -> Weights:
     """
     path = folder / MODEL_JSON
     raw = read_json(path)
-    if raw.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this version reads {FORMAT_VERSION}")
+    if raw.get("format_version") not in _READ_VERSIONS:
+        known = " and ".join(map(str, _READ_VERSIONS))
+        raise UserError(f"{path}: format_version is {raw.get('format_version')!r}, this version reads {known}")
     try:
         config = portable(ModelConfig(**raw["model"]))
         shapes = native_shapes(config)
@@ -82,7 +88,9 @@ def read(folder: Path) -> Weights:
         raise UserError(f"{path}: about = {about!r}: must be a mapping")
     params = restore(folder / PARAMS, "", shapes)
     ids = token_ids(path, raw.get("token_ids", {}))
-    return Weights(config, params, tokenizers.find(folder), about, classifier.find(folder, config.d_model), ids)
+    file = tokenizers.find(folder)
+    vocabulary.check_recorded(folder, load_tokenizer(file) if file else None, raw.get("tokenizer"))
+    return Weights(config, params, file, about, classifier.find(folder, config.d_model), ids)
 
 
 class Damaged(UserError):

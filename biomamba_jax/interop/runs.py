@@ -8,9 +8,10 @@ from typing import Any
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_step_lines
-from biomamba_jax.interop import native, run_dir, tokenizers
+from biomamba_jax.interop import native, run_dir, tokenizers, vocabulary
 from biomamba_jax.interop.adapters import Base
 from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.interop.configs import portable
@@ -69,6 +70,9 @@ def read(folder: Path) -> tuple[Weights, Base | None]:
     tokenizer_file = tokenizers.find(folder)
     if tokenizer_file is None and manifest and (data / manifest.tokenizer.file).exists():
         tokenizer_file = data / manifest.tokenizer.file
+        manifest.check_tokenizer(load_tokenizer(tokenizer_file).sha256)
+    tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
+    vocabulary.check_recorded(folder, tokenizer, loop.get("tokenizer"))
     about = describe(folder, settings, step, manifest)
     with run_dir.reading(folder, step):
         params = native.restore(checkpoint, prefix, expected)

@@ -19,8 +19,10 @@ from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
 from biomamba_jax.data.pipeline import Documents, TrainIterator
 from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
+from biomamba_jax.interop.vocabulary import identity
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated, shard_batch
@@ -98,6 +100,7 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
     config = dataclasses.replace(config, model=setup.with_vocabulary(config.model, manifest))
     data, steps = config.data, setup.total_steps(config, manifest)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
+    tokenizer = Path(data.path) / manifest.tokenizer.file
 
     def on_tasks(step: int, state: TrainState) -> Mapping[str, Metrics] | None:
         return measure and measure(config.model, evaluation_weights(state.params, state.optimizer))
@@ -110,7 +113,8 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
         documents=setup.training_documents(data, manifest),
         num_workers=data.num_workers,
-        tokenizer=Path(data.path) / manifest.tokenizer.file,
+        tokenizer=tokenizer if tokenizer.is_file() else None,
+        identity={"tokenizer": identity(load_tokenizer(tokenizer))} if tokenizer.is_file() else {},
         hooks=[(config.evaluate.every, on_tasks)],
     )
     return run(training, params)
@@ -143,7 +147,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             state, saved = checkpoints.restore(program.state, changed)
             batches.set_state(saved["data"])
             for name, value in training.identity.items():
-                if saved.get(name) != value:
+                if saved.get(name, value) != value:  # one of an earlier version names no tokenizer
                     raise UserError(
                         f"{run_dir}: was started with {name} {saved.get(name)}, not {value}; name another run_dir"
                     )

@@ -96,7 +96,7 @@ def record_settings(config: RunConfig, tokenizer: Path | None, start: int | None
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         runs.write_settings(run_dir, dataclasses.asdict(dataclasses.replace(config, resume_from=None)), start or 0)
-        if tokenizer is not None and tokenizer.is_file():
+        if tokenizer is not None:
             load_tokenizer(tokenizer).save_to(run_dir)
         record_start(run_dir, start or 0)
 

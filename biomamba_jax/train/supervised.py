@@ -20,9 +20,11 @@ from biomamba_jax.config import FinetuneConfig, LoraConfig, LossConfig
 from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.pipeline import evaluation_batches
+from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.interop.adapters import fingerprint
+from biomamba_jax.interop.vocabulary import identity
 from biomamba_jax.model import LanguageModel, initializers
 from biomamba_jax.model.lora import drop_inputs, init_adapters, merge
 from biomamba_jax.ops.array_typing import Array
@@ -66,6 +68,8 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         if mesh.shape["tensor"] > 1:
             raise UserError(f"mesh.tensor = {mesh.shape['tensor']}: must be 1 for adapters and classifiers")
         layout = Layout(mesh)
+    file = weights.tokenizer_file
+    known = {"tokenizer": identity(load_tokenizer(file))} if file else {}
     frozen = (jax.device_put(weights.params, replicated(mesh)),) if adapters else ()
 
     def loss(loss_config: LossConfig, lora: LoraConfig) -> LossFunction:
@@ -91,7 +95,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         frozen=frozen,
         tokenizer=weights.tokenizer_file,
         hooks=[(1, AdapterCheck())] if adapters else [],
-        identity={"base_sha256": fingerprint(weights.params)} if adapters else {},
+        identity=known | ({"base_sha256": fingerprint(weights.params)} if adapters else {}),
         messages=_messages(train, development, params, weights.params if adapters else None),
     )
     return run(training, params)

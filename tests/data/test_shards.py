@@ -147,6 +147,12 @@ def test_a_manifest_of_the_first_format_is_read(folder):
     assert [document.inputs[0] for document in reader] == [document.ids[-1] for document in reader]
 
 
+def test_another_tokenizer_s_file_in_the_folder_is_refused(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"tokenizer\.json: is not the tokenizer that made .* \(sha256 44136fa355b3"):
+        open_split(folder, "train")
+
+
 def test_every_document_begins_with_the_start_token_of_the_manifest(folder):
     path = folder / "manifest.json"
     raw = json.loads(path.read_text())

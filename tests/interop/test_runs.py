@@ -107,9 +107,9 @@ def test_the_tokenizer_is_the_one_in_the_run_or_else_that_of_the_shards(tmp_path
     write_run(tmp_path / "run", 0.0)
     assert read_model(tmp_path / "run").tokenizer_file is None
     manifest = json.loads((tmp_path / "shards" / "manifest.json").read_text())
-    manifest["tokenizer"]["file"] = "made-up.model"
+    made = train_sentencepiece(["a few words for a tokenizer"] * 50, 275, tmp_path / "shards" / "made-up.model")
+    manifest["tokenizer"] |= {"file": "made-up.model", "sha256": made.sha256}
     (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
-    train_sentencepiece(["a few words for a tokenizer"] * 50, 275, tmp_path / "shards" / "made-up.model")
     assert read_model(tmp_path / "run").tokenizer_file == tmp_path / "shards" / "made-up.model"
     (tmp_path / "run" / "tokenizer.model").write_bytes((tmp_path / "shards" / "made-up.model").read_bytes())
     assert read_model(tmp_path / "run").tokenizer_file == tmp_path / "run" / "tokenizer.model"

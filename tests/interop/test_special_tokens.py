@@ -99,7 +99,9 @@ def test_a_given_tokenizer_takes_the_place_of_the_input_s(folder, tmp_path):
         dataclasses.replace(read_model(folder), tokenizer_file=train_tokenizer(tmp_path).path), tmp_path / "own", "hf"
     )
     words = ["--input", str(tmp_path / "own"), "--output", str(tmp_path / "out"), "--to", "native"]
-    convert.main([*words, "--tokenizer", str(small)])
+    with pytest.raises(UserError, match=r"--tokenizer .*: \d+ of 257 ids .* give --new_tokenizer"):
+        convert.main([*words, "--tokenizer", str(small)])
+    convert.main([*words, "--tokenizer", str(small), "--new_tokenizer"])
     assert read_model(tmp_path / "out").tokenizer_file == tmp_path / "out" / "tokenizer.json"
 
 
