@@ -150,7 +150,7 @@ def evaluate(
             say(f"{name}: questions left out: {', '.join(f'{n:,} {reason}' for reason, n in task.left_out.items())}")
     for name, path in config.models.items():
         if name not in scorers:
-            check_model(name, path)
+            check_model(name, path, config)
     scores: dict[str, dict[str, DomainScores]] = {name: {} for name in domains}
     for name, path in config.models.items():
         scorer = scorers.get(name) or load_scorer(name, path, config)

@@ -9,7 +9,8 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.interop import dialect_of
 from biomamba_jax.interop.hub import local_folder
-from biomamba_jax.tasks import transformers_scorer
+from biomamba_jax.tasks import span_reader, transformers_scorer
+from biomamba_jax.tasks.architectures import SPANS, check_architecture
 from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.scoring import Scorer
@@ -18,15 +19,15 @@ TRANSFORMERS_PREFIX = "hf:"
 _OUR_TYPES = ("mamba", "mamba2", "mamba3")
 
 
-def check_model(name: str, path: str) -> None:
+def check_model(name: str, path: str, config: EvaluateConfig) -> None:
     """Refuse a folder that cannot be scored, as far as its config tells, before hours are spent on other models.
 
     Raises:
-      UserError: the folder holds no model, or one that gives no likelihoods.
+      UserError: the folder holds no model, or one that cannot give what `config` measures.
     """
     folder, ours = _runner(path)
     if not ours:
-        transformers_scorer.check_architecture(name, folder)
+        check_architecture(name, folder, config)
 
 
 def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
@@ -42,7 +43,8 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
     """
     folder, ours = _runner(path)
     if not ours:
-        return transformers_scorer.load(name, folder, config)
+        spans = check_architecture(name, folder, config).endswith(SPANS)
+        return (span_reader if spans else transformers_scorer).load(name, folder, config)
     if jax.process_count() > 1:
         raise UserError(f"evaluate runs on one host, not on {jax.process_count()}; start it on one of them")
     generator = load(folder, config.dtype).generator

@@ -14,7 +14,7 @@ from biomamba_jax.config import BioASQConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import answers, bioasq, measures, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
-from biomamba_jax.tasks.scoring import Scorer
+from biomamba_jax.tasks.scoring import Scorer, SpanScorer
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, wilson
 
 Measures = dict[str, Estimate]
@@ -217,7 +217,7 @@ def bioasq_majority(questions: Questions, resampling: Resampling) -> TaskResult:
 def answer_bioasq(
     scorer: Scorer, config: BioASQConfig, questions: Questions, development: Questions, resampling: Resampling
 ) -> TaskResult:
-    """Answer the questions: yes/no by likelihood or in generated text, names in generated text.
+    """Answer the questions: yes/no by likelihood or in generated text, names in generated text or by spans.
 
     Args:
       scorer: the model.
@@ -242,6 +242,9 @@ def answer_bioasq(
         chosen, table, details = _likeliest(scorer, config, yesno, known)
         for question, label, row in zip(yesno, chosen, table, strict=True):
             given[question], extras[question] = [label], {"scores": row}
+    if isinstance(scorer, SpanScorer):
+        for question in (question for question in questions if question.kind == "factoid"):
+            given[question] = scorer.spans(question.question, question.snippets[: config.max_snippets])
     rest = [question for question in questions if question not in given]
     for longest, kinds in (
         (config.max_new_tokens, ("yesno", "factoid", "list")),

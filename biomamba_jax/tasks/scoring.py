@@ -5,7 +5,7 @@ A scorer returns log-likelihoods of text under its own tokenizer; every figure o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -25,8 +25,9 @@ class ModelFacts:
     """The model's name in the config."""
     path: str
     """Its folder."""
-    kind: Literal["causal", "masked"]
-    """masked: its figures are pseudo-log-likelihoods (each token given all others), not probabilities of the text."""
+    kind: Literal["causal", "masked", "span"]
+    """masked: its figures are pseudo-log-likelihoods (each token given all others), not probabilities of the text;
+    span: it marks answers in a passage and has no likelihoods."""
     run_by: str
     """biomamba-jax or transformers."""
     parameters: int
@@ -123,6 +124,14 @@ class Scorer(Protocol):
         Returns:
           The generated texts, without the stop string.
         """
+
+
+@runtime_checkable
+class SpanScorer(Protocol):
+    """A scorer that marks answers in a passage instead of generating them."""
+
+    def spans(self, question: str, passages: Sequence[str]) -> list[str]:
+        """Return the likeliest answers to a question in its passages, the best first."""
 
 
 def check_finite(scorer: Scorer, values: ArrayLike) -> None:

@@ -14,7 +14,7 @@ refused.
 import importlib
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import numpy as np
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
+from biomamba_jax.tasks.architectures import architecture_of, check_architecture
 from biomamba_jax.tasks.generation import truncate_at_stop
 from biomamba_jax.tasks.padding import batched
 from biomamba_jax.tasks.pretrained import load_pretrained, reserved_positions
@@ -39,32 +40,6 @@ from biomamba_jax.tasks.scoring import (
 
 _MAX_WINDOW = 4096
 """Window of a model without a limit on positions."""
-_OTHER_USES = {
-    "ForQuestionAnswering": "marks the answer's span in a passage",
-    "ForTokenClassification": "labels tokens, such as those of entities",
-    "ForSequenceClassification": "classifies texts",
-    "ForMultipleChoice": "chooses one of several endings",
-    "ForNextSentencePrediction": "tells if one sentence follows another",
-    "ElectraForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
-    "FunnelForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
-}
-"""Purpose of a model by the end of its architecture's name; such a model gives no likelihood of a text."""
-
-
-def check_architecture(name: str, folder: Path) -> str:
-    """Return the architecture that a folder states, "" if it states none.
-
-    Raises:
-      UserError: it gives no likelihoods; says what it does.
-    """
-    architecture = str((read_json(folder / "config.json").get("architectures") or [""])[0])
-    for ending, use in _OTHER_USES.items():
-        if architecture.endswith(ending):
-            raise UserError(
-                f"models.{name}: {folder} is a {architecture}: it {use}, and gives no likelihood of a text; give a "
-                "model with a trained language-model head, or leave it out"
-            )
-    return architecture
 
 
 def _is_masked(architecture: str, model_type: str, is_decoder: bool, auto: Any) -> bool:
@@ -86,7 +61,7 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
     Raises:
       UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
     """
-    architecture = check_architecture(name, folder)
+    architecture = check_architecture(name, folder, config)
 
     def is_masked() -> bool:
         settings = read_json(folder / "config.json")
@@ -96,18 +71,37 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
     def kind() -> str:
         return "AutoModelForMaskedLM" if is_masked() else "AutoModelForCausalLM"
 
+    loaded = load_folder(name, folder, config, kind, "a trained language-model head")
+    return (_Masked if is_masked() else _Causal)(name, folder, *loaded, config.batch_size)
+
+
+def load_folder(
+    name: str, folder: Path, config: EvaluateConfig, kind: Callable[[], str], head: str
+) -> tuple[Any, Any, Any]:
+    """Return PyTorch, the model and the tokenizer of a Hugging Face folder.
+
+    Args:
+      name: the model's name in the config.
+      folder: the model's folder.
+      config: dtype.
+      kind: see `load_pretrained`.
+      head: what the folder must hold, for messages.
+
+    Raises:
+      UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
+    """
     torch, model, tokenizer, missing = load_pretrained(name, folder, kind, config.dtype)
     if missing:
         rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
         raise UserError(
-            f"models.{name}: {folder} ({architecture or 'of no stated architecture'}) lacks {missing[0]}{rest} of a "
-            f"{type(model).__name__}, which would be drawn at random; give a folder with a trained language-model head"
+            f"models.{name}: {folder} ({architecture_of(folder) or 'of no stated architecture'}) lacks {missing[0]}"
+            f"{rest} of a {type(model).__name__}, which would be drawn at random; give a folder with {head}"
         )
-    return (_Masked if is_masked() else _Causal)(name, folder, torch, model, tokenizer, config.batch_size)
+    return torch, model, tokenizer
 
 
-class _Model:
-    """Base of both scorers."""
+class TransformersModel:
+    """A model that transformers runs; base of the scorers and of `span_reader`."""
 
     def __init__(self, name: str, folder: Path, torch: Any, model: Any, tokenizer: Any, batch_size: int):
         self._torch, self._model, self._tokenizer, self._batch_size = torch, model, tokenizer, batch_size
@@ -162,7 +156,7 @@ class _Model:
                 yield values[: len(row), : self._vocabulary].float()
 
 
-class _Causal(_Model):
+class _Causal(TransformersModel):
     """A `scoring.Scorer`."""
 
     def __init__(self, *arguments: Any):
@@ -255,7 +249,7 @@ class _Causal(_Model):
         return texts
 
 
-class _Masked(_Model):
+class _Masked(TransformersModel):
     """A `scoring.Scorer` of pseudo-log-likelihoods."""
 
     ends_documents = False

@@ -1,0 +1,46 @@
+"""What a model of others can be asked, by the architecture that its folder states."""
+
+from pathlib import Path
+
+from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
+
+SPANS = "ForQuestionAnswering"
+"""End of the architecture's name of a model that marks an answer's span, see `span_reader`."""
+_OTHER_USES = {
+    SPANS: "marks the answer's span in a passage",
+    "ForTokenClassification": "labels tokens, such as those of entities",
+    "ForSequenceClassification": "classifies texts",
+    "ForMultipleChoice": "chooses one of several endings",
+    "ForNextSentencePrediction": "tells if one sentence follows another",
+    "ElectraForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
+    "FunnelForPreTraining": "is a discriminator, which tells replaced tokens from original ones",
+}
+"""Purpose of a model by the end of its architecture's name; such a model gives no likelihood of a text."""
+
+
+def architecture_of(folder: Path) -> str:
+    """Return the architecture that a folder's config.json states, "" if it states none."""
+    return str((read_json(folder / "config.json").get("architectures") or [""])[0])
+
+
+def check_architecture(name: str, folder: Path, config: EvaluateConfig) -> str:
+    """Return the architecture that a folder states, "" if it states none.
+
+    Raises:
+      UserError: it cannot give what `config` measures; says what it does.
+    """
+    architecture = architecture_of(folder)
+    factoids = config.bioasq.path and config.bioasq.types == ["factoid"]
+    if architecture.endswith(SPANS) and factoids and not (config.domains or config.pubmedqa.path):
+        return architecture
+    for ending, use in _OTHER_USES.items():
+        if architecture.endswith(ending):
+            offer = "give a model with a trained language-model head, or leave it out"
+            if ending == SPANS:
+                offer = "it can answer BioASQ's factoids: leave domains and pubmedqa out and set bioasq.types [factoid]"
+            raise UserError(
+                f"models.{name}: {folder} is a {architecture}: it {use}, and gives no likelihood of a text; {offer}"
+            )
+    return architecture
