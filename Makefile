@@ -13,14 +13,10 @@ PUBMEDQA ?=
 quickstart: $(RUN)/installed
 	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/quickstart.yaml
 
-# BioMamba's claim at laptop scale: a general model, the same adapted to PubMed with and without general text, a report.
+# BioMamba's claim at laptop scale, with controls and three seeds: trains the models of configs/reproduce, measures them and
+# prints the table of docs/evaluation.md. A second start goes on where the first one ended.
 reproduce: $(RUN)/installed
-	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/general.yaml
-	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/adapted.yaml \
-	  $(if $(PUBMEDQA),--prepare.decontaminate '["$(PUBMEDQA)"]')
-	$(RUN)/bin/python -m biomamba_jax.pretrain --config configs/reproduce/pubmed_only.yaml
-	$(RUN)/bin/python -m biomamba_jax.evaluate --config configs/reproduce/evaluate.yaml \
-	  $(if $(PUBMEDQA),--pubmedqa.path '$(PUBMEDQA)')
+	$(RUN)/bin/python -m benchmarks reproduce $(if $(PUBMEDQA),--pubmedqa '$(PUBMEDQA)')
 
 # How much of a hundredfold perplexity padding alone makes: the quickstart's model by the first published code's arithmetic
 # and by its honest figures, before and after 60 steps with padding in the loss.

@@ -1,4 +1,4 @@
-"""Measures this machine: python -m benchmarks step | decode | kernels | prepare | input | plan | startup.
+"""Measures this machine: python -m benchmarks SUBJECT; and the claim: reproduce.
 
     python -m benchmarks step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
     python -m benchmarks decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
@@ -7,13 +7,15 @@
     python -m benchmarks input [--path SHARDS] [--hosts 64]
     python -m benchmarks plan
     python -m benchmarks startup
+    python -m benchmarks reproduce [--pubmedqa ori_pqal.json]
 
 `step`: tokens/s, memory and share of peak of a config's training step, by default the published 130m shape on one row
 of 512 tokens; with --compare, in paired timing with transformers' model. `decode`: the same for greedy decoding.
 `kernels`: accuracy and speed of the ops on this machine's GPU; for a TPU, attached or not, the compiler's estimate next
 to the roofline; for an absent GPU, registers and spills. `prepare`: reading NLM's XML, in paired timing with
 pubmed_parser if --peer names the folder that contains it. `input`: batches of one host of a pod. `plan`: the plan's
-time of a transformer's step next to the published one. `startup`: CPU time of each command's --help.
+time of a transformer's step next to the published one. `startup`: CPU time of each command's --help. `reproduce`:
+the paper's claim at laptop scale, see `benchmarks.reproduction`.
 """
 
 import sys
@@ -81,8 +83,23 @@ def startup(argv: Sequence[str], prog: str) -> None:
     measure_startup(parse(StartupBenchmark, argv, f"{prog}\n\n{startup.__doc__}"))
 
 
-SUBJECTS = {"step": step, "decode": decode, "kernels": kernels, "prepare": prepare}
-SUBJECTS |= {"input": input_, "plan": plan, "startup": startup}
+def reproduce(argv: Sequence[str], prog: str) -> None:
+    """Train, measure and compare the models of configs/reproduce; a second start goes on where the first one ended."""
+    from benchmarks.reproduction import ReproductionBenchmark, reproduce_claim
+
+    reproduce_claim(parse(ReproductionBenchmark, argv, f"{prog}\n\n{reproduce.__doc__}"))
+
+
+SUBJECTS = {
+    "step": step,
+    "decode": decode,
+    "kernels": kernels,
+    "prepare": prepare,
+    "input": input_,
+    "plan": plan,
+    "startup": startup,
+    "reproduce": reproduce,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
