@@ -9,7 +9,7 @@ from test_scoring import config, word_level_tokenizer
 from tiny_models import WORDS
 
 from biomamba_jax import evaluate
-from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.config import BioASQConfig, EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.load_scorer import load_scorer
 
@@ -53,7 +53,9 @@ def asked(tmp_path, **more):
 
 
 def reader(folder, tmp_path, **more):
-    return load_scorer("m", str(folder), EvaluateConfig(models={"m": str(folder)}, bioasq=asked(tmp_path), **more))
+    return load_scorer(
+        "m", str(folder), EvaluateConfig(models={"m": str(folder)}, bioasq=BioASQConfig(**asked(tmp_path)), **more)
+    )
 
 
 def plain(folder, passage):
@@ -109,7 +111,9 @@ def test_factoids_are_measured_as_those_of_other_models(folder, tmp_path, capsys
 @pytest.mark.parametrize("more", [{"domains": {"d": {"path": "x"}}}, {"types": ["factoid", "list"]}])
 def test_what_it_cannot_be_asked_is_refused_with_what_it_can(folder, tmp_path, more):
     domains = {key: more[key] for key in more if key == "domains"}
-    settings = config() if domains else EvaluateConfig(models={"m": "x"}, bioasq=asked(tmp_path, **more))
+    settings = (
+        config() if domains else EvaluateConfig(models={"m": "x"}, bioasq=BioASQConfig(**asked(tmp_path, **more)))
+    )
     with pytest.raises(UserError, match=r"BertForQuestionAnswering: .* it can answer BioASQ's factoids: .*\[factoid\]"):
         load_scorer("m", str(folder), settings)
 
