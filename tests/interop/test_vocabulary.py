@@ -73,7 +73,7 @@ def test_other_tokens_or_another_start_are_refused_with_both_digests(pieces, byt
         UserError, match=rf"shards: \d+ of 262 ids .*{bytes_and_merges.sha256[:12]}.*{pieces.sha256[:12]}"
     ):
         require_same(pieces, bytes_and_merges, "shards", "do this")
-    other = write_byte_level(tmp_path / "t", [EOS], merges=MERGES, eos_token="a")
+    other = write_byte_level(tmp_path / "t", [EOS, "<|end|>"], merges=MERGES, eos_token="<|end|>")
     with pytest.raises(UserError, match=r"shards: 0 of 262 ids .*end 261.*; do this"):
         require_same(load_tokenizer(other), bytes_and_merges, "shards", "do this")
 
