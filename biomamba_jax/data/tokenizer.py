@@ -43,6 +43,8 @@ class Tokenizer(ABC):
         """Digest of the file; identifies the tokenizer."""
         self.vocab_size = vocab_size
         """One more than the largest id."""
+        self.unknown_id: int | None = None
+        """Id of the token that stands for text that has no other token; None if there is no such token."""
         self.config: dict[str, Any] = {}
         """tokenizer_config.json beside the file, with the special tokens that config.json states by id."""
         stated: dict[str, int] = {}
@@ -60,8 +62,6 @@ class Tokenizer(ABC):
         self.special = SpecialTokens(**found, adds_start=start is not None)
         """Which tokens begin, end and pad a text."""
         self.start_id, self.eos_id = self.special.start, eos
-        self.unknown_id: int | None = None
-        """Id of the token that stands for text that has no other token; None if there is no such token."""
         self._make_special()
 
     @cached_property
@@ -158,6 +158,7 @@ class _HuggingFace(Tokenizer):
             self._never_text = self._made_by_text()
 
     def _added_start(self, eos: int, bos: int | None) -> int | None:
+        self.encode_batch(["a"])  # which names the file if it cannot encode
         encoding = self._tokenizer.encode("a")
         added = encoding.special_tokens_mask
         before = added.index(0) if 0 in added else 0
