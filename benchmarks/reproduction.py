@@ -114,7 +114,8 @@ def results(evaluation: Path, config: ReproductionBenchmark) -> str:
       config: seeds and confidence.
     """
     models = [(part, seed) for part in PARTS for seed in range(config.seeds)]
-    resampling, lines, verdicts = Resampling(confidence=config.confidence), [], []
+    resampling, verdicts = Resampling(confidence=config.confidence), list[str]()
+    lines: list[tuple[str, ...]] = []
     domains = json.loads((evaluation / "report.json").read_text())["domains"]
     for domain in domains:
         read = {key: _lines(evaluation / "documents" / domain, key) for key in models}
