@@ -169,7 +169,7 @@ def test_what_a_config_says_is_refused_before_any_model_is_read(tmp_path):
     folder = write_encoder(tmp_path, "BertForQuestionAnswering")
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"models\.theirs: .* marks the answer's span"):
-        check_model("theirs", str(folder))
+        check_model("theirs", str(folder), config())
 
 
 @pytest.mark.parametrize("architectures", [None, ["BertForMaskedLM"]])
