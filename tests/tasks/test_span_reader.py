@@ -73,7 +73,7 @@ def plain(folder, passage):
                 probability = 1.0
                 for logits, place in ((out.start_logits[0], first), (out.end_logits[0], last)):
                     counted = [math.exp(x) for x, p in zip(logits.tolist(), parts, strict=True) if p == 1]
-                    probability *= math.exp(logits[place]) / (sum(counted) + math.exp(logits[0]))
+                    probability *= math.exp(logits.tolist()[place]) / (sum(counted) + math.exp(logits.tolist()[0]))
                 text = passage[offsets[first][0] : offsets[last][1]]
                 found[text] = max(found.get(text, 0.0), probability)
     return found
