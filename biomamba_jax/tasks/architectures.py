@@ -33,13 +33,14 @@ def check_architecture(name: str, folder: Path, config: EvaluateConfig) -> str:
     """
     architecture = architecture_of(folder)
     factoids = config.bioasq.path and config.bioasq.types == ["factoid"]
-    if architecture.endswith(SPANS) and factoids and not (config.domains or config.pubmedqa.path):
+    others = config.domains or config.multiple_choice or config.pubmedqa.path
+    if architecture.endswith(SPANS) and factoids and not others:
         return architecture
     for ending, use in _OTHER_USES.items():
         if architecture.endswith(ending):
             offer = "give a model with a trained language-model head, or leave it out"
             if ending == SPANS:
-                offer = "it can answer BioASQ's factoids: leave domains and pubmedqa out and set bioasq.types [factoid]"
+                offer = "it can answer BioASQ's factoids: set bioasq.types [factoid] and leave everything else out"
             raise UserError(
                 f"models.{name}: {folder} is a {architecture}: it {use}, and gives no likelihood of a text; {offer}"
             )

@@ -85,7 +85,7 @@ def test_a_folder_whose_tokenizer_was_replaced_is_refused(pieces, dialect, tmp_p
     other = write_byte_level(tmp_path / "t", [EOS], merges=MERGES)
     (folder / "tokenizer.model").unlink()
     shutil.copy(other, folder / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer\.json is not the one that its weights were saved with"):
+    with pytest.raises(UserError, match=r"tokenizer\.json"):
         read_model(folder)
 
 

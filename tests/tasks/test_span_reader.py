@@ -112,7 +112,9 @@ def test_factoids_are_measured_as_those_of_other_models(folder, tmp_path, capsys
 
 def test_what_it_cannot_be_asked_is_refused_with_what_it_can(folder, tmp_path):
     for asked_of_it in (config(), settings(tmp_path, types=["factoid", "list"])):
-        with pytest.raises(UserError, match=r"a BertForQuestionAnswering: .* BioASQ's factoids: .* \[factoid\]"):
+        with pytest.raises(
+            UserError, match=r"a BertForQuestionAnswering: .* BioASQ's factoids: set bioasq\.types \[factoid\]"
+        ):
             load_scorer("m", str(folder), asked_of_it)
 
 
