@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from biomamba_jax.config import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
+from biomamba_jax.config.evaluate import MultipleChoiceConfig
 from biomamba_jax.tasks.evaluation import evaluate
 from biomamba_jax.tasks.scoring import Continuation, ModelFacts
 
@@ -83,6 +84,14 @@ def asked(tmp_path_factory):
             ideal = {"ideal_answer": [answer], "snippets": [{"text": "It was given."}]}
             questions.append({"id": key, "type": kind, "body": f"What about {key}?"} | golden | ideal)
     (folder / "golden.json").write_text(json.dumps({"questions": questions}))
+    choices = []
+    for number in range(QUESTIONS):
+        options = {letter: f"option {letter} of {number}" for letter in "ABCD"}
+        answer = draw.choice("ABCD")
+        wrong_options = [f" {text}" for letter, text in options.items() if letter != answer]
+        truth[f"choice{number}"] = f" {options[answer]}", wrong_options
+        choices.append({"question": f"What about choice{number}?", "options": options, "answer_idx": answer})
+    (folder / "choices.jsonl").write_text("".join(json.dumps(choice) + "\n" for choice in choices))
     texts = ({"text": "word " * draw.randint(20, 200)} for _ in range(QUESTIONS))
     (folder / "text.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     return folder, truth
@@ -96,12 +105,14 @@ def test_an_answerer_gets_its_skill_within_the_interval_in_every_task(asked, tmp
         models={"known": "-"},
         domains={"text": DomainConfig(str(folder / "text.jsonl"))},
         pubmedqa=PubMedQAConfig(str(folder / "pqal.json"), method=method),
+        multiple_choice={"medqa": MultipleChoiceConfig([str(folder / "choices.jsonl")])},
         bioasq=BioASQConfig([str(folder / "golden.json")], types=list(KINDS), method=method),
         resamples=300,
     )
     found = evaluate(config, tmp_path, scorers={"known": Answerer(skill, truth)})
     measured = {"accuracy": found.tasks["pubmedqa"].models["known"].measures["accuracy"]}
     measured |= {name: found.tasks["bioasq"].models["known"].measures[name] for name in SKILLED}
+    measured["choice"] = found.tasks["medqa"].models["known"].measures["accuracy"]
     measured["cross_entropy"] = found.domains["text"].models["known"].cross_entropy
     for name, estimate in measured.items():
         assert estimate.low <= skill <= estimate.high, name
