@@ -130,11 +130,14 @@ class Scorer(Protocol):
 class SpanScorer(Protocol):
     """A scorer that marks answers in a passage instead of generating them."""
 
+    facts: ModelFacts
+    """What a report shows of the model."""
+
     def spans(self, question: str, passages: Sequence[str]) -> list[str]:
         """Return the likeliest answers to a question in its passages, the best first."""
 
 
-def check_finite(scorer: Scorer, values: ArrayLike) -> None:
+def check_finite(scorer: Scorer | SpanScorer, values: ArrayLike) -> None:
     """Raise UserError, naming the model, if a log-likelihood is NaN or infinite.
 
     With NaN, argmax picks the first answer and the figures would look plausible.
