@@ -1,7 +1,7 @@
 """Supervised examples: prompts and answers as documents whose targets are the answer alone.
 
-    ids       prompt  answer  EOS        targets   -1 ... -1  answer  EOS         the language model answers
-    ids       prompt  EOS                targets   -1 ... -1  class               a classifier answers
+    inputs    start  prompt  answer        targets   -1 ... -1  answer  EOS         the language model answers
+    inputs    start  prompt                targets   -1 ... -1  class               a classifier answers
 
 Negative targets do not count in the loss. A classifier's one target is predicted from the prompt's last token. Rows are
 packed like any others (see `packing`), except that no example is ever split.
@@ -39,17 +39,10 @@ class Example:
 class Encoded(NamedTuple):
     """An encoded example."""
 
-    ids: np.ndarray
-    """int32 [tokens]."""
+    inputs: np.ndarray
+    """int32 [tokens], the first one the start token."""
     targets: np.ndarray
     """int32 [tokens]; negative ones do not count."""
-    start_id: int | None = None
-    """Id that precedes the example, None: its last one, EOS."""
-
-    @property
-    def inputs(self) -> np.ndarray:
-        """Tokens that the targets are predicted from, int32 [tokens]: the start token and all but the last id."""
-        return shifted(self.ids, self.start_id)
 
 
 class EncodedExamples:
@@ -59,7 +52,7 @@ class EncodedExamples:
         self.folder = folder
         self.shortened = shortened
         """Number of examples whose prompt lost its beginning."""
-        self.lengths = np.array([len(example.ids) for example in examples], np.int64)
+        self.lengths = np.array([len(example.inputs) for example in examples], np.int64)
         self._examples = examples
 
     def __len__(self) -> int:
@@ -146,7 +139,7 @@ def encode_examples(
         targets[: len(prompt)] = NOT_COUNTED
         if labels:
             targets[-1] = labels.index(example.label)
-        encoded.append(Encoded(ids, targets, tokenizer.start_id))
+        encoded.append(Encoded(shifted(ids, tokenizer.start_id), targets))
     return EncodedExamples(source, encoded, shortened)
 
 

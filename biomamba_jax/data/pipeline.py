@@ -23,6 +23,7 @@ from absl import flags
 from biomamba_jax.data.examples import Encoded
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, Piece, RowPlan, WindowedRows, WindowStart, fill_row
+from biomamba_jax.data.shards import shifted
 from biomamba_jax.data.workers import end_with_parent
 from biomamba_jax.errors import UserError
 
@@ -70,7 +71,7 @@ class PaddedDocuments:
         document = self._documents[index]
         row = np.full(self.lengths[index], document.targets[-1], np.int32)
         row[: len(document.targets)] = document.targets[: len(row)]
-        return Encoded(row, row, int(document.inputs[0]))
+        return Encoded(shifted(row, document.inputs[0]), row)
 
 
 @dataclass(frozen=True, eq=False)
