@@ -15,7 +15,7 @@ import biomamba_jax
 from biomamba_jax.command_line import COMPLETE, run_command
 from biomamba_jax.errors import UserError
 
-COMMANDS = ("prepare", "plan", "pretrain", "finetune", "report", "evaluate", "generate", "classify", "embed", "convert")
+COMMANDS = tuple("prepare plan pretrain finetune report evaluate generate classify tag embed convert".split())
 
 
 def dispatch(argv: Sequence[str] | None = None) -> None:

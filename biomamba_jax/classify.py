@@ -1,9 +1,9 @@
-"""Classify texts with a model fine-tuned with `finetune --head classifier`.
+"""Classify texts with a model fine-tuned with `finetune --head classifier` or multi_label.
 
 python -m biomamba_jax.classify --model DIR [--file PROMPTS.jsonl] [--prompt "{prompt}"] > classes.jsonl
 
 The model is the run directory, or what `convert` exported from it. Reads JSON lines from a file or from standard input,
-and writes each line again with "predicted_label" and "probabilities".
+and writes each line again with "predicted_label", or the "predicted_labels" of a multi-label head, and "probabilities".
 """
 
 import json
@@ -55,11 +55,13 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
     lines = read_json_lines(name, None if config.file else source)
     for batch in batched(lines, _AT_ONCE):
         for number, line in batch:
-            if taken := ", ".join({"predicted_label", "probabilities"} & set(line)):
+            if taken := ", ".join({"predicted_label", "predicted_labels", "probabilities"} & set(line)):
                 raise UserError(f"{name}, line {number}: has its own {taken}, which is what is written; rename the key")
         prompts = [fill_template(config.prompt, line, f"{name}, line {number}", "prompt") for number, line in batch]
         for (_, line), found in zip(batch, model.classify(prompts), strict=True):
-            result = line | {"predicted_label": found.label, "probabilities": found.probabilities}
+            one = model.head_model.head.kind == "classifier"
+            labels = {"predicted_label": found.label} if one else {"predicted_labels": found.labels}
+            result = line | labels | {"probabilities": found.probabilities}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")
         out.flush()
 

@@ -96,8 +96,8 @@ def convert(config: ConvertConfig) -> list[Path]:
     summary_table(f"{config.input} ({dialect_of(config.input)}) to {config.to}", ("written", "size"), rows)
     if config.to == "mamba_ssm" and not (Path(config.output) / BIN).exists():
         print(f"torch is not installed: {BIN}, the file that mamba_ssm loads, was not written")
-    if config.to == "gguf" and weights.classifier is not None:
-        print("the classifier was left out: GGUF has no place for it; --to hf or native keeps it")
+    if config.to == "gguf" and weights.head is not None:
+        print("the head was left out: GGUF has no place for it; --to hf or native keeps it")
     if weights.tokenizer_file is None:
         print("the input has no tokenizer; --tokenizer FILE adds one (gpt-neox for the released models)")
     if config.push:

@@ -1,11 +1,13 @@
-"""Fine-tune a model to answer questions: PubMedQA, BioASQ task B, or JSON lines of prompts and answers.
+"""Fine-tune a model: questions and answers (PubMedQA, BioASQ task B, JSON lines), or text mining with a head.
 
 python -m biomamba_jax.finetune --config configs/finetune_pubmedqa.yaml --init_from DIR [--lora.rank 8 ...]
 
 Trains the whole model or LoRA adapters, with the loss on the answers only, until the development loss stops improving;
 resumes from its run directory's newest checkpoint. Ends with the answers of the best weights: predictions/ and
-results.json in the run directory, and a table next to a baseline that always gives the most frequent answer. Every
-command takes the run directory as a model, adapters merged.
+results.json in the run directory, and a table; for questions next to a baseline that always gives the most frequent
+answer. Every command takes the run directory as a model, adapters merged.
+
+--head predicts from hidden states instead: classes, labels or a score of a text, entities, or the answer in a text.
 """
 
 import logging
@@ -18,11 +20,25 @@ from biomamba_jax.config import FinetuneConfig
 
 _COLUMNS = {
     "questions": "questions",
+    "texts": "texts",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "f1_low": "from",
+    "f1_high": "to",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
     "majority_accuracy": "majority: accuracy",
     "majority_macro_f1": "macro F1",
+    "auroc": "AUROC",
+    "exact_match": "exact match",
+    "strict": "strict",
+    "lenient": "lenient",
+    "mrr": "MRR",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
 }
+"""Headings of the table; a column without any value is left out."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = read_model(config.init_from or "")
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:
-            rows = [(name, *(_cell(values.get(key)) for key in _COLUMNS)) for name, values in results.items()]
-            summary_table("What the best weights answer", ("questions of", *_COLUMNS.values()), rows)
+            columns = [key for key in _COLUMNS if any(values.get(key) is not None for values in results.values())]
+            rows = [(name, *(_cell(values.get(key)) for key in columns)) for name, values in results.items()]
+            summary_table("Of the best weights", ("", *(_COLUMNS[key] for key in columns)), rows)
             print(f"predictions and {RESULTS}: {config.run_dir}")
         elif results is not None and first:
             print(f"for predictions, on one host: python -m biomamba_jax.evaluate --models.tuned {config.run_dir} ...")

@@ -1,6 +1,7 @@
-"""The work of `finetune`: training on questions, then answering them with the best weights."""
+"""The work of `finetune`: training on examples, then predicting with the best weights."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,18 +10,22 @@ import jax
 
 from biomamba_jax import files, folders
 from biomamba_jax.config import FinetuneConfig
-from biomamba_jax.data.examples import Example, encode_examples
+from biomamba_jax.data.examples import EncodedExamples, encode_examples, encode_texts
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
-from biomamba_jax.tasks.answers import Prediction
-from biomamba_jax.tasks.model import load
+from biomamba_jax.tasks import mining_measures
+from biomamba_jax.tasks.answers import Prediction, label_predictions
+from biomamba_jax.tasks.model import Model, load
 from biomamba_jax.tasks.pubmedqa import FOLDS
-from biomamba_jax.tasks.supervision import Task, measure, most_frequent, predict, read_tasks
+from biomamba_jax.tasks.relations import predicted_relations
+from biomamba_jax.tasks.statistics import Resampling
+from biomamba_jax.tasks.supervision import Task, head_labels, measure, most_frequent, predict, read_tasks
 from biomamba_jax.train.setup import with_execution_settings
 from biomamba_jax.train.supervised import finetune
 
 RESULTS, PREDICTIONS = "results.json", "predictions"
+_LOG = logging.getLogger(__name__)
 
 
 def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
@@ -33,36 +38,59 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
         raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
     tokenizer = load_tokenizer(weights.tokenizer_file)
     tasks = read_tasks(config)
-    train = [example for task in tasks for example in task.train]
-    development = [example for task in tasks for example in task.development]
-    labels = config.labels or sorted({example.label for example in [*train, *development]})
     model = with_execution_settings(weights.config, config.model)
-    config = dataclasses.replace(config, model=model, labels=labels if config.head == "classifier" else [])
+    config = dataclasses.replace(config, model=model, labels=head_labels(config, tasks))
+    for message in (message for task in tasks for message in task.messages):
+        _LOG.info(message)
 
-    def encoded(examples: list[Example], split: str):
-        source = f"{' and '.join(task.name for task in tasks)}, {split} split"
-        length = config.data.sequence_length
-        return encode_examples(examples, tokenizer, length, source=source, labels=config.labels)
+    def encoded(split: str) -> EncodedExamples:
+        examples = [example for task in tasks for example in getattr(task, split)]
+        source = f"{' and '.join(task.name for task in tasks)}, {'training' if split == 'train' else split} split"
+        length, head = config.data.sequence_length, config.head_config
+        if head is None:
+            return encode_examples(examples, tokenizer, length, source=source)
+        return encode_texts(examples, tokenizer, length, head, source=source)
 
-    if not finetune(config, weights, encoded(train, "training"), encoded(development, "development")):
+    if not finetune(config, weights, encoded("train"), encoded("development")):
         return None
     return answer(config, tasks) if jax.process_count() == 1 else {}
 
 
 def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     """Predict with the run's best weights, write predictions/ and results.json, and return the measures."""
-    run_dir, classifier = Path(config.run_dir), config.head == "classifier"
+    run_dir = Path(config.run_dir)
     model, results = load(run_dir), {}
     for task in tasks:
-        majority = most_frequent(task.train) if classifier or task.answers else None
         for split, examples in (("development", task.development), ("test", task.test)):
             if examples:
-                predictions = predict(model, task, examples, config.data, classifier=classifier)
-                path = run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl"
-                files.write_json_lines(path, map(dataclasses.asdict, predictions))
-                results[f"{task.name} {split}"] = measure(predictions, majority)
+                lines, results[f"{task.name} {split}"] = _answer(config, model, task, examples)
+                files.write_json_lines(run_dir / PREDICTIONS / f"{task.name}-{split}.jsonl", lines)
     files.write_json(run_dir / RESULTS, results)
     return results
+
+
+def _answer(config: FinetuneConfig, model: Model, task: Task, examples: Sequence[Any]) -> tuple[list[Any], Any]:
+    """Return predictions as JSON values, and their measures."""
+    if config.head_config is None:
+        majority = most_frequent(example.label for example in task.train) if task.answers else None
+        predictions = predict(model, task, examples, config.data)
+        return [dataclasses.asdict(each) for each in predictions], measure(predictions, majority)
+    found = model.head_model.annotate(examples)
+    measures = mining_measures.measure(config.head_config, examples, found, negative=config.data.negative)
+    if config.data.relation:
+        pairs, keys = predicted_relations(found), list(dict.fromkeys(text.key for text in examples))
+        gold, named = [task.relations[key] for key in keys], [pairs.get(key, set()) for key in keys]
+        measures |= {"texts": len(keys)} | mining_measures.micro(gold, named, Resampling())
+    if config.head != "classifier":
+        return [
+            dataclasses.asdict(each) | {"gold": dataclasses.asdict(text)}
+            for each, text in zip(found, examples, strict=True)
+        ], measures
+    truth, labels = ([text.labels[0] for text in texts] for texts in (examples, found))
+    scores = [text.scores for text in found]
+    predictions = label_predictions([text.key for text in examples], truth, labels, scores=scores)
+    majority = most_frequent(text.labels[0] for text in task.train)
+    return [dataclasses.asdict(each) for each in predictions], measures | measure(predictions, majority)
 
 
 def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:

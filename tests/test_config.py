@@ -25,6 +25,7 @@ from biomamba_jax.errors import UserError
 CONFIGS = Path(__file__).parents[1] / "configs"
 COMMANDS = (PretrainConfig, FinetuneConfig, EvaluateConfig, PrepareConfig, PlanConfig, GenerateConfig)
 SCHEMAS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}  # by how a file's name begins; else pretraining
+FOLDERS = {"text_mining": FinetuneConfig}
 
 
 def read(*argv: str) -> PretrainConfig:
@@ -33,7 +34,7 @@ def read(*argv: str) -> PretrainConfig:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_in_the_project_is_valid(path):
-    schema = SCHEMAS.get(path.stem.partition("_")[0], PretrainConfig)
+    schema = FOLDERS.get(path.parent.name) or SCHEMAS.get(path.stem.partition("_")[0], PretrainConfig)
     parse(schema, ["--config", str(path)])
 
 

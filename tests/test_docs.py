@@ -81,7 +81,7 @@ def test_commands_are_parsed_with_their_settings(line, parsed):
 
 def test_the_commands_of_every_kind_are_among_those_parsed():
     shown = {match[1] for line in shell_commands() if (match := re.match(PROGRAM, line))}
-    names = "prepare plan pretrain report finetune evaluate generate classify embed convert".split()
+    names = "prepare plan pretrain report finetune evaluate generate classify tag embed convert".split()
     assert shown >= {"benchmarks", *(f"biomamba_jax.{name}" for name in names)}
 
 

@@ -93,7 +93,7 @@ def test_a_classifier_is_learnt_and_leaves_beside_the_weights(here, capsys):
     assert measured["accuracy"] > 0.95 and measured["macro_f1"] > 0.9 and measured["majority"] == "no"
     assert measured["majority_accuracy"] == pytest.approx(0.8, abs=0.02)
     convert(["--input=run", "--output=exported", "--to=mamba_ssm"])
-    assert (here / "exported" / "classifier.safetensors").exists()
+    assert (here / "exported" / "head.safetensors").exists()
     prompts = [json.loads(line)["prompt"] for line in Path("test.jsonl").read_text().splitlines()]
     classes = biomamba_jax.load("exported").classify(prompts)
     assert [each.label for each in classes] == [each["prediction"] for each in predictions()]
@@ -105,7 +105,7 @@ def test_a_classifier_is_learnt_and_leaves_beside_the_weights(here, capsys):
 
 
 def test_a_model_without_a_classifier_says_how_to_get_one(here):
-    with pytest.raises(UserError, match=r"base: has no classifier.safetensors; fine-tune with --head classifier"):
+    with pytest.raises(UserError, match=r"base: has no head.safetensors; fine-tune with --head classifier"):
         classify(["--model=base", "--file=test.jsonl"])
 
 

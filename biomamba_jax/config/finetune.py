@@ -7,6 +7,7 @@ from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import RowsConfig
 from biomamba_jax.config.evaluate import BioASQConfig, PubMedQAConfig
+from biomamba_jax.config.heads import HeadConfig, HeadKind, Reading
 from biomamba_jax.config.train import CheckpointConfig, RunConfig, TrainConfig
 
 FOLDS = 10
@@ -14,18 +15,33 @@ FOLDS = 10
 
 @dataclass(frozen=True)
 class ExamplesConfig(RowsConfig):
-    """Examples of prompts and answers, and the shape of batches."""
+    """Examples or annotated texts, and the shape of batches."""
 
+    format: Literal["examples", "conll", "pubtator", "bioc", "marked", "spans", "tsv", "squad"] = "examples"
+    """Format of the files: JSON lines of prompts and answers, or annotated texts for a head; see
+    docs/text_mining.md."""
     files: list[str] = field(default_factory=list)
-    """JSON lines (.jsonl, .jsonl.gz), one example per line."""
+    """Files of the training split."""
     development: list[str] = field(default_factory=list)
-    """JSON lines of the development split, for early stopping; default: a fraction of `files`."""
+    """Files of the development split, for early stopping; default: a fraction of `files`."""
     test: list[str] = field(default_factory=list)
-    """JSON lines of the test split, predicted at the end."""
+    """Files of the test split, predicted at the end."""
     prompt: str = "{prompt}"
     """Template of the prompt; {name} stands for that key of the line."""
     answer: str = "{answer}"
     """Template of the answer that follows the prompt, with its leading space; EOS is appended."""
+    types: list[str] = field(default_factory=list)
+    """Types of entities to read, such as Chemical; default: all."""
+    relation: str = ""
+    """pubtator, bioc: type of the relation to learn, such as CID; every pair of concepts is an example."""
+    pair: list[str] = field(default_factory=lambda: ["Chemical", "Disease"])
+    """With relation: types of its first and of its second concept."""
+    negative: str = ""
+    """Class that stands for no relation, which F1 leaves out."""
+    separator: str = "|"
+    """tsv: what separates the labels of a text."""
+    no_label: str = "empty"
+    """tsv: word that stands for no label at all."""
     development_fraction: checks.InnerFraction = 0.1
     """Fraction of the examples, chosen by a hash of each, for development if no development split is given."""
 
@@ -75,10 +91,13 @@ class FinetuneConfig(RunConfig):
     """BioASQ task B, with the same prompts as in `evaluate`; its development files are for early stopping."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of the whole model."""
-    head: Literal["language_model", "classifier"] = "language_model"
-    """The language model's head, or a linear classifier on the hidden state after the prompt's last token."""
+    head: Literal["language_model"] | HeadKind = "language_model"
+    """The language model's head, or a linear layer on hidden states: classifier (one class a text), multi_label,
+    regression, token_classifier (entities), span (the answer in a text)."""
+    reading: Reading = "once"
+    """How a head's text is read: once from left to right, twice (echo), or bidirectional, with a second backbone."""
     labels: list[str] = field(default_factory=list)
-    """classifier: names of the classes; default: the answers that occur."""
+    """Names of the classes, labels or tags of a head; default: those that occur."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, log_every=1, eval_every=10, patience=5))
     """Length of the run, and how often it logs and evaluates."""
     checkpoint: CheckpointConfig = field(default_factory=lambda: CheckpointConfig(every=50, keep_best=True))
@@ -90,6 +109,17 @@ class FinetuneConfig(RunConfig):
         check(given, "data.files", self.data.files, "give data.files, pubmedqa.path or bioasq.path to train on")
         alone = bool(self.pubmedqa.path) and not (self.data.files or self.bioasq.path)
         check(not self.cross_validate or alone, "cross_validate", True, "needs pubmedqa.path and no other data")
-        check(not self.labels or self.head == "classifier", "labels", self.labels, "need head classifier")
+        plain = self.head == "language_model"
+        check(not self.labels or not plain, "labels", self.labels, "need a head with labels, such as classifier")
+        check(self.data.format == "examples" or not plain, "data.format", self.data.format, "needs a head")
+        check(self.reading == "once" or not plain, "reading", self.reading, "needs a head such as classifier")
+        softmax = plain or self.head in ("classifier", "token_classifier")
+        extra = self.loss.label_smoothing or self.loss.z_loss
+        check(softmax or not extra, "loss.label_smoothing, loss.z_loss", extra, f"must be 0 for head {self.head}")
         check(bool(self.init_from), "init_from", self.init_from, "give the weights to start from")
         check(self.checkpoint.keep_best, "checkpoint.keep_best", False, "must be true: the best weights are the result")
+
+    @property
+    def head_config(self) -> HeadConfig | None:
+        """The head with its labels; None for the language model's."""
+        return None if self.head == "language_model" else HeadConfig(self.head, tuple(self.labels), self.reading)

@@ -1,19 +1,22 @@
 """Supervised examples: prompts and answers as documents whose targets are the answer alone.
 
     inputs    start  prompt  answer        targets   -1 ... -1  answer  EOS         the language model answers
-    inputs    start  prompt                targets   -1 ... -1  class               a classifier answers
+    inputs    start  text                  targets   -1 ... -1  class               a head predicts from the last token,
+                                                     -1  tag ... -1  tag            or from the last token of each word
 
-Negative targets do not count in the loss. A classifier's one target is predicted from the prompt's last token. Rows are
-packed like any others (see `packing`), except that no example is ever split.
+Negative targets do not count in the loss. Rows are packed like any others (see `packing`), except that no example is
+ever split.
 """
 
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.data.annotations import AnnotatedText, EncodedWords, encode_words, to_tags
 from biomamba_jax.data.shards import shifted
 from biomamba_jax.data.text import split_position
 from biomamba_jax.data.tokenizer import Tokenizer
@@ -21,6 +24,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
 NOT_COUNTED = -1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,12 @@ class Encoded(NamedTuple):
 class EncodedExamples:
     """Encoded examples in memory, as documents for `pipeline`."""
 
-    def __init__(self, folder: str, examples: Sequence[Encoded], shortened: int):
+    def __init__(self, folder: str, examples: Sequence[Encoded], shortened: int, left_out: int = 0):
         self.folder = folder
         self.shortened = shortened
-        """Number of examples whose prompt lost its beginning."""
+        """Number of examples that did not fit into a row."""
+        self.left_out = left_out
+        """Number of questions that have no answer of whole words in the text that fits into a row."""
         self.lengths = np.array([len(example.inputs) for example in examples], np.int64)
         self._examples = examples
 
@@ -95,7 +101,6 @@ def encode_examples(
     sequence_length: int,
     *,
     source: str,
-    labels: Sequence[str] = (),
 ) -> EncodedExamples:
     """Tokenize examples.
 
@@ -106,25 +111,18 @@ def encode_examples(
       tokenizer: encodes prompts and answers.
       sequence_length: tokens of a row.
       source: where the examples come from, for messages.
-      labels: the classes of a classifier; without them the model learns the answer's text.
 
     Raises:
-      UserError: there is no example, an answer is empty or does not fit into a row, or a class is not among `labels`;
-        names the example.
+      UserError: there is no example, or an answer is empty or does not fit into a row; names the example.
     """
     if not examples:
         raise UserError(f"{source}: holds no example; give more, or another split")
     encode = tokenizer.encode_batch
-    if labels:
-        pairs = [(prompt, list[int]()) for prompt in encode([example.prompt for example in examples])]
-    else:
-        pairs = encode_answers([(example.prompt, example.answer) for example in examples], encode, encode)
+    pairs = encode_answers([(example.prompt, example.answer) for example in examples], encode, encode)
     encoded, shortened = [], 0
     for example, (prompt, answer) in zip(examples, pairs, strict=True):
         where = f"{source}: example {example.key!r}"
-        if labels and example.label not in labels:
-            raise UserError(f"{where} is of class {example.label!r}, none of {', '.join(labels)}; check labels")
-        if not labels and not answer:
+        if not answer:
             raise UserError(f"{where} has an empty answer; give one, or leave the example out")
         room = sequence_length - len(answer) - 1
         if room < 1:
@@ -137,10 +135,116 @@ def encode_examples(
         ids = np.array([*prompt, *answer, tokenizer.eos_id], np.int32)
         targets = ids.copy()
         targets[: len(prompt)] = NOT_COUNTED
-        if labels:
-            targets[-1] = labels.index(example.label)
         encoded.append(Encoded(shifted(ids, tokenizer.start_id), targets))
     return EncodedExamples(source, encoded, shortened)
+
+
+def encode_texts(
+    texts: Sequence[AnnotatedText],
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    head: HeadConfig,
+    *,
+    source: str,
+) -> EncodedExamples:
+    """Tokenize texts for a head, with what it is to predict.
+
+    A text that does not fit into a row loses its beginning where the head predicts from the last token. The words of a
+    longer one are split into several examples for a token classifier; for a span it loses its end.
+
+    Args:
+      texts: at least one.
+      tokenizer: encodes the texts.
+      sequence_length: tokens of a row.
+      head: what is predicted, and how often the text is read.
+      source: where the texts come from, for messages.
+
+    Raises:
+      UserError: there is no text, or it is of a class that the head lacks, of several, or has no score; names the text.
+    """
+    if not texts:
+        raise UserError(f"{source}: holds no example; give more, or another split")
+    readings = 2 if head.reading == "echo" else 1
+    room = max(1, sequence_length // readings - 1)  # the start symbol precedes each reading
+    encoded, shortened, left_out = [], 0, 0
+    for text, ids, targets in zip(texts, *_tokens_and_targets(texts, tokenizer, head, source), strict=True):
+        shortened += len(ids) > room
+        if head.kind == "token_classifier":
+            parts = [(ids[i : i + room], targets[i : i + room]) for i in range(0, max(len(ids), 1), room)]
+        else:
+            parts = [(ids[:room], targets[:room]) if head.of_words else (ids[-room:], targets[-room:])]
+        for own, wanted in parts:
+            one = np.array([NOT_COUNTED, *wanted], np.int32)  # the first is that of the start symbol
+            if not ids and not head.of_words:  # an empty text
+                one[0] = text_target(text, head, source)
+            if head.kind == "span" and not ({1, 3} & set(wanted) and {2, 3} & set(wanted)):
+                left_out += 1
+                continue
+            inputs = np.array([tokenizer.start_id, *own] * readings, np.int32)
+            unread = np.full(len(inputs) - len(one), NOT_COUNTED, np.int32)
+            encoded.append(Encoded(inputs, np.concatenate([unread, one])))
+    if not encoded:
+        raise UserError(f"{source}: no answer is in its text; check data.format, or raise data.sequence_length")
+    return EncodedExamples(source, encoded, shortened, left_out)
+
+
+def _tokens_and_targets(
+    texts: Sequence[AnnotatedText], tokenizer: Tokenizer, head: HeadConfig, source: str
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of each text, and as many targets."""
+    if not head.of_words:
+        ids = tokenizer.encode_batch([text.text for text in texts])
+        targets = [
+            [*[NOT_COUNTED] * (len(own) - 1), text_target(text, head, source)][: len(own)]
+            for text, own in zip(texts, ids, strict=True)
+        ]
+        return ids, targets
+    ids, targets = [], []
+    for text, question, words in zip(texts, *encode_questions(texts, tokenizer), strict=True):
+        own = [NOT_COUNTED] * len(words.ids)
+        if head.kind == "span":
+            answer = text.spans[:1]
+            starts, ends = [answer[0].start] if answer else [], [answer[0].end] if answer else []
+            values = [(start in starts) + 2 * (end in ends) for start, end in words.words]
+        else:
+            tags = to_tags(words.words, text.spans)
+            if unknown := set(tags) - set(head.labels):
+                raise UserError(f"{source}: {text.key!r} has tags {', '.join(unknown)}, none of labels {head.labels}")
+            values = [head.labels.index(tag) for tag in tags]
+        for place, value in zip(words.last, values, strict=True):
+            own[place] = value
+        ids.append([*question, *words.ids])
+        targets.append([NOT_COUNTED] * len(question) + own)
+    return ids, targets
+
+
+def encode_questions(
+    texts: Sequence[AnnotatedText], tokenizer: Tokenizer
+) -> tuple[list[list[int]], list[EncodedWords]]:
+    """Return the ids of each text's question, which precedes it, and the words of the text itself."""
+    questions = tokenizer.encode_batch([f"{text.question}\n" if text.question else "" for text in texts])
+    return questions, encode_words([text.text for text in texts], tokenizer)
+
+
+def text_target(text: AnnotatedText, head: HeadConfig, source: str) -> int:
+    """Return what a head is to predict of a whole text, as one int32; see `model.heads`.
+
+    Raises:
+      UserError: the head has no such class, the text has not one class, or no score.
+    """
+    where = f"{source}: example {text.key!r}"
+    if head.kind == "regression":
+        if text.score is None or not 0 <= text.score < float("inf"):
+            raise UserError(f"{where} has the score {text.score}; a regression needs one that is 0 or more; shift them")
+        return int(np.float32(text.score).view(np.int32))
+    for label in text.labels:
+        if label not in head.labels:
+            raise UserError(f"{where} is of class {label!r}, none of {', '.join(head.labels)}; check labels")
+    if head.kind == "multi_label":
+        return sum(1 << index for index, label in enumerate(head.labels) if label in text.labels)
+    if len(text.labels) != 1:
+        raise UserError(f"{where} has {len(text.labels)} classes, a classifier needs one; use head multi_label")
+    return head.labels.index(text.labels[0])
 
 
 def read_examples(path: str, prompt: str, answer: str) -> Iterator[Example]:
@@ -186,14 +290,19 @@ def fill_template(template: str, record: Mapping[str, Any], where: str, key: str
     return "".join(parts)
 
 
-def held_out_share(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
+def held_out_share(examples: Sequence[T], fraction: float, text: Callable[[T], str]) -> tuple[list[T], list[T]]:
     """Split examples into training and development examples.
 
-    The split depends on each prompt alone: equal prompts stay together, and no example changes sides when others are
-    added or removed.
+    The split depends on each example's text alone: equal texts stay together, and no example changes sides when others
+    are added or removed.
+
+    Args:
+      examples: to split.
+      fraction: share of the development examples.
+      text: returns an example's text.
     """
     border = fraction * 2**32
-    sides: tuple[list[Example], list[Example]] = ([], [])
+    sides: tuple[list[T], list[T]] = ([], [])
     for example in examples:
-        sides[split_position(example.prompt.encode("utf-8", "surrogatepass")) < border].append(example)
+        sides[split_position(text(example).encode("utf-8", "surrogatepass")) < border].append(example)
     return sides

@@ -10,6 +10,7 @@ import numpy as np
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop.names import Params, flatten
 from biomamba_jax.model import lora
+from biomamba_jax.model.heads import with_reversed
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,14 @@ def fingerprint(params: Params) -> str:
     return digest.hexdigest()
 
 
-def merged(params: Params, trained: Params, base: Base) -> Params:
+def merged(params: Params, trained: Params, base: Base, backwards: Params | None = None) -> Params:
     """Return the weights with their adapters merged (see `lora.merge`), as float32 numpy arrays.
+
+    Args:
+      params: the base weights.
+      trained: adapters, and parameters that replace those of `params` or are added to them.
+      base: what the base weights were.
+      backwards: layers and norm that read backwards, where the base weights have them.
 
     Raises:
       UserError: the adapters were trained on different weights.
@@ -46,5 +53,5 @@ def merged(params: Params, trained: Params, base: Base) -> Params:
             f"{base.path}: holds other weights (sha256 {found[:12]}) than those that the adapters were trained on "
             f"({base.sha256[:12]}); restore those, or set init_from in the run's config.yaml to their folder"
         )
-    whole: Any = lora.merge(params, trained, base.scale)
+    whole: Any = lora.merge(with_reversed(params, backwards) if "reversed" in trained else params, trained, base.scale)
     return jax.tree.map(np.asarray, whole)

@@ -12,7 +12,7 @@ from biomamba_jax.data.special_tokens import TOKEN_IDS, token_ids
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
-from biomamba_jax.interop import classifier, configs, names, sizes, tensors, tokenizers, vocabulary
+from biomamba_jax.interop import configs, heads, names, sizes, tensors, tokenizers, vocabulary
 from biomamba_jax.interop.weights import Weights
 
 
@@ -39,7 +39,7 @@ def read(folder: Path, dialect: str) -> Weights:
     ids: dict[str, Any] = {}
     for path in (config_json, folder / "generation_config.json") if dialect == "hf" else ():  # the last one wins
         ids |= token_ids(path, read_json(path)) if path.exists() else {}
-    return Weights(config, params, tokenizer_file, about, classifier.find(folder, config.d_model), ids)
+    return Weights(config, params, tokenizer_file, about, heads.find(folder, config), ids)
 
 
 def _read_params(config: ModelConfig, source: tensors.TensorSource, dialect: str, folder: Path) -> dict[str, Any]:
@@ -71,9 +71,9 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
         raw = configs.write_hf(config, dtype, ids)
         raw |= {"start_token_id": special.start} if special else {}
         if "auto_map" in raw:
-            classifier.write_code(folder, raw["model_type"])
-        if weights.classifier is not None:
-            classifier.write_for_transformers(weights.classifier, folder, raw)
+            heads.write_code(folder, raw["model_type"])
+        if weights.head is not None:
+            heads.write_for_transformers(weights.head, folder, raw)
         write_json(folder / "generation_config.json", ids)
     else:
         raw = configs.write_mamba_ssm(config)

@@ -49,7 +49,7 @@ def write(weights: Weights, path: Path, dtype: str) -> None:
     """Write one GGUF file.
 
     Args:
-      weights: the model; its classifier has no place in the file.
+      weights: the model; its head has no place in the file.
       path: the file.
       dtype: "float32", "float16", "bfloat16" or "q8_0", of the matrices; q8_0 becomes float16 where a matrix's rows are
         not a multiple of 32. Vectors, convolutions, A and D are float32.

@@ -13,6 +13,8 @@ from biomamba_jax.interop.weights import Weights
 
 _LIBRARIES = {"native": "biomamba-jax", "hf": "transformers", "mamba_ssm": "mamba-ssm", "gguf": "gguf"}
 _FIGURES = ("perplexity", "bits_per_byte")
+_TASKS = dict.fromkeys(("classifier", "multi_label", "regression"), "text-classification")
+_TASKS |= {"token_classifier": "token-classification", "span": "question-answering"}
 
 
 def model_card(name: str, dialect: str, weights: Weights, dtype: str) -> str:
@@ -27,20 +29,20 @@ def model_card(name: str, dialect: str, weights: Weights, dtype: str) -> str:
     Raises:
       UserError: `about`, which comes from the model's files, is not what `runs.describe` returns.
     """
-    about, config, classes = weights.about, weights.config, weights.classifier and weights.classifier.labels
+    about, config, head = weights.about, weights.config, weights.head and weights.head.config
+    task = _TASKS[head.kind] if head else "text-generation"
     try:
-        header = yaml.safe_dump(_metadata(name, dialect, weights), sort_keys=False, allow_unicode=True)
+        header = yaml.safe_dump(_metadata(name, dialect, weights, task), sort_keys=False, allow_unicode=True)
         return TEMPLATES.get_template("model_card.md.jinja").render(locals()) + "\n"
     except (jinja2.UndefinedError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"the model's information about its training (key about) is damaged ({error!r})") from None
 
 
-def _metadata(name: str, dialect: str, weights: Weights) -> dict[str, Any]:
+def _metadata(name: str, dialect: str, weights: Weights, task: str) -> dict[str, Any]:
     """Return the hub's metadata: https://huggingface.co/docs/hub/model-cards."""
     about = weights.about
     sources = (str(source.get("name")) for source in about.get("text", {}).get("sources", ()))
     datasets = sorted({source.removeprefix("hf:") for source in sources if source.startswith("hf:")})
-    task = "text-classification" if weights.classifier else "text-generation"
     metadata = {
         "license": about.get("license", "unknown"),
         "library_name": _LIBRARIES[dialect],

@@ -19,7 +19,7 @@ from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_text
 from biomamba_jax.folders import DIGESTS, check_digests, write_digests
-from biomamba_jax.interop import adapters, classifier, foreign, gguf, native, runs
+from biomamba_jax.interop import adapters, foreign, gguf, heads, native, runs
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.interop.model_card import model_card
 from biomamba_jax.interop.weights import Weights
@@ -75,10 +75,12 @@ def read_model(path: str | os.PathLike[str]) -> Weights:
         return native.read(folder)
     if dialect != "run":
         return foreign.read(folder, dialect)
-    weights, base = runs.read(folder)
+    weights, base, head = runs.read(folder)
     if base is not None:
-        params = read_model(base.path).params
-        weights.params = adapters.merged(params, weights.params, base)
+        on = read_model(base.path)
+        weights.params = adapters.merged(on.params, weights.params, base, on.head.reversed if on.head else None)
+    if head is not None:
+        weights.params, weights.head = heads.split(weights.params, head)
     return weights
 
 
@@ -93,8 +95,7 @@ def write_model(
 
     native: model.json, params/ and the tokenizer. hf: files for `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline`.
     mamba_ssm: files for `MambaLMHeadModel.from_pretrained`; pytorch_model.bin only if torch is installed. gguf: one
-    file of that name. Each with a model card, README.md, and all but gguf with classifier.safetensors if there is a
-    classifier.
+    file of that name. Each with a model card, README.md, and all but gguf with head.safetensors if there is a head.
 
     Args:
       weights: the model.
@@ -134,8 +135,8 @@ def _write_folder(weights: Weights, folder: Path, dialect: str, dtype: str) -> N
         native.write(weights, folder)
     else:
         foreign.write(weights, folder, dialect, dtype)
-    if weights.classifier is not None:
-        classifier.write(weights.classifier, folder)
+    if weights.head is not None:
+        heads.write(weights.head, folder, weights.config)
 
 
 def refuse_existing(folder: Path) -> None:

@@ -28,7 +28,7 @@ from biomamba_jax.data.special_tokens import token_ids
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
-from biomamba_jax.interop import classifier, tokenizers, vocabulary
+from biomamba_jax.interop import heads, tokenizers, vocabulary
 from biomamba_jax.interop.configs import EXECUTION, portable
 from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name
 from biomamba_jax.interop.weights import Weights
@@ -90,7 +90,7 @@ def read(folder: Path) -> Weights:
     ids = token_ids(path, raw.get("token_ids", {}))
     file = tokenizers.find(folder)
     vocabulary.check_recorded(folder, load_tokenizer(file) if file else None, raw.get("tokenizer"))
-    return Weights(config, params, file, about, classifier.find(folder, config.d_model), ids)
+    return Weights(config, params, file, about, heads.find(folder, config), ids)
 
 
 class Damaged(UserError):

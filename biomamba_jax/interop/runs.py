@@ -6,14 +6,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_step_lines
-from biomamba_jax.interop import native, run_dir, tokenizers, vocabulary
+from biomamba_jax.interop import heads, native, run_dir, tokenizers, vocabulary
 from biomamba_jax.interop.adapters import Base
-from biomamba_jax.interop.classifier import Classifier
 from biomamba_jax.interop.configs import portable
 from biomamba_jax.interop.weights import Weights
 
@@ -26,11 +28,12 @@ _OFF: dict[str, Any] = {"weight_decay": 0, "clip": 0, "layer_decay": 1, "ema": 0
 _OFF |= {"warmup_fraction": 0, "accumulation": 1, "dropout": 0, "patience": None}
 
 
-def read(folder: Path) -> tuple[Weights, Base | None]:
+def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
     """Read the best checkpoint of a run directory if the run keeps it, else the newest; EMA weights if there are any.
 
     Returns:
-      The model, and None; or adapters instead of the parameters, and their base weights.
+      The model; the adapters' base weights if there are adapters instead of the parameters; and the head, whose
+      parameters are with those of the model, if the run trained one.
 
     Raises:
       UserError: there is no checkpoint, or a file is damaged.
@@ -54,8 +57,10 @@ def read(folder: Path) -> tuple[Weights, Base | None]:
         shapes = native.saved_shapes(checkpoint)
     average = next((path for path in shapes if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
-    labels = tuple(settings.get("labels", ())) if settings.get("head") == "classifier" else ()
-    expected = native.native_shapes(config) | ({"classifier": (len(labels), config.d_model)} if labels else {})
+    head, expected = _head(folder, settings), native.native_shapes(config)
+    if head is not None:
+        earlier = f"{prefix}classifier" in shapes  # a run of an earlier version
+        expected |= {"classifier": (len(head.labels), config.d_model)} if earlier else heads.shapes(head, config)
     base, lora = None, settings["lora"]
     if lora.get("rank"):
         try:
@@ -76,8 +81,21 @@ def read(folder: Path) -> tuple[Weights, Base | None]:
     about = describe(folder, settings, step, manifest)
     with run_dir.reading(folder, step):
         params = native.restore(checkpoint, prefix, expected)
-    head = Classifier(params.pop("classifier"), labels) if labels else None
-    return Weights(config, params, tokenizer_file, about, head), base
+    if "classifier" in params:
+        weight = params.pop("classifier")
+        params["head"] = {"weight": weight, "bias": np.zeros(len(weight), np.float32)}
+    return Weights(config, params, tokenizer_file, about), base, head
+
+
+def _head(folder: Path, settings: dict[str, Any]) -> HeadConfig | None:
+    """Return the head that a run trains, None for the language model's."""
+    kind, labels = settings.get("head", "language_model"), settings.get("labels")
+    if kind == "language_model":
+        return None
+    try:
+        return HeadConfig(kind, tuple(labels or ()), settings.get("reading", "once"))
+    except TypeError as error:
+        raise UserError(f"{folder / run_dir.CONFIG}: is not the config of a run ({error})") from None
 
 
 def _settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.heads import Head
 
 
 @dataclass
@@ -20,7 +20,7 @@ class Weights:
     """`tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face)."""
     about: dict[str, Any] = field(default_factory=dict)
     """Information about the training, see `runs.describe`."""
-    classifier: Classifier | None = None
-    """Classification head."""
+    head: Head | None = None
+    """Head that was trained with the model."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """Those of bos_token_id, eos_token_id and pad_token_id that the model's config.json states."""

@@ -8,26 +8,28 @@ print(model.generate(["Patients with type 2 diabetes"])[0])
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.config.generate import Sampling
+from biomamba_jax.data.annotations import AnnotatedText, Span
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
-from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.heads import Head
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.embedding import Embedder
 from biomamba_jax.tasks.generation import Generation, Generator
 from biomamba_jax.tasks.native_scorer import NativeScorer
-from biomamba_jax.tasks.padding import batched, bucket_length, pad_right
+from biomamba_jax.tasks.padding import bucket_length, pad_right
 
 _ROWS = 8
 """Texts that are scored or classified together."""
@@ -52,12 +54,14 @@ class TextScore:
 
 @dataclass(frozen=True)
 class TextClass:
-    """Predicted class of a text."""
+    """Predicted class of a text, or its labels."""
 
     label: str
-    """The most likely class."""
+    """The most likely class or label."""
     probabilities: dict[str, float]
-    """Probability of each class."""
+    """Probability of each class or label."""
+    labels: tuple[str, ...] = ()
+    """The predicted class; of a multi-label head, all labels that are more likely than not."""
 
 
 def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | None = None) -> "Model":
@@ -79,21 +83,21 @@ def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | N
     weights = read_model(path)
     tokenizer = load_tokenizer(weights.tokenizer_file) if weights.tokenizer_file else None
     model = InferenceModel.from_params(weights.config, weights.params, dtype)
-    return Model(Generator(model, tokenizer, os.fspath(path)), weights.classifier)
+    return Model(Generator(model, tokenizer, os.fspath(path)), weights.head)
 
 
 class Model:
-    """A model with its tokenizer and, if it was fine-tuned with one, its classifier; made by `load`.
+    """A model with its tokenizer and, if it was fine-tuned with one, its head; made by `load`.
 
     Args:
       generator: the model and its tokenizer.
-      classifier: a linear layer on the hidden state after a text's last token.
+      head: a linear layer on hidden states.
     """
 
-    def __init__(self, generator: Generator, classifier: Classifier | None = None):
+    def __init__(self, generator: Generator, head: Head | None = None):
         self.generator = generator
         """Continues prompts; `generate` with more control."""
-        self._model, self._path, self._classifier = generator.model, generator.name, classifier
+        self._model, self._path, self._head = generator.model, generator.name, head
 
     @property
     def config(self) -> ModelConfig:
@@ -170,31 +174,52 @@ class Model:
         return [TextScore(tokens, (-nats[index]).tolist()) for index, tokens in enumerate(ids)]
 
     def classify(self, texts: str | Sequence[str]) -> list[TextClass]:
-        """Predict the class of each text with the classifier that was fine-tuned with the model.
+        """Predict the class or the labels of each text with the head that was fine-tuned with the model.
 
         Args:
           texts: a text or several.
 
         Returns:
-          The most likely class and the probability of every class, for each text.
+          The most likely class, the probability of every class and the predicted labels, for each text.
 
         Raises:
-          UserError: the model has no classifier, or its probabilities are NaN.
+          UserError: the model has no such head, or its probabilities are NaN.
         """
-        if self._classifier is None:
-            raise UserError(f"{self._path}: has no classifier.safetensors; fine-tune with --head classifier to get one")
-        ids, classes = self.tokenizer.encode_batch(_as_list(texts)), []
-        weight = jnp.asarray(self._classifier.weight)
-        for batch in batched(ids, _ROWS):
-            rows = [[self.tokenizer.start_id, *tokens] for tokens in batch]
-            last = np.array([len(tokens) - 1 for tokens in rows])
-            inputs = pad_right(rows, (len(rows), bucket_length(last.max() + 1)))
-            for row in np.asarray(_class_probabilities(self._model, weight, inputs, last), np.float64):
-                if not np.isfinite(row).all():
-                    raise UserError(f"{self._path}: its class probabilities are NaN: damaged weights, or an overflow")
-                probabilities = dict(zip(self._classifier.labels, row.tolist(), strict=True))
-                classes.append(TextClass(max(probabilities, key=probabilities.__getitem__), probabilities))
-        return classes
+        return [
+            TextClass(max(found.scores, key=found.scores.__getitem__), found.scores, found.labels)
+            for found in self._annotate(texts, "classifier", "multi_label")
+        ]
+
+    def tag(self, texts: str | Sequence[str]) -> list[tuple[Span, ...]]:
+        """Predict the entities of each text with the head that was fine-tuned with the model.
+
+        Args:
+          texts: a text or several, of any length.
+
+        Returns:
+          The spans of each text: `.start`, `.end` (in characters) and `.type`.
+
+        Raises:
+          UserError: the model has no such head, or its predictions are NaN.
+        """
+        return [found.spans for found in self._annotate(texts, "token_classifier")]
+
+    def _annotate(self, texts: str | Sequence[str], *kinds: str) -> list[AnnotatedText]:
+        head = self.head_model
+        if head.head.kind not in kinds:
+            raise UserError(f"{self._path}: its head is a {head.head.kind}, not a {' or '.join(kinds)}")
+        return head.annotate([AnnotatedText("", text) for text in _as_list(texts)])
+
+    @cached_property
+    def head_model(self) -> HeadModel:
+        """The model with its head, for predictions of every kind.
+
+        Raises:
+          UserError: the model has no head.
+        """
+        if self._head is None:
+            raise UserError(f"{self._path}: has no head.safetensors; fine-tune with --head classifier to get one")
+        return HeadModel(self._path, self._model, self._head, self.tokenizer, rows=_ROWS)
 
     def embed(self, texts: str | Sequence[str], **settings: Any) -> np.ndarray:
         """Return a vector for each text, float32 [texts D].
@@ -215,16 +240,6 @@ class Model:
 
 def _as_list(texts: str | Sequence[str]) -> Sequence[str]:
     return [texts] if isinstance(texts, str) else texts
-
-
-@jax.jit
-def _class_probabilities(
-    model: InferenceModel, weight: Float[Array, "K D"], tokens: Int[Array, "B L"], last: Int[Array, " B"]
-) -> Float[Array, "B K"]:
-    """Return the class probabilities of right-padded texts whose last token is at index `last`."""
-    hidden, _ = model.hidden(tokens)
-    state = hidden[jnp.arange(tokens.shape[0]), last].astype(jnp.float32)
-    return jax.nn.softmax(jnp.matmul(state, weight.T, precision=jax.lax.Precision.HIGHEST))
 
 
 @jax.jit

@@ -1,20 +1,24 @@
-"""Question answering as supervised examples, with the prompts that `evaluate` uses, and their predictions.
+"""Question answering and text mining as supervised examples, with the prompts that `evaluate` uses; predictions.
 
 Each task is split into examples to train on, to stop early by (development) and, where there are any, to test on.
 """
 
+import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig, RowsConfig
+from biomamba_jax.data.annotation_files import read_annotated
+from biomamba_jax.data.annotations import AnnotatedText, Relation, check_splits, describe, tag_names
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
 from biomamba_jax.tasks.measures import classification
 from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
+from biomamba_jax.tasks.relations import candidates
 
 _MAX_NEW_TOKENS = 64
 
@@ -25,14 +29,18 @@ class Task:
 
     name: str
     """The task's name in results and file names."""
-    train: list[Example]
-    """Examples to train on."""
-    development: list[Example]
+    train: list[Any]
+    """Examples to train on: `Example` for the language model's head, `AnnotatedText` for another one."""
+    development: list[Any]
     """Examples to stop early by."""
-    test: list[Example] = field(default_factory=list)
+    test: list[Any] = field(default_factory=list)
     """Examples to predict with the final weights."""
     answers: Mapping[str, str] = field(default_factory=dict)
     """Text of each class after a prompt; {} if answers are free text."""
+    relations: Mapping[str, set[Relation]] = field(default_factory=dict)
+    """Relations of each document of development and test split, by its key, if the examples are candidates."""
+    messages: Sequence[str] = ()
+    """Lines about the data for the log."""
 
 
 def read_tasks(config: FinetuneConfig) -> list[Task]:
@@ -41,10 +49,54 @@ def read_tasks(config: FinetuneConfig) -> list[Task]:
     Raises:
       UserError: a file that cannot be read or is of another kind.
     """
-    fraction = config.data.development_fraction
-    tasks = [_json_lines(config.data)] if config.data.files else []
-    tasks += [_pubmedqa(config.pubmedqa, config.fold, fraction)] if config.pubmedqa.path else []
-    return tasks + (_bioasq(config.bioasq, fraction) if config.bioasq.path else [])
+    fraction, annotated = config.data.development_fraction, config.data.format != "examples"
+    tasks = [(_annotated if annotated else _json_lines)(config.data)] if config.data.files else []
+    of_questions = [_pubmedqa(config.pubmedqa, config.fold, fraction)] if config.pubmedqa.path else []
+    of_questions += _bioasq(config.bioasq, fraction) if config.bioasq.path else []
+    if config.head == "language_model":
+        return tasks + of_questions
+    return [task if annotated else _for_head(task) for task in tasks] + [_for_head(task) for task in of_questions]
+
+
+def _for_head(task: Task) -> Task:
+    """Return the task with its prompts as texts, whose class is the label."""
+
+    def texts(examples: Sequence[Example]) -> list[AnnotatedText]:
+        return [AnnotatedText(each.key, each.prompt, labels=(each.label,)) for each in examples]
+
+    return dataclasses.replace(
+        task, train=texts(task.train), development=texts(task.development), test=texts(task.test)
+    )
+
+
+def _annotated(config: ExamplesConfig) -> Task:
+    """Read annotated texts, say what cannot be learnt of them, and make candidates of documents with relations."""
+    files = {"train": config.files, "development": config.development, "test": config.test}
+    texts = {split: [text for path in paths for text in read_annotated(path, config)] for split, paths in files.items()}
+    messages = [line for split in texts for line in describe(texts[split], f"{split} split")]
+    if not config.development:
+        fraction = config.development_fraction
+        texts["train"], texts["development"] = held_out_share(texts["train"], fraction, lambda text: text.text)
+    messages += check_splits(files, texts)
+    relations: dict[str, set[Relation]] = {}
+    if config.relation:
+        held_out = [*texts["development"], *texts["test"]]
+        relations = {text.key: {r for r in text.relations if r.type == config.relation} for text in held_out}
+        pairs = {
+            split: [pair for text in own for pair in candidates(text, config.relation, config.pair)]
+            for split, own in texts.items()
+        }
+        messages += [
+            f"{split} split: {len(own):,} pairs in {len(texts[split]):,} texts" for split, own in pairs.items()
+        ]
+        texts = pairs
+    train, development, test = texts.values()
+    return Task(config.format, train, development, test, relations=relations, messages=messages)
+
+
+def prompt(example: Example) -> str:
+    """Return the prompt of an example."""
+    return example.prompt
 
 
 def _json_lines(config: ExamplesConfig) -> Task:
@@ -53,7 +105,7 @@ def _json_lines(config: ExamplesConfig) -> Task:
 
     train, development = read(config.files), read(config.development)
     if not config.development:
-        train, development = held_out_share(train, config.development_fraction)
+        train, development = held_out_share(train, config.development_fraction, prompt)
     return Task("examples", train, development, read(config.test))
 
 
@@ -70,7 +122,7 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
 
     questions = pubmedqa.read_questions(config.path)
     if not any(question.answer == "maybe" for question in questions):
-        train, development = held_out_share(examples(questions), development_fraction)
+        train, development = held_out_share(examples(questions), development_fraction, prompt)
         return Task("pubmedqa", train, development, answers=config.answers)
     split = pubmedqa.official_split(questions, config.test_ids)
     rest = [question for index, part in enumerate(split.folds) if index != fold for question in part]
@@ -97,32 +149,26 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
         chosen = [kind for kind in kinds if kind in config.types]
         train, development = read(config.path, chosen), read(config.development, chosen)
         if not config.development:
-            train, development = held_out_share(train, development_fraction)
+            train, development = held_out_share(train, development_fraction, prompt)
         if train or development:
             tasks.append(Task(name, train, development, answers=answers))
     return tasks
 
 
-def predict(
-    model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig, *, classifier: bool
-) -> list[Prediction]:
-    """Predict the answer of each example.
+def predict(model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig) -> list[Prediction]:
+    """Predict the answer of each example: the most likely one of the task, or text up to a line end if it is free.
 
     Args:
       model: the fine-tuned model.
       task: the examples' task.
       examples: what to predict.
       rows: shape of the batches.
-      classifier: use the model's classifier; otherwise the most likely answer of the task, or greedy text up to a line
-        end where answers are free text.
     """
     prompts, labels = [example.prompt for example in examples], list(task.answers)
     scorer = NativeScorer(task.name, model.generator, task.name, rows.sequence_length, rows.batch_size)
     texts: list[str] | None = None
     scores: list[dict[str, float]] | None = None
-    if classifier:
-        scores = [found.probabilities for found in model.classify(prompts)]
-    elif labels:
+    if labels:
         scores = score_table(labels, likelihood_scores(scorer, prompts, list(task.answers.values())))
     else:
         texts = scorer.generate(prompts, _MAX_NEW_TOKENS, ["\n"])
@@ -152,6 +198,18 @@ def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str
     return values
 
 
-def most_frequent(examples: Sequence[Example]) -> str:
-    """Return the label that most examples have, the first of equally frequent ones."""
-    return Counter(example.label for example in examples).most_common(1)[0][0]
+def most_frequent(labels: Iterable[str]) -> str:
+    """Return the most frequent label, the first of equally frequent ones."""
+    return Counter(labels).most_common(1)[0][0]
+
+
+def head_labels(config: FinetuneConfig, tasks: Sequence[Task]) -> list[str]:
+    """Return the names of the rows of the head that `config` names: its labels, or those that occur in the tasks."""
+    if config.labels or config.head == "language_model":
+        return config.labels
+    if config.head in ("span", "regression"):
+        return {"span": ["start", "end"], "regression": ["score"]}[config.head]
+    texts = [text for task in tasks for text in [*task.train, *task.development]]
+    if config.head == "token_classifier":
+        return tag_names(sorted({span.type for text in texts for span in text.spans}))
+    return sorted({label for text in texts for label in text.labels})

@@ -9,7 +9,7 @@ from torch.nn import functional
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
-from .modeling_biomamba import _Classifier
+from .modeling_biomamba import AnswerHead, SequenceHead, TokenHead
 
 
 class Mamba3Config(PretrainedConfig):
@@ -213,7 +213,19 @@ class Mamba3ForCausalLM(Mamba3PreTrainedModel, GenerationMixin):
         return Mamba3Output(loss=loss, logits=logits, state=state)
 
 
-class Mamba3ForSequenceClassification(_Classifier, Mamba3PreTrainedModel):
-    """Mamba-3 with a classifier."""
+class Mamba3ForSequenceClassification(SequenceHead, Mamba3PreTrainedModel):
+    """Mamba-3 with a head for whole texts."""
+
+    backbone_class = Mamba3Model
+
+
+class Mamba3ForTokenClassification(TokenHead, Mamba3PreTrainedModel):
+    """Mamba-3 with a head for words."""
+
+    backbone_class = Mamba3Model
+
+
+class Mamba3ForQuestionAnswering(AnswerHead, Mamba3PreTrainedModel):
+    """Mamba-3 with a head for answers."""
 
     backbone_class = Mamba3Model

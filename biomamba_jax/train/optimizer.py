@@ -47,7 +47,7 @@ def scale_by_layer_decay(model: ModelConfig, decay: float, embedding_rate: str) 
     bottom = decay ** (model.n_layers + 1) if embedding_rate == "bottom" else 1.0
 
     def scale(update: jax.Array, name: str) -> jax.Array:
-        if name.startswith("layers/"):
+        if name.startswith(("layers/", "reversed/layers/")):
             return update * rates.reshape(-1, *[1] * (update.ndim - 1)).astype(update.dtype)
         return update * bottom if name == "embedding" else update
 

@@ -1,7 +1,7 @@
 """Fine-tuning on prompts and answers, of the whole model or of LoRA adapters, by the loop that pretraining uses.
 
 What differs from pretraining is decided here: which parameters are trained (all, or adapters next to frozen weights),
-what the targets are (the examples say), and what predicts them (the language model's head or a classifier).
+what the targets are (the examples say), and what predicts them (the language model's head or another one).
 """
 
 import dataclasses
@@ -17,6 +17,8 @@ import optax
 from flax import nnx
 
 from biomamba_jax.config import FinetuneConfig, LoraConfig, LossConfig
+from biomamba_jax.config.checks import check
+from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.pipeline import evaluation_batches
@@ -25,7 +27,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.interop.adapters import fingerprint
 from biomamba_jax.interop.vocabulary import identity
-from biomamba_jax.model import LanguageModel, initializers
+from biomamba_jax.model import heads, initializers
 from biomamba_jax.model.lora import drop_inputs, init_adapters, merge
 from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.cross_entropy import LossSums
@@ -48,7 +50,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     """Fine-tune as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
-      config: the run, with the model of `weights`, and with `labels` if its head is a classifier.
+      config: the run, with the model of `weights`, and with `labels` if its head is not the language model's.
       weights: what to start from.
       train: examples to train on.
       development: examples for early stopping and the choice of the best weights.
@@ -62,19 +64,24 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
     """
     graph, layout = abstract_model(config.model, make_mesh(config.mesh), config.train.reduce_dtype)
     mesh, rows, lora = layout.mesh, config.data, config.lora
-    adapters, classifier = bool(lora.rank), bool(config.labels)
-    params = _trained_params(config, weights)
-    if adapters or classifier:  # the sharding rules know neither: all parameters are replicated
-        if mesh.shape["tensor"] > 1:
-            raise UserError(f"mesh.tensor = {mesh.shape['tensor']}: must be 1 for adapters and classifiers")
+    adapters, head = bool(lora.rank), config.head_config
+    base = weights.params
+    if head is not None and head.reading == "bidirectional":
+        base = heads.with_reversed(base, weights.head.reversed if weights.head else None)
+    params = _trained_params(config, weights, base)
+    if adapters or head is not None:  # the sharding rules know neither: all parameters are replicated
+        for axis in ("tensor", "sequence") if head is not None else ("tensor",):
+            check(mesh.shape[axis] == 1, f"mesh.{axis}", mesh.shape[axis], "must be 1 for adapters and heads")
         layout = Layout(mesh)
     file = weights.tokenizer_file
     known = {"tokenizer": identity(load_tokenizer(file))} if file else {}
-    frozen = (jax.device_put(weights.params, replicated(mesh)),) if adapters else ()
+    frozen = (jax.device_put(base, replicated(mesh)),) if adapters else ()
 
     def loss(loss_config: LossConfig, lora: LoraConfig) -> LossFunction:
-        plain = classification_loss if classifier else language_model_loss
-        function = plain(graph, loss_config, layout.collectives)
+        if head is None:
+            function = language_model_loss(graph, loss_config, layout.collectives)
+        else:
+            function = head_loss(graph, head, loss_config, layout.collectives)
         return adapted(function, lora) if adapters else function
 
     plan = RowPlan(train.lengths, rows.sequence_length, seed=config.train.seed)
@@ -96,22 +103,23 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         tokenizer=weights.tokenizer_file,
         hooks=[(1, AdapterCheck())] if adapters else [],
         identity=known | ({"base_sha256": fingerprint(weights.params)} if adapters else {}),
-        messages=_messages(train, development, params, weights.params if adapters else None),
+        messages=_messages(train, development, params, base if adapters else None),
     )
     return run(training, params)
 
 
-def _trained_params(config: FinetuneConfig, weights: Weights) -> Params:
-    adapters, head = jax.random.split(jax.random.key(config.train.seed))
-    params: Params = dict(weights.params)
+def _trained_params(config: FinetuneConfig, weights: Weights, base: Params) -> Params:
+    adapters, key = jax.random.split(jax.random.key(config.train.seed))
+    params: Params = dict(base)
     if config.lora.rank:
-        params = init_adapters(weights.params, config.lora.targets, config.lora.rank, adapters)
-    if config.labels:
-        width, known = config.model.d_model, weights.classifier
-        if known is not None and known.labels == tuple(config.labels):
-            params["classifier"] = known.weight
+        params = init_adapters(base, config.lora.targets, config.lora.rank, adapters)
+    if (head := config.head_config) is not None:
+        if (known := weights.head) is not None and known.config == head:
+            params["head"] = {"weight": known.weight, "bias": known.bias}
         else:
-            params["classifier"] = initializers.linear(width)(head, (len(config.labels), width))
+            count, width = len(head.labels), head.width(config.model.d_model)
+            weight = initializers.linear(width)(key, (count, width))
+            params["head"] = {"weight": weight, "bias": jnp.zeros(count)}
     return params
 
 
@@ -122,17 +130,21 @@ def _metrics(sums: Metrics) -> Metrics:
 
 
 def _decay_mask(params: Params) -> Params:
-    """Return pretraining's mask; a classifier is decayed, a language model head that it leaves unused is not."""
-    if "classifier" not in params:
-        return decay_mask(params)
-    mask = decay_mask({name: value for name, value in params.items() if name != "classifier"})
-    return mask | {"classifier": True} | ({"lm_head": False} if "lm_head" in mask else {})
+    """Return pretraining's mask; a head's weight is decayed, a language model head that it leaves unused is not."""
+    mask = decay_mask({name: value for name, value in params.items() if name not in ("head", "reversed")})
+    if "reversed" in params:
+        mask["reversed"] = {name: mask[name] for name in params["reversed"]}
+    if "head" in params:
+        mask |= {"head": {"weight": True, "bias": False}} | ({"lm_head": False} if "lm_head" in mask else {})
+    return mask
 
 
 def _messages(train: EncodedExamples, development: EncodedExamples, params: Params, base: Params | None) -> list[str]:
     messages = [f"{len(train):,} examples to train on, {len(development):,} for early stopping"]
     if shortened := train.shortened + development.shortened:
-        messages.append(f"{shortened:,} prompts do not fit into a row and lose their beginning (data.sequence_length)")
+        messages.append(f"{shortened:,} texts do not fit into a row and are cut (data.sequence_length)")
+    if left_out := train.left_out + development.left_out:
+        messages.append(f"{left_out:,} questions are left out: no answer of whole words in the text of their row")
     if base is not None:
         trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, base))
         messages.append(f"adapters: {trained / 1e6:.2f} M trained parameters, {frozen / 1e6:.1f} M frozen ones")
@@ -142,20 +154,35 @@ def _messages(train: EncodedExamples, development: EncodedExamples, params: Para
 # --- Losses ----------------------------------------------------------------------------------------------------------
 
 
-def classification_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Collectives = UNSHARDED) -> LossFunction:
-    """Return the summed loss of a classifier, whose targets are rows of params["classifier"] instead of tokens.
+def head_loss(
+    graph: nnx.GraphDef, head: HeadConfig, config: LossConfig, collectives: Collectives = UNSHARDED
+) -> LossFunction:
+    """Return the summed loss of a head; see `model.heads` for its parameters and its targets.
 
     Args:
       graph: the model's graph definition.
-      config: smoothing, z-loss and chunk size.
+      head: kind, labels and reading.
+      config: smoothing and z-loss of a softmax over labels.
       collectives: see `language_model_loss`.
     """
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
-        head = params["classifier"]
-        model: LanguageModel = nnx.merge(graph, {name: value for name, value in params.items() if name != "classifier"})
-        hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], collectives=collectives)
-        sums = cross_entropy_sums(hidden.astype(head.dtype), head, head.shape[0], batch, config)
+        weight, bias = params["head"]["weight"], params["head"]["bias"]
+        targets, segments = batch["targets"], batch["segment_ids"]
+        hidden = heads.head_hidden(graph, params, head, batch["inputs"], segments, collectives).astype(weight.dtype)
+        if head.kind in ("classifier", "token_classifier"):  # the bias is the weight of a state that is always 1
+            hidden = jnp.concatenate([hidden, jnp.ones_like(hidden[..., :1])], -1)
+            weight = jnp.concatenate([weight, bias[:, None]], -1)
+            sums = cross_entropy_sums(hidden, weight, len(head.labels), batch, config)
+        else:
+            logits = jnp.matmul(hidden, weight.T, precision=jax.lax.Precision.HIGHEST) + bias
+            valid = (segments != 0) & (targets >= 0)
+            if head.kind == "multi_label":
+                sums = heads.multi_label_sums(logits, targets, valid)
+            elif head.kind == "regression":
+                sums = heads.regression_sums(logits, targets, valid)
+            else:
+                sums = heads.span_sums(logits, targets, valid, segments)
         return sums.loss, sums
 
     return loss
@@ -186,7 +213,9 @@ class AdapterCheck:
 
     def __init__(self) -> None:
         self._done = False
-        self._any: Callable[[Any], Any] = jax.jit(lambda tree: jax.tree.map(lambda x: (x != 0).any((-2, -1)), tree))
+        self._any: Callable[[Any], Any] = jax.jit(
+            lambda tree: jax.tree.map(lambda x: (x != 0).any(tuple(range(-min(x.ndim, 2), 0))), tree)
+        )
 
     def __call__(self, step: int, state: TrainState) -> None:
         """Check once, after `CHECKED_STEP` updates.

@@ -6,8 +6,18 @@ import numpy as np
 import pytest
 from tiny_models import train_tokenizer
 
-from biomamba_jax.data.examples import Example, encode_answers, encode_examples, held_out_share, read_examples
+from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.data.annotations import AnnotatedText
+from biomamba_jax.data.examples import (
+    Example,
+    encode_answers,
+    encode_examples,
+    encode_texts,
+    held_out_share,
+    read_examples,
+)
 from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.supervision import prompt
 
 PROMPT = "the patients were given insulin"
 
@@ -17,8 +27,8 @@ def tokenizer(tmp_path_factory):
     return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def encode(tokenizer, *examples, length=64, labels=()):
-    return encode_examples(examples, tokenizer, length, source="made-up", labels=labels)
+def encode(tokenizer, *examples, length=64):
+    return encode_examples(examples, tokenizer, length, source="made-up")
 
 
 def write_lines(path, *records):
@@ -86,7 +96,8 @@ def test_a_space_at_the_prompt_s_end_is_learnt_with_the_answer(tokenizer):
 
 
 def test_a_classifiers_one_target_stands_behind_the_prompt(tokenizer):
-    [example] = encode(tokenizer, Example(PROMPT, " no", label="no"), labels=("yes", "no"))
+    head = HeadConfig("classifier", ("yes", "no"))
+    [example] = encode_texts([AnnotatedText("", PROMPT, labels=("no",))], tokenizer, 64, head, source="")._examples
     [prompt] = tokenizer.encode_batch([PROMPT])
     assert example.inputs.tolist() == [tokenizer.eos_id, *prompt]
     assert example.targets.tolist() == [-1] * len(prompt) + [1]
@@ -102,21 +113,16 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(tokenizer
 
 
 @pytest.mark.parametrize(
-    ("example", "labels", "message"),
+    ("example", "message"),
     [
-        (Example(PROMPT, " diabetes" * 30, key="q7"), (), "example 'q7': its answer .* raise data.sequence_length"),
-        (Example(PROMPT, "", key="q7"), (), "example 'q7' has an empty answer"),
-        (
-            Example(PROMPT, " no", label="no", key="q7"),
-            ("yes", "maybe"),
-            "example 'q7' is of class 'no', none of yes, maybe",
-        ),
+        (Example(PROMPT, " diabetes" * 30, key="q7"), "example 'q7': its answer .* raise data.sequence_length"),
+        (Example(PROMPT, "", key="q7"), "example 'q7' has an empty answer"),
     ],
-    ids=["long", "empty", "unknown class"],
+    ids=["long", "empty"],
 )
-def test_an_example_that_cannot_be_learnt_is_refused_by_name(tokenizer, example, labels, message):
+def test_an_example_that_cannot_be_learnt_is_refused_by_name(tokenizer, example, message):
     with pytest.raises(UserError, match=message):
-        encode(tokenizer, example, length=16, labels=labels)
+        encode(tokenizer, example, length=16)
 
 
 def test_no_examples_at_all_are_refused(tokenizer):
@@ -153,10 +159,10 @@ def test_a_template_that_is_none_is_refused(tmp_path):
 
 def test_the_development_share_depends_on_each_prompt_alone():
     examples = [Example(f"question {index % 500}", " yes", key=str(index)) for index in range(1000)]
-    train, development = held_out_share(examples, 0.2)
+    train, development = held_out_share(examples, 0.2, prompt)
     assert len(train) + len(development) == 1000 and 140 < len(development) < 260
     assert not {e.prompt for e in train} & {e.prompt for e in development}
-    again = held_out_share(examples[::-1][:300], 0.2)[1]
+    again = held_out_share(examples[::-1][:300], 0.2, prompt)[1]
     assert {e.key for e in again} == {e.key for e in development if int(e.key) >= 700}
 
 

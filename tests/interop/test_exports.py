@@ -13,9 +13,10 @@ from tiny_models import CONFIGS, sentences, train_tokenizer, write_byte_level
 
 import biomamba_jax
 from biomamba_jax import convert
+from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model, write_model
-from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.heads import Head
 from biomamba_jax.interop.runs import effective
 
 # Fields without a default of mlx-lm's `ModelArgs`, mlx_lm/models/{mamba,mamba2}.py of version 0.32.
@@ -31,9 +32,11 @@ LABELS = ("yes", "no", "maybe")
 def weights(request, tmp_path_factory):
     """A model with a tokenizer and a classifier."""
     weights = random_weights(dataclasses.replace(CONFIGS[request.param], vocab_size=310))
-    head = Classifier(np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32), LABELS)
+    random = np.random.default_rng(0)
+    weight, bias = (random.standard_normal(shape).astype(np.float32) for shape in ((3, 32), 3))
+    head = Head(HeadConfig("classifier", LABELS), weight, bias)
     tokenizer = train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return dataclasses.replace(weights, classifier=head, tokenizer_file=tokenizer.path)
+    return dataclasses.replace(weights, head=head, tokenizer_file=tokenizer.path)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,7 @@ def test_the_card_states_origin_licence_and_what_a_report_measured(weights, tmp_
     sources = [{"name": "hf:owner/set", "sha256": "1"}, {"name": "a.xml.gz", "sha256": "2"}]
     about = {"steps": 3, "tokens": 9, "base_model": "owner/base"}
     about["text"] = {"sources": sources, "splits": {}, "tokenizer": "t"}
-    write_model(dataclasses.replace(weights, about=about, classifier=None), tmp_path / "m", "native")
+    write_model(dataclasses.replace(weights, about=about, head=None), tmp_path / "m", "native")
     measured = {"models": {"us": {"perplexity": {"value": 9.5}, "bits_per_byte": {"value": 1.25}}}}
     task = {"title": "PubMedQA", "models": {"us": {"measures": {"accuracy": {"value": 0.75}}}}}
     report = {"models": {"us": {"path": str(tmp_path / "m")}, "other": {"path": "elsewhere"}}}

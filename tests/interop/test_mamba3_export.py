@@ -8,9 +8,10 @@ from random_weights import random_weights
 from test_parity import our_logits, their_logits, tokens
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import write_model
-from biomamba_jax.interop.classifier import Classifier
+from biomamba_jax.interop.heads import Head
 
 torch = pytest.importorskip("torch", reason="transformers runs on torch")
 transformers = pytest.importorskip("transformers", reason="what is exported is for transformers")
@@ -27,9 +28,8 @@ MIMO = dataclasses.replace(
 def exported(request, tmp_path_factory):
     """Weights, and what transformers loads from their export."""
     weights, folder = random_weights(request.param), tmp_path_factory.mktemp("export") / "hf"
-    write_model(
-        dataclasses.replace(weights, classifier=Classifier(np.ones((2, 32), np.float32), ("a", "b"))), folder, "hf"
-    )
+    head = Head(HeadConfig("classifier", ("a", "b")), np.ones((2, 32), np.float32), np.zeros(2, np.float32))
+    write_model(dataclasses.replace(weights, head=head), folder, "hf")
     return weights, folder, transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 

@@ -14,7 +14,9 @@ from random_weights import random_weights
 from tiny_models import CONFIGS, train_tokenizer
 
 from biomamba_jax.config import CheckpointConfig, ExamplesConfig, FinetuneConfig, LoraConfig, LossConfig, TrainConfig
-from biomamba_jax.data.examples import Example, encode_examples
+from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.data.annotations import AnnotatedText
+from biomamba_jax.data.examples import Example, encode_examples, encode_texts
 from biomamba_jax.data.packing import Piece, fill_row
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
@@ -24,7 +26,7 @@ from biomamba_jax.model import LanguageModel, lora
 from biomamba_jax.train import supervised
 from biomamba_jax.train.metrics import read_metrics
 from biomamba_jax.train.step import language_model_loss
-from biomamba_jax.train.supervised import adapted, classification_loss, finetune
+from biomamba_jax.train.supervised import adapted, finetune, head_loss
 
 EXAMPLES = [
     Example("the patients were given", " insulin", "insulin"),
@@ -35,6 +37,7 @@ EXAMPLES = [
 ]
 LABELS = ("diabetes", "glucose", "insulin", "mice")
 LENGTH = 48
+HEAD = HeadConfig("classifier", LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,10 @@ def batch_of(examples, *rows):
 
 
 def encoded(tokenizer, labels=()):
-    return encode_examples(EXAMPLES, tokenizer, LENGTH, source="made-up", labels=labels)
+    if not labels:
+        return encode_examples(EXAMPLES, tokenizer, LENGTH, source="made-up")
+    texts = [AnnotatedText(each.key, each.prompt, labels=(each.label,)) for each in EXAMPLES]
+    return encode_texts(texts, tokenizer, LENGTH, HEAD, source="made-up")
 
 
 # --- The loss --------------------------------------------------------------------------------------------------------
@@ -110,28 +116,27 @@ def test_the_loss_is_that_of_the_answers_tokens_and_of_the_end(weights, tokenize
 
 
 def test_a_classifiers_loss_is_that_of_the_class_after_the_last_token(weights, tokenizer):
-    params = weights.params | {"classifier": np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)}
+    random = np.random.default_rng(0)
+    head = {"weight": random.standard_normal((4, 32), np.float32), "bias": random.standard_normal(4, np.float32)}
+    params = weights.params | {"head": head}
     model, by_hand = nnx.merge(graph_of(weights.config), jax.tree.map(jnp.asarray, weights.params)), 0.0
     for example in EXAMPLES:
         [prompt] = tokenizer.encode_batch([example.prompt])
         state = np.asarray(model.hidden(jnp.asarray([[tokenizer.eos_id, *prompt]]))[0][0, -1], np.float64)
-        scores = params["classifier"].astype(np.float64) @ state
+        scores = head["weight"].astype(np.float64) @ state + head["bias"]
         by_hand += np.log(np.exp(scores).sum()) - scores[LABELS.index(example.label)]
-    _, sums = jax.jit(classification_loss(graph_of(weights.config), LossConfig()))(
+    _, sums = jax.jit(head_loss(graph_of(weights.config), HEAD, LossConfig()))(
         params, batch_of(encoded(tokenizer, LABELS), [0, 1, 2], [3, 4])
     )
     assert sums.weight == len(EXAMPLES)
     np.testing.assert_allclose(sums.nll, by_hand, rtol=1e-5)
 
 
-@pytest.mark.parametrize("labels", [(), LABELS], ids=["language model", "classifier"])
-def test_packed_examples_give_the_loss_and_gradients_of_examples_one_by_one(weights, tokenizer, labels):
-    loss_of = classification_loss if labels else language_model_loss
-    params = weights.params | ({"classifier": np.ones((4, 32), np.float32)} if labels else {})
-    gradient = jax.jit(jax.value_and_grad(loss_of(graph_of(weights.config), LossConfig()), has_aux=True))
-    examples = encoded(tokenizer, labels)
-    (packed, _), packed_gradient = gradient(params, batch_of(examples, [0, 1, 2], [3, 4]))
-    single = [gradient(params, batch_of(examples, [index], [])) for index in range(len(EXAMPLES))]
+def test_packed_examples_give_the_loss_and_gradients_of_examples_one_by_one(weights, tokenizer):
+    loss, examples = language_model_loss(graph_of(weights.config), LossConfig()), encoded(tokenizer)
+    gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    (packed, _), packed_gradient = gradient(weights.params, batch_of(examples, [0, 1, 2], [3, 4]))
+    single = [gradient(weights.params, batch_of(examples, [index], [])) for index in range(len(EXAMPLES))]
     np.testing.assert_allclose(packed, sum(value for (value, _), _ in single), rtol=1e-5)
     summed = jax.tree.map(lambda *parts: sum(parts), *(part for _, part in single))
     for ours, theirs in zip(*map(jax.tree.leaves, (packed_gradient, summed)), strict=True):

@@ -1,0 +1,213 @@
+"""Files of annotated texts in the field's formats.
+
+    conll       a word and its tag a line, the tag last; IOB or IOBES; an empty line ends a sentence
+    pubtator    PMID|t|title, PMID|a|abstract, then lines of mentions and of relations
+    bioc        BioC XML: passages, annotations, relations
+    marked      JSON lines {"text", "label"}; the two entities in << >> and [[ ]], as ChemProt's
+    spans       JSON lines {"text", "spans": [{"start", "end", "type"}], "labels", "score"}
+    tsv         text, tab, labels joined by a separator, as HoC's
+    squad       JSON of paragraphs with questions and answers, as BioASQ's factoids
+
+Each may be compressed: .gz, .bz2 or .zst.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lxml import etree
+
+from biomamba_jax.config import ExamplesConfig
+from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, check_spans, from_tags
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_any_json, read_chunks, read_json_lines, read_lines
+
+_TAG = re.compile(r"O|[BIES]-.+")
+_NO_CONCEPT = ("-1", "-", "")
+_MARKED = {"head": re.compile(r"<< (.+?) >>"), "tail": re.compile(r"\[\[ (.+?) \]\]")}
+
+
+def read_annotated(path: str, config: ExamplesConfig) -> list[AnnotatedText]:
+    """Read a file; spans of other types than `config.types`, if it names any, are left out.
+
+    Raises:
+      UserError: the file is not of the format, or offsets do not fit a text; names the record.
+    """
+    assert config.format != "examples"
+    texts = list(_READERS[config.format](path, config))
+    if not texts:
+        raise UserError(f"{path}: holds no text; is it of data.format {config.format}?")
+    return texts
+
+
+def _kept(spans: Sequence[Span], config: ExamplesConfig) -> tuple[Span, ...]:
+    return tuple(span for span in spans if not config.types or span.type in config.types)
+
+
+def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    lines = ((number, line.split()) for number, line in enumerate(read_lines(path), 1))
+    for filled, group in groupby(lines, lambda each: bool(each[1]) and each[1][0] != "-DOCSTART-"):
+        if not filled:
+            continue
+        rows = list(group)
+        offsets, place = [], 0
+        for number, columns in rows:
+            if len(columns) < 2 or not _TAG.fullmatch(columns[-1]):
+                raise UserError(
+                    f"{path}, line {number}: is not a word and a tag such as B-Disease or O, but {' '.join(columns)!r}"
+                )
+            offsets.append((place, place + len(columns[0])))
+            place += len(columns[0]) + 1
+        spans = from_tags(offsets, [columns[-1] for _, columns in rows])
+        text = " ".join(columns[0] for _, columns in rows)
+        yield AnnotatedText(f"{Path(path).name}:{rows[0][0]}", text, _kept(spans, config))
+
+
+def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    lines = ((number, line) for number, line in enumerate(read_lines(path), 1))
+    for filled, group in groupby(lines, lambda each: bool(each[1].strip())):
+        if not filled:
+            continue
+        parts: list[str] = []
+        spans: list[Span] = []
+        mentions: list[str | None] = []
+        relations: list[Relation] = []
+        key = ""
+        for number, line in group:
+            columns = line.split("\t")
+            if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
+                key = head[1]
+                parts.append(head[2])
+            elif len(columns) == 4 and not columns[1].isdigit():
+                relations.append(Relation(*columns[1:]))
+            elif len(columns) >= 5 and columns[1].isdigit() and columns[2].isdigit():
+                concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
+                spans.append(Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)))
+                mentions.append(columns[3])
+            else:
+                raise UserError(f"{path}, line {number}: is no title, abstract, mention or relation of PubTator")
+        text = AnnotatedText(key, "\n".join(parts), tuple(spans), (), tuple(relations))
+        yield _checked(text, mentions, f"{path}, PMID {key}", config)
+
+
+def _checked(text: AnnotatedText, mentions: Sequence[str | None], where: str, config: ExamplesConfig) -> AnnotatedText:
+    check_spans(text, mentions, where)
+    return replace(text, spans=_kept(text.spans, config))
+
+
+def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    parser = etree.XMLParser(resolve_entities=False, load_dtd=False, no_network=True, remove_comments=True)
+    try:
+        root = etree.fromstring(b"".join(read_chunks(path, 1 << 20)), parser)
+    except etree.XMLSyntaxError as error:
+        raise UserError(f"{path}: not well-formed XML ({error.msg}); download it again") from None
+    for document in root.iter("document"):
+        where = f"{path}, document {document.findtext('id')}"
+        try:
+            text = ""
+            spans: list[Span] = []
+            mentions: list[str | None] = []
+            concepts: dict[str, tuple[str, ...]] = {}
+            for passage in document.iter("passage"):
+                # Offsets count characters of the whole document, of which passages may leave some out.
+                for part in [passage] if passage.find("text") is not None else passage.iter("sentence"):
+                    offset = int(part.findtext("offset", "0"))
+                    text = text.ljust(offset)[:offset] + (part.findtext("text") or "")
+                for annotation in passage.iter("annotation"):
+                    facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
+                    stated = next((facts[key] for key in ("identifier", "mesh") if key in facts), "")
+                    ids = tuple(each for each in re.split(r"[|,;]", stated) if each not in _NO_CONCEPT)
+                    concepts[annotation.get("id", "")] = ids
+                    places = annotation.findall("location")
+                    if len(places) == 1:  # a span in several parts has no offsets of its own
+                        start = int(places[0].get("offset", ""))
+                        end = start + int(places[0].get("length", ""))
+                        spans.append(Span(start, end, facts.get("type", ""), ids))
+                        mentions.append(annotation.findtext("text"))
+            relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
+        except ValueError as error:
+            raise UserError(f"{where}: has an offset that is no number ({error})") from None
+        key = document.findtext("id") or ""
+        yield _checked(AnnotatedText(key, text, tuple(spans), (), tuple(relations)), mentions, where, config)
+
+
+def _bioc_relation(element: Any, concepts: dict[str, tuple[str, ...]]) -> Iterator[Relation]:
+    """Yield a relation for each pair of concepts; BC5CDR's names them, other corpora refer to annotations."""
+    facts = {infon.get("key", ""): infon.text or "" for infon in element.iter("infon")}
+    kind = facts.pop("relation", facts.pop("type", ""))
+    nodes = [concepts.get(node.get("refid", ""), ()) for node in element.iter("node")]
+    pairs = nodes if len(nodes) == 2 else [(value,) for value in facts.values()]
+    if len(pairs) == 2:
+        yield from (Relation(kind, head, tail) for head in pairs[0] for tail in pairs[1])
+
+
+def _marked(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    for number, line in read_json_lines(path):
+        where = f"{path}, line {number}"
+        text, label = line.get("text"), line.get("label")
+        if not isinstance(text, str) or not isinstance(label, str):
+            raise UserError(f'{where}: lacks a "text" or a "label" that is text')
+        found = {name: mark.findall(text) for name, mark in _MARKED.items()}
+        if any(len(mentions) != 1 for mentions in found.values()):
+            raise UserError(f"{where}: does not mark one entity with << >> and one with [[ ]]")
+        spans = (Span(*match.span(1), name) for name, mark in _MARKED.items() for match in mark.finditer(text))
+        yield AnnotatedText(f"{Path(path).name}:{number}", text, tuple(spans), (label,))
+
+
+def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    for number, line in read_json_lines(path):
+        where = f"{path}, line {number}"
+        try:
+            raw = [(int(s["start"]), int(s["end"]), str(s["type"]), s) for s in line.get("spans", ())]
+            labels = (line["label"],) if "label" in line else tuple(line.get("labels", ()))
+            key, score = str(line.get("key", line.get("id", where))), line.get("score")
+            spans = tuple(Span(start, end, kind, tuple(s.get("ids", ()))) for start, end, kind, s in raw)
+            question, relations = str(line.get("question", "")), (Relation(*r) for r in line.get("relations", ()))
+            own = AnnotatedText(key, str(line["text"]), spans, labels, tuple(relations), question=question)
+            text = own if score is None else replace(own, score=float(score))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
+        yield _checked(text, [s.get("text") for *_, s in raw], where, config)
+
+
+def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        text, tab, joined = line.rpartition("\t")
+        if not tab:
+            raise UserError(f"{path}, line {number}: has no tab between text and labels")
+        labels = [each.strip() for each in joined.split(config.separator)]
+        kept = tuple(each for each in labels if each not in ("", config.no_label))
+        yield AnnotatedText(f"{Path(path).name}:{number}", text, labels=kept)
+
+
+def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
+    try:
+        for article in read_any_json(path)["data"]:
+            for paragraph in article["paragraphs"]:
+                context = paragraph["context"]
+                for qa in paragraph["qas"]:
+                    answers = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
+                    spans = tuple(Span(start, start + len(text), "answer") for start, text in answers)
+                    found = AnnotatedText(str(qa["id"]), context, spans, question=qa["question"])
+                    check_spans(found, [text for _, text in answers], f"{path}, question {qa['id']}")
+                    yield found
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is not JSON of paragraphs and questions as SQuAD's ({error!r})") from None
+
+
+_READERS: dict[str, Callable[[str, ExamplesConfig], Iterator[AnnotatedText]]] = {
+    "conll": _conll,
+    "pubtator": _pubtator,
+    "bioc": _bioc,
+    "marked": _marked,
+    "spans": _spans,
+    "tsv": _tsv,
+    "squad": _squad,
+}

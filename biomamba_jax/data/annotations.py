@@ -1,0 +1,225 @@
+"""Annotated texts: spans with a type at character offsets, labels, relations, scores; their words and tags.
+
+Labels are given to words: runs of letters, runs of digits, and every other character that is not white space. Each word
+is tokenized by itself, together with the white space before it, so that no token crosses a word's border and offsets
+are exact through every tokenizer, whatever it normalizes; where no token crosses a border anyway, the tokens are those
+of the whole text. A word's label sits on its last token, where a causal model has seen all of it.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from biomamba_jax.data.tokenizer import Tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_chunks
+
+WORD = re.compile(r"[^\W\d_]+|\d+|_|[^\w\s]")
+OUTSIDE = "O"
+
+
+class Span(NamedTuple):
+    """A stretch of a text."""
+
+    start: int
+    """Index of its first character."""
+    end: int
+    """Index after its last character."""
+    type: str
+    """Its type, such as Disease."""
+    ids: tuple[str, ...] = ()
+    """Identifiers of the concepts that it names."""
+
+
+class Relation(NamedTuple):
+    """A relation between two concepts."""
+
+    type: str
+    """Its type, such as CID."""
+    head: str
+    """Identifier of the first concept."""
+    tail: str
+    """Identifier of the second one."""
+
+
+@dataclass(frozen=True)
+class AnnotatedText:
+    """A text and what is known, or predicted, of it."""
+
+    key: str
+    """Name of the text in its source."""
+    text: str
+    """The text."""
+    spans: tuple[Span, ...] = ()
+    """Spans, such as entities, in the order of their file; of a question, its answers, the best first."""
+    labels: tuple[str, ...] = ()
+    """Classes of the text."""
+    relations: tuple[Relation, ...] = ()
+    """Relations between the concepts of its spans."""
+    score: float | None = None
+    """A number that is said of the text, such as a similarity."""
+    question: str = ""
+    """Question whose answers the spans are."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """Of a prediction: the probability of each label."""
+
+
+class EncodedWords(NamedTuple):
+    """A tokenized text."""
+
+    ids: list[int]
+    """Token ids."""
+    words: list[tuple[int, int]]
+    """Character offsets of each word that has a token."""
+    last: list[int]
+    """Index of the last token of each of these words."""
+
+
+def encode_words(texts: Sequence[str], tokenizer: Tokenizer) -> list[EncodedWords]:
+    """Tokenize texts word by word; a word that the tokenizer drops, such as a control character, is left out."""
+    found = [[match.span() for match in WORD.finditer(text)] for text in texts]
+    spelled = [[text[a:b] for a, b in _with_space(words)] for text, words in zip(texts, found, strict=True)]
+    distinct = list(dict.fromkeys(word for words in spelled for word in words))
+    ids = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
+    encoded = []
+    for words, strings in zip(found, spelled, strict=True):
+        one = EncodedWords([], [], [])
+        for word, string in zip(words, strings, strict=True):
+            if ids[string]:
+                one.ids.extend(ids[string])
+                one.words.append(word)
+                one.last.append(len(one.ids) - 1)
+        encoded.append(one)
+    return encoded
+
+
+def _with_space(words: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(before, end) for before, (_, end) in zip([0, *(end for _, end in words)], words, strict=False)]
+
+
+# --- Tags ------------------------------------------------------------------------------------------------------------
+
+
+def tag_names(types: Sequence[str]) -> list[str]:
+    """Return the tags of entity types in IOB2: O, then B- and I- of each type."""
+    return [OUTSIDE, *(f"{prefix}-{each}" for each in types for prefix in "BI")]
+
+
+def outermost(spans: Sequence[Span]) -> list[Span]:
+    """Return spans in order without those that overlap an earlier one or lie in a longer one."""
+    kept: list[Span] = []
+    for span in sorted(spans, key=lambda each: (each.start, -each.end)):
+        if not kept or span.start >= kept[-1].end:
+            kept.append(span)
+    return kept
+
+
+def to_tags(words: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[str]:
+    """Return the tag of each word for the outermost spans that begin and end with one."""
+    starts, ends = ({word[side]: index for index, word in enumerate(words)} for side in (0, 1))
+    tags = [OUTSIDE] * len(words)
+    for span in outermost(spans):
+        if span.start in starts and span.end in ends:
+            first, last = starts[span.start], ends[span.end]
+            tags[first : last + 1] = [f"B-{span.type}"] + [f"I-{span.type}"] * (last - first)
+    return tags
+
+
+def from_tags(words: Sequence[tuple[int, int]], tags: Sequence[str]) -> list[Span]:
+    """Return the entities of tags in IOB1, IOB2 or IOBES as conlleval and seqeval count them.
+
+    An entity begins at B or S, after O, E or S, and where the type changes; so an I without a B before it begins one.
+
+    Args:
+      words: character offsets of each word.
+      tags: PREFIX-TYPE or O.
+    """
+    spans: list[Span] = []
+    before, kind = OUTSIDE, ""
+    for (start, end), tag in zip(words, tags, strict=True):
+        prefix, _, name = tag.partition("-")
+        if prefix != OUTSIDE:
+            if prefix in "BS" or before in (OUTSIDE, "E", "S") or name != kind:
+                spans.append(Span(start, end, name))
+            else:
+                spans[-1] = spans[-1]._replace(end=end)
+        before, kind = prefix, name
+    return spans
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_spans(text: AnnotatedText, mentions: Sequence[str | None], where: str) -> None:
+    """Raise a UserError if a span of a text does not fit it.
+
+    Args:
+      text: the text with its spans.
+      mentions: what the file says that each span spells; None where it does not.
+      where: place of the text, for messages.
+    """
+    for span, mention in zip(text.spans, mentions, strict=True):
+        if not 0 <= span.start < span.end <= len(text.text):
+            raise UserError(f"{where}: span {span.start}-{span.end} is not in its {len(text.text)} characters; fix it")
+        found = text.text[span.start : span.end]
+        if mention is not None and found.split() != mention.split():
+            raise UserError(
+                f"{where}: characters {span.start}-{span.end} are {found!r}, not {mention!r}; are the offsets bytes, "
+                "or of another version of the text?"
+            )
+
+
+def describe(texts: Sequence[AnnotatedText], source: str) -> list[str]:
+    """Return a line for each kind of span that tags cannot express, with its count."""
+    overlapping = misplaced = 0
+    for text in texts:
+        kept = outermost(text.spans)
+        overlapping += len(text.spans) - len(kept)
+        words = [match.span() for match in WORD.finditer(text.text)]
+        starts, ends = {word[0] for word in words}, {word[1] for word in words}
+        misplaced += sum(span.start not in starts or span.end not in ends for span in kept)
+    lines = {
+        "overlap or lie in a longer one: only the outermost is learnt, all are counted": overlapping,
+        "begin or end inside a word: they are not learnt, and count as missed": misplaced,
+    }
+    return [f"{source}: {count:,} spans {what}" for what, count in lines.items() if count]
+
+
+def check_splits(files: Mapping[str, Sequence[str]], texts: Mapping[str, Sequence[AnnotatedText]]) -> list[str]:
+    """Return lines about what the splits share and about labels that only some of them have.
+
+    Args:
+      files: paths of each split, by name.
+      texts: texts of each split, by the same names; the first split is trained on.
+
+    Raises:
+      UserError: a file is in two splits, by its bytes.
+    """
+    seen: dict[bytes, tuple[str, str]] = {}
+    for split, paths in files.items():
+        for path in paths:
+            content = b"".join(read_chunks(path, 1 << 20))
+            other, other_path = seen.setdefault(content, (split, path))
+            if (other, other_path) != (split, path):
+                raise UserError(
+                    f"{path} ({split}): is byte for byte {Path(other_path)} ({other}): what is chosen or measured on "
+                    f"it says nothing about new text; leave data.{split} out, or give another file"
+                )
+    lines, [first, *rest] = [], list(texts)
+    for split in rest:
+        shared = {text.text + text.question for text in texts[first]} & {t.text + t.question for t in texts[split]}
+        if shared:
+            lines.append(f"{len(shared):,} texts of the {split} split are also in the {first} split")
+        missing = Counter(each for text in texts[split] for each in names(text))
+        for each in {name for text in texts[first] for name in names(text)}:
+            del missing[each]
+        lines += [f"{name!r} is not in the {first} split: {n:,} in the {split} split" for name, n in missing.items()]
+    return lines
+
+
+def names(text: AnnotatedText) -> list[str]:
+    """Return the labels and the types of spans of a text."""
+    return [*text.labels, *(span.type for span in text.spans)]

@@ -1,0 +1,142 @@
+"""Head of a model, in a file of its own: readers of language models refuse unknown tensors.
+
+head.safetensors    "weight" [K D] and "bias" [K] in float32, and for a bidirectional head the backbone that reads
+                    backwards, under "reversed_" and its names in transformers; metadata: "head", fields of HeadConfig
+                    as JSON
+classifier.safetensors of earlier versions: "weight", and "labels" in the metadata
+
+In PyTorch modeling_biomamba.py reads it.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop import names
+from biomamba_jax.model.heads import REVERSED
+
+FILE, EARLIER = "head.safetensors", "classifier.safetensors"
+CODE = {
+    "mamba": ("modeling_biomamba.py",),
+    "mamba2": ("modeling_biomamba.py",),
+    "mamba3": ("modeling_mamba3.py", "modeling_biomamba.py"),
+}
+"""PyTorch modules of heads by model_type; the first one has the class."""
+_PREFIX = "reversed_"
+_AUTO = {"token_classifier": "TokenClassification", "span": "QuestionAnswering"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head and its weights; its logits are weight @ hidden state + bias."""
+
+    config: HeadConfig
+    """What it predicts."""
+    weight: np.ndarray
+    """Float32 [K D]; [K 2D] if bidirectional, the columns of the left-to-right backbone first."""
+    bias: np.ndarray
+    """Float32 [K]."""
+    reversed: dict[str, Any] | None = None
+    """Layers and final norm of the backbone that reads backwards."""
+
+
+def shapes(head: HeadConfig, model: ModelConfig) -> dict[str, names.Shape]:
+    """Return the shapes of the parameters that a head adds to a model's, by path."""
+    count, added = len(head.labels), {}
+    if head.reading == "bidirectional":
+        native = names.native_shapes(model)
+        added = {f"reversed/{path}": shape for path, shape in native.items() if path.split("/")[0] in REVERSED}
+    return {"head/weight": (count, head.width(model.d_model)), "head/bias": (count,)} | added
+
+
+def split(params: dict[str, Any], config: HeadConfig) -> tuple[dict[str, Any], Head]:
+    """Return a language model's parameters and the head that was trained with them."""
+    rest = {name: value for name, value in params.items() if name not in ("head", "reversed")}
+    return rest, Head(config, params["head"]["weight"], params["head"]["bias"], params.get("reversed"))
+
+
+def write(head: Head, folder: Path, model: ModelConfig) -> None:
+    """Write head.safetensors into `folder`."""
+    tensors = {"weight": np.ascontiguousarray(head.weight, np.float32), "bias": head.bias.astype(np.float32)}
+    if head.reversed is not None:
+        flat = names.flatten(head.reversed)
+        tensors |= {tensor.key: np.ascontiguousarray(tensor.build(flat)) for tensor in _reversed_tensors(model)}
+    save_file(tensors, folder / FILE, {"format": "pt", "head": json.dumps(dataclasses.asdict(head.config))})
+
+
+def _reversed_tensors(model: ModelConfig) -> Iterator[names.Tensor]:
+    for tensor in names.foreign_tensors(model, "hf"):
+        if tensor.parts[0].split("/")[0] in REVERSED:
+            yield dataclasses.replace(tensor, key=_PREFIX + tensor.key)
+
+
+def write_for_transformers(head: Head, folder: Path, config: dict[str, Any]) -> None:
+    """Let transformers' AutoModelFor... find the head: its code into `folder`, its keys into `config`."""
+    module, task = write_code(folder, config["model_type"]), _AUTO.get(head.config.kind, "SequenceClassification")
+    name = f"{module}.{config['model_type'].capitalize()}For{task}"
+    config["auto_map"] = config.get("auto_map", {}) | {f"AutoModelFor{task}": name}
+    config["id2label"] = {str(i): label for i, label in enumerate(head.config.labels)}
+    config["label2id"] = {label: i for i, label in enumerate(head.config.labels)}
+    config["problem_type"] = {
+        "classifier": "single_label_classification",
+        "multi_label": "multi_label_classification",
+        "regression": "regression",
+    }.get(head.config.kind)
+    config["reading"] = head.config.reading
+
+
+def write_code(folder: Path, model_type: str) -> str:
+    """Write the PyTorch modules of a model type into `folder`; return the name of the one with its classes."""
+    for name in CODE[model_type]:
+        shutil.copyfile(Path(__file__).parents[1] / "templates" / name, folder / name)
+    return CODE[model_type][0].removesuffix(".py")
+
+
+def find(folder: Path, model: ModelConfig) -> Head | None:
+    """Return the head in `folder`, None if there is none.
+
+    Args:
+      folder: folder of the model.
+      model: the model.
+
+    Raises:
+      UserError: the file is damaged or belongs to another model.
+    """
+    path = next((folder / name for name in (FILE, EARLIER) if (folder / name).exists()), None)
+    if path is None:
+        return None
+    try:
+        with safe_open(path, "numpy") as file:
+            found = {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys()}  # noqa: SIM118
+            stated = file.metadata()
+        raw = json.loads(stated["head"]) if "head" in stated else {"labels": json.loads(stated["labels"])}
+        config = HeadConfig(**raw | {"labels": tuple(raw["labels"])})
+        weight = found["weight"]
+        bias = found.get("bias", np.zeros(len(weight), np.float32))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not a head ({error}); export it again, or remove the file") from None
+    tensors = list(_reversed_tensors(model)) if config.reading == "bidirectional" else []
+    expected = shapes(config, model)
+    wanted = {"weight": expected.pop("head/weight"), "bias": expected.pop("head/bias")}
+    wanted |= {tensor.key: tensor.shape for tensor in tensors}
+    for key, shape in wanted.items():
+        value = bias if key == "bias" else found.get(key)
+        if value is None or value.shape != shape:
+            has = "lacks" if value is None else f"has shape {list(value.shape)} for"
+            raise UserError(f"{path}: {has} {key}, its labels and this model need {list(shape)}; export it again")
+    reversed_params = {path.removeprefix("reversed/"): np.zeros(shape, np.float32) for path, shape in expected.items()}
+    for tensor in tensors:
+        tensor.read_into(reversed_params, found[tensor.key])
+    return Head(config, weight, bias, unflatten_dict(reversed_params, sep="/") if tensors else None)

@@ -1,0 +1,145 @@
+"""Find entities in texts with a model fine-tuned with `finetune --head token_classifier`.
+
+python -m biomamba_jax.tag --model DIR [--file notes.txt|lines.jsonl|pubmed.xml] [--to pubtator|html] > spans.jsonl
+
+The model is the run directory, or what `convert` exported from it. A text is a line of standard input or of a file, a
+line of JSON lines, or title and abstract of a record of NLM's XML. Offsets count characters. A text may have any
+length: it is read in windows with the recurrent state carried from one to the next.
+"""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.config.checks import Settings, check
+from biomamba_jax.errors import UserError
+
+_AT_ONCE = 64
+"""Texts read, tagged and written at a time."""
+
+
+@dataclass(frozen=True)
+class TagConfig(Settings):
+    """The texts to tag, and the model."""
+
+    model: str
+    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
+    file: str | None = None
+    """Text, JSON lines (.jsonl) or NLM's XML (.xml), each also .gz, .bz2 or .zst; default: standard input, as text."""
+    text: str = "{text}"
+    """JSON lines: template of the text; {name} stands for that key of the line."""
+    to: Literal["jsonl", "pubtator", "html"] = "jsonl"
+    """Written: JSON lines with the spans, PubTator, or a page with highlighted spans, which needs `output`."""
+    output: str | None = None
+    """File to write; default: standard output."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.to != "html" or self.output, "output", self.output, "give the HTML file to write")
+
+
+def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
+    """Tag the texts of a file or of `source`.
+
+    Args:
+      config: the texts and the model.
+      source: lines to read if the config names no file.
+      out: where results are written if the config names no file for them.
+
+    Raises:
+      UserError: the model has no head for words, or a text cannot be read.
+    """
+    from biomamba_jax import files, html
+    from biomamba_jax.tasks.model import load
+    from biomamba_jax.tasks.padding import batched
+
+    model = load(config.model, config.dtype)
+
+    def tagged() -> Iterator[dict[str, Any]]:
+        for batch in batched(_read(config, source), _AT_ONCE):
+            for record, spans in zip(batch, model.tag([each["text"] for each in batch]), strict=True):
+                found = [{"start": s.start, "end": s.end, "type": s.type} for s in spans]
+                yield record | {"spans": [each | {"text": _spelled(record, each)} for each in found]}
+
+    if config.to == "html":
+        records = list(tagged())
+        types = sorted({span["type"] for record in records for span in record["spans"]})
+        shown = [(record["key"], _parts(record)) for record in records]
+        html.write(Path(config.output or ""), "tagged", title="Entities", texts=shown, types=types, model=config.model)
+        return
+    for_line = _as_pubtator if config.to == "pubtator" else _as_json
+    lines = (for_line(record) + "\n" for record in tagged())
+    if config.output is None:
+        for line in lines:
+            out.write(line)
+            out.flush()
+        return
+    with files.naming_write_errors(config.output, "give --output another file"), files.replacing(config.output) as path:
+        path.write_text("".join(lines), encoding="utf-8")
+
+
+def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Yield records with "key" and "text"; those of JSON lines keep their other keys."""
+    from biomamba_jax.data.examples import fill_template
+    from biomamba_jax.data.nlm import read_articles
+    from biomamba_jax.data.records import Article
+    from biomamba_jax.files import read_json_lines, read_lines, uncompressed_name
+
+    name = config.file or "standard input"
+    kind = Path(uncompressed_name(config.file)).suffix if config.file else ""
+    if kind == ".xml":
+        articles = (each for each in read_articles(name) if isinstance(each, Article))
+        yield from ({"key": str(each.pmid), "text": each.text} for each in articles)
+    elif kind in (".jsonl", ".json"):
+        for number, line in read_json_lines(name):
+            where = f"{name}, line {number}"
+            if "spans" in line:
+                raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
+            text = fill_template(config.text, line, where, "text")
+            yield {"key": str(line.get("key", line.get("id", number)))} | line | {"text": text}
+    else:
+        lines = read_lines(name) if config.file else (line.rstrip("\r\n") for line in source)
+        yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _spelled(record: dict[str, Any], span: dict[str, Any]) -> str:
+    return record["text"][span["start"] : span["end"]]
+
+
+def _as_json(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False)
+
+
+def _as_pubtator(record: dict[str, Any]) -> str:
+    """Return a record of PubTator, whose title is the text's first line."""
+    key, text = str(record["key"]), record["text"]
+    title, _, abstract = text.partition("\n")
+    lines = [f"{key}|t|{title}", f"{key}|a|{' '.join(abstract.split(chr(10)))}"]
+    for span in record["spans"]:
+        spelled = " ".join(span["text"].splitlines())
+        lines.append(f"{key}\t{span['start']}\t{span['end']}\t{spelled}\t{span['type']}")
+    return "\n".join([*lines, ""])
+
+
+def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the text in pieces, each with the type of its span or ""."""
+    parts, place = [], 0
+    for span in record["spans"]:
+        parts += [(record["text"][place : span["start"]], ""), (span["text"], span["type"])]
+        place = span["end"]
+    return [*parts, (record["text"][place:], "")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command on `argv`, by default this process's arguments."""
+    tag(parse(TagConfig, argv, __doc__), sys.stdin, sys.stdout)
+
+
+if __name__ == "__main__":
+    run_command(main)

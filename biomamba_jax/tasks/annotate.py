@@ -1,0 +1,149 @@
+"""Predictions of heads: texts of any length in windows with carried state, in batches, in each way of reading."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from biomamba_jax.data.annotations import AnnotatedText, Span, from_tags
+from biomamba_jax.data.examples import encode_questions
+from biomamba_jax.data.tokenizer import Tokenizer
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop.heads import Head
+from biomamba_jax.model.decode import InferenceModel, LayerStates
+from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_right
+
+WINDOW = 1024
+"""Tokens that are computed at once; a longer text continues with the recurrent state."""
+MAX_ANSWERS = 5
+"""Answers to a question, as many as BioASQ's measures count."""
+_LONGEST_ANSWER = 30
+"""Words of an answer, as usual for SQuAD."""
+_BOUNDARIES = 20
+"""First and last words of answers that are combined."""
+
+
+class HeadModel:
+    """A backbone with a head; predicts what the head was trained to.
+
+    Args:
+      name: the model's name in errors.
+      model: the backbone.
+      head: the head.
+      tokenizer: that of the model.
+      rows: texts that are computed together.
+      window: see `WINDOW`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: InferenceModel,
+        head: Head,
+        tokenizer: Tokenizer,
+        *,
+        rows: int = 8,
+        window: int = WINDOW,
+    ):
+        self.head = head.config
+        """What is predicted."""
+        self._name, self._tokenizer, self._rows, self._window = name, tokenizer, rows, window
+        width = model.config.d_model
+        self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]
+        if head.reversed is not None:
+            params = {"embedding": model.embedding, **head.reversed}
+            backwards = InferenceModel.from_params(model.config, params, model.dtype)
+            self._backbones.append((backwards, jnp.asarray(head.weight[:, width:])))
+        self._bias = head.bias
+
+    def annotate(self, texts: Sequence[AnnotatedText]) -> list[AnnotatedText]:
+        """Return texts with the predicted spans, labels or score instead of those that they have.
+
+        Raises:
+          UserError: a prediction is NaN.
+        """
+        return list(self._annotated(texts))
+
+    def _annotated(self, texts: Sequence[AnnotatedText]) -> Iterator[AnnotatedText]:
+        labels = self.head.labels
+        if self.head.of_words:
+            questions, words = encode_questions(texts, self._tokenizer)
+            ids = [[*question, *own.ids] for question, own in zip(questions, words, strict=True)]
+            for text, question, own, logits in zip(texts, questions, words, self.logits(ids), strict=True):
+                rows = logits[np.array(own.last, np.int64) + len(question)]
+                if self.head.kind == "span":
+                    yield dataclasses.replace(text, spans=tuple(_answers(rows, own.words)))
+                else:
+                    tags = [labels[index] for index in rows.argmax(-1)]
+                    yield dataclasses.replace(text, spans=tuple(from_tags(own.words, tags)), relations=())
+            return
+        ids = self._tokenizer.encode_batch([text.text for text in texts])
+        for text, logits in zip(texts, self.logits(ids), strict=True):
+            last = logits[-1].astype(np.float64)
+            if self.head.kind == "regression":
+                yield dataclasses.replace(text, score=float(last[0]))
+                continue
+            one = self.head.kind == "classifier"
+            odds = np.exp(last - last.max()) if one else 1 / (1 + np.exp(-last))
+            scores = dict(zip(labels, (odds / odds.sum() if one else odds).tolist(), strict=True))
+            found = [max(scores, key=scores.__getitem__)] if one else [each for each in labels if scores[each] > 0.5]
+            yield dataclasses.replace(text, labels=tuple(found), scores=scores)
+
+    def logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float32 logits [tokens K] for each token of each text; one row for an empty one.
+
+        Those of a head that predicts for a text are of the states after as many tokens from either side.
+
+        Raises:
+          UserError: a logit is NaN or infinite.
+        """
+        start = self._tokenizer.start_id
+        forwards = [[start, *ids] * (2 if self.head.reading == "echo" else 1) for ids in texts]
+        both = [forwards, [[start, *ids[::-1]] for ids in texts]]
+        found = [self._run(*backbone, rows) for backbone, rows in zip(self._backbones, both, strict=False)]
+        results = []
+        for ids, forward, *backward in zip(texts, *found, strict=True):
+            total = forward[-max(len(ids), 1) :] + self._bias
+            for each in backward:
+                each = each[-max(len(ids), 1) :]
+                total = total + (each[::-1] if self.head.of_words else each)
+            if not np.isfinite(total).all():
+                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
+            results.append(total)
+        return results
+
+    def _run(self, model: InferenceModel, weight: Array, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float32 weight @ hidden state [tokens K] of each row; rows of like length are computed together."""
+        results: dict[int, np.ndarray] = {}
+        for batch in batched(sorted(range(len(rows)), key=lambda index: len(rows[index])), self._rows):
+            longest, parts = len(rows[batch[-1]]), []
+            states: LayerStates | None = None
+            for begin in range(0, longest, self._window):
+                # Padding follows a row's end, never a window that the row goes on after.
+                left = longest - begin
+                length = self._window if left > self._window else bucket_length(left)
+                window = [rows[index][begin : begin + self._window] for index in batch]
+                logits, states = _logits(model, weight, pad_right(window, (bucket_rows(len(batch)), length)), states)
+                parts.append(np.asarray(logits))
+            whole = np.concatenate(parts, 1)
+            results |= {index: whole[row, : len(rows[index])] for row, index in enumerate(batch)}
+        return [results[index] for index in range(len(rows))]
+
+
+@jax.jit
+def _logits(
+    model: InferenceModel, weight: Float[Array, "K D"], tokens: Int[Array, "B L"], states: LayerStates | None
+) -> tuple[Float[Array, "B L K"], LayerStates]:
+    hidden, states = model.hidden(tokens, states)
+    return jnp.matmul(hidden.astype(jnp.float32), weight.T, precision=jax.lax.Precision.HIGHEST), states
+
+
+def _answers(logits: np.ndarray, words: Sequence[tuple[int, int]]) -> list[Span]:
+    """Return the most likely spans of whole words, the best first, no two of the same words."""
+    first, last = (np.argsort(-logits[:, side], kind="stable")[:_BOUNDARIES].tolist() for side in (0, 1))
+    pairs = [(a, b) for a in first for b in last if a <= b < a + _LONGEST_ANSWER]
+    pairs.sort(key=lambda pair: -(logits[pair[0], 0] + logits[pair[1], 1]))
+    return [Span(words[a][0], words[b][1], "answer") for a, b in pairs[:MAX_ANSWERS]]

@@ -1,0 +1,51 @@
+"""Relations between concepts of a document: each pair of concepts as a text to classify, and the predicted pairs."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, outermost
+
+NO_RELATION = "none"
+_MARKS = (("<< ", " >>"), ("[[ ", " ]]"))
+
+
+def candidates(document: AnnotatedText, relation: str, pair: Sequence[str]) -> Iterator[AnnotatedText]:
+    """Yield a text for each pair of concepts of two types, with their mentions marked << >> and [[ ]].
+
+    Its label is `relation` if the document says so, else "none"; the pair is in its `relations`.
+
+    Args:
+      document: with spans that have identifiers.
+      relation: type of the relation.
+      pair: types of the first and of the second concept.
+    """
+    concepts = [
+        dict.fromkeys(each for span in document.spans if span.type == kind for each in span.ids) for kind in pair
+    ]
+    for head, tail in itertools.product(*concepts):
+        claim = Relation(relation, head, tail)
+        label = relation if claim in document.relations else NO_RELATION
+        marked = [
+            (span, marks)
+            for span in outermost(document.spans)
+            for kind, concept, marks in zip(pair, (head, tail), _MARKS, strict=True)
+            if span.type == kind and concept in span.ids
+        ]
+        yield AnnotatedText(document.key, _marked(document.text, marked), labels=(label,), relations=(claim,))
+
+
+def _marked(text: str, spans: Sequence[tuple[Span, tuple[str, str]]]) -> str:
+    parts, place = [], 0
+    for span, (before, after) in spans:
+        parts += [text[place : span.start], before, text[span.start : span.end], after]
+        place = span.end
+    return "".join([*parts, text[place:]])
+
+
+def predicted_relations(predicted: Sequence[AnnotatedText]) -> dict[str, set[Relation]]:
+    """Return the relations of each document, by its key, that were predicted for its candidates."""
+    found: dict[str, set[Relation]] = {}
+    for text in predicted:
+        if text.labels != (NO_RELATION,):
+            found.setdefault(text.key, set()).update(text.relations)
+    return found
