@@ -69,9 +69,10 @@ def test_entities_are_learnt_from_columns_and_measured(trained):
 
 
 @pytest.mark.slow
-def test_a_run_its_exports_and_pytorch_tag_alike(trained):
+def test_a_run_its_exports_and_pytorch_tag_alike(trained, monkeypatch):
     torch = pytest.importorskip("torch", reason="transformers runs on torch")
     transformers = pytest.importorskip("transformers", reason="the head's code is for transformers")
+    monkeypatch.chdir(trained)  # where the adapters' base is
     wanted = [text.text for text in texts(8)]
     expected = biomamba_jax.load(trained / "run").tag(wanted)
     assert sum(map(len, expected)) > 5
