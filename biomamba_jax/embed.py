@@ -115,7 +115,7 @@ def train(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
     with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
-        from biomamba_jax.data.examples import Example, held_out_share
+        from biomamba_jax.data.examples import held_out_share
         from biomamba_jax.data.tokenizer import load_tokenizer
         from biomamba_jax.interop import read_model
         from biomamba_jax.tasks import retrieval
@@ -128,10 +128,8 @@ def train(argv: Sequence[str], prog: str) -> None:
         tokenizer = load_tokenizer(weights.tokenizer_file)
         left_out = Counter[str]()
         pairs = retrieval.sample(retrieval.read_pairs(data.input, data.split, data, left_out), data.max_pairs)
-        examples = [Example(pair.query, pair.document, key=pair.key) for pair in pairs]
 
-        def encoded(examples: Sequence[Example]) -> EncodedPairs:
-            chosen = [retrieval.Pair(each.key, each.prompt, each.answer) for each in examples]
+        def encoded(chosen: Sequence[retrieval.Pair]) -> EncodedPairs:
             if len(chosen) <= data.hard_negatives:
                 raise UserError(f"data.input: {len(pairs)} pairs are too few to train on and to hold out; give more")
             negatives = retrieval.hard_negatives(chosen, data.hard_negatives)
@@ -141,7 +139,8 @@ def train(argv: Sequence[str], prog: str) -> None:
         for reason, count in sorted(left_out.items()):
             print(f"left out: {count:,} {reason}")
         config = dataclasses.replace(config, model=with_execution_settings(weights.config, config.model))
-        complete = train_embeddings(config, weights, *map(encoded, held_out_share(examples, data.development_fraction)))
+        parts = held_out_share(pairs, data.development_fraction, lambda pair: pair.query)
+        complete = train_embeddings(config, weights, *map(encoded, parts))
     exit_if_stopped(complete=complete)
 
 
