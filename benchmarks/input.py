@@ -32,7 +32,7 @@ class InputBenchmark(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class InputSpeed:
-    """What one host delivers."""
+    """Throughput of one host."""
 
     tokens_per_second: float
     """Tokens in rows of this host, padding included."""

@@ -24,7 +24,7 @@ Paths = Annotated[list[str], Limit("a list of at least one file or folder", bool
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig(Settings):
-    """How a text becomes a vector."""
+    """Settings by which a text becomes a vector."""
 
     pooling: Pooling = "mean"
     """Mean of the hidden states after a text's tokens, the state after the last one, or the mean weighted by position

@@ -95,7 +95,7 @@ class FinetuneConfig(RunConfig):
     """The language model's head, or a linear layer on hidden states: classifier (one class a text), multi_label,
     regression, token_classifier (entities), span (the answer in a text)."""
     reading: Reading = "once"
-    """How a head's text is read: once from left to right, twice (echo), or bidirectional, with a second backbone."""
+    """Reading of a head's text: once from left to right, twice (echo), or bidirectional, with a second backbone."""
     labels: list[str] = field(default_factory=list)
     """Names of the classes, labels or tags of a head; default: those that occur."""
     train: TrainConfig = field(default_factory=lambda: TrainConfig(epochs=10, log_every=1, eval_every=10, patience=5))

@@ -64,7 +64,7 @@ class AnnotatedText:
     question: str = ""
     """Question whose answers the spans are."""
     scores: dict[str, float] = field(default_factory=dict)
-    """Of a prediction: the probability of each label."""
+    """Probability of each label, in a prediction."""
 
 
 class EncodedWords(NamedTuple):

@@ -64,7 +64,7 @@ class SourceShare(NamedTuple):
     name: str
     tokens: int
     share: float
-    """Of the preview's tokens, 0 to 1."""
+    """Share of the preview's tokens, 0 to 1."""
     documents: int
     epochs: float
     """Passes over the source."""
@@ -72,7 +72,7 @@ class SourceShare(NamedTuple):
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect` finds out about a split."""
+    """A split as `inspect` shows it."""
 
     name: str
     """Name of the folder of shards."""

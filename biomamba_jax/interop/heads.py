@@ -43,7 +43,7 @@ class Head:
     """A head and its weights; its logits are weight @ hidden state + bias."""
 
     config: HeadConfig
-    """What it predicts."""
+    """Kind, labels and reading."""
     weight: np.ndarray
     """Float32 [K D]; [K 2D] if bidirectional, the columns of the left-to-right backbone first."""
     bias: np.ndarray

@@ -59,7 +59,7 @@ class Compiled:
     costs: Costs = dataclasses.field(default_factory=Costs)
     """Costs on one device, from the jaxpr."""
     schedule: Schedule = ()
-    """What a device runs, in order."""
+    """Items that a device runs, in order."""
     refused: str | None = None
     """Why config and machine do not go together."""
     needed: int | None = None

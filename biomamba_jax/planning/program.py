@@ -60,7 +60,7 @@ class Program:
         self._named = {name: {i.name: i for i in body} for name, body in self._computations.items()}
         self._places = places
         self.schedule = self._walk(entry)
-        """What the device runs, in order."""
+        """Items that the device runs, in order."""
 
     def _walk(self, computation: str, on_sparse_core: bool = False) -> tuple[Item, ...]:
         """Return the schedule of a computation; collectives that run on SparseCores end where they are awaited."""
@@ -236,15 +236,46 @@ class Program:
             dimensions = r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)'
             contracted = re.search(dimensions, i.attributes)
             return 2.0 * out * math.prod(left[int(d)] for d in re.findall(r"\d+", contracted[1])) if contracted else 0.0
-        labels = re.search(r"dim_labels=\w+_(\w+)->", i.attributes)
+        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes)
         if labels is None:
             return 0.0
-        # Each output element sums over the kernel's input features and its window.
-        return 2.0 * out * math.prod(n for n, label in zip(right, labels[1], strict=True) if label != "o")
+        array, kernel, product = (
+            dict(zip(names, sizes, strict=True))
+            for names, sizes in zip(labels.groups(), (left, right, _dimensions(i.results)), strict=True)
+        )
+        # Each output element sums over the kernel's input features and those of its window that lie in the array.
+        inside = _window_positions(i.attributes, array, kernel, product)
+        return 2.0 * product["b"] * product["f"] * kernel["i"] * inside
 
     def _type(self, name: str, computation: str) -> str:
         found = self._named[computation].get(name)
         return found.results if found else ""
+
+
+def _window_positions(attributes: str, array: dict[str, int], kernel: dict[str, int], out: dict[str, int]) -> int:
+    """Return the number of (output position, window position) pairs of a convolution that read an element.
+
+    On TPU a product over heads is a convolution whose window is as large as its padding: most of it reads nothing.
+
+    Args:
+      attributes: of the instruction, with its window.
+      array: size of each dimension, by its label; spatial ones are digits.
+      kernel: likewise.
+      out: likewise.
+    """
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    stated = dict(re.findall(r"(\w+)=([\w-]+)", window[1] if window else ""))
+    total = 1
+    for axis in sorted(label for label in out if label.isdigit()):
+
+        def of(key: str, default: str, at: int = int(axis)) -> str:
+            return stated[key].split("x")[at] if key in stated else default
+
+        stride, dilation, spread = (int(of(key, "1")) for key in ("stride", "rhs_dilate", "lhs_dilate"))
+        first = np.arange(out[axis])[:, None] * stride - int(of("pad", "0_0").split("_")[0])
+        read = first + np.arange(kernel[axis]) * dilation
+        total *= int(((read >= 0) & (read <= (array[axis] - 1) * spread) & (read % spread == 0)).sum())
+    return total
 
 
 def _is_product(i: Instruction) -> bool:

@@ -54,7 +54,7 @@ class Loop:
     calls: int
     """Trip count."""
     body: "Schedule"
-    """What one iteration runs."""
+    """Items of one iteration."""
 
 
 Item = Operation | Collective | Wait | Loop

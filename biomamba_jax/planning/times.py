@@ -91,7 +91,7 @@ def step_times(
 
 
 class _Timeline:
-    """What a device and its links do, one item of the schedule after the other."""
+    """Time of a device and of its links, advanced by one item of the schedule after the other."""
 
     def __init__(
         self,

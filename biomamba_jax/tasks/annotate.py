@@ -49,7 +49,7 @@ class HeadModel:
         window: int = WINDOW,
     ):
         self.head = head.config
-        """What is predicted."""
+        """Kind, labels and reading of the head."""
         self._name, self._tokenizer, self._rows, self._window = name, tokenizer, rows, window
         width = model.config.d_model
         self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]

@@ -1,4 +1,4 @@
-"""What a model of others can be asked, by the architecture that its folder states."""
+"""Questions that a model of others can answer, by the architecture that its folder states."""
 
 from pathlib import Path
 

@@ -89,7 +89,7 @@ class DomainMeasures:
     positions: list[dict[str, float]]
     """For each range of positions in a document: {"from", "to" (inclusive), "tokens", "cross_entropy"}."""
     pll_word_l2r: "DomainMeasures | None" = None
-    """Of a masked model, whose figures above are by the measure of Salazar et al.: the same by PLL-word-l2r."""
+    """The same figures by PLL-word-l2r, of a masked model; those above are by the measure of Salazar et al."""
 
 
 def measure(scores: DomainScores, resampling: Resampling) -> DomainMeasures:

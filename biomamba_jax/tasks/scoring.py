@@ -67,7 +67,7 @@ class Scorer(Protocol):
     """A model under evaluation."""
 
     facts: ModelFacts
-    """What a report shows of the model."""
+    """Properties of the model that a report shows."""
     ends_documents: bool
     """True if the final token of every document is the end-of-text token."""
     padding_id: int
@@ -131,7 +131,7 @@ class SpanScorer(Protocol):
     """A scorer that marks answers in a passage instead of generating them."""
 
     facts: ModelFacts
-    """What a report shows of the model."""
+    """Properties of the model that a report shows."""
 
     def spans(self, question: str, passages: Sequence[str]) -> list[str]:
         """Return the likeliest answers to a question in its passages, the best first."""

@@ -145,7 +145,7 @@ class Block(nn.Module):
 
 
 class Mamba3PreTrainedModel(PreTrainedModel):
-    """What every Mamba-3 model has."""
+    """Base of every Mamba-3 model."""
 
     config_class = Mamba3Config
     base_model_prefix = "backbone"

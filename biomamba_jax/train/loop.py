@@ -54,7 +54,7 @@ NOT_FINITE = (
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """Everything that the loop needs of one training run."""
+    """A training run: its config, program, data and hooks."""
 
     config: RunConfig
     """The resolved config; its model has a vocabulary."""

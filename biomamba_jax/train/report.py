@@ -37,7 +37,7 @@ _MEASURES = {
     "accuracy": ("accuracy", "{:.4f}"),
 }
 TASKS = "evaluate/"
-"""What the split of a line begins with whose figures are of a task."""
+"""Prefix of the split in lines with figures of a task."""
 _MARKED = 50
 """Points up to which a curve is drawn with markers, and from which a noisy one is smoothed."""
 

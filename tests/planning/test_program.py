@@ -39,6 +39,30 @@ def test_slices_and_updates_of_stacked_arrays_count_as_such_and_buffers_in_on_ch
     assert "scan.3" not in moved  # a kernel, whose costs are in the jaxpr
 
 
+PRODUCT = """HloModule m
+ENTRY %main (x: bf16[{x}], w: bf16[{w}]) -> bf16[{y}] {{
+  %x = bf16[{x}]{{2,1,0}} parameter(0)
+  %w = bf16[{w}]{{2,1,0}} parameter(1)
+  ROOT %y = bf16[{y}]{{2,1,0}} convolution(%x, %w), window={{{window}}}, dim_labels=0bf_0io->0bf
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "y", "window", "products"),
+    [
+        ("1,256,512", "64,512,128", "64,256,128", "size=64 pad=63_63 rhs_reversal=1", 64),  # each head reads x once
+        ("64,256,512", "64,512,128", "1,256,128", "size=64", 64),
+        ("10,256,512", "4,512,128", "10,256,128", "size=4 pad=3_0", 1 + 2 + 3 + 4 * 7),  # a causal convolution
+        ("5,256,512", "3,512,128", "9,256,128", "size=3 pad=1_1 lhs_dilate=2", 5 + 2 * 4),
+        ("9,256,512", "3,512,128", "3,256,128", "size=3 stride=2 rhs_dilate=2", 9),
+    ],
+)
+def test_a_convolution_multiplies_where_its_window_lies_in_the_array(x, w, y, window, products):
+    (work,) = Program(PRODUCT.format(x=x, w=w, y=y, window=window)).work
+    assert work.flops == 2 * 256 * 512 * 128 * products
+
+
 def test_collectives_are_counted_with_their_groups_and_bytes():
     gather, reduce = sorted(Program(STEP).collectives, key=lambda c: c.kind)
     assert (gather.kind, gather.calls, gather.group, gather.overlaps) == ("all-gather", 1, 8, True)
