@@ -44,8 +44,11 @@ def test_a_mistyped_command_is_told_the_nearest():
     ("line", "words"),
     [
         ("biomamba pre", ["prepare", "pretrain"]),
-        ("biomamba pretrain --model.d_", ["--model.d_model", "--model.d_state", "--model.d_conv"]),
-        ("biomamba pretrain --train.steps 3 --model.kind ", ["mamba1", "mamba2"]),
+        (
+            "biomamba pretrain --model.d_",
+            ["--model.d_model", "--model.d_state", "--model.d_conv", "--model.d_intermediate"],
+        ),
+        ("biomamba pretrain --train.steps 3 --model.kind ", ["mamba1", "mamba2", "mamba3"]),
         ("biomamba pretrain --tensorboard f", ["false"]),
         ("biomamba evaluate --mod", ["--models."]),
         ("biomamba prepare inspect --sam", ["--samples"]),

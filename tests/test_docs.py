@@ -167,11 +167,14 @@ SECTIONS = {key.split(".")[0] for key in SETTINGS if "." in key}
 
 def test_every_config_is_in_the_docs_and_every_documented_size_is_a_config():
     table = (ROOT / "docs" / "pretraining.md").read_text()
-    sizes = [
-        (kind, size) for kind, each in re.findall(r"`(mamba\d)_\{(.*?)\}\.yaml`", table) for size in each.split(",")
-    ]
-    assert len(sizes) == 10
-    named = {f"{kind}_{size}.yaml" for kind, size in sizes}
+    listed = re.findall(r"`(mamba\d)_(?:\{([\w,]+)\}_)?\{([\w.,]+)\}\.yaml`", table)
+    named = {
+        "_".join(filter(None, (kind, form, size))) + ".yaml"
+        for kind, forms, sizes in listed
+        for form in forms.split(",")
+        for size in sizes.split(",")
+    }
+    assert len(named) == 18
     text = "".join(page.read_text() for page in PAGES)
     named |= {name for name in re.findall(r"\w+\.yaml", text) if (ROOT / "configs" / name).exists()}
     assert named == {path.name for path in (ROOT / "configs").glob("*.yaml")}

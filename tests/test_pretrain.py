@@ -130,7 +130,7 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint_if_told_to_and_ends_as_i
     assert read_model("run").about["steps"] == 8
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "3", '[{"name": 1}]', '{"starts": [1]}', '{"starts": 3}'])
+@pytest.mark.parametrize("content", ["{", '[{"name": 1}]', '{"starts": 3}'])
 def test_damaged_records_never_end_a_run(shards, content, capsys):
     pretrain("--train.steps=2")
     for name in ("baselines.json", "environment.json"):

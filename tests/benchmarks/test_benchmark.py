@@ -28,7 +28,7 @@ def test_step_and_decode_print_speed_memory_and_share_of_peak(kind, capsys):
         assert column in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compare_prints_both_contenders_and_their_ratio(capsys):
     pytest.importorskip("transformers")
     settings = ["--compare", "--allocators", "[default]", "--torch_compile", "false"]
@@ -41,7 +41,7 @@ def test_compare_prints_both_contenders_and_their_ratio(capsys):
     assert "share of floor" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
 def test_decode_compares_with_generate_of_transformers(kind, capsys):
     pytest.importorskip("mambapy")

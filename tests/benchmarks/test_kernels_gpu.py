@@ -30,7 +30,7 @@ def test_without_a_gpu_or_without_triton_that_is_said_in_one_line(monkeypatch):
         benchmark.main(["kernels", "--target", "sm_90"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_implementation_is_checked_then_timed_and_what_cannot_run_is_named(a_gpu_that_is_a_cpu, capsys):
     benchmark.main(["kernels", *SMALL])
     printed = capsys.readouterr().out

@@ -70,6 +70,8 @@ def test_the_ratio_is_theirs_over_ours_within_pairs(monkeypatch, capsys):
     pair = Contender("ours", "default", refuse), Contender("theirs", "default", refuse)
     timings = [Timing([1.0, 2.0, 4.0], 10**9), Timing([3.0, 4.0, 20.0], 10**9)]
     monkeypatch.setattr(contenders, "alternate", lambda *arguments: timings)
-    contenders.compare("x", 1000, *pair, rounds=3, limit_seconds=1)
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "ratio within pairs" in line]
+    contenders.compare("x", 1000, 1.0, *pair, rounds=3, limit_seconds=1)
+    printed = capsys.readouterr().out
+    assert "50%" in printed and "25%" in printed  # of the floor
+    (line,) = [line for line in printed.splitlines() if "ratio within pairs" in line]
     assert "3.00" in line and "2.00–5.00" in line  # the median, which the mean is not, and the range

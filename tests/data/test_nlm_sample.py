@@ -77,7 +77,7 @@ def test_every_abstract_is_read_as_it_stands_without_markup_or_entities_left(fil
     assert totals["labels"] > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_versions_are_resolved_and_every_abstract_is_accounted_for(files, tmp_path):
     spools = [spool_file(FileTask(path, tmp_path, PrepareConfig())) for path in files]
     indexes = [each.load_index() for each in spools]

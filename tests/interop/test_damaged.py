@@ -209,7 +209,7 @@ def test_a_damaged_config_of_mamba_ssm_is_named(tmp_path, ssm, capsys):
 
 @pytest.mark.parametrize(
     "values",
-    [{"d_state": "16"}, {"n_layers": 2.5}, {"d_model": None}, {"kind": "mamba3"}, {"vocab_size": None}],
+    [{"d_state": "16"}, {"n_layers": 2.5}, {"d_model": None}, {"kind": "mamba9"}, {"vocab_size": None}],
     ids=str,
 )
 def test_a_native_model_s_setting_of_another_type_is_named_with_its_file(tmp_path, values, capsys):

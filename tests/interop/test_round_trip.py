@@ -147,7 +147,7 @@ def test_sizes_that_a_config_leaves_out_come_from_the_tensors(tmp_path):
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_released_mamba3_config_needs_no_sizes(rank, tmp_path):
     weights = random_weights(dataclasses.replace(MODELS["mamba3"], n_groups=2, mimo_rank=rank, rope_fraction=1.0))
-    write_model(weights, tmp_path / "ssm", "mamba_ssm")
+    write_undigested(weights, tmp_path / "ssm", "mamba_ssm")
     mixer = {"layer": "Mamba3", "is_mimo": rank is not None} | ({"mimo_rank": rank} if rank else {})
     released = {"d_model": 64, "n_layer": 2, "vocab_size": 61, "ssm_cfg": mixer}
     (tmp_path / "ssm" / "config.json").write_text(json.dumps(released))

@@ -60,7 +60,7 @@ def test_equals_the_plain_loop_in_values_and_all_gradients(data, seed):
     assert_equals_the_plain_loop(in_dtype(random_inputs(ODD, seed), "float32", ACTIVATIONS), segment_ids, "float32")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tiles_of_channels_and_many_states_add_up():
     segment_ids = np.repeat([[5, 2, 5]], [3, 30, 2], axis=1).astype(np.int32)
     assert_equals_the_plain_loop(in_dtype(random_inputs(TWO_TILES, 1), "float32", ACTIVATIONS), segment_ids, "float32")

@@ -49,7 +49,7 @@ def checkpoint(run: str, step: int) -> dict:
         return manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_goes_on_in_another_precision_with_the_same_batches(batches, capsys):
     same = train("same", "float32")
     shutil.copytree("same", "other")
