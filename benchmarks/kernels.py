@@ -106,7 +106,7 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
     topology = parse_topology(f"{settings.target}:{SMALLEST[settings.target]}")
     chip = topology.chip
     assert chip.clock is not None
-    for op in (*OPS, "ssd_own"):  # heads with B and C of their own have kernels on TPU alone
+    for op in OPS:
         yield from _pallas_lines(op, settings, topology)
         forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
         for direction, estimate in (("forward", forward), ("forward and backward", both)):
@@ -152,22 +152,21 @@ def _pallas_lines(op: str, settings: KernelsBenchmark, topology: Topology) -> It
         seconds = (cycles[1] - cycles[0]) / (_SHORT_LENGTHS[1] - _SHORT_LENGTHS[0]) * tokens / cycle_rate
         vector = fused[direction] / topology.kind.vector if topology.kind.vector and fused[direction] else None
         matrix = None
-        if op in ("ssd", "ssd_own"):
-            groups = 1 if op == "ssd" else settings.channels // HEADDIM
-            matrix = 2 * tokens * _ssd_products(settings.channels, groups)[direction] / chip.flops["bfloat16"]
+        if op == "ssd":
+            matrix = 2 * tokens * _ssd_products(settings.channels)[direction] / chip.flops["bfloat16"]
         lines.append(Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes))
     yield from lines
     yield both_directions(*lines)
 
 
-def _ssd_products(channels: int, groups: int) -> dict[str, int]:
-    """Return the multiplications per token in the products of the chunked form: the fewest of each pass.
+def _ssd_products(channels: int) -> dict[str, int]:
+    """Return the multiplications per token in the products of the chunked form, one group: the fewest of each pass.
 
-    Forward: each group's scores; per channel the values within the chunk, into the state and out of it. Backward: the
+    Forward: the group's scores; per channel the values within the chunk, into the state and out of it. Backward: the
     scores again and the two products of their gradient; per channel the gradients of scores and values within the
     chunk, and of B, C, values and state through the state.
     """
-    scores, within, through = groups * _SSD_CHUNK * SSD_D_STATE, channels * _SSD_CHUNK, channels * SSD_D_STATE
+    scores, within, through = _SSD_CHUNK * SSD_D_STATE, channels * _SSD_CHUNK, channels * SSD_D_STATE
     return {"forward": scores + within + 2 * through, "backward": 3 * scores + 2 * within + 4 * through}
 
 

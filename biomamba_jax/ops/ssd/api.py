@@ -91,13 +91,13 @@ def ssd(
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
     unsupported = {
         "pallas_gpu": pallas_gpu.unsupported_reason(x, B, chunk_size),
-        "pallas_tpu": pallas_tpu.unsupported_reason(x, dt, B, chunk_size),
+        "pallas_tpu": pallas_tpu.unsupported_reason(x, B, chunk_size),
         "triton": triton.unsupported_reason(x, chunk_size),
     }
     if dt is None:
-        unsupported |= dict.fromkeys(("pallas_gpu", "triton"), "it computes decays from dt, which is None")
+        unsupported = dict.fromkeys(unsupported, "it computes decays from dt, which is None")
     # Few tokens would be padded to a chunk, and one is a step without products.
-    prefer_xla = pallas_tpu.xla_is_faster(x, dt, B) if dispatch.platform() == "tpu" else length < triton.CHUNK
+    prefer_xla = pallas_tpu.xla_is_faster(x, B) if dispatch.platform() == "tpu" else length < triton.CHUNK
     compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=prefer_xla)
     y, final_state = compute(inputs, chunk_size)
     return (y, final_state) if return_final_state else y
