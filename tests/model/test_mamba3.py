@@ -48,6 +48,20 @@ def test_the_logits_are_those_of_the_plain_loop(name):
     assert np.max(np.abs(logits[0] - want)) <= 1e-6 * np.max(np.abs(want))
 
 
+@pytest.mark.parametrize("name", ["siso", "mimo"])
+def test_nothing_at_all_crosses_the_end_of_a_document(name):
+    """Not even a rounding error: the terms of the next document's first token and the angles of the last one."""
+    model = LanguageModel(CONFIGS[name], rngs=nnx.Rngs(0))
+    segment_ids = jnp.repeat(jnp.asarray([[1, 2]]), jnp.asarray([10, 14]), axis=1, total_repeat_length=24)
+    texts = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
+    call = nnx.jit(lambda model, text: model(text[None], None, segment_ids)[0][0])
+    first, second = texts[0], texts[1]
+    whole = call(model, first)
+    for inside in (jnp.arange(24) < 10, jnp.arange(24) >= 10):
+        changed = call(model, jnp.where(inside, first, second))
+        np.testing.assert_array_equal(whole[inside], changed[inside])
+
+
 def test_a_running_sum_keeps_its_digits_over_a_long_row():
     """Without its period subtracted, float32 would lose two digits of an angle of 15,000 radians."""
     terms = np.random.default_rng(0).uniform(0, 0.3, (1, 100_000, 2)).astype(np.float32)
