@@ -27,7 +27,7 @@ COMMANDS = (PretrainConfig, FinetuneConfig, EvaluateConfig, PrepareConfig, PlanC
 SCHEMAS = {"finetune": FinetuneConfig, "evaluate": EvaluateConfig}  # by how a file's name begins; else pretraining
 FOLDERS = {"text_mining": FinetuneConfig}
 GIVEN = {"text_mining": ["--init_from", "weights"], "reproduce/evaluate": ["--models.general", "run"]}
-"""What the command line adds to a config, by its folder or its path."""
+"""Arguments that a config needs beside it, by its folder or its path."""
 
 
 def read(*argv: str) -> PretrainConfig:

@@ -10,7 +10,7 @@ from biomamba_jax.planning.links import Route
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective, or all of one kind and shape."""
+    """A collective, or all collectives of one kind and shape."""
 
     kind: str
     """all-gather, all-reduce, reduce-scatter, collective-permute or all-to-all."""

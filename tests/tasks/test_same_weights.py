@@ -26,7 +26,7 @@ SPELLED = [
 
 @pytest.fixture(scope="module", params=["sentencepiece", "byte-level"])
 def scorers(request, tmp_path_factory):
-    """One random model in three formats, and its export as transformers runs it."""
+    """A random model in three formats, and its export as transformers runs it."""
     pytest.importorskip("transformers", reason="runs the export")
     folder = tmp_path_factory.mktemp("same")
     if request.param == "sentencepiece":
