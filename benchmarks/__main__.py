@@ -1,21 +1,25 @@
-"""Measures this machine: python -m benchmarks SUBJECT; and the claim: reproduce.
+"""Measures this machine: python -m benchmarks SUBJECT; and claims: reproduce, text_mining.
 
     python -m benchmarks step [--config FILE.yaml] [--model.kind mamba1 ...] [--compare]
     python -m benchmarks decode [--model.kind mamba1 ...] [--batch_size 8] [--compare]
+    python -m benchmarks embed [--model.kind mamba1 ...]
     python -m benchmarks kernels --target gpu | v5e | v5p | v6e | sm_80 | sm_90 | sm_100
     python -m benchmarks prepare [--peer FOLDER]
     python -m benchmarks input [--path SHARDS] [--hosts 64]
     python -m benchmarks plan
     python -m benchmarks startup
     python -m benchmarks reproduce [--pubmedqa ori_pqal.json]
+    python -m benchmarks text_mining [--model runs/quickstart] [--data data/text_mining]
 
 `step`: tokens/s, memory and share of peak of a config's training step, by default the published 130m shape on one row
 of 512 tokens; with --compare, in paired timing with transformers' model. `decode`: the same for greedy decoding.
+`embed`: embeddings of texts, in paired timing with transformers' hidden states.
 `kernels`: accuracy and speed of the ops on this machine's GPU; for a TPU, attached or not, the compiler's estimate next
 to the roofline; for an absent GPU, registers and spills. `prepare`: reading NLM's XML, in paired timing with
 pubmed_parser if --peer names the folder that contains it. `input`: batches of one host of a pod. `plan`: the plan's
 time of a transformer's step next to the published one. `startup`: CPU time of each command's --help. `reproduce`:
-the paper's claim at laptop scale, see `benchmarks.reproduction`.
+the paper's claim at laptop scale, see `benchmarks.reproduction`. `text_mining`: pretrained against random weights, and
+the readings of a head's text, see `benchmarks.text_mining`.
 """
 
 import sys
@@ -39,6 +43,13 @@ def decode(argv: Sequence[str], prog: str) -> None:
     from benchmarks.decode import DecodeBenchmark, measure_decode
 
     measure_decode(parse(DecodeBenchmark, argv, f"{prog}\n\n{decode.__doc__}"))
+
+
+def embed(argv: Sequence[str], prog: str) -> None:
+    """Measure tokens/s of embeddings, on random texts, in paired timing with transformers' model."""
+    from benchmarks.embed import EmbedBenchmark, measure_embed
+
+    measure_embed(parse(EmbedBenchmark, argv, f"{prog}\n\n{embed.__doc__}"))
 
 
 def kernels(argv: Sequence[str], prog: str) -> None:
@@ -90,15 +101,24 @@ def reproduce(argv: Sequence[str], prog: str) -> None:
     reproduce_claim(parse(ReproductionBenchmark, argv, f"{prog}\n\n{reproduce.__doc__}"))
 
 
+def text_mining(argv: Sequence[str], prog: str) -> None:
+    """Fine-tune on entities and relations, from pretrained and from random weights; a second start goes on."""
+    from benchmarks.text_mining import TextMiningBenchmark, compare_text_mining
+
+    compare_text_mining(parse(TextMiningBenchmark, argv, f"{prog}\n\n{text_mining.__doc__}"))
+
+
 SUBJECTS = {
     "step": step,
     "decode": decode,
+    "embed": embed,
     "kernels": kernels,
     "prepare": prepare,
     "input": input_,
     "plan": plan,
     "startup": startup,
     "reproduce": reproduce,
+    "text_mining": text_mining,
 }
 
 

@@ -1,4 +1,4 @@
-"""Baselines: training and decoding with transformers' models. Imports torch only when one of them runs."""
+"""Baselines: training, decoding and embedding with transformers' models. Imports torch only when one of them runs."""
 
 import importlib
 import importlib.util
@@ -103,3 +103,24 @@ class TransformersDecoding:
     def __call__(self) -> None:
         """Generate once."""
         self._model.generate(self._ids, **self._settings, use_cache=True)
+
+
+class TransformersEmbedding:
+    """The mean of the last hidden states of transformers' model in float32, of texts of similar length together."""
+
+    def __init__(self, model: ModelConfig, texts: list[list[int]], batch_size: int) -> None:
+        self._torch: Any = importlib.import_module("torch")
+        self._torch.manual_seed(0)
+        self._model = transformers_model(model).float().eval().backbone
+        ordered = sorted(texts, key=len)
+        self._batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+    def __call__(self) -> None:
+        """Embed every text once."""
+        for rows in self._batches:
+            longest = max(map(len, rows))
+            ids = self._torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+            mask = self._torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            with self._torch.inference_mode():
+                hidden = self._model(ids, attention_mask=mask, use_cache=False).last_hidden_state
+                ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).numpy()

@@ -9,9 +9,7 @@ range over seeds.
 
 import json
 import math
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,10 @@ from typing import Any
 import numpy as np
 import yaml
 
+from benchmarks.seeds import OfSeeds, Shown, difference, markdown, run, verdict, with_interval
 from biomamba_jax import files
 from biomamba_jax.config.checks import InnerFraction, PositiveFloat, PositiveInt, Settings
-from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap, difference_of_ratios, ratio_of_sums
+from biomamba_jax.tasks.statistics import Resampling
 
 CONFIGS = Path("configs/reproduce")
 PARTS = {
@@ -58,8 +57,7 @@ def reproduce_claim(config: ReproductionBenchmark) -> str:
     """Run whatever of the reproduction is not done yet, print its tables and return them as Markdown."""
     write_evaluation_text(Path("data/reproduce/evaluation.jsonl"))
     for command in commands(config):
-        print("$", *command, flush=True)
-        subprocess.run([sys.executable, "-m", *command], check=True)
+        run(command)
     table = results(Path("runs/reproduce/evaluation"), config)
     files.write_text(Path("runs/reproduce/table.md"), table)
     print(table)
@@ -115,39 +113,38 @@ def results(evaluation: Path, config: ReproductionBenchmark) -> str:
     """
     models = [(part, seed) for part in PARTS for seed in range(config.seeds)]
     resampling, verdicts = Resampling(confidence=config.confidence), list[str]()
-    lines: list[tuple[str, ...]] = []
+    lines: list[list[str]] = []
     domains = json.loads((evaluation / "report.json").read_text())["domains"]
     for domain in domains:
         read = {key: _lines(evaluation / "documents" / domain, key) for key in models}
         nats = {key: np.array([line["nats"] for line in read[key]]) for key in models}
         tokens = np.array([line["tokens"] for line in read[models[0]]])
         title = f"perplexity, {domain}, {len(tokens):,} documents"
-        lines.append((title, *cells(nats, tokens, resampling, math.exp)))
+        lines.append([title, *cells(nats, tokens, resampling, math.exp)])
         verdicts += list(verdicts_of(domain, nats, tokens, resampling))
     if config.pubmedqa:
         read = {key: _lines(evaluation / "predictions" / "pubmedqa", key) for key in models}
         right = {key: np.array([100.0 * line["correct"] for line in read[key]]) for key in models}
         count = len(right[models[0]])
-        lines.append((f"% correct, PubMedQA, {count:,} questions", *cells(right, np.ones(count), resampling)))
+        lines.append([f"% correct, PubMedQA, {count:,} questions", *cells(right, np.ones(count), resampling)])
     head = f"mean of {config.seeds} seeds ({100 * config.confidence:g} % interval over documents) [range over seeds]"
-    table = [(head, *PARTS.values()), ("---",) * (len(PARTS) + 1), *lines]
-    rows = "".join(f"| {' | '.join(row)} |\n" for row in table)
-    return rows + "".join(f"\n{verdict}\n" for verdict in verdicts)
+    return markdown([[head, *PARTS.values()], *lines]) + "".join(f"\n{each}\n" for each in verdicts)
 
 
 def _lines(folder: Path, model: tuple[str, int]) -> list[dict[str, Any]]:
     return [line for _, line in files.read_json_lines(folder / f"{model[0]}-{model[1]}.jsonl")]
 
 
-def cells(
-    values: Values, counts: np.ndarray, resampling: Resampling, shown: Callable[[float], float] = float
-) -> Iterator[str]:
+def of_part(values: Values, counts: np.ndarray, part: str) -> OfSeeds:
+    """Return the values of a part over `counts`, for each seed."""
+    over = np.stack([each for (other, _), each in values.items() if other == part])
+    return OfSeeds(over, np.broadcast_to(counts, over.shape))
+
+
+def cells(values: Values, counts: np.ndarray, resampling: Resampling, shown: Shown = float) -> Iterator[str]:
     """Yield "mean (interval over documents) [range over seeds]" of each part's sum over the sum of `counts`."""
     for part in PARTS:
-        of_seeds = np.stack([each for (other, _), each in values.items() if other == part])
-        found = bootstrap(ratio_of_sums, of_seeds.mean(0), counts, resampling=resampling).map(shown)
-        ratios = [shown(float(each.sum() / counts.sum())) for each in of_seeds]
-        yield f"{_with_interval(found)} [{min(ratios):.1f}-{max(ratios):.1f}]"
+        yield of_part(values, counts, part).cell(resampling, shown)
 
 
 def verdicts_of(domain: str, nats: Values, tokens: np.ndarray, resampling: Resampling) -> Iterator[str]:
@@ -158,21 +155,9 @@ def verdicts_of(domain: str, nats: Values, tokens: np.ndarray, resampling: Resam
         ("PubMed alone instead of general text first", "adapted", "scratch"),
         ("Keeping the measured articles in the training text", "adapted", "not_decontaminated"),
     ):
-        first, second = (
-            np.stack([each for (part, _), each in nats.items() if part == wanted]) for wanted in (before, after)
-        )
-        found = bootstrap(difference_of_ratios, first.mean(0), second.mean(0), tokens, resampling=resampling)
-        by_seed = (first.sum(1) - second.sum(1)) / tokens.sum()
-        spread = float(np.ptp(by_seed))
-        larger = abs(found.value) > spread
+        first, second = (of_part(nats, tokens, part) for part in (before, after))
+        found, by_seed = difference(first, second, resampling)
         yield (
-            f"{text}, {domain}: perplexity divided by {_with_interval(found.map(math.exp), 2)} "
-            f"[{math.exp(by_seed.min()):.2f}-{math.exp(by_seed.max()):.2f}]; the effect is "
-            f"{'larger' if larger else 'NOT larger'} than the spread over seeds."
+            f"{text}, {domain}: perplexity divided by {with_interval(found.map(math.exp), 2)} "
+            f"[{math.exp(by_seed.min()):.2f}-{math.exp(by_seed.max()):.2f}]; {verdict(found, by_seed)}"
         )
-
-
-def _with_interval(found: Estimate, digits: int = 1) -> str:
-    if found.low is None or found.high is None:
-        return f"{found.value:.{digits}f}"
-    return f"{found.value:.{digits}f} ({found.low:.{digits}f}-{found.high:.{digits}f})"
