@@ -185,12 +185,12 @@ def test_a_word_without_a_token_is_no_word(tmp_path):
     assert encoded.words == [(0, 1), (3, 4)]
 
 
-def test_two_thousand_real_sentences_keep_their_spans(shared_data):
+@pytest.mark.parametrize("scheme", ["GPT-NeoX", "SentencePiece", "WordPiece"])
+def test_two_thousand_real_sentences_keep_their_spans(scheme, shared_data, tmp_path):
     """BC5CDR names one acid inside a word, "gamma-aminobutyric acidA": no tag of words can."""
-    tokenizer, folder = (
-        load_tokenizer(shared_data / "tokenizers/gpt_neox_20b_tokenizer.json"),
-        shared_data / "text_mining",
-    )
+    made = {"SentencePiece": train_tokenizer, "WordPiece": word_piece}.get(scheme)
+    neox = shared_data / "tokenizers/gpt_neox_20b_tokenizer.json"
+    tokenizer, folder = made(tmp_path) if made else load_tokenizer(neox), shared_data / "text_mining"
     texts = read_annotated(str(folder / "ncbi_disease/test.tsv"), ExamplesConfig(format="conll"))
     texts += read_annotated(str(folder / "ncbi_disease/devel.tsv"), ExamplesConfig(format="conll"))
     texts += read_annotated(str(folder / "bc5cdr/CDR_TestSet.PubTator.txt"), ExamplesConfig(format="pubtator"))

@@ -1,5 +1,8 @@
 """Embeddings: transformers' hidden states pooled in float64, whatever the batch, the row or the length."""
 
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -71,3 +74,23 @@ def test_a_text_of_any_length_is_computed_by_the_programs_of_one_row(model, capl
     two = compiled(2)
     assert two > 0
     assert compiled(40) == two
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's account of memory")
+def test_a_hundred_thousand_tokens_take_the_memory_of_ten_thousand(model):
+    embedder = model.embedder(EmbeddingConfig(chunk=1024))
+
+    def growth(tokens: int) -> int:
+        """Return the bytes by which the process's memory grows at most."""
+        rows = [[model.tokenizer.start_id, *range(5, 105), *[7] * (tokens - 101)]]
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the current size
+        before = _memory("VmRSS")
+        embedder.of_ids(rows)
+        return _memory("VmHWM") - before
+
+    growth(10_000)  # compiles
+    assert growth(100_000) < growth(10_000) + 10_000_000  # the states alone of 90,000 tokens are 11.5 MB a layer
+
+
+def _memory(name: str) -> int:
+    return 1024 * int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])

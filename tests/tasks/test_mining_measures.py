@@ -1,11 +1,15 @@
 """Measures of text mining equal those of the field's programs on the same predictions."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics
 
+from biomamba_jax.config import ExamplesConfig
 from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.data.annotation_files import read_annotated
 from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, from_tags, tag_names
 from biomamba_jax.tasks.mining_measures import answer_measures, auroc, correlations, entities, measure, micro, word_f1
 from biomamba_jax.tasks.relations import candidates, predicted_relations
@@ -138,3 +142,22 @@ def test_every_pair_of_concepts_is_a_candidate_with_its_mentions_marked():
     ]
     assert pairs[0].text == "<< a >> > [[ b ]] > c" and pairs[3].text == "a > [[ b ]] > << c >>"
     assert predicted_relations(pairs) == {"7": {Relation("CID", "c1", "d2")}}
+
+
+def test_on_the_sample_of_bc5cdrs_program_its_published_counts_are_found(shared_data):
+    """bc5cdr_sample.tsv: PMID, predicted diseases and pairs of BC5CDR_Evaluation 0.0.3, of the public domain."""
+    training = str(shared_data / "text_mining/bc5cdr/CDR_TrainingSet.PubTator.txt")
+    gold = {text.key: text for text in read_annotated(training, ExamplesConfig(format="pubtator", types=["Disease"]))}
+    true, found = [], []
+    for line in (Path(__file__).parent / "bc5cdr_sample.tsv").read_text().splitlines():
+        key, mentions, pairs = line.split("\t")
+        spans = tuple(Span(*map(int, each.split("-")), "Disease") for each in mentions.split())
+        relations = tuple(Relation("CID", *each.split(">")) for each in pairs.split())
+        true.append(gold[key])
+        found.append(AnnotatedText(key, gold[key].text, spans, (), relations))
+    diseases = entities(true, found)
+    assert [diseases[key] for key in ("correct", "predicted", "gold")] == [303, 303 + 105, 303 + 121]
+    assert diseases["f1"] == pytest.approx(0.7283653846153848)
+    related = micro([text.relations for text in true], [text.relations for text in found])
+    assert [related[key] for key in ("correct", "predicted", "gold")] == [90, 90 + 533, 90 + 33]
+    assert related["f1"] == pytest.approx(0.24128686327077747)
