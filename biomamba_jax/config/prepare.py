@@ -140,7 +140,7 @@ class DownloadConfig(Settings):
     tries: checks.PositiveInt = 5
     """Tries for each file."""
     timeout: checks.PositiveFloat = 60.0
-    """Seconds without a byte, or below 1,000 bytes/s, after which a connection is closed."""
+    """Seconds without a byte, below 1,000 bytes/s or before the headers end, after which a connection is closed."""
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,18 @@ keeps a second download out.
 """
 
 import hashlib
+import logging
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import requests
 import urllib3
@@ -32,7 +35,10 @@ _BLOCK_BYTES = 1 << 18
 _MAX_PAUSE = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LEAST_SPEED = 1_000  # bytes/s
-_PROBLEMS = (OSError, urllib3.exceptions.HTTPError)  # requests' exceptions are OSErrors
+# requests' exceptions are OSErrors; a broken URL that a server redirects to raises its own.
+_PROBLEMS = (OSError, urllib3.exceptions.HTTPError, UnicodeError)
+
+logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warning of a malformed header is a traceback
 
 
 class Remote(NamedTuple):
@@ -40,6 +46,60 @@ class Remote(NamedTuple):
 
     name: str
     url: str
+
+
+class _HeadersInTime:
+    """A connection that is shut down unless an answer's headers end within its timeout, however they drip."""
+
+    sock: Any
+    timeout: Any
+
+    def getresponse(self) -> Any:
+        """Return the answer, of which the body is still to be read."""
+        late, sock = threading.Event(), self.sock
+
+        def shut_down() -> None:
+            late.set()
+            with suppress(OSError):  # it is closed already
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of an SSLSocket too, whose own is not thread-safe
+
+        timer = threading.Timer(self.timeout, shut_down)
+        timer.start()
+        try:
+            answer = super().getresponse()  # type: ignore[misc]
+        except Exception:
+            if not late.is_set():
+                raise
+        finally:
+            timer.cancel()
+        if late.is_set():  # what had arrived by then could pass for all headers
+            raise TimeoutError(f"the headers do not end within {self.timeout:g} s")
+        return answer
+
+
+class _HTTP(_HeadersInTime, urllib3.connection.HTTPConnection):
+    """A connection without TLS."""
+
+
+class _HTTPS(_HeadersInTime, urllib3.connection.HTTPSConnection):
+    """A connection with TLS."""
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Makes such connections, also through proxies."""
+
+    def get_connection_with_tls_context(self, *args: Any, **options: Any) -> Any:
+        """Return a pool of connections."""
+        pool: Any = super().get_connection_with_tls_context(*args, **options)
+        pool.ConnectionCls = _HTTPS if pool.scheme == "https" else _HTTP
+        return pool
+
+
+def _session(retries: urllib3.Retry | int = 0) -> requests.Session:
+    http = requests.Session()
+    for scheme in ("http://", "https://"):
+        http.mount(scheme, _Adapter(max_retries=retries))
+    return http
 
 
 class _Stopped(Exception):
@@ -55,14 +115,15 @@ class Downloader:
         Args:
           folder: where the files go.
           tries: tries for each file.
-          timeout: seconds without a byte, or below 1,000 bytes/s, after which a connection is closed.
+          timeout: seconds without a byte, below 1,000 bytes/s or for an answer's headers, after which a connection is
+            closed.
           pause: seconds before the second try of a file; doubled for each further one.
         """
         self.folder = folder
         self._tries = tries
         self._timeout = timeout
         self._pause = pause
-        self._http = requests.Session()
+        self._http = _session()
         self._stopped = threading.Event()
 
     def fetch_all(self, files: Sequence[Remote], connections: int, progress: Callable[[Remote, str], None]) -> None:
@@ -162,16 +223,14 @@ def list_files(mirror: str, part: Part, *, tries: int = 5, timeout: float = 60.0
       mirror: URL of a folder that holds baseline/ and updatefiles/.
       part: which of the two.
       tries: tries for each listing.
-      timeout: seconds without a byte, or below 1,000 bytes/s, after which a connection is closed.
+      timeout: seconds without a byte, below 1,000 bytes/s or for an answer's headers, after which a connection is
+        closed.
 
     Raises:
       UserError: a listing cannot be read or names no file.
     """
     found: dict[str, Remote] = {}
-    http = requests.Session()
-    retry = urllib3.Retry(tries - 1, backoff_factor=1, backoff_max=_MAX_PAUSE, status_forcelist=_TRANSIENT)
-    for scheme in ("http://", "https://"):
-        http.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+    http = _session(urllib3.Retry(tries - 1, backoff_factor=1, backoff_max=_MAX_PAUSE, status_forcelist=_TRANSIENT))
     for folder in _FOLDERS[part]:
         base = f"{mirror.rstrip('/')}/{folder}/"
         try:
