@@ -31,9 +31,9 @@ _DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     ".bz2": bz2.BZ2File,
     ".zst": lambda raw: zstd.ZstdFile(raw, options={zstd.DecompressionParameter.window_log_max: 31}),  # the format's
 }
-# The library annotates its exception class as an instance.
-_MAX_JSON_BYTES, _MAX_JSON_DEPTH = 1 << 30, 200
+_MAX_JSON_BYTES, _MAX_JSON_DEPTH, _MAX_YAML_VALUES = 1 << 30, 200, 1_000_000
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# The library annotates its exception class as an instance.
 _DAMAGED = (EOFError, cast(type[Exception], IsalError), igzip.BadGzipFile, zstd.ZstdError)
 
 
@@ -171,11 +171,32 @@ def parse_yaml(text: str, where: str, loader: type[yaml.BaseLoader | yaml.SafeLo
       UserError: it is not YAML; names `where`.
     """
     try:
-        return yaml.load(text, loader)
+        parser = loader(text)
+        node = parser.get_single_node()
+        if node is None:
+            return None
+        _expanded_size(node, {})
+        return parser.construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: cannot be read as YAML ({getattr(error, 'problem', None) or error})") from None
+
+
+def _expanded_size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Return the number of values of a YAML node with its aliases written out, of which each may repeat the others.
+
+    Raises:
+      ValueError: they are too many, or an alias contains itself.
+    """
+    if node not in sizes:
+        sizes[node] = 0  # in progress
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        flat = [part for pair in parts for part in pair] if isinstance(node, yaml.MappingNode) else parts
+        sizes[node] = 1 + sum(_expanded_size(part, sizes) for part in flat)
+    if not 0 < sizes[node] < _MAX_YAML_VALUES:
+        raise ValueError(f"its aliases stand for more than {_MAX_YAML_VALUES:,} values")
+    return sizes[node]
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -315,11 +336,19 @@ def write_json_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def naming_full_disks(folder: str | Path, remedy: str) -> Iterator[None]:
-    """Convert the errors of a full disk, also those of libraries that write there, into a UserError."""
+    """Convert the errors of a full disk, also those of libraries that write there, into a UserError.
+
+    Args:
+      folder: what is named if the error names no file.
+      remedy: what to do.
+    """
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
         full = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
         if reason := next((each for each in full if each in str(error)), None):
-            raise UserError(f"{folder}: cannot be written ({reason}); {remedy}") from None
+            name = getattr(error, "filename", None) or folder
+            raise UserError(f"{name}: cannot be written ({reason}); {remedy}") from None
         raise

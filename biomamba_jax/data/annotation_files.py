@@ -11,6 +11,7 @@
 Each may be compressed: .gz, .bz2 or .zst.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -162,13 +163,19 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         where = f"{path}, line {number}"
         try:
             raw = [(int(s["start"]), int(s["end"]), str(s["type"]), s) for s in line.get("spans", ())]
-            labels = (line["label"],) if "label" in line else tuple(line.get("labels", ()))
+            labels = [line["label"]] if "label" in line else line.get("labels", [])
+            if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
+                raise TypeError("labels that are no list of texts or numbers")
             key, score = str(line.get("key", line.get("id", where))), line.get("score")
             spans = tuple(Span(start, end, kind, tuple(s.get("ids", ()))) for start, end, kind, s in raw)
             question, relations = str(line.get("question", "")), (Relation(*r) for r in line.get("relations", ()))
-            own = AnnotatedText(key, str(line["text"]), spans, labels, tuple(relations), question=question)
+            own = AnnotatedText(
+                key, str(line["text"]), spans, tuple(map(str, labels)), tuple(relations), question=question
+            )
             text = own if score is None else replace(own, score=float(score))
-        except (KeyError, TypeError, ValueError) as error:
+            if text.score is not None and not math.isfinite(text.score):
+                raise ValueError(f"a score of {text.score}")
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
         yield _checked(text, [s.get("text") for *_, s in raw], where, config)
 
@@ -190,15 +197,17 @@ def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         for article in read_any_json(path)["data"]:
             for paragraph in article["paragraphs"]:
                 context = paragraph["context"]
+                if not isinstance(context, str):
+                    raise TypeError("a context that is no text")
                 for qa in paragraph["qas"]:
                     answers = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
                     spans = tuple(Span(start, start + len(text), "answer") for start, text in answers)
-                    found = AnnotatedText(str(qa["id"]), context, spans, question=qa["question"])
+                    found = AnnotatedText(str(qa["id"]), context, spans, question=str(qa["question"]))
                     check_spans(found, [text for _, text in answers], f"{path}, question {qa['id']}")
                     yield found
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise UserError(f"{path}: is not JSON of paragraphs and questions as SQuAD's ({error!r})") from None
 
 

@@ -79,7 +79,7 @@ class TokenizerInfo:
     sha256: str
     """Digest of `file`; identifies the tokenizer."""
     file: str
-    """Path relative to the manifest's folder."""
+    """Its name in the manifest's folder."""
     vocab_size: int
     """One more than the largest id."""
     eos_id: int
@@ -149,11 +149,15 @@ class Manifest:
             known = " and ".join(map(str, _READ_VERSIONS))
             raise UserError(f"{path}: format_version is {version!r}, this program reads {known}; {_PREPARE_AGAIN}")
         try:
-            return pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
+            found = pydantic.TypeAdapter(cls).validate_json(json.dumps(raw), strict=True, extra="forbid")
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {key}: {first['msg']}; {_PREPARE_AGAIN}") from None
+        file = found.tokenizer.file
+        if Path(file).name != file:
+            raise UserError(f"{path}: tokenizer.file: {file!r} is not a file of this folder; {_PREPARE_AGAIN}")
+        return found
 
     def check_tokenizer(self, sha256: str) -> None:
         """Raise UserError unless the shards were made with the tokenizer file of this sha256."""

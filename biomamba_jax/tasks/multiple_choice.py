@@ -108,10 +108,17 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
             raise UserError(f"{path}: its cop may count options from 0 or from 1; say which with first_option")
     subject = re.sub("_(test|dev|val|train)$", "", Path(uncompressed_name(path)).stem) if _is_csv(path) else ""
     for where, row in rows:
-        question, options = row.get("question"), _options(row)
-        if not isinstance(question, str) or len(options) < 2 or not all(isinstance(each, str) for each in options):
-            raise UserError(f"{where}: has no question with options; give MedQA, MedMCQA or MMLU as published")
-        answer = _answer(row, options, first or 0, where)
+        try:
+            question, options = row.get("question"), _options(row)
+            if not isinstance(question, str) or len(options) < 2 or not all(isinstance(each, str) for each in options):
+                raise TypeError
+            answer = _answer(row, options, first or 0, where)
+        except UserError:
+            raise
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(
+                f"{where}: has no question with options and an answer; give MedQA, MedMCQA or MMLU as published"
+            ) from None
         if answer is None:
             left_out[NO_ANSWER] += 1
         elif not all(option.strip() for option in options):
