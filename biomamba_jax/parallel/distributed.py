@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,19 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 import biomamba_jax
+from biomamba_jax import files
 from biomamba_jax.config import DistributedConfig, RunConfig
 from biomamba_jax.errors import UserError
 
 STOPPED = 128 + signal.SIGTERM
 """Exit status of every process of a multi-process run that was stopped early, whichever got the SIGTERM."""
 _FAILURE = "biomamba_jax/failure"
-_VERSIONS = "biomamba_jax/versions"
 DATA_TIMEOUT = 24 * 3600
 """Seconds that processes wait for the one that prepares the data."""
 _TIMEOUT = 300  # seconds for what all processes do at the same time
 _POLL_SECONDS = 2  # between checks for a failure of another process
+# What Gloo, NCCL and JAX's coordinator say when a process has gone.
+_PEER_LOST = re.compile("(closed|reset) by peer|remote process|heartbeat|coordination|unavailable", re.IGNORECASE)
 
 
 @contextlib.contextmanager
@@ -58,11 +62,14 @@ def processes(config: RunConfig) -> Iterator[bool]:
     threading.Thread(target=_watch_for_failures, args=(me, ended), name="watch-for-failures", daemon=True).start()
     try:
         require_same_config(dataclasses.asdict(dataclasses.replace(config, distributed=DistributedConfig())))
-        yield jax.process_index() == 0
+        with files.naming_full_disks(config.run_dir, "free space, then run the same command again"):
+            yield jax.process_index() == 0
         barrier("the end", timeout=DATA_TIMEOUT)
     except (Exception, KeyboardInterrupt) as error:
         # JAX's runtime is not shut down: it would wait for the others, and they for this process in a collective.
         ended.set()
+        if isinstance(error, jax.errors.JaxRuntimeError) and _PEER_LOST.search(str(error)):
+            _exit(f"{me} lost another process, whose own output says why ({_one_line(error)[:200]})", publish=True)
         if not isinstance(error, UserError | KeyboardInterrupt):
             traceback.print_exc()
         _exit(f"{me} failed: {_one_line(error)}", publish=True)
@@ -136,32 +143,49 @@ def _no_address(size: str, rank: str, environment: Mapping[str, str]) -> UserErr
     )
 
 
-def require_same_config(settings: Any) -> None:
+def require_same_config(settings: Mapping[str, Any]) -> None:
     """Compare code, versions and settings of all processes, so that a stale worker is found at the start.
 
     Args:
-      settings: JSON values.
+      settings: JSON values, nested.
 
     Raises:
-      UserError: this process differs from process 0; names the difference.
+      UserError: this process differs from process 0; names the differences.
     """
     if jax.process_count() == 1:
         return
-    mine = {
+    versions = {
         "biomamba_jax": f"{biomamba_jax.__version__} (code {_code_digest()})",
         "jax": jax.__version__,
         "python": ".".join(map(str, sys.version_info[:3])),
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12],
     }
+    require_same("config", versions | flatten_dict(settings, sep="."))
+
+
+def require_same(what: str, values: Mapping[str, Any]) -> None:
+    """Compare values of all processes with those of process 0.
+
+    Args:
+      what: unique name of the comparison.
+      values: JSON values by what they are, for messages.
+
+    Raises:
+      UserError: this process differs from process 0; names both values of the first differences.
+    """
+    if jax.process_count() == 1:
+        return
+    mine = {name: json.dumps(value, default=str) for name, value in values.items()}
     if jax.process_index() == 0:
-        _client().key_value_set(_VERSIONS, json.dumps(mine))
-    theirs = json.loads(_client().blocking_key_value_get(_VERSIONS, _TIMEOUT * 1000))
-    for name, value in mine.items():
-        if theirs[name] != value:
-            raise UserError(
-                f"{name} is {value} in this process, {theirs[name]} in process 0; use the same version and "
-                "config everywhere"
-            )
+        _client().key_value_set(f"biomamba_jax/{what}", json.dumps(mine))
+    theirs = json.loads(_client().blocking_key_value_get(f"biomamba_jax/{what}", _TIMEOUT * 1000))
+    different = [
+        f"{name} is {mine.get(name, 'not set')} in this process, {theirs.get(name, 'not set')} in process 0"
+        for name in [*mine, *(theirs.keys() - mine)]
+        if mine.get(name) != theirs.get(name)
+    ]
+    if different:
+        rest = "; ..." if len(different) > 3 else ""
+        raise UserError(f"{'; '.join(different[:3])}{rest}; use the same version, config and data everywhere")
 
 
 def barrier(name: str, timeout: float) -> None:

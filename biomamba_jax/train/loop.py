@@ -99,6 +99,7 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
     manifest = Manifest.load(config.data.path)
     config = dataclasses.replace(config, model=setup.with_vocabulary(config.model, manifest))
     data, steps = config.data, setup.total_steps(config, manifest)
+    setup.require_same_shards(data)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
     tokenizer = Path(data.path) / manifest.tokenizer.file
 

@@ -1,6 +1,8 @@
 """The start of a run: sizes that the shards determine, the run directory, and a line that describes it."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.interop import run_dir as runs
+from biomamba_jax.parallel import distributed
 from biomamba_jax.train.report import record_start
 
 
@@ -64,6 +67,15 @@ def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
       manifest: that of data.path.
     """
     return max(tokens_an_epoch(data.mixture) if data.mixture.sources else manifest.splits["train"].tokens, 1)
+
+
+def require_same_shards(data: DataConfig) -> None:
+    """Raise a UserError if the shards here are others than those of process 0, which their paths do not tell."""
+    digests = {}
+    for folder in (data.path, *(source.path for source in data.mixture.sources.values())):
+        text = json.dumps(dataclasses.asdict(Manifest.load(folder)), sort_keys=True)
+        digests[f"the manifest in {folder}"] = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    distributed.require_same("shards", digests)
 
 
 def total_steps(config: PretrainConfig, manifest: Manifest) -> int:

@@ -1,6 +1,7 @@
 """Who counts as one of several processes."""
 
 import importlib.util
+import re
 
 import jax
 import pytest
@@ -97,17 +98,19 @@ class KeyValueStore(dict):
 def test_a_process_with_other_settings_or_another_version_than_the_first_is_refused(monkeypatch):
     from jax._src import distributed
 
-    store = KeyValueStore()
+    store, version = KeyValueStore(), re.escape(jax.__version__)
     monkeypatch.setattr(distributed.global_state, "client", store)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    require_same_config({"steps": 3})  # as process 0
+    require_same_config({"train": {"steps": 3}})  # as process 0
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    require_same_config({"steps": 3})
-    with pytest.raises(UserError, match=r"settings is .* in this process, .* in process 0"):
-        require_same_config({"steps": 4})
+    require_same_config({"train": {"steps": 3}})
+    with pytest.raises(UserError, match=r"^train\.steps is 4 in this process, 3 in process 0; use the same"):
+        require_same_config({"train": {"steps": 4}})
+    with pytest.raises(UserError, match=r"^train\.steps is not set in this process, 3 in process 0; use the same"):
+        require_same_config({})
     monkeypatch.setattr(jax, "__version__", "0.1")
-    with pytest.raises(UserError, match=r"jax is 0\.1 in this process"):
-        require_same_config({"steps": 3})
+    with pytest.raises(UserError, match=rf'jax is "0\.1" in this process, "{version}" in process 0'):
+        require_same_config({"train": {"steps": 3}})
 
 
 def test_one_of_several_processes_that_were_stopped_leaves_with_a_status_of_its_own(monkeypatch):
