@@ -96,10 +96,12 @@ class Checkpoints:
             runs.verify(self._run_dir, start, jax.process_index(), jax.process_count())
         barrier("checkpoint verified", timeout=DATA_TIMEOUT)
         if go_back and jax.process_index() == 0:
-            replaced.mkdir()
+            moved = replaced.with_name(f"{replaced.name}.partial")  # a start that is killed here does not count
+            moved.mkdir(exist_ok=True)
             for step in steps:
                 if start is not None and step > start:
-                    os.rename(self.folder / str(step), replaced / str(step))
+                    os.rename(self.folder / str(step), moved / str(step))
+            os.rename(moved, replaced)
         barrier("checkpoints replaced", timeout=DATA_TIMEOUT)
         return start
 

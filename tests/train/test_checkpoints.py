@@ -1,5 +1,8 @@
 """Checkpoints refuse what does not fit, by name, before anything is restored."""
 
+import os
+from unittest.mock import Mock
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -103,6 +106,18 @@ def test_resume_from_goes_back_once_and_loses_nothing(tmp_path):
         assert checkpoints.start == 4
     with pytest.raises(UserError, match=r"resume_from = 7: .* has checkpoints of steps \[3, 4\]"):
         Checkpoints(tmp_path, CheckpointConfig(), resume_from=7)
+
+
+def test_going_back_is_gone_on_with_after_a_kill_in_the_middle(tmp_path, monkeypatch):
+    save(tmp_path, 3, 4, 5)
+    rename = os.rename
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        moves = iter([rename])
+        patch.setattr(os, "rename", lambda *paths: next(moves, Mock(side_effect=KeyboardInterrupt))(*paths))
+        Checkpoints(tmp_path, CheckpointConfig(), resume_from=3)
+    with Checkpoints(tmp_path, CheckpointConfig(), resume_from=3) as checkpoints:
+        assert checkpoints.start == 3
+    assert sorted(path.name for path in (tmp_path / "replaced_after_3").iterdir()) == ["4", "5"]
 
 
 def test_digests_can_be_left_to_the_user(tmp_path):
