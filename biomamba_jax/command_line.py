@@ -187,19 +187,26 @@ def to_yaml(config: Any) -> str:
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a command's main.
 
-    A `UserError` becomes one line on stderr and exit status 1, Ctrl-C exit status 130. If the reader of standard output
-    is gone, as after `head`, the command ends silently with exit status 141, as a shell reports SIGPIPE.
+    A `UserError`, a full disk and a file that the system refuses become one line on stderr and exit status 1, Ctrl-C
+    exit status 130. If the reader of standard output is gone, as after `head`, the command ends silently with exit
+    status 141, as a shell reports SIGPIPE.
     """
     try:
         keep_compiled_programs()
-        command(argv)
-        sys.stdout.flush()
+        with files.naming_full_disks("the output", "free space, then run the same command again"):
+            command(argv)
+            sys.stdout.flush()
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
         raise SystemExit(141) from None
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

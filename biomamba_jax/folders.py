@@ -87,26 +87,31 @@ def _sha256_of(folder: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 @contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
+def locked(folder: str | Path, name: Path | None = None) -> Iterator[None]:
     """Make a folder and lock it for this process; the system unlocks it when the process ends, however it ends.
 
     The file `lock` names the owner. Where the file system has no locks, a warning says so.
+
+    Args:
+      folder: the folder.
+      name: what the lock stands for, for messages; default: the folder.
 
     Raises:
       UserError: another process holds the lock, or the folder cannot be written.
     """
     folder = Path(folder)
+    name = name or folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+")  # noqa: SIM115
+        lock = open(folder / "lock", "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder") from None
+        raise UserError(f"{name}: cannot be made ({error.strerror}); name another folder") from None
     with lock:
         lock.seek(0)
-        lock_file(lock, folder, owner=lock.read().strip())
+        lock_file(lock, name, owner=lock.read().decode(errors="replace").strip())
         lock.truncate(0)
         with suppress(OSError):  # a full disk ends the run where it writes what matters
-            print(f"process {os.getpid()} of host {platform.node()}", file=lock, flush=True)
+            lock.write(f"process {os.getpid()} of host {platform.node()}\n".encode())
         yield
 
 

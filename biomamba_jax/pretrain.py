@@ -139,15 +139,19 @@ def write_baselines(config: PretrainConfig) -> None:
 
 
 def show_results(run_dir: Path) -> None:
-    """Print held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines."""
+    """Print held-out perplexity and bits per byte of the run's first and last evaluation and of the baselines.
+
+    Writes report.html where there is none, as after a full disk.
+    """
     from biomamba_jax.tables import print_tables
     from biomamba_jax.train.metrics import read_metrics
-    from biomamba_jax.train.report import held_out_table
+    from biomamba_jax.train.report import held_out_table, write_report
 
     table = held_out_table(run_dir, read_metrics(run_dir))
     if table.rows:  # metrics.jsonl may have been deleted
         print_tables([table])
-    print(f"report: {run_dir / 'report.html'}")
+    report = run_dir / "report.html"
+    print(f"report: {report if report.exists() else write_report(run_dir)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The pretrain command from text to a finished run directory, in this process and at a small size."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import lxml.html
@@ -9,6 +11,7 @@ import pytest
 import yaml
 from synthetic import write_shards
 
+from biomamba_jax.command_line import run_command
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
@@ -72,6 +75,40 @@ def test_a_longer_run_goes_on_from_a_shorter_one_and_says_what_changed(shards, c
     metrics = pretrain("--train.steps=8")
     assert [line["step"] for line in metrics if line["split"] == "train"] == [2, 4, 6, 8]
     assert "changed since this run began: train.steps was 4, is 8" in capsys.readouterr().err
+
+
+def test_folders_may_have_any_name_be_links_and_be_moved(shards, tmp_path):
+    odd = tmp_path / "my données: α 🧬 #1 100% {0} 'x'"
+    odd.mkdir()
+    shards.rename(odd / "the shards")
+    Path("link").symlink_to(odd)
+    arguments = [*SMALL, "--data.path=link/the shards", "--train.steps=2"]
+    main([*arguments, f"--run_dir={odd}/run ü"])
+    (odd / "run ü").rename(tmp_path / "moved run")
+    Path("run").symlink_to("moved run")
+    main([*arguments, "--run_dir=run", "--train.steps=4"])
+    assert [line["step"] for line in read_metrics("run") if line["split"] == "train"] == [2, 4]
+    write_model(read_model("link/../run"), odd / "export ö\n", "hf")
+    assert read_model(Path("link") / "export ö\n").config == read_model("moved run").config
+
+
+def test_a_report_that_a_full_disk_left_out_is_written_by_the_next_start(shards, monkeypatch, capsys):
+    def full(run_dir):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{run_dir}/report.html.tmp")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("biomamba_jax.train.loop.write_report", full)
+        patch.setattr("biomamba_jax.train.report.write_report", full)
+        with pytest.raises(SystemExit) as end:
+            run_command(main, [*SMALL, "--data.path=shards", "--run_dir=run", "--train.steps=2"])
+    assert end.value.code == 1
+    line = (
+        "error: run/report.html.tmp: cannot be written (No space left on device); free space, then run the same command"
+    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+    assert not Path("run/report.html").exists()
+    pretrain("--train.steps=2")
+    assert Path("run/report.html").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(shards):

@@ -6,10 +6,10 @@ files.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +17,8 @@ from typing import Literal
 
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_json, write_text
-from biomamba_jax.folders import DIGESTS, check_digests, write_digests
+from biomamba_jax.files import naming_write_errors, read_json, write_text
+from biomamba_jax.folders import DIGESTS, check_digests, locked, write_digests
 from biomamba_jax.interop import adapters, foreign, gguf, heads, native, runs
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.interop.model_card import model_card
@@ -151,25 +151,32 @@ def refuse_existing(folder: Path) -> None:
 
 @contextmanager
 def _whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to `folder`, renamed to it when the block ends and removed when it raises."""
+    """Yield a temporary folder next to `folder`, renamed to it when the block ends and removed when it raises.
+
+    The next process that writes `folder` removes what a killed one left.
+    """
     refuse_existing(folder)
-    new = None
-    try:
+    with naming_write_errors(folder, "give another --output"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
-        yield new
-        new.chmod(0o755)
-        os.rename(new, folder)
-    except BaseException as error:
-        full = new is not None and shutil.disk_usage(new).free < _FULL
-        if new is not None:
+    digest = hashlib.sha256(folder.name.encode()).hexdigest()[:12]  # a name may have 255 bytes already
+    root = folder.parent / f".new-{digest}"
+    new = root / "output"
+    with locked(root, name=folder):
+        try:
             shutil.rmtree(new, ignore_errors=True)
-        if isinstance(error, Exception) and not isinstance(error, UserError):
+            new.mkdir()
+            yield new
+            os.rename(new, folder)
+        except UserError:
+            raise
+        except Exception as error:
             # orbax, safetensors, tokenizers and torch each have errors of their own for a full disk.
-            if full or "No space left" in str(error):
+            if shutil.disk_usage(root).free < _FULL or "No space left" in str(error):
                 raise UserError(
                     f"{folder}: cannot be written (No space left on device); free space or give another --output"
                 ) from None
             if isinstance(error, OSError):
                 raise UserError(f"{folder}: cannot be written ({error})") from None
-        raise
+            raise
+        finally:
+            shutil.rmtree(root, ignore_errors=True)

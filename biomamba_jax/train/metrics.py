@@ -15,7 +15,6 @@ from it opens the writer with `last_step=s`, which drops the lines after s: they
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import os
@@ -61,7 +60,7 @@ class MetricsWriter:
         """
         self._folder, self._open = Path(config.run_dir), contextlib.ExitStack()
         self._files: dict[str, BinaryIO] = {}
-        self._events: Any = None
+        self._events: _Events | None = None
         self._wandb: Any = None
         if jax.process_index() != 0:
             return
@@ -73,10 +72,8 @@ class MetricsWriter:
             _drop_after(folder / name, last_step)
             self._files[name] = self._open.enter_context((folder / name).open("ab"))
         if config.tensorboard:
-            # Events can't be taken back; `purge_step` makes TensorBoard hide those that a resumed run writes again.
-            purge_step = 0 if last_step is None else last_step + 1
-            events = _summary_writer()(logdir=str(folder / "tensorboard"), purge_step=purge_step)
-            self._events = self._open.enter_context(events)
+            self._events = _Events(folder / "tensorboard", 0 if last_step is None else last_step + 1)
+            self._open.callback(self._events.close)
         if config.wandb_project is not None:
             self._wandb = _wandb_run(config, resumed=last_step is not None)
             self._open.callback(self._wandb.finish)
@@ -110,8 +107,7 @@ class MetricsWriter:
         self._files[file].flush()
         curves = {f"{prefix}/{name}": value for name, value in numbers.items()}
         if self._events is not None:
-            for name, value in curves.items():
-                self._events.add_scalar(name, value, about["step"])
+            self._events.write(about["step"], curves)
         if self._wandb is not None:
             self._wandb.log(curves | {"step": about["step"]})
 
@@ -130,15 +126,30 @@ class MetricsWriter:
         self._open.close()
 
 
-def _summary_writer() -> Any:
-    """Return tensorboardX's class of writers; hides torch, which it would import where installed (5 s, 460 MB)."""
-    hidden = {"torch": None} if "torch" not in sys.modules else {}
-    sys.modules.update(hidden)  # type: ignore[arg-type]
-    try:
-        return importlib.import_module("tensorboardX").SummaryWriter
-    finally:
-        for name in hidden:
-            del sys.modules[name]
+class _Events:
+    """A file of TensorBoard events, written by its caller: the thread of the library's writer dies of a full disk."""
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        """Begin a file; TensorBoard hides events of earlier files from `purge_step` on, which cannot be taken back."""
+        hidden = {"torch": None} if "torch" not in sys.modules else {}  # which the library would import (5 s, 460 MB)
+        sys.modules.update(hidden)  # type: ignore[arg-type]
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar, self._file = Event, scalar, EventsWriter(str(folder / "events"))
+        begin = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=purge_step, session_log=begin))
+        self.flush, self.close = self._file.flush, self._file.close
+
+    def write(self, step: int, curves: Mapping[str, float]) -> None:
+        """Add a point to each curve."""
+        for name, value in curves.items():
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=self._scalar(name, value)))
 
 
 def _wandb_run(config: RunConfig, *, resumed: bool) -> Any:

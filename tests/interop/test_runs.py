@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import random
 
 import jax
 import numpy as np
 import pytest
 import yaml
-from random_weights import random_weights
+from random_weights import flipped_bit, random_weights
 from synthetic import write_shards
 
 from biomamba_jax.command_line import to_yaml
@@ -142,6 +143,21 @@ def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content, message):
     (tmp_path / "run" / file).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize("flips", [20, pytest.param(400, marks=pytest.mark.long)])
+def test_no_flipped_bit_in_a_checkpoint_goes_unnoticed_by_resume_or_export(tmp_path, flips):
+    write_run(tmp_path / "run", 0.9)
+    draw = random.Random(flips)
+    files = [path for path in sorted((tmp_path / "run" / "checkpoints" / "10").rglob("*")) if path.stat().st_size]
+    for path in draw.choices([path for path in files if path.is_file()], k=flips):
+        named = pytest.raises(UserError, match=r"checkpoint 10: .*; the newest whole checkpoint is of step 9")
+        with flipped_bit(path, draw):
+            with named:
+                read_model(tmp_path / "run")
+            with named:
+                Checkpoints(tmp_path / "run", CheckpointConfig())
+    assert read_model(tmp_path / "run").about["steps"] == 10
 
 
 @pytest.mark.parametrize(
