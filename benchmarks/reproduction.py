@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from benchmarks.seeds import OfSeeds, Shown, difference, markdown, run, verdict, with_interval
+from benchmarks.seeds import OfSeeds, Shown, difference, markdown, run, run_on_cores, verdict, with_interval
 from biomamba_jax import files
 from biomamba_jax.config.checks import InnerFraction, PositiveFloat, PositiveInt, Settings
 from biomamba_jax.tasks.statistics import Resampling
@@ -56,8 +56,12 @@ Values = Mapping[tuple[str, int], np.ndarray]
 def reproduce_claim(config: ReproductionBenchmark) -> str:
     """Run whatever of the reproduction is not done yet, print its tables and return them as Markdown."""
     write_evaluation_text(Path("data/reproduce/evaluation.jsonl"))
-    for command in commands(config):
+    *training, evaluate = commands(config)
+    of_seed = [training[first : first + len(PARTS)] for first in range(0, len(training), len(PARTS))]
+    for command in of_seed[0]:  # also prepares the text of all seeds
         run(command)
+    run_on_cores(of_seed[1:])
+    run(evaluate)
     table = results(Path("runs/reproduce/evaluation"), config)
     files.write_text(Path("runs/reproduce/table.md"), table)
     print(table)

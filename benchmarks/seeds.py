@@ -81,11 +81,11 @@ def run(command: Sequence[str]) -> None:
         raise UserError(f"{command[0]} has failed, see above; the same benchmark goes on from there")
 
 
-def run_on_cores(commands: Sequence[Sequence[str]]) -> None:
-    """Run commands of the package, one at a time on each core of this process: small models gain little from two.
+def run_on_cores(chains: Sequence[Sequence[Sequence[str]]]) -> None:
+    """Run chains of commands of the package, one chain on each core of this process: small models gain little from two.
 
     Raises:
-      UserError: see `run`; commands that are running are waited for.
+      UserError: see `run`; chains that are running are waited for.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     free = iter(cores)
@@ -94,5 +94,9 @@ def run_on_cores(commands: Sequence[Sequence[str]]) -> None:
         if cores:
             os.sched_setaffinity(0, {next(free)})
 
+    def run_chain(chain: Sequence[Sequence[str]]) -> None:
+        for command in chain:
+            run(command)
+
     with ThreadPoolExecutor(len(cores) or 1, initializer=pin) as pool:
-        list(pool.map(run, commands))
+        list(pool.map(run_chain, chains))

@@ -65,7 +65,7 @@ def compare_text_mining(config: TextMiningBenchmark) -> str:
         raise UserError(f"{known}: its runs have other settings; give another --output")
     files.write_json(known, settings)
     write_random_models(config)
-    run_on_cores(list(commands(config)))
+    run_on_cores([[command] for command in commands(config)])
     table, figures = results(config)
     files.write_json(output / "table.json", {"figures": figures, "settings": asdict(config), "about": environment()})
     files.write_text(output / "table.md", table)

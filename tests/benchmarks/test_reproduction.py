@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from benchmarks import reproduction
 from benchmarks.reproduction import CONFIGS, PARTS, ReproductionBenchmark, commands, results
 from biomamba_jax.command_line import parse
 from biomamba_jax.config import PretrainConfig
@@ -51,6 +52,19 @@ def test_every_model_of_a_seed_starts_from_the_general_one_of_that_seed(parts):
         assert ("q.json" in config.prepare.decontaminate) == (part in ("adapted", "scratch"))
         assert config.run_dir in evaluate
     assert evaluate[-2:] == ["--pubmedqa.path", "q.json"]
+
+
+def test_the_first_seed_prepares_the_text_then_the_others_run_side_by_side_and_all_are_measured(monkeypatch):
+    ran = []
+    monkeypatch.setattr(reproduction, "write_evaluation_text", lambda path: None)
+    monkeypatch.setattr(reproduction, "run", lambda command: ran.append(command))
+    monkeypatch.setattr(reproduction, "run_on_cores", lambda chains: ran.extend(chains))
+    monkeypatch.setattr(reproduction, "results", lambda *_: "table")
+    monkeypatch.setattr(reproduction.files, "write_text", lambda *_: None)
+    reproduction.reproduce_claim(ReproductionBenchmark())
+    *runs, evaluate = commands(ReproductionBenchmark())
+    n = len(PARTS)
+    assert ran == [*runs[:n], runs[n : 2 * n], runs[2 * n :], evaluate]
 
 
 def write(folder, nats, tokens):

@@ -76,7 +76,7 @@ def test_finished_runs_are_not_run_again_and_other_settings_are_refused(config, 
     ran = []
     monkeypatch.setattr(text_mining, "run_on_cores", ran.extend)
     table = compare_text_mining(TextMiningBenchmark(**given))
-    assert [f"--run_dir={tmp_path}/out/chemprot-once-1"] == [w for words in ran for w in words if "run_dir" in w]
+    assert [f"--run_dir={tmp_path}/out/chemprot-once-1"] == [w for [words] in ran for w in words if "run_dir" in w]
     assert (tmp_path / "out" / "table.md").read_text() == table
     assert json.loads((tmp_path / "out" / "table.json").read_text())["settings"]["seeds"] == 2
     first, second = (read_model(tmp_path / "out" / f"random-{seed}") for seed in range(2))
@@ -86,9 +86,14 @@ def test_finished_runs_are_not_run_again_and_other_settings_are_refused(config, 
         compare_text_mining(TextMiningBenchmark(**given, epochs=7.0))
 
 
-def test_a_failed_command_ends_the_benchmark():
+def test_a_failed_command_ends_its_chain_and_the_benchmark(monkeypatch):
     with pytest.raises(UserError, match=r"biomamba_jax\.nothing has failed"):
-        seeds.run_on_cores([["biomamba_jax.nothing"]])
+        seeds.run_on_cores([[["biomamba_jax.nothing"]]])
+    ran = []
+    monkeypatch.setattr(seeds, "run", lambda command: ran.append(command) or 1 / len(command[0]))
+    with pytest.raises(ZeroDivisionError):
+        seeds.run_on_cores([[["a"], [""], ["never"]]])
+    assert ran == [["a"], [""]]
 
 
 def test_the_configs_name_the_files_of_the_corpora():
