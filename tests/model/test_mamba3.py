@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_weights import random_weights
+from safetensors.numpy import load_file
 
+import biomamba_jax
+from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.generate import Sampling
+from biomamba_jax.interop import write_model
 from biomamba_jax.interop.names import flatten, foreign_tensors
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
@@ -86,3 +91,16 @@ def test_decoding_with_a_state_gives_the_logits_of_the_whole_text(name):
         parts.append(hidden)
     got = model.logits(jnp.concatenate(parts, axis=1))
     assert np.max(np.abs(got - want)) <= 1e-5 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize("name", ["siso", "mimo, all flags"])
+def test_a_folder_converted_from_the_authors_layout_generates_the_plain_loops_likeliest_tokens(name, tmp_path):
+    weights = random_weights(CONFIGS[name])
+    weights.params["norm_f"]["weight"] *= 8  # otherwise the likeliest tokens are nearly equal
+    write_model(weights, tmp_path / "released", "mamba_ssm")
+    convert.main(["--input", f"{tmp_path}/released", "--output", f"{tmp_path}/native", "--to", "native"])
+    released, prompts = load_file(tmp_path / "released" / "model.safetensors"), [[3, 1, 4, 15, 9], [26]]
+    generated = biomamba_jax.load(tmp_path / "native").generator.decode(prompts, Sampling(max_new_tokens=8))
+    for text, new in zip(prompts, generated, strict=True):
+        logits = mamba3_reference.language_model(CONFIGS[name], released, np.array(text + new))[len(text) - 1 : -1]
+        assert new == np.argmax(logits, axis=-1).tolist()
