@@ -52,9 +52,8 @@ def print_tried(tokens: int, tried: Mapping[Contender, Timing | str], chosen: tu
 def compare(
     title: str,
     tokens: int,
-    floor: float,
-    ours: Contender,
-    theirs: Contender,
+    floors: tuple[float, float],
+    contenders: tuple[Contender, Contender],
     rounds: int,
     limit_seconds: float,
 ) -> None:
@@ -63,19 +62,18 @@ def compare(
     Args:
       title: title of the table.
       tokens: tokens of one run.
-      floor: seconds of one run that the machine's bare speeds alone would take.
-      ours: the first contender.
-      theirs: the second contender.
+      floors: seconds of one run of each contender that the machine's bare speeds alone would take.
+      contenders: the two.
       rounds: number of pairs.
       limit_seconds: time limit for a contender's preparation and first run.
 
     Raises:
       UserError: a contender failed.
     """
-    results = alternate((ours, theirs), rounds, limit_seconds)
+    results = alternate(contenders, rounds, limit_seconds)
     rows = [
         [*_row(tokens, contender, timing), f"{floor / timing.seconds.median:.0%}"]
-        for contender, timing in zip((ours, theirs), results, strict=True)
+        for floor, contender, timing in zip(floors, contenders, results, strict=True)
     ]
     ratio = Spread.of(slow / fast for fast, slow in zip(*(timing.each for timing in results), strict=True))
     rows.append(["ratio within pairs", None, f"{ratio.median:.2f}", f"{ratio.least:.2f}–{ratio.most:.2f}", None, None])

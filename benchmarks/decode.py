@@ -2,7 +2,7 @@
 
 import functools
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import jax
@@ -14,11 +14,12 @@ from benchmarks.contenders import Machine, compare, tokens_per_second
 from benchmarks.paired_timing import Contender, Spread
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
+from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
 from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
 from biomamba_jax.tables import summary_table
@@ -31,6 +32,8 @@ class DecodeBenchmark:
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
     """The model; by default the 130m shape."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: model.compute_dtype."""
     batch_size: int = 1
     """Prompts per batch."""
     prompt_length: int = 128
@@ -40,7 +43,7 @@ class DecodeBenchmark:
     rounds: int = 5
     """Timed runs, after one warm-up run; each processes the prompts and generates all tokens."""
     compare: bool = False
-    """Compare with transformers' generate in paired timing; CPU only."""
+    """Compare in paired timing, on a CPU: with transformers' generate, or bfloat16 and int8 with our float32."""
     allocator: Literal["default", "huge-pages"] = "huge-pages"
     """compare: setting of the C library's allocator for both contenders."""
     limit_seconds: float = 600
@@ -57,13 +60,13 @@ class DecodeBenchmark:
         return self.batch_size * self.new_tokens
 
     def floor(self, machine: Machine) -> float:
-        """Return the seconds that a run in float32 would take at the machine's bare speeds.
+        """Return the seconds that a run would take at the machine's bare speeds.
 
-        They are those of the prompts' products, and for each new token of reading all weights or of computing with
-        them, whichever is slower.
+        They are those of the prompts' products in float32, and for each new token of reading all weights in their dtype
+        or of computing with them, whichever is slower.
         """
         flops = training_flops_per_token(self.model) / 3 * self.batch_size
-        reading = 4 * matrix_parameters(self.model) / machine.bandwidth
+        reading = bytes_read(self) / machine.bandwidth
         return self.prompt_length * flops / machine.flops + self.new_tokens * max(reading, flops / machine.flops)
 
     def prompts(self) -> np.ndarray:
@@ -72,12 +75,24 @@ class DecodeBenchmark:
         return np.random.default_rng(0).integers(1, self.model.known_vocab, shape)
 
 
+def random_model(config: DecodeBenchmark) -> InferenceModel:
+    """Return our model with random weights."""
+    fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
+    return InferenceModel.from_params(config.model, fresh(), config.dtype)
+
+
+def bytes_read(config: DecodeBenchmark) -> int:
+    """Return the bytes of the weights that a token reads: all but an untied embedding."""
+    model = jax.eval_shape(lambda: random_model(config))
+    read = replace(model, embedding=None) if model.lm_head else model
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+
+
 class Decoding:
     """Our model with its compiled programs; each call continues the prompts once."""
 
     def __init__(self, config: DecodeBenchmark) -> None:
-        fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
-        self._generator = Generator(InferenceModel.from_params(config.model, fresh()))
+        self._generator = Generator(random_model(config))
         self._prompts = config.prompts().tolist()
         self._sampling = Sampling(max_new_tokens=config.new_tokens)
 
@@ -94,14 +109,12 @@ def measure_decode(config: DecodeBenchmark) -> None:
     """
     if config.compare:
         if jax.default_backend() != "cpu":
-            raise UserError("compare: transformers is measured on CPU only; set JAX_PLATFORMS=cpu")
-        baselines.check_installed(config.model)
+            raise UserError("compare: decoding is compared on a CPU only; set JAX_PLATFORMS=cpu")
+        contenders = _ours(config), _theirs(config)
         machine = Machine.measured()
         print(machine)
-        ours = Contender("biomamba_jax", config.allocator, functools.partial(Decoding, config))
-        generate = functools.partial(baselines.TransformersDecoding, config.model, config.prompts(), config.new_tokens)
-        theirs = Contender("transformers", config.allocator, generate)
-        compare(_title(config), config.tokens, config.floor(machine), ours, theirs, config.rounds, config.limit_seconds)
+        floors = config.floor(machine), replace(config, dtype="float32").floor(machine)
+        compare(_title(config), config.tokens, floors, contenders, config.rounds, config.limit_seconds)
         return
     decode = Decoding(config)
     decode()
@@ -115,6 +128,24 @@ def measure_decode(config: DecodeBenchmark) -> None:
     )
 
 
+def _ours(config: DecodeBenchmark) -> Contender:
+    name = f"biomamba_jax, {_weight_dtype(config)}"
+    return Contender(name, config.allocator, functools.partial(Decoding, config))
+
+
+def _theirs(config: DecodeBenchmark) -> Contender:
+    """Return what a run is compared with: the next slower thing that computes the same."""
+    if _weight_dtype(config) != "float32":
+        return _ours(replace(config, dtype="float32"))
+    baselines.check_installed(config.model)
+    generate = functools.partial(baselines.TransformersDecoding, config.model, config.prompts(), config.new_tokens)
+    return Contender("transformers", config.allocator, generate)
+
+
+def _weight_dtype(config: DecodeBenchmark) -> str:
+    return config.dtype or compute_dtype(config.model).name
+
+
 def _seconds(decode: Decoding) -> float:
     start = time.perf_counter()
     decode()
@@ -123,5 +154,5 @@ def _seconds(decode: Decoding) -> float:
 
 def _title(config: DecodeBenchmark) -> str:
     model = config.model
-    sizes = f"{model.kind}, {model.n_layers} x {model.d_model}, {compute_dtype(model).name}"
+    sizes = f"{model.kind}, {model.n_layers} x {model.d_model}, {_weight_dtype(config)}"
     return f"{sizes}, {config.batch_size} prompts of {config.prompt_length} + {config.new_tokens} tokens"

@@ -118,7 +118,7 @@ def compare_step(config: StepBenchmark) -> None:
         pair = fastest(tried, ours), fastest(tried, theirs)
         print_tried(config.tokens, tried, pair)
     floor = training_flops_per_token(config.model) * config.tokens / machine.flops
-    compare(_name(config), config.tokens, floor, *pair, config.steps, config.limit_seconds)
+    compare(_name(config), config.tokens, (floor, floor), pair, config.steps, config.limit_seconds)
 
 
 def _seconds(step: TrainingStep) -> float:

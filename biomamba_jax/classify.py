@@ -10,10 +10,11 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TextIO
+from typing import TextIO
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config.checks import Settings
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
@@ -31,8 +32,8 @@ class ClassifyConfig(Settings):
     """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
     prompt: str = "{prompt}"
     """Template of the prompt, as in training; {name} stands for that key of the line."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
 def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None:

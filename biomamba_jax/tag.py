@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config.checks import Settings, check
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
 
 _AT_ONCE = 64
@@ -36,8 +37,8 @@ class TagConfig(Settings):
     """Written: JSON lines with the spans, PubTator, or a page with highlighted spans, which needs `output`."""
     output: str | None = None
     """File to write; default: standard output."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

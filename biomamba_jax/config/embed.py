@@ -14,6 +14,7 @@ from biomamba_jax.config.checks import (
     check,
 )
 from biomamba_jax.config.data import RowsConfig
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.config.prepare import TextFields
 from biomamba_jax.config.train import OptimizerConfig, RunConfig, TrainConfig
 
@@ -33,8 +34,8 @@ class EmbeddingConfig(Settings):
     """Tokens of a row. Longer texts carry the state from row to row, so this changes only speed and memory."""
     batch_size: PositiveInt = 8
     """Rows computed at a time; only speed and memory depend on it."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

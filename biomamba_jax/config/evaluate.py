@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
 from biomamba_jax.config.checks import Fraction, InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
+from biomamba_jax.config.model import InferenceDType
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
@@ -172,8 +173,8 @@ class MeasuresConfig(Settings):
     """Tokens of one row. Longer documents carry the state from row to row, so this changes only speed and memory."""
     batch_size: PositiveInt = 8
     """Rows computed at a time; only speed and memory depend on it."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
     seed: int = 0
     """Seed of the bootstrap and of samples of documents."""
 

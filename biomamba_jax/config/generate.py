@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 from biomamba_jax.config.checks import Fraction, Limit, PositiveFraction, PositiveInt, Seed, Settings, check
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
 
 _SMALLEST = 1e-30
@@ -56,8 +57,8 @@ class GenerateConfig(Sampling):
     """Prompts and results as JSON lines on standard input and output, instead of --prompt."""
     batch_size: PositiveInt = 8
     """Prompts continued at a time."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Compute dtype; default: bfloat16 on TPU and GPU, float32 on CPU."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

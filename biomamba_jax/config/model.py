@@ -16,6 +16,8 @@ from biomamba_jax.config.checks import (
 from biomamba_jax.errors import UserError
 
 DType = Literal["float32", "bfloat16"]
+InferenceDType = Literal["float32", "bfloat16", "int8"]
+"""Type of matrices and activations; int8: of the matrices, and activations of the default type."""
 Kind = Literal["mamba1", "mamba2", "mamba3"]
 
 

@@ -54,8 +54,8 @@ class HeadModel:
         width = model.config.d_model
         self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]
         if head.reversed is not None:
-            params = {"embedding": model.embedding, **head.reversed}
-            backwards = InferenceModel.from_params(model.config, params, model.dtype)
+            params = {"embedding": model.embedding.dense(model.dtype), **head.reversed}
+            backwards = InferenceModel.from_params(model.config, params, model.weight_dtype)
             self._backbones.append((backwards, jnp.asarray(head.weight[:, width:])))
         self._bias = head.bias
 

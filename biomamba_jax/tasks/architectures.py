@@ -25,12 +25,19 @@ def architecture_of(folder: Path) -> str:
     return str((read_json(folder / "config.json").get("architectures") or [""])[0])
 
 
+def check_dtype(name: str, folder: Path, dtype: str | None) -> None:
+    """Raise UserError if transformers does not run a model in `dtype`."""
+    if dtype == "int8":
+        raise UserError(f"models.{name}: {folder} is run by transformers, not in int8; give float32 or bfloat16")
+
+
 def check_architecture(name: str, folder: Path, config: EvaluateConfig) -> str:
     """Return the architecture that a folder states, "" if it states none.
 
     Raises:
       UserError: it cannot give what `config` measures; says what it does.
     """
+    check_dtype(name, folder, config.dtype)
     architecture = architecture_of(folder)
     factoids = config.bioasq.path and config.bioasq.types == ["factoid"]
     others = config.domains or config.multiple_choice or config.pubmedqa.path

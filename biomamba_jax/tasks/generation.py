@@ -185,8 +185,8 @@ class Generator:
             new = [row[: row.index(eos_id)] if eos_id in row else row for row in tokens.tolist()]
             if any(token < 0 for row in new for token in row):
                 raise UserError(
-                    f"{self.name}: its logits are NaN in {self.model.dtype}: the weights are damaged or overflow; "
-                    "try dtype float32, or another checkpoint"
+                    f"{self.name}: its logits are NaN in {self.model.weight_dtype}: the weights are damaged or "
+                    "overflow; try dtype float32, or another checkpoint"
                 )
             if done >= limit or ended.all():
                 return new

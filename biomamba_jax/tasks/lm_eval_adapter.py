@@ -124,7 +124,7 @@ def harness_model(path: str, batch_size: int = 8, dtype: str | None = None) -> A
     Args:
       path: the model's folder.
       batch_size: rows in a batch.
-      dtype: type of matrices and activations; None: bfloat16 on TPU and GPU, float32 on CPU.
+      dtype: type of matrices and activations, or int8 for int8 matrices; None: bfloat16 on TPU and GPU, float32 on CPU.
     """
     return harness_class()(path=path, batch_size=batch_size, dtype=dtype)
 

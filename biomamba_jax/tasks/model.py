@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.config.generate import Sampling
+from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.data.annotations import AnnotatedText, Span
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
@@ -64,13 +65,14 @@ class TextClass:
     """The predicted class; of a multi-label head, all labels that are more likely than not."""
 
 
-def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | None = None) -> "Model":
+def load(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> "Model":
     """Load a model of any format.
 
     Args:
       path: a folder in native, Hugging Face or mamba_ssm format, a run directory of `pretrain` or `finetune`, or a name
         on the Hugging Face hub: owner/name or owner/name@revision.
-      dtype: type of matrices and activations; None: bfloat16 on TPU and GPU, float32 on CPU.
+      dtype: type of matrices and activations; int8: of matrices only, with a scale for each output; None: bfloat16 on
+        TPU and GPU, float32 on CPU.
 
     Returns:
       The model, ready to use.
@@ -78,8 +80,8 @@ def load(path: str | os.PathLike[str], dtype: Literal["float32", "bfloat16"] | N
     Raises:
       UserError: no model there, damaged files, or an unknown dtype.
     """
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype = {dtype!r}: give float32 or bfloat16")
+    if dtype not in (None, *get_args(InferenceDType)):
+        raise UserError(f"dtype = {dtype!r}: give one of {', '.join(get_args(InferenceDType))}")
     weights = read_model(path)
     tokenizer = load_tokenizer(weights.tokenizer_file) if weights.tokenizer_file else None
     model = InferenceModel.from_params(weights.config, weights.params, dtype)

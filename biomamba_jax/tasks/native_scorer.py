@@ -59,10 +59,10 @@ class NativeScorer:
             path=path,
             kind="causal",
             run_by="biomamba-jax",
-            parameters=sum(x.size for x in jax.tree.leaves(self._model)) - padding,
+            parameters=self._model.parameters - padding,
             tokenizer=f"{self._tokenizer.name} ({self._tokenizer.vocab_size:,} ids)",
             context="the whole document",
-            dtype=self._model.dtype.name,
+            dtype=self._model.weight_dtype.name,
         )
 
     # --- Documents ---
@@ -205,13 +205,13 @@ def _score_after_prefix(
 ) -> tuple[Float[Array, "B L"], Array]:
     """Return the nats of targets after the prefixes of rows `origin`, and bool [B L]: each is the most likely token."""
     hidden, _ = model.hidden(inputs, jax.tree.map(lambda x: x[origin], states))
-    logits = jnp.where(jnp.arange(model.head.shape[0]) < vocab_size, model.logits(hidden), -jnp.inf)
+    logits = jnp.where(jnp.arange(model.config.padded_vocab) < vocab_size, model.logits(hidden), -jnp.inf)
     return _nats(model, hidden, targets, vocab_size), jnp.argmax(logits, -1) == targets
 
 
 def _nats(model: InferenceModel, hidden: Array, targets: Array, vocab_size: int) -> Float[Array, "B L"]:
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    nats = token_negative_log_likelihoods(flat, model.head, targets.reshape(-1), valid_vocab_size=vocab_size)
+    flat, head = hidden.reshape(-1, hidden.shape[-1]), model.head.dense(model.dtype)
+    nats = token_negative_log_likelihoods(flat, head, targets.reshape(-1), valid_vocab_size=vocab_size)
     return nats.reshape(targets.shape)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.architectures import check_dtype
 from biomamba_jax.tasks.padding import batched
 
 _UNUSED = "pooler"
@@ -35,6 +36,7 @@ def load_pretrained(
     Raises:
       UserError: the extra is not installed, or transformers cannot load the folder.
     """
+    check_dtype(name, folder, dtype)
     try:
         torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
     except ImportError as error:

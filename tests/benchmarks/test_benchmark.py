@@ -7,7 +7,7 @@ from synthetic import write_shards
 
 from benchmarks import __main__ as benchmark
 from benchmarks.contenders import Machine
-from benchmarks.decode import DecodeBenchmark
+from benchmarks.decode import DecodeBenchmark, bytes_read
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
@@ -52,9 +52,17 @@ def test_decode_compares_with_generate_of_transformers(kind, capsys):
 def test_the_floor_of_decoding_is_the_prompts_products_and_the_slower_of_reading_and_computing():
     model = ModelConfig(vocab_size=1000)
     config = DecodeBenchmark(model, batch_size=8, prompt_length=100, new_tokens=10)
-    flops, weights = training_flops_per_token(model) / 3, 4 * matrix_parameters(model)
+    flops, weights = training_flops_per_token(model) / 3, bytes_read(config)
     assert config.floor(Machine("", flops, weights)) == pytest.approx(8 * 100 + 10 * 8)
     assert config.floor(Machine("", flops, weights / 20)) == pytest.approx(8 * 100 + 10 * 20)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_the_weights_in_their_dtype_but_not_an_untied_embedding(tied):
+    model = ModelConfig(vocab_size=1000, tie_embeddings=tied)
+    matrices = matrix_parameters(model)
+    for dtype, size in ("float32", 4), ("bfloat16", 2), ("int8", 1):
+        assert bytes_read(DecodeBenchmark(model, dtype)) == pytest.approx(size * matrices, rel=0.015)
 
 
 def test_input_prints_what_one_host_delivers_and_all_of_them_would(tmp_path, capsys):

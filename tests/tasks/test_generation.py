@@ -11,12 +11,11 @@ from flax import nnx
 from random_weights import random_weights
 from tiny_models import CONFIGS, train_tokenizer
 
-from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model import LanguageModel
-from biomamba_jax.model.decode import InferenceModel
+from biomamba_jax.model.decode import InferenceModel, WeightMatrix
 from biomamba_jax.tasks.generation import Detokenizer, Generator, prefill
 from biomamba_jax.tasks.padding import bucket_length, pad_left
 
@@ -60,14 +59,20 @@ def test_layers_laid_apart_give_the_logits_of_the_stacked_model(models):
             assert_close(ours, theirs[index])
 
 
-def test_one_token_through_wide_layers_gives_the_logits_of_the_stacked_model():
-    # Products with kernels of this size have a form of their own on CPU.
-    config = ModelConfig(kind="mamba1", d_model=512, n_layers=1, d_state=4, vocab_size=64)
-    stacked = LanguageModel(config, rngs=nnx.Rngs(0))
-    apart = InferenceModel.from_params(config, nnx.to_pure_dict(nnx.state(stacked)))
-    tokens = jnp.array([[11]])
-    hidden, _ = jax.jit(lambda model: model.hidden(tokens))(apart)
-    assert_close(apart.logits(hidden), forward(stacked, tokens))
+def test_int8_weights_give_the_logits_and_the_text_of_the_weights_that_they_stand_for(models):
+    int8 = InferenceModel.from_params(models[1].config, nnx.to_pure_dict(nnx.state(models[0])), "int8")
+
+    def stand_in(weight):
+        return WeightMatrix(weight.dense("float32")) if isinstance(weight, WeightMatrix) else weight
+
+    dense = jax.tree.map(stand_in, int8, is_leaf=lambda x: isinstance(x, WeightMatrix))
+    dense = dataclasses.replace(dense, weight_dtype=jnp.dtype("float32"))
+    assert int8.dtype == dense.dtype and int8.parameters == dense.parameters
+    assert_close(*(prefill(model, *pad_left(RAGGED))[0] for model in (int8, dense)))
+    by_xla = dataclasses.replace(int8, config=dataclasses.replace(int8.config, kernels=False))
+    sampling = Sampling(max_new_tokens=24)
+    text = Generator(dense).decode(RAGGED, sampling)
+    assert Generator(int8).decode(RAGGED, sampling) == text == Generator(by_xla).decode(RAGGED, sampling)
 
 
 @nnx.jit
@@ -204,13 +209,15 @@ def test_a_prompt_of_unknown_ids_is_refused(generator, prompt):
         generator.decode([[1], prompt], Sampling())
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_of_nan_are_an_error_and_no_end_of_the_text(models, tokenizer, temperature):
-    broken = dataclasses.replace(models[1], embedding=models[1].embedding.at[RAGGED[1][0]].set(jnp.nan))
+@pytest.mark.parametrize(("dtype", "temperature"), [("float32", 0.0), ("float32", 1.0), ("int8", 1.0)])
+def test_logits_of_nan_are_an_error_and_no_end_of_the_text(models, tokenizer, dtype, temperature):
+    params = nnx.to_pure_dict(nnx.state(models[0]))
+    params["embedding"] = params["embedding"].at[RAGGED[1][0]].set(jnp.nan)
+    broken = InferenceModel.from_params(models[1].config, params, dtype)
     generator = Generator(broken, tokenizer, "some/folder")
     sampling = Sampling(max_new_tokens=24, temperature=temperature, top_k=5, top_p=0.9, stop=["never"])
     assert generator.decode([[5, 9]], Sampling(max_new_tokens=1))  # a token that is not the broken one
-    with pytest.raises(UserError, match="some/folder: its logits are NaN in float32"):
+    with pytest.raises(UserError, match=f"some/folder: its logits are NaN in {dtype}"):
         generator.decode(RAGGED, sampling, eos_id=tokenizer.eos_id)
     with pytest.raises(UserError, match="some/folder: its logits are NaN"):
         generator.decode(RAGGED, sampling, should_stop=lambda rows, ended: [False] * len(rows))

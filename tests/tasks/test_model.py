@@ -60,10 +60,11 @@ def test_logprobs_are_those_of_the_logits(model):
         assert score.total == pytest.approx(sum(score.logprobs))
 
 
-def test_bfloat16_is_close_to_float32(folders, model):
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_fewer_bits_are_close_to_float32(folders, model, dtype):
     ids = np.arange(30).reshape(2, 15)
-    full, half = model.logits(ids), biomamba_jax.load(folders / "native", dtype="bfloat16").logits(ids)
-    assert 0 < np.abs(full - half).max() < 0.05 * np.abs(full).max()
+    full, rounded = model.logits(ids), biomamba_jax.load(folders / "native", dtype=dtype).logits(ids)
+    assert 0 < np.abs(full - rounded).max() < 0.05 * np.abs(full).max()
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [[1], [2, 3]], [[0.5]], [[-1]], [[10**6]], [[]]])
@@ -84,8 +85,8 @@ def test_a_model_without_tokenizer_still_gives_logits_and_says_what_is_missing(f
 
 
 def test_an_unknown_type_is_refused(folders):
-    with pytest.raises(UserError, match="float32 or bfloat16"):
-        biomamba_jax.load(folders / "native", dtype="int8")
+    with pytest.raises(UserError, match="float32, bfloat16, int8"):
+        biomamba_jax.load(folders / "native", dtype="int4")
 
 
 def test_importing_the_package_imports_no_jax():

@@ -16,7 +16,12 @@ CHANNEL_RANGE = 64
 
 
 def call(
-    name: str, results: Sequence[tuple[int, ...]], arguments: Sequence[Array | None], **attributes: bool | int
+    name: str,
+    results: Sequence[tuple[int, ...]],
+    arguments: Sequence[Array | None],
+    *,
+    weights: Array | None = None,
+    **attributes: bool | int,
 ) -> Sequence[Array]:
     """Call a function of the library.
 
@@ -24,6 +29,7 @@ def call(
       name: its name.
       results: shapes of its results, all float32.
       arguments: its arrays, cast to float32 unless they hold integers; None becomes an empty array: an absent input.
+      weights: its last array, in its own dtype; None: there is none.
       attributes: its static arguments.
 
     Returns:
@@ -34,7 +40,7 @@ def call(
     """
     if reason := library.unavailable_reason():
         raise UserError(f"{name}: {reason}")
-    arrays = vary_alike([_argument(v) for v in arguments])
+    arrays = vary_alike([*map(_argument, arguments), *([] if weights is None else [weights])])
     structs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     static = {k: v if isinstance(v, bool) else np.int64(v) for k, v in attributes.items()}
     outputs = jax.ffi.ffi_call(name, structs, vmap_method="sequential")(*arrays, **static)

@@ -26,7 +26,10 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.folders import cache_folder
 
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
-_FUNCTIONS = ("selective_scan_forward", "selective_scan_backward", "causal_conv1d_forward", "causal_conv1d_backward")
+_FUNCTIONS = (
+    *("selective_scan_forward", "selective_scan_backward", "causal_conv1d_forward", "causal_conv1d_backward"),
+    "mixed_matmul",
+)
 _TIMEOUT = 300  # seconds; it takes about 10
 
 logger = logging.getLogger(__name__)
