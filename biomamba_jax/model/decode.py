@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model.language_model import Block, compute_dtype
@@ -39,7 +39,7 @@ class WeightMatrix:
     """[F], of int8 values."""
 
     @classmethod
-    def of(cls, weight: Array, dtype: DTypeLike) -> "WeightMatrix":
+    def of(cls, weight: ArrayLike, dtype: DTypeLike) -> "WeightMatrix":
         """Return a weight [F C] in `dtype`."""
         return cls(*quantize(jnp.asarray(weight))) if dtype == jnp.int8 else cls(jnp.asarray(weight, dtype))
 

@@ -9,5 +9,5 @@ def mixed_matmul(
 ) -> Float[Array, "*batch F"]:
     """Multiply a few rows; see `api.mixed_matmul`."""
     rows = x.reshape(-1, x.shape[-1])
-    (y,) = call("mixed_matmul", [(rows.shape[0], weight.shape[0])], [rows, scale], weights=weight)
+    (y,) = call("mixed_matmul", [(rows.shape[0], weight.shape[0])], [rows, scale], weight)
     return y.reshape(*x.shape[:-1], -1)

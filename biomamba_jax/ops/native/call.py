@@ -19,8 +19,8 @@ def call(
     name: str,
     results: Sequence[tuple[int, ...]],
     arguments: Sequence[Array | None],
-    *,
     weights: Array | None = None,
+    /,
     **attributes: bool | int,
 ) -> Sequence[Array]:
     """Call a function of the library.

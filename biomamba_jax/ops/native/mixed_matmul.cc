@@ -9,6 +9,7 @@ namespace ffi = xla::ffi;
 using F32 = ffi::Buffer<ffi::F32>;
 
 constexpr int64_t TASK = 1 << 16;  // weights that a thread handles at a time
+constexpr int64_t AHEAD = 4096;    // bytes
 
 struct BFloat16 {
   uint16_t bits;
@@ -17,11 +18,15 @@ struct BFloat16 {
 inline V widen(const float* from) { return load(from); }
 
 inline V widen(const BFloat16* from) {
-  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-  typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-  Halves v;
-  std::memcpy(&v, from, sizeof v);
-  return (V)(__builtin_convertvector(v, Words) << 16);
+#if defined(__AVX512F__)
+  return (V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(__AVX2__)
+  return (V)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)), 16);
+#else
+  Bits bits;
+  for (int i = 0; i < LANES; ++i) bits[i] = from[i].bits << 16;
+  return (V)bits;
+#endif
 }
 
 inline V widen(const int8_t* from) {
@@ -52,7 +57,30 @@ struct Product {
   const float* scale;  // [outputs]; null for 1
   float* y;            // [rows outputs]
 
-  // R rows times O outputs, whose sums stay in registers; a vector holds inputs.
+  // Fetches weights that are needed soon. The processor alone does not see that one row of weights follows another.
+  void prefetch(const W* from) const { __builtin_prefetch(reinterpret_cast<const char*>(from) + AHEAD); }
+
+  // One row times one output, in four sums.
+  void dot(int64_t output) const {
+    const W* w = weight + output * inputs;
+    V sums[4]{};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= inputs; i += 4 * LANES) {
+      prefetch(w + i);
+      prefetch(w + i + 2 * LANES);
+      sums[0] += widen(w + i) * load(x + i);
+      sums[1] += widen(w + i + LANES) * load(x + i + LANES);
+      sums[2] += widen(w + i + 2 * LANES) * load(x + i + 2 * LANES);
+      sums[3] += widen(w + i + 3 * LANES) * load(x + i + 3 * LANES);
+    }
+    for (; i < inputs; i += LANES) {
+      const int count = std::min<int64_t>(LANES, inputs - i);
+      sums[0] += widen(w + i, count) * load(x + i, count);
+    }
+    write(0, output, sums[0] + sums[1] + sums[2] + sums[3]);
+  }
+
+  // R rows times O outputs, whose sums stay in registers.
   template <int R, int O>
   void tile(int64_t row, int64_t output) const {
     V sums[R][O]{};
@@ -65,11 +93,18 @@ struct Product {
       }
     };
     int64_t i = 0;
-    for (; i + LANES <= inputs; i += LANES) add(i, LANES);
+    for (; i + LANES <= inputs; i += LANES) {
+      if (!row)
+        for (int o = 0; o < O; ++o) prefetch(weight + (output + o) * inputs + i);
+      add(i, LANES);
+    }
     if (i < inputs) add(i, inputs - i);
     for (int r = 0; r < R; ++r)
-      for (int o = 0; o < O; ++o)
-        y[(row + r) * outputs + output + o] = sum(sums[r][o]) * (scale ? scale[output + o] : 1.f);
+      for (int o = 0; o < O; ++o) write(row + r, output + o, sums[r][o]);
+  }
+
+  void write(int64_t row, int64_t output, V terms) const {
+    y[row * outputs + output] = sum(terms) * (scale ? scale[output] : 1.f);
   }
 
   // All rows times O outputs, whose weights stay in the cache meanwhile.
@@ -83,8 +118,10 @@ struct Product {
   }
 
   void run(int64_t first, int64_t end) const {
-    for (; first + 4 <= end; first += 4) block<4>(first);
-    for (; first < end; ++first) block<1>(first);
+    constexpr int O = LANES == 16 ? 4 : 3;  // of 32 registers, and of 16
+    if (rows > 1)
+      for (; first + O <= end; first += O) block<O>(first);
+    for (; first < end; ++first) rows > 1 ? block<1>(first) : dot(first);
   }
 };
 
@@ -93,7 +130,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, F32& x, ffi::AnyBuffer& weight, F32& 
   const Product<W> product{x.dimensions()[0], x.dimensions()[1], weight.dimensions()[0],
                            x.typed_data(), static_cast<const W*>(weight.untyped_data()), optional(scale),
                            y.typed_data()};
-  const int64_t outputs = 4 * cdiv(TASK, 4 * product.inputs);
+  const int64_t outputs = 12 * cdiv(TASK, 12 * product.inputs);  // whole tiles
   parallel(pool, cdiv(product.outputs, outputs), [&](int64_t task) {
     product.run(task * outputs, std::min(product.outputs, (task + 1) * outputs));
   });
