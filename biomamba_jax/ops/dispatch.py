@@ -7,6 +7,7 @@ not exist or cannot run here raises `UserError` with the reason, and the choice 
 import contextlib
 import contextvars
 import functools
+import importlib
 import importlib.metadata
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,11 +129,19 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
 
 
+def late(module: str, name: str, *first: Any) -> Callable[..., Any]:
+    """Return a function of a module that is imported once the function is called, with its first arguments bound.
+
+    Kernels of other platforms need libraries that are a fifth of the time of all imports.
+    """
+    return lambda *rest: getattr(importlib.import_module(module), name)(*first, *rest)
+
+
 def choose(
     op: str,
     implementation: str | None,
     implementations: Mapping[str, Callable[..., Any]],
-    unsupported: Mapping[str, str | None] | None = None,
+    unsupported: Mapping[str, Callable[[], str | None]] | None = None,
     *,
     prefer_xla: bool = False,
 ) -> Callable[..., Any]:
@@ -142,7 +151,7 @@ def choose(
       op: the op's public name, for messages.
       implementation: the caller's choice, or None for the platform's fastest that exists and can run.
       implementations: name -> function; the implementations of this op.
-      unsupported: name -> why it cannot compute these arrays, or None if it can.
+      unsupported: name -> function that returns why it cannot compute these arrays, or None if it can.
       prefer_xla: for None, choose "xla" also where kernels could run: they would be slower on these arrays.
 
     Raises:
@@ -150,7 +159,7 @@ def choose(
     """
 
     def reason_against(name: str) -> str | None:
-        return unavailable_reason(name) or (unsupported or {}).get(name)
+        return unavailable_reason(name) or (unsupported or {}).get(name, lambda: None)()
 
     if implementation is None:
         reasons: list[str] = []

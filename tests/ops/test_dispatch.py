@@ -42,7 +42,7 @@ def test_none_is_the_best_that_runs_on_the_device(platform, capability, name):
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
-    unsupported = {"pallas_gpu": "headdim is 32, not 64"}
+    unsupported = {"pallas_gpu": lambda: "headdim is 32, not 64"}
     assert chosen("gpu", 90, unsupported=unsupported) == "triton"
     with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot be used: headdim is 32, not 64; give"):
         chosen("gpu", 90, "pallas_gpu", unsupported=unsupported)

@@ -1,20 +1,22 @@
 """The public function `causal_conv1d`: argument checks and dispatch to an implementation."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Literal
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.causal_conv1d import native, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.causal_conv1d import native, reference, triton, xla
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.kernel_arrays import check_shapes
 from biomamba_jax.ops.native import call
 
+_FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.causal_conv1d,
     "native": native.causal_conv1d,
-    "pallas_tpu": pallas_tpu.causal_conv1d,
+    "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "causal_conv1d"),
     "triton": triton.causal_conv1d,
     "reference": reference.causal_conv1d,
 }
@@ -74,9 +76,9 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     unsupported = {
-        "native": call.unsupported_reason(x),
-        "pallas_tpu": pallas_tpu.unsupported_reason(x, weight),
-        "triton": triton_calls.unsupported_reason(x),
+        "native": partial(call.unsupported_reason, x),
+        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, weight),
+        "triton": partial(triton_calls.unsupported_reason, x),
     }
     short = length < _MIN_KERNEL_TOKENS
     conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=short)

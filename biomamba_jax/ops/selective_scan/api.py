@@ -1,20 +1,22 @@
 """The public function `selective_scan`: argument checks and dispatch to an implementation."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, triton_calls
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.kernel_arrays import check_shapes
 from biomamba_jax.ops.native import call
-from biomamba_jax.ops.selective_scan import native, pallas_gpu, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.selective_scan import native, reference, triton, xla
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
+_FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.selective_scan,
     "native": native.selective_scan,
-    "pallas_gpu": pallas_gpu.selective_scan,
-    "pallas_tpu": pallas_tpu.selective_scan,
+    "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "selective_scan"),
+    "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "selective_scan"),
     "triton": triton.selective_scan,
     "reference": reference.selective_scan,
 }
@@ -89,10 +91,10 @@ def selective_scan(
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
     unsupported = {
-        "native": call.unsupported_reason(x),
-        "pallas_gpu": pallas_gpu.unsupported_reason(x, A),
-        "pallas_tpu": pallas_tpu.unsupported_reason(x, A),
-        "triton": triton_calls.unsupported_reason(x),
+        "native": partial(call.unsupported_reason, x),
+        "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, A),
+        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, A),
+        "triton": partial(triton_calls.unsupported_reason, x),
     }
     # A single token is an elementwise step, which XLA fuses with its neighbours; kernels would pad it to eight.
     scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=length == 1)

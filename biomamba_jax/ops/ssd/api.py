@@ -1,18 +1,20 @@
 """The public function `ssd`: argument checks and dispatch to an implementation."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.ssd import pallas_gpu, pallas_tpu, reference, triton, xla
+from biomamba_jax.ops.ssd import reference, triton, xla
 from biomamba_jax.ops.ssd.inputs import Inputs
 
+_FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.ssd,
-    "pallas_gpu": pallas_gpu.ssd,
-    "pallas_tpu": pallas_tpu.ssd,
+    "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "ssd"),
+    "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "ssd"),
     "triton": triton.ssd,
     "reference": reference.ssd,
 }
@@ -90,14 +92,17 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
     unsupported = {
-        "pallas_gpu": pallas_gpu.unsupported_reason(x, B, chunk_size),
-        "pallas_tpu": pallas_tpu.unsupported_reason(x, B, chunk_size),
-        "triton": triton.unsupported_reason(x, chunk_size),
+        "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, B, chunk_size),
+        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, B, chunk_size),
+        "triton": partial(triton.unsupported_reason, x, chunk_size),
     }
     if dt is None:
-        unsupported = dict.fromkeys(unsupported, "it computes decays from dt, which is None")
+        unsupported = dict.fromkeys(unsupported, lambda: "it computes decays from dt, which is None")
     # Few tokens would be padded to a chunk, and one is a step without products.
-    prefer_xla = pallas_tpu.xla_is_faster(x, B) if dispatch.platform() == "tpu" else length < triton.CHUNK
+    if dispatch.platform() == "tpu":
+        prefer_xla = dispatch.late(f"{_FOLDER}.pallas_tpu", "xla_is_faster")(x, B)
+    else:
+        prefer_xla = length < triton.CHUNK
     compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=prefer_xla)
     y, final_state = compute(inputs, chunk_size)
     return (y, final_state) if return_final_state else y
