@@ -62,7 +62,7 @@ def test_a_token_reads_the_matrices_in_their_dtype_but_no_untied_embedding():
     model = ModelConfig(vocab_size=1000)
     whole, half, quarter = (bytes_read(DecodeBenchmark(model, dtype)) for dtype in ("float32", "bfloat16", "int8"))
     assert whole - half == 2 * matrix_parameters(model)
-    assert 0 < quarter - (whole - 3 * matrix_parameters(model)) < 0.01 * quarter  # scales
+    assert 0 < quarter - (whole - 3 * matrix_parameters(model)) < 0.02 * quarter  # scales
     assert bytes_read(DecodeBenchmark(replace(model, tie_embeddings=False))) == whole
 
 
