@@ -75,7 +75,7 @@ def causal_conv1d(
         raise UserError("causal_conv1d: x has no time steps; give at least one token")
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
-    unsupported = {
+    unsupported: dict[str, Callable[[], str | None]] = {
         "native": partial(call.unsupported_reason, x),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, weight),
         "triton": partial(triton_calls.unsupported_reason, x),

@@ -90,7 +90,7 @@ def selective_scan(
     )
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
-    unsupported = {
+    unsupported: dict[str, Callable[[], str | None]] = {
         "native": partial(call.unsupported_reason, x),
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, A),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, A),

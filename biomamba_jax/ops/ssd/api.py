@@ -91,7 +91,7 @@ def ssd(
     )
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
-    unsupported = {
+    unsupported: dict[str, Callable[[], str | None]] = {
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, B, chunk_size),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, B, chunk_size),
         "triton": partial(triton.unsupported_reason, x, chunk_size),
