@@ -13,20 +13,28 @@ import pytest
 from random_weights import same_weights
 from run_processes import children, command, contents, ended, finish, refused, same_bits, start, wait_for, write_config
 from synthetic import write_shards
+from tiny_models import train_tokenizer, write_tiny_model
 
 from biomamba_jax.interop import read_model
 
 pytestmark = pytest.mark.long
 
-STEPS = 300
+STEPS = 120
 SETTINGS = (
     f"--train.steps={STEPS} --train.eval_every=6 --checkpoint.every=4 --checkpoint.keep_best --checkpoint.keep_last=3 "
     "--data.num_workers=2 --train.accumulation=2"
 ).split()
-KILLS, GROUPS, WORKERS, EXPORTS = 24, 10, 10, 6
+KILLS, GROUPS, WORKERS, EXPORTS = 24, 10, 10, 6  # kills of each model; exports to each format
 
 
-@pytest.fixture(scope="module", params=["mamba1", "mamba2"])
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A folder of a model to export."""
+    folder = tmp_path_factory.mktemp("model")
+    return write_tiny_model(folder / "native", "mamba2", train_tokenizer(folder))
+
+
+@pytest.fixture(params=["mamba1", "mamba2"])
 def whole(request, tmp_path_factory) -> tuple[Path, list[str], float]:
     """A folder with a config and its run `whole`, the run's settings, and the seconds that a start of it takes."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -90,15 +98,14 @@ def test_a_storm_of_kills_and_signals_at_random_moments_changes_no_bit(whole, tm
     same_bits(folder / "whole", folder / "storm", STEPS)
 
 
-def test_an_export_that_is_killed_at_random_moments_is_whole_or_not_there(whole, tmp_path):
-    folder, _, _ = whole
-    draw = random.Random(folder.name)
+def test_an_export_that_is_killed_at_random_moments_is_whole_or_not_there(model, tmp_path):
+    draw = random.Random(0)
     for to in ("hf", "native"):
-        words = ["--input", folder / "whole", "--to", to, "--output"]
+        words = ["--input", model, "--to", to, "--output"]
         begun = time.monotonic()
         finish(command(tmp_path, "convert", *words, f"expected-{to}"))
         seconds = time.monotonic() - begun
-        for _ in range(EXPORTS // 2):
+        for _ in range(EXPORTS):
             process = command(tmp_path, "convert", *words, to)
             end_at(process, time.monotonic() + draw.uniform(seconds / 3, seconds))
             process.kill()
@@ -179,8 +186,8 @@ def test_a_disk_that_fills_up_ends_a_run_in_one_line_and_the_same_command_goes_o
 
 
 @pytest.mark.parametrize("to", ["hf", "native"])
-def test_a_disk_that_fills_up_ends_an_export_in_one_line_and_the_same_command_writes_it(whole, disk, tmp_path, to):
-    words = ["--input", whole[0] / "whole", "--to", to, "--output"]
+def test_a_disk_that_fills_up_ends_an_export_in_one_line_and_the_same_command_writes_it(model, disk, tmp_path, to):
+    words = ["--input", model, "--to", to, "--output"]
     finish(command(tmp_path, "convert", *words, f"expected-{to}"))
     for size in sizes(random.Random(to), size_of(tmp_path / f"expected-{to}"), 3):
         assert disk.mount(max(size, 4096))
