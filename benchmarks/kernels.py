@@ -12,7 +12,7 @@ from biomamba_jax.tables import Table, print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128
-OPS = ("selective_scan", "ssd", "causal_conv1d")
+OPS = ("selective_scan", "ssd", "ssd_mamba3", "causal_conv1d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,21 +152,22 @@ def _pallas_lines(op: str, settings: KernelsBenchmark, topology: Topology) -> It
         seconds = (cycles[1] - cycles[0]) / (_SHORT_LENGTHS[1] - _SHORT_LENGTHS[0]) * tokens / cycle_rate
         vector = fused[direction] / topology.kind.vector if topology.kind.vector and fused[direction] else None
         matrix = None
-        if op == "ssd":
-            matrix = 2 * tokens * _ssd_products(settings.channels)[direction] / chip.flops["bfloat16"]
+        if op in ("ssd", "ssd_mamba3"):
+            groups = 1 if op == "ssd" else settings.channels // HEADDIM
+            matrix = 2 * tokens * _ssd_products(settings.channels, groups)[direction] / chip.flops["bfloat16"]
         lines.append(Line(op, "pallas_tpu", direction, seconds, vector, matrix, memory[i], whole[i].temporary_bytes))
     yield from lines
     yield both_directions(*lines)
 
 
-def _ssd_products(channels: int) -> dict[str, int]:
-    """Return the multiplications per token in the products of the chunked form, one group: the fewest of each pass.
+def _ssd_products(channels: int, groups: int) -> dict[str, int]:
+    """Return the multiplications per token in the products of the chunked form: the fewest of each pass.
 
-    Forward: the group's scores; per channel the values within the chunk, into the state and out of it. Backward: the
+    Forward: each group's scores; per channel the values within the chunk, into the state and out of it. Backward: the
     scores again and the two products of their gradient; per channel the gradients of scores and values within the
     chunk, and of B, C, values and state through the state.
     """
-    scores, within, through = _SSD_CHUNK * SSD_D_STATE, channels * _SSD_CHUNK, channels * SSD_D_STATE
+    scores, within, through = groups * _SSD_CHUNK * SSD_D_STATE, channels * _SSD_CHUNK, channels * SSD_D_STATE
     return {"forward": scores + within + 2 * through, "backward": 3 * scores + 2 * within + 4 * through}
 
 

@@ -257,14 +257,16 @@ def work(op: str, direction: str, settings: KernelsBenchmark) -> tuple[float, fl
     chunked algorithm with chunks of 64; gradients cost twice the forward pass.
     """
     tokens = settings.rows * settings.length
-    width = {"selective_scan": (4, 7, D_STATE), "ssd": (2, 3, SSD_D_STATE), "causal_conv1d": (2, 3, 0)}[op]
+    heads = settings.channels // HEADDIM
+    groups = heads if op == "ssd_mamba3" else 1
+    ssd = (2, 3, groups * SSD_D_STATE)
+    width = {"selective_scan": (4, 7, D_STATE), "ssd": ssd, "ssd_mamba3": ssd, "causal_conv1d": (2, 3, 0)}[op]
     both = direction != "forward"
     moved = width[0] + (width[1] if both else 0)
     states = (2 + (4 if both else 0)) * width[2]
     per_token = 0.0
-    if op == "ssd":
-        heads = settings.channels // HEADDIM
-        per_token = 2 * (heads * (_CHUNK * HEADDIM + 2 * SSD_D_STATE * HEADDIM) + _CHUNK * SSD_D_STATE)
+    if op in ("ssd", "ssd_mamba3"):
+        per_token = 2 * (heads * (_CHUNK * HEADDIM + 2 * SSD_D_STATE * HEADDIM) + groups * _CHUNK * SSD_D_STATE)
     return 2.0 * tokens * (moved * settings.channels + states), tokens * per_token * (3 if both else 1)
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 D_STATE, SSD_D_STATE, HEADDIM = 16, 128, 64
 """Sizes of the published models: d_state of Mamba-1, d_state and headdim of Mamba-2."""
 _WIDTH = 4
-_OPS = {"mamba1": "selective_scan", "mamba2": "ssd"}
+_OPS = {"mamba1": "selective_scan", "mamba2": "ssd", "mamba3": "ssd_mamba3"}
 _LENGTHS = (256, 512)  # multiples of every kernel's chunk
 _CHANNELS = 1536  # whole tiles and heads of every kernel
 
@@ -41,7 +41,7 @@ def build(
     """Return an op, or the op with its vector-Jacobian product, and the shapes of its arguments: a `Request.builder`.
 
     Args:
-      op: "selective_scan", "ssd" or "causal_conv1d".
+      op: "selective_scan", "ssd", "ssd_mamba3" (a head's own B and C, decays given) or "causal_conv1d".
       implementation: its implementation; None for the default.
       rows: batch size.
       length: tokens of a row.
@@ -69,6 +69,10 @@ def build(
         x = shape(rows, length, heads, HEADDIM)
         dt = shape(rows, length, heads)
         arrays = {"x": x, "dt": dt, "A": vector, "B": states, "C": states, "D": vector, "dt_bias": vector}
+    elif op == "ssd_mamba3":
+        heads, run = channels // HEADDIM, functools.partial(ssd, dt=None)
+        x, states = shape(rows, length, heads, HEADDIM), shape(rows, length, heads, SSD_D_STATE)
+        arrays = {"x": x, "A": shape(rows, length, heads, dtype=f32), "B": states, "C": states}
     else:
         run = causal_conv1d
         arrays = {"x": full, "weight": shape(channels, _WIDTH, dtype=f32), "bias": shape(channels, dtype=f32)}
@@ -91,11 +95,11 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
     cannot be trusted (v4, TPU7x, GPUs) and where the compiler produces none.
 
     Args:
-      kind: mixer; Mamba-3 has no kernels.
+      kind: mixer, "mamba1", "mamba2" or "mamba3".
       target: generation of the TPU.
       timeout: seconds after which the compiler is stopped.
     """
-    if target not in SMALLEST or kind not in _OPS:
+    if target not in SMALLEST:
         return {}
     topology = f"{target}:{SMALLEST[target]}"
     chip = parse_topology(topology).chip

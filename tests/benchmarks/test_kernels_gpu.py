@@ -95,6 +95,8 @@ def test_the_least_work_is_inputs_and_results_once_and_the_products_of_chunks():
     products = 2 * (64 * 64 + 2 * 128 * 64 + 64 * 128)
     assert kernels_gpu.work("ssd", "forward", settings) == (2 * (2 * 64 + 2 * 128), products)
     assert kernels_gpu.work("ssd", "forward and backward", settings) == (2 * (5 * 64 + 6 * 128), 3 * products)
+    two_heads = KernelsBenchmark(target="gpu", rows=1, length=1, channels=128)
+    assert kernels_gpu.work("ssd_mamba3", "forward", two_heads) == (2 * (2 * 128 + 2 * 2 * 128), 2 * products)
 
 
 @pytest.mark.ahead_of_time

@@ -12,8 +12,12 @@ from tests.compilers import needs_libtpu
 pytestmark = [pytest.mark.ahead_of_time, needs_libtpu]
 
 TOPOLOGIES = ("v4:2x2x1", "v5e:1x1", "v5p:2x2x1", "v6e:1x1", "tpu7x:2x2x1")
-D_INNER = (1536, 2048, 3072, 4096, 5120)  # of the published sizes, the same five for both kinds
-OPS = {"mamba1": {"selective_scan": 0, "causal_conv1d": 0}, "mamba2": {"ssd": 0, "causal_conv1d": 2 * 128}}
+D_INNER = (1536, 2048, 3072, 4096, 5120)  # of the published sizes of all kinds; Mamba-3 has the first four
+OPS = {
+    "mamba1": {"selective_scan": 0, "causal_conv1d": 0},
+    "mamba2": {"ssd": 0, "causal_conv1d": 2 * 128},
+    "mamba3": {"ssd_mamba3": 0},
+}
 """The heavy operations of a mixer, and the channels of each beside d_inner: Mamba-2 convolves B and C too."""
 
 

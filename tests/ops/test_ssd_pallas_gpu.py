@@ -23,6 +23,7 @@ from tests.ops.test_ssd import (
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
+    given_decays,
     in_dtype,
     of_kernels,
     random_inputs,
@@ -67,6 +68,12 @@ def test_every_head_is_right_on_its_own_scale():
     segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).astype(np.int32)
     inputs = with_one_small(random_inputs(PAIR, 10), HEAD_AXES)
     assert_matches_recurrence(inputs, segment_ids, "bfloat16", PER_HEAD)
+
+
+@pytest.mark.slow
+def test_given_decays_of_heads_with_their_own_b_and_c_match_the_recurrence():
+    segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).astype(np.int32)
+    assert_matches_recurrence(given_decays(PAIR._replace(groups=2), 12), segment_ids, "bfloat16")
 
 
 @pytest.mark.slow

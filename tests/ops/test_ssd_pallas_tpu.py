@@ -27,6 +27,7 @@ from tests.ops.test_ssd import (
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
+    given_decays,
     in_dtype,
     of_kernels,
     random_inputs,
@@ -39,6 +40,7 @@ CHUNK = 128
 GROUPS = Shape(rows=2, length=300, heads=8, headdim=64, d_state=24, groups=2, chunk=CHUNK)
 PUBLISHED = Shape(rows=1, length=150, heads=24, headdim=64, d_state=128, groups=1, chunk=CHUNK)
 SMALLEST = Shape(rows=2, length=129, heads=2, headdim=64, d_state=8, groups=1, chunk=CHUNK)
+OWN = Shape(rows=2, length=150, heads=4, headdim=64, d_state=24, groups=4, chunk=CHUNK)
 
 
 @cache
@@ -46,7 +48,8 @@ def interpreted(shape: Shape, dtype: str) -> Any:
     """The kernels compiled for the CPU, hardly optimised: compiling is what takes the time."""
     function = jax.jit(partial(of_kernels, partial(pallas_tpu.ssd, interpret=True)))
     ids = jax.ShapeDtypeStruct((shape.rows, shape.length), jnp.int32)
-    lowered = function.lower(in_dtype(random_inputs(shape, 0), dtype), ids)
+    inputs = given_decays(shape, 0) if shape is OWN else random_inputs(shape, 0)
+    lowered = function.lower(in_dtype(inputs, dtype), ids)
     return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -96,6 +99,14 @@ def test_every_head_is_right_on_its_own_scale():
     assert_matches_recurrence(SMALLEST, inputs, segment_ids, "float32", PER_HEAD)
 
 
+@pytest.mark.parametrize("per", [None, PER_HEAD])
+def test_heads_with_their_own_b_c_and_decays_match_the_recurrence(per):
+    segment_ids = np.repeat([[1, 2, 1]], [100, 29, 21], axis=1).repeat(2, axis=0).astype(np.int32)
+    inputs = given_decays(OWN, 14)
+    inputs = with_one_small(inputs, HEAD_AXES | {"B": 2}) if per else inputs
+    assert_matches_recurrence(OWN, inputs, segment_ids, "bfloat16", per and {k: per[k] for k in per if k in inputs})
+
+
 def test_small_steps_have_their_gradient_head_by_head():
     segment_ids = np.repeat([[1, 2]], [100, 29], axis=1).repeat(2, axis=0).astype(np.int32)
     assert_matches_recurrence(SMALLEST, small_steps(SMALLEST, 11), segment_ids, "float32", PER_SMALL_STEP)
@@ -133,12 +144,15 @@ def test_no_step_of_the_grid_races_with_another():
 def kernels_in(**changes: Any) -> bool:
     """Whether the choice for TPU is the kernels, at a shape of the 130m model with `changes`."""
     shape = {"length": 256, "heads": 24, "headdim": 64, "groups": 1, "dtype": jnp.bfloat16, "chunk_size": None}
+    shape |= {"given_decays": False}
     shape |= changes
     length, heads, groups, dtype = (shape[k] for k in ("length", "heads", "groups", "dtype"))
     x = jax.ShapeDtypeStruct((1, length, heads, shape["headdim"]), dtype)
     bc = jax.ShapeDtypeStruct((1, length, groups, 128), dtype)
     dt = jax.ShapeDtypeStruct((1, length, heads), dtype)
     A = jax.ShapeDtypeStruct((heads,), jnp.float32)
+    if shape["given_decays"]:
+        dt, A = None, dt
     with dispatch.target_platform("tpu"):
         # A new function each time: the platform is no part of what traces are cached by.
         jaxpr = jax.make_jaxpr(lambda *arrays: ssd(*arrays, chunk_size=shape["chunk_size"]))(x, dt, A, bc, bc)
@@ -148,6 +162,9 @@ def kernels_in(**changes: Any) -> bool:
 def test_on_tpu_the_kernels_are_chosen_where_they_pay():
     assert kernels_in()
     assert kernels_in(length=1000, heads=80, dtype=jnp.float32)
+    assert kernels_in(given_decays=True, groups=24), "as in Mamba-3"
+    assert not kernels_in(given_decays=True, groups=12), "B and C of two heads"
+    assert not kernels_in(given_decays=True, heads=3, groups=3), "an odd head"
     assert not kernels_in(length=1), "one token is a step without products"
     assert not kernels_in(length=60), "would be padded to a whole chunk"
     assert not kernels_in(headdim=32), "two heads would not fill a tile"
@@ -212,3 +229,15 @@ def test_static_cycles_do_not_rise():
     for topology, short, long in zip(bounds, results[::2], results[1::2], strict=True):
         forward, backward = (b - a for a, b in zip(short, long, strict=True))
         assert (forward <= bounds[topology][0], backward <= bounds[topology][1]) == (True, True), (forward, backward)
+
+
+@needs_libtpu
+@pytest.mark.ahead_of_time
+def test_static_cycles_of_heads_with_their_own_b_and_c_do_not_rise():
+    """Cycles of two chunks of eight heads on v5e; the bounds are 3% above what was reached with libtpu 0.0.52.
+
+    The profile ends its process at some bfloat16 transposes that compile without it: see the kernels' comments.
+    """
+    (result,) = compiled(request("v5e:1x1", 8, op="ssd_mamba3", rows=1, length=256), profile=True)
+    forward, backward = result.static_cycles.values()
+    assert (forward <= 8075, backward <= 14602) == (True, True), (forward, backward)

@@ -20,6 +20,7 @@ from tests.ops.test_ssd import (
     Shape,
     assert_equal_the_recurrence,
     extreme_inputs,
+    given_decays,
     in_dtype,
     random_inputs,
     segment_layouts,
@@ -29,6 +30,7 @@ from tests.tolerances import TOLERANCES
 
 CHUNK = 64
 GROUPS = Shape(rows=2, length=70, heads=4, headdim=6, d_state=5, groups=2, chunk=CHUNK)  # all of it padded
+OWN = GROUPS._replace(heads=2)  # heads with their own B and C
 PUBLISHED = Shape(rows=1, length=192, heads=2, headdim=64, d_state=128, groups=1, chunk=CHUNK)
 
 
@@ -63,6 +65,12 @@ def test_every_head_is_right_on_its_own_scale():
     segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).repeat(2, axis=0).astype(np.int32)
     inputs = with_one_small(random_inputs(GROUPS, 10), HEAD_AXES)
     assert_matches_recurrence(inputs, segment_ids, "float32", PER_HEAD)
+
+
+@needs_triton
+def test_given_decays_of_heads_with_their_own_b_and_c_match_the_recurrence():
+    segment_ids = np.repeat([[1, 2]], [50, 20], axis=1).repeat(2, axis=0).astype(np.int32)
+    assert_matches_recurrence(given_decays(OWN, 12), segment_ids, "float32")
 
 
 @needs_triton

@@ -13,7 +13,7 @@ from tests.compilers import needs_triton
 LENGTH = 2**20
 SHAPE = {"rows": 2, "length": LENGTH, "channels": 2560, "segments": True}
 MOST_PROGRAMS = (2**31 - 1, 65_535, 65_535)
-OPS = ("selective_scan", "ssd", "causal_conv1d")
+OPS = ("selective_scan", "ssd", "ssd_mamba3", "causal_conv1d")
 Range = tuple[int, int]
 
 RESULT = re.compile(r"(%[\w-]+)(?::\d+)? = ([\w.]+) ?(.*?) ?(?:loc\(.*)?$")

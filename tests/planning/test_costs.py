@@ -116,23 +116,24 @@ def gradient_costs(op, arguments, *platform):
         return program_costs(jax.make_jaxpr(lambda a: jax.vjp(lambda a: op(*a), a)[1](a[0]))(shapes))
 
 
-def test_ssd_on_hopper_costs_its_products_and_its_traffic():
+@pytest.mark.parametrize("groups", [1, 8])
+def test_ssd_on_hopper_costs_its_products_and_its_traffic(groups):
     rows, length, heads, headdim, states, chunk = 2, 256, 8, 64, 128, 64
-    wide, narrow = (rows, length, heads, headdim), (rows, length, 1, states)
+    wide, narrow = (rows, length, heads, headdim), (rows, length, groups, states)
     half, single = jnp.bfloat16, jnp.float32
     arguments = ((wide, half), (wide[:3], half), ((heads,), single), (narrow, half), (narrow, half))
     costs = gradient_costs(ssd, arguments, "gpu", 90)
-    # In units of two FLOPs a token and head; both sides of the gradient multiply scores once for all heads.
+    # In units of two FLOPs a token and head; both sides of the gradient multiply scores once for a group's heads.
     square, by_state, through = chunk * headdim, chunk * states, states * headdim
     wanted = {
         "ssd_forward": by_state + square + 2 * through,
         "ssd_backward_states": through,
-        "ssd_backward": 2 * (2 * square + 2 * through) + 4 * by_state / heads,
+        "ssd_backward": 2 * (2 * square + 2 * through) + 4 * by_state * groups / heads,
     }
     tokens = rows * length * heads
     assert {kernel.name: kernel.flops / (2 * tokens) for kernel in costs.kernels} == wanted
     assert costs.flops == sum(kernel.flops for kernel in costs.kernels)
-    values = rows * length * (heads * headdim + 2 * states)
+    values = rows * length * (heads * headdim + 2 * groups * states)
     assert all(kernel.calls == 1 and kernel.bytes > 2 * values for kernel in costs.kernels)
 
 

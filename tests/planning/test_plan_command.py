@@ -204,6 +204,7 @@ def test_results_come_back_from_the_compilers_process_and_its_failures_are_one_l
         ("mamba2_130m", "v5e-4", "--mesh.data 1 --mesh.fsdp 4", {"all-gather"}, {"reduce-scatter", "all-reduce"}),
         ("mamba1_370m", "v5p-8", "", {"all-reduce"}, set()),
         ("mamba2_1.3b", "v6e-4", "--mesh.tensor 2", {"all-reduce"}, set()),
+        ("mamba3_mimo_187m", "v5e-4", "--mesh.data 2 --mesh.tensor 2", {"all-reduce"}, set()),
     ],
 )
 def test_published_sizes_of_few_layers_are_planned_by_the_real_compiler(config, topology, mesh, must, may, capsys):

@@ -10,7 +10,7 @@ from run_processes import ENDLESS, children, ended, finish, same_bits, start, wa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [pytest.param("mamba1", marks=pytest.mark.long), "mamba2"])
+@pytest.mark.parametrize("kind", [*(pytest.param(k, marks=pytest.mark.long) for k in ("mamba1", "mamba3")), "mamba2"])
 def test_a_run_killed_at_random_moments_gives_the_same_parameters_and_metrics(tmp_path, kind):
     write_config(tmp_path, kind)
     finish(start(tmp_path, "whole"))

@@ -93,14 +93,12 @@ def ssd(
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
     unsupported: dict[str, Callable[[], str | None]] = {
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, B, chunk_size),
-        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, B, chunk_size),
+        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, dt, B, chunk_size),
         "triton": partial(triton.unsupported_reason, x, chunk_size),
     }
-    if dt is None:
-        unsupported = dict.fromkeys(unsupported, lambda: "it computes decays from dt, which is None")
     # Few tokens would be padded to a chunk, and one is a step without products.
     if dispatch.platform() == "tpu":
-        prefer_xla = dispatch.late(f"{_FOLDER}.pallas_tpu", "xla_is_faster")(x, B)
+        prefer_xla = dispatch.late(f"{_FOLDER}.pallas_tpu", "xla_is_faster")(x, dt, B)
     else:
         prefer_xla = length < triton.CHUNK
     compute = dispatch.choose("ssd", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=prefer_xla)

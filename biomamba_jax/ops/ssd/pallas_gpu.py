@@ -14,20 +14,21 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float
 from biomamba_jax.ops.kernel_arrays import LN_2, LOG2_E, differentiable, pad, round_up, vary_alike
-from biomamba_jax.ops.numerics import segment_starts, softplus
+from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.ssd import pallas_common, pallas_gpu_backward, pallas_gpu_forward
 from biomamba_jax.ops.ssd import pallas_gpu_tiles as tiles
 from biomamba_jax.ops.ssd.inputs import Inputs
-from biomamba_jax.ops.ssd.pallas_common import LARGEST_EXPONENT, LOWEST_EXPONENT, NO_STEP, TINY
+from biomamba_jax.ops.ssd.pallas_common import LARGEST_EXPONENT, LOWEST_EXPONENT, TINY
 from biomamba_jax.ops.ssd.pallas_gpu_tiles import CHUNK, SUMS
+from biomamba_jax.ops.ssd.xla import weights_and_exponents
 
 
 class _Arrays(NamedTuple):
     """Inputs padded in length and d_state."""
 
     x: Float[Array, "B L H P"]
-    dt: Float[Array, "B L H"]  # after the softplus
-    exponent: Float[Array, "B L H"]  # log2(e) dt A
+    dt: Float[Array, "B L H"]  # after the softplus, or 1 where log-decays are given
+    exponent: Float[Array, "B L H"]  # log2(e) dt A, or the given one's
     B: Float[Array, "B L G N"]
     C: Float[Array, "B L G N"]
     D: Float[Array, " H"]
@@ -44,12 +45,10 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = None) -> tup
       interpret: parameters of Pallas's interpreter for GPU, which is slow and needs no GPU. For tests.
     """
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
-    assert dt is not None  # api.ssd refuses this implementation without it
     batch, length, heads, _ = x.shape
     f32 = jnp.float32
     padded = round_up(length, CHUNK)
-    dt = pad(dt.astype(f32), (batch, padded, heads), NO_STEP)
-    dt = softplus(dt if dt_bias is None else dt + dt_bias.astype(f32))
+    weight, exponent = (pad(v, (batch, padded, heads)) for v in weights_and_exponents(x, dt, A, dt_bias))
     narrow = (batch, padded, B.shape[2], round_up(B.shape[3], tiles.TILE))
     state = (batch, heads, narrow[3], pallas_common.HEADDIM)
     initial = jnp.zeros(state, f32) if initial_state is None else pad(initial_state.astype(f32).swapaxes(2, 3), state)
@@ -59,8 +58,8 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = None) -> tup
         resets = jnp.cumsum(starts.astype(f32).reshape(batch, -1, CHUNK), axis=-1)
     arrays = _Arrays(
         x=pad(x, (batch, padded, *x.shape[2:])),
-        dt=dt,
-        exponent=jnp.maximum(dt * (A.astype(f32) * LOG2_E), LOWEST_EXPONENT),
+        dt=weight,
+        exponent=jnp.maximum(exponent * LOG2_E, LOWEST_EXPONENT),
         B=pad(B, narrow),
         C=pad(C, narrow),
         D=jnp.zeros(heads, f32) if D is None else D.astype(f32),

@@ -28,12 +28,12 @@ class _Arrays(NamedTuple):
     """Inputs padded to whole chunks; dt, parameters and states in float32."""
 
     x: Array
-    dt: Array
-    A: Array
+    dt: Array  # raw, or the log-decays where A is None
+    A: Array | None
     B: Array
     C: Array
     D: Array
-    dt_bias: Array
+    dt_bias: Array | None
     starts: Array | None  # [B L], where a segment begins
     initial_state: Array | None
 
@@ -47,21 +47,25 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = False) -> tu
       interpret: run the kernels without a TPU, slowly; True, or `pltpu.InterpretParams`. For tests.
     """
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
-    assert dt is not None  # api.ssd refuses this implementation without it
     batch, length, heads, _ = x.shape
     padded = round_up(length, tiles.CHUNK)
     zeros = jnp.zeros(heads, jnp.float32)
     starts = None
+    if dt is None:  # the padding's x is zero, and so is its log-decay: it leaves the state unchanged
+        steps, rate, bias = pad(A.astype(jnp.float32), (batch, padded, heads)), None, None
+    else:
+        steps, rate = pad(dt.astype(jnp.float32), (batch, padded, heads), NO_STEP), A.astype(jnp.float32)
+        bias = zeros if dt_bias is None else dt_bias.astype(jnp.float32)
     if segment_ids is not None:
         starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padded - length)))
     arrays = _Arrays(
         x=pad(x, (batch, padded, *x.shape[2:])),
-        dt=pad(dt.astype(jnp.float32), (batch, padded, heads), NO_STEP),
-        A=A.astype(jnp.float32),
+        dt=steps,
+        A=rate,
         B=pad(B, (batch, padded, *B.shape[2:])),
         C=pad(C, (batch, padded, *C.shape[2:])),
         D=zeros if D is None else D.astype(jnp.float32),
-        dt_bias=zeros if dt_bias is None else dt_bias.astype(jnp.float32),
+        dt_bias=bias,
         starts=starts,
         initial_state=None if initial_state is None else initial_state.astype(jnp.float32),
     )
@@ -69,23 +73,25 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = False) -> tu
     return y[:, :length], final_state
 
 
-def unsupported_reason(x: Array, B: Array, chunk_size: int | None) -> str | None:
+def unsupported_reason(x: Array, dt: Array | None, B: Array, chunk_size: int | None) -> str | None:
     """Return why the kernels cannot compute these arrays, or None if they can."""
     heads_of_group = x.shape[2] // B.shape[2]
     if reason := pallas_common.unsupported_reason(x, chunk_size, tiles.CHUNK):
         return reason
-    if heads_of_group % 2:
+    if dt is None and (heads_of_group > 1 or x.shape[2] % 2):
+        return f"without dt it needs an even number of heads with B and C of each, not {B.shape[2]} of {x.shape[2]}"
+    if dt is not None and heads_of_group % 2:
         return f"a group has {heads_of_group} heads, not an even number"
     return None
 
 
-def xla_is_faster(x: Array, B: Array) -> bool:
+def xla_is_faster(x: Array, dt: Array | None, B: Array) -> bool:
     """Return True if the chunked einsum of `xla` is the better choice on TPU for arrays that the kernels support.
 
     A short row would be padded to a chunk, and few heads at a time do not amortize what they share.
     """
     length, heads = x.shape[1:3]
-    return length < tiles.CHUNK or _pairs_in_block(heads // B.shape[2]) < _MIN_PAIRS
+    return length < tiles.CHUNK or (dt is not None and _pairs_in_block(heads // B.shape[2]) < _MIN_PAIRS)
 
 
 def _pairs_in_block(heads_of_group: int) -> int:
@@ -93,10 +99,11 @@ def _pairs_in_block(heads_of_group: int) -> int:
     return largest_divisor(heads_of_group // 2, tiles.MAX_HEADS_IN_BLOCK // 2)
 
 
-def _sizes(x: Array, B: Array) -> tiles.Sizes:
-    batch, length, heads, _ = x.shape
-    groups, d_state = B.shape[2:]
-    pairs = _pairs_in_block(heads // groups)
+def _sizes(arrays: _Arrays) -> tiles.Sizes:
+    batch, length, heads, _ = arrays.x.shape
+    groups, d_state = arrays.B.shape[2:]
+    own = arrays.A is None
+    pairs = largest_divisor(heads // 2, tiles.MAX_OWN_HEADS_IN_BLOCK // 2) if own else _pairs_in_block(heads // groups)
     return tiles.Sizes(
         batch=batch,
         chunks=length // tiles.CHUNK,
@@ -104,6 +111,7 @@ def _sizes(x: Array, B: Array) -> tiles.Sizes:
         groups=groups,
         pairs=pairs,
         d_state=round_up(d_state, tiles.LANES),
+        own=own,
     )
 
 
@@ -128,13 +136,11 @@ def _shared_inputs(arrays: _Arrays, sizes: tiles.Sizes) -> tiles.SharedInputs:
         resets = starts.astype(jnp.float32).reshape(batch, sizes.chunks, 1, tiles.CHUNK)
         resets = jnp.cumsum(resets, axis=-1)
     B, C = (pad(v, (*v.shape[:3], sizes.d_state)).reshape(batch, length, -1).astype(jnp.bfloat16) for v in (B, C))
-    return tiles.SharedInputs(
-        dt=_to_rows(dt, sizes, NO_STEP).transpose(0, 2, 3, 1),
-        B=B,
-        C=C,
-        resets=resets,
-        A_and_bias=jnp.stack([_to_rows(A * LOG2_E, sizes), _to_rows(dt_bias, sizes)], -1),
-    )
+    rows = _to_rows(dt * LOG2_E, sizes) if A is None else _to_rows(dt, sizes, NO_STEP)
+    A_and_bias = None
+    if A is not None and dt_bias is not None:
+        A_and_bias = jnp.stack([_to_rows(A * LOG2_E, sizes), _to_rows(dt_bias, sizes)], -1)
+    return tiles.SharedInputs(dt=rows.transpose(0, 2, 3, 1), B=B, C=C, resets=resets, A_and_bias=A_and_bias)
 
 
 def _skip(D: Array, sizes: tiles.Sizes) -> Array:
@@ -159,7 +165,7 @@ def _state_out(state: Array, heads: int, d_state: int) -> Array:
 
 def _run(arrays: _Arrays, interpret: Any, save: bool):
     x, initial_state = arrays.x, arrays.initial_state
-    sizes = _sizes(x, arrays.B)
+    sizes = _sizes(arrays)
     out = forward(
         sizes,
         _merge_heads(x),
@@ -175,7 +181,7 @@ def _run(arrays: _Arrays, interpret: Any, save: bool):
 def _backward(arrays: _Arrays, states: Array, cotangents, interpret: Any) -> _Arrays:
     dy, d_final_state = cotangents
     x, B = arrays.x, arrays.B
-    sizes = _sizes(x, B)
+    sizes = _sizes(arrays)
     batch, length, heads, _ = x.shape
     out = backward(
         sizes,
@@ -189,7 +195,7 @@ def _backward(arrays: _Arrays, states: Array, cotangents, interpret: Any) -> _Ar
     )
 
     def of_group(v: Array) -> Array:
-        """Sum the gradient of B or C over a group's blocks of heads."""
+        """Sum the gradient of B or C over a group's blocks of heads; each block has its own heads', if they have."""
         v = v.reshape(batch, length, sizes.groups, -1, sizes.d_state)
         v = v[:, :, :, 0] if v.shape[3] == 1 else jnp.sum(v, 3)
         return v[..., : B.shape[3]].astype(B.dtype)
@@ -198,11 +204,11 @@ def _backward(arrays: _Arrays, states: Array, cotangents, interpret: Any) -> _Ar
     return _Arrays(
         x=out.x.reshape(x.shape),
         dt=d_dt,
-        A=_from_rows(jnp.sum(out.A, (0, 3)), sizes),
+        A=None if out.A is None else _from_rows(jnp.sum(out.A, (0, 3)), sizes),
         B=of_group(out.B),
         C=of_group(out.C),
         D=jnp.sum(out.D.reshape(batch, heads, -1), (0, 2)),
-        dt_bias=jnp.sum(d_dt, (0, 1)),
+        dt_bias=None if out.A is None else jnp.sum(d_dt, (0, 1)),
         starts=None,
         initial_state=None if arrays.initial_state is None else _state_out(out.initial_state, heads, B.shape[3]),
     )

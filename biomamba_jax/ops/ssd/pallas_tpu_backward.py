@@ -46,11 +46,11 @@ class Gradients(NamedTuple):
     dt: Any
     """[B blocks R L], with respect to the raw dt."""
     A: Any
-    """[B blocks R 128], to be summed over lanes."""
+    """[B blocks R 128], to be summed over lanes; None where log-decays are given."""
     B: Any
-    """[B L blocks*N]."""
+    """[B L blocks*N], or [B L H*N] of heads with their own."""
     C: Any
-    """[B L blocks*N]."""
+    """Likewise."""
     D: Any
     """[B blocks 1 W], to be summed over the channels of a head."""
     initial_state: Any
@@ -61,27 +61,33 @@ class _Shared(NamedTuple):
     """Values of one chunk that the heads of a block share, and per-head rows and columns."""
 
     segment: Any  # [l 1], resets in this chunk up to each token, as a column; None without segments
-    dt: Any  # [R l], after the softplus
-    slope: Any  # [R l], derivative of the softplus
+    dt: Any  # [R l], after the softplus; None where log-decays are given
+    slope: Any  # [R l], derivative of the softplus, likewise
     s: Any  # [l 128], columns
     g: Any  # [l 128], columns
     to_end: Any  # [l 128], columns of w
     across: Any  # [8 128], columns of 2^(s_last), zero after a reset
-    C: Any  # [l N], zero after a reset
-    B: Any  # [l N], zero before the last reset
-    C_transposed: Any  # [N l]
-    scores: Any  # C B^T, masked: for each 64 columns, repeated, the rows from there on
-    scores_transposed: Any  # B C^T, masked: for each 64 columns, repeated, the rows up to there
     g_rows: Any  # for each 64 tokens, g as rows of pairs
     s_rows: Any
+    products: Any  # _Products of all heads; None where each has its own
+
+
+class _Products(NamedTuple):
+    """B and C, and their products, of one chunk: of all heads, or of a pair with its own, [l 2N] in place of [l N]."""
+
+    C: Any  # [l N], zero after a reset
+    B: Any  # [l N], zero before the last reset
+    C_transposed: Any  # [N l], or the heads side by side, [N 2l]; zero after a reset
+    scores: Any  # C B^T, masked: for each 64 columns, repeated or of each head, the rows from there on
+    scores_transposed: Any  # B C^T, masked: likewise, the rows up to there
 
 
 class _Sums(NamedTuple):
     """Accumulated over the heads of one chunk."""
 
-    scores: Any  # gradient of the scores, both heads of a pair concatenated
-    B: Any  # [l N]
-    C: Any  # [l N]
+    scores: Any  # gradient of the scores, both heads of a pair concatenated; None where heads have their own
+    B: Any  # [l N], likewise
+    C: Any  # [l N], likewise
     ends: Any  # [R l], all paths that end at each token
     begins: Any  # [R l], paths that begin at each token and leave the chunk
     begins_inside: Any  # paths that begin at each token and end in the chunk: for each 64 tokens, rows of pairs
@@ -109,31 +115,42 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     s = tiles.to_columns(decays.s)
     g = tiles.to_columns(decays.g)
     yield None
-    B, C = inputs.B[...], inputs.C[...]
     to_end = tiles.to_columns(decays.to_end)
     yield None
     across = jnp.exp2(s[CHUNK - 1 :])
-    C_in, B_out, C_transposed = C, B, C.T
-    if resets is not None and segment is not None:
-        last = segment[CHUNK - 1 :]
-        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
-        C_transposed = tiles.masked(C_transposed, resets == 0)
-        across = jnp.where(last == 0, across, 0.0)
-    yield None
-    scores, transposed, g_rows, s_rows = [], [], [], []
-    for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], tiles.repeat_rows(B[piece]), tiles.AS_ROWS)
-        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
-        g_rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
-    yield None
-    for piece in tiles.halves(CHUNK):
-        product = tiles.dot(B[: piece.stop], tiles.repeat_rows(C[piece]), tiles.AS_ROWS)
-        transposed.append(jnp.where(_keep_transposed(piece, resets, segment), product, 0.0))
-        s_rows.append(tiles.pair_rows(decays.s, sizes.half_rows, piece))
-    yield None
+    if segment is not None:
+        across = jnp.where(segment[CHUNK - 1 :] == 0, across, 0.0)
     across = jnp.broadcast_to(across, (8, LANES))
-    lists = (jnp.concatenate(v, 0) for v in (scores, transposed, g_rows, s_rows))
-    yield _Shared(segment, decays.dt, decays.slope, s, g, to_end, across, C_in, B_out, C_transposed, *lists)
+    rows = ([tiles.pair_rows(v, sizes.half_rows, piece) for piece in tiles.halves(CHUNK)] for v in (decays.g, decays.s))
+    g_rows, s_rows = (jnp.concatenate(v, 0) for v in rows)
+    heads = segment, decays.dt, decays.slope, s, g, to_end, across, g_rows, s_rows
+    products = None
+    if not sizes.own:
+        for stage in _products(sizes, inputs.B[...], inputs.C[...], resets, segment):
+            products = stage
+            yield None
+    yield _Shared(*heads, products)
+
+
+def _products(sizes: Sizes, B: Array, C: Array, resets: Any, segment: Any) -> Iterator[Any]:
+    """Compute what depends on B and C, of all heads or of a pair with its own, in stages; the last one yields it."""
+    # Masked after the transpose: at one of values just rounded, libtpu's static profile for v5e ends its process.
+    C_in, B_out, C_transposed = C, B, (tiles.stack_heads(C) if sizes.own else C).T
+    if segment is not None:
+        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == segment[CHUNK - 1 :])
+        C_transposed = tiles.masked(C_transposed, (jnp.concatenate([resets] * 2, 1) if sizes.own else resets) == 0)
+    yield None
+    spread = tiles.own_rows if sizes.own else tiles.repeat_rows
+    scores, transposed = [], []
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(C[piece.start :], spread(B[piece]), tiles.AS_ROWS)
+        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
+    yield None
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(B[: piece.stop], spread(C[piece]), tiles.AS_ROWS)
+        transposed.append(jnp.where(_keep_transposed(piece, resets, segment), product, 0.0))
+    yield None
+    yield _Products(C_in, B_out, C_transposed, jnp.concatenate(scores, 0), jnp.concatenate(transposed, 0))
 
 
 def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
@@ -151,6 +168,15 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
     x, dy, state, d_after = inputs.x[:, lanes], inputs.dy[:, lanes], inputs.states[:, lanes], d_state[:, lanes]
     x_exact, dy_exact = x.astype(jnp.float32), dy.astype(jnp.float32)
     x, dy, d_after_rounded = x.astype(jnp.bfloat16), dy.astype(jnp.bfloat16), d_after.astype(jnp.bfloat16)
+    products, factor = shared.products, lambda v: v
+    if sizes.own:
+        B, C = (tiles.own_columns(v, pair, sizes.d_state) for v in (inputs.here.B, inputs.here.C))
+        resets = None if inputs.here.resets is None else inputs.here.resets[...]
+        segment = None if shared.segment is None else shared.segment[...]
+        *_, products = _products(sizes, B, C, resets, segment)
+        factor = tiles.block_diagonal
+        d_B: list[Any] = []
+        d_C: list[Any] = [None] * (CHUNK // HEADDIM)
 
     s = tiles.broadcast_pair(shared.s[...], pair, half_rows)
     ends: list[Any] = [None] * (CHUNK // HEADDIM)
@@ -161,14 +187,22 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
         start = rows.stop
         decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], LARGEST_EXPONENT))
         d_scores = tiles.dot(dy[piece.start :], tiles.block_diagonal(x[piece]), tiles.AS_ROWS) * decay
-        sums.scores[rows] += d_scores
-        paths = d_scores * shared.scores[rows]
+        if sizes.own:
+            kept = (tiles.keep(piece, resets, segment).astype(jnp.float32) * d_scores).astype(jnp.bfloat16)
+            to_C = tiles.dot(kept, tiles.own_rows(B[piece]))
+            for n in range(k, len(d_C)):
+                d_C[n] = tiles.plus(d_C[n], to_C[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
+            to_B = tiles.dot(kept, C[piece.start :], tiles.AS_COLUMNS)
+            d_B.append(jnp.concatenate([to_B[:HEADDIM, : sizes.d_state], to_B[HEADDIM:, sizes.d_state :]], 1))
+        else:
+            sums.scores[rows] += d_scores
+        paths = d_scores * products.scores[rows]
         sums.begins_inside[i : i + 1] = jnp.sum(paths, 0, keepdims=True)
         for n in range(k, len(ends)):
             ends[n] = tiles.plus(ends[n], paths[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
     dy_decayed_exact = jnp.exp2(s) * dy_exact
     dy_decayed = dy_decayed_exact.astype(jnp.bfloat16)
-    from_state = tiles.dot(shared.C[...], state) * dy_decayed_exact
+    from_state = tiles.dot(products.C[...], factor(state)) * dy_decayed_exact
     _store_head_sums(sums.ends, sizes, pair, jnp.concatenate(ends, 0) + from_state)
 
     g = tiles.broadcast_pair(shared.g[...], pair, half_rows)
@@ -179,21 +213,33 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
         rows = slice(start, start + piece.stop)
         start = rows.stop
         decay = jnp.exp2(jnp.minimum(shared.s_rows[i : i + 1] - g[: piece.stop], LARGEST_EXPONENT))
-        mixing = (shared.scores_transposed[rows] * decay).astype(jnp.bfloat16)
+        mixing = (products.scores_transposed[rows] * decay).astype(jnp.bfloat16)
         product = tiles.dot(mixing, tiles.block_diagonal(dy[piece]))
         for n in range(k + 1):
             dx[n] = tiles.plus(dx[n], product[n * HEADDIM : (n + 1) * HEADDIM])
 
     to_end = tiles.broadcast_pair(shared.to_end[...], pair, half_rows)
     x_weighted = (to_end * x_exact).astype(jnp.bfloat16)
-    onward = tiles.dot(shared.B[...], d_after_rounded) * to_end
+    onward = tiles.dot(products.B[...], factor(d_after_rounded)) * to_end
     skip = tiles.broadcast_pair_row(inputs.D[...], pair, half_rows) * dy_exact
     out.x[:, lanes] = (jnp.concatenate(dx, 0) + onward + skip).astype(out.x.dtype)
     out.D[:, lanes] += jnp.sum(dy_exact * x_exact, 0, keepdims=True)
-    sums.C[...] += tiles.dot(dy_decayed, state, tiles.AS_ROWS)
-    sums.B[...] += tiles.dot(x_weighted, d_after_rounded, tiles.AS_ROWS)
+    # For the same reason the block-diagonal factors are the left ones: the right ones are transposed.
+    state_to_C = tiles.dot(factor(dy_decayed), state, tiles.AS_ROWS)
+    state_to_B = tiles.dot(factor(x_weighted), d_after_rounded, tiles.AS_ROWS)
+    if sizes.own:
+        state_to_B, state_to_C = (tiles.side_by_side(v) for v in (state_to_B, state_to_C))
+        if segment is not None:
+            state_to_C *= (segment == 0).astype(jnp.float32)
+            state_to_B *= (segment == segment[CHUNK - 1 :]).astype(jnp.float32)
+        own = slice(2 * sizes.d_state * pair, 2 * sizes.d_state * (pair + 1))
+        out.C[:, own] = (state_to_C + jnp.concatenate(d_C, 0)).astype(out.C.dtype)
+        out.B[:, own] = (state_to_B + jnp.concatenate(d_B, 0)).astype(out.B.dtype)
+    else:
+        sums.C[...] += state_to_C
+        sums.B[...] += state_to_B
     d_before = tiles.broadcast_pair(shared.across[...], pair, half_rows)[:1] * d_after
-    d_state[:, lanes] = d_before + tiles.dot(shared.C_transposed[...], dy_decayed)
+    d_state[:, lanes] = d_before + tiles.dot(products.C_transposed[...], factor(dy_decayed))
 
     begins = x.astype(jnp.float32) * onward
     last = jnp.sum(begins, 0, keepdims=True) + jnp.sum(d_before * state.astype(jnp.float32), 0, keepdims=True)
@@ -201,8 +247,8 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
     _store_head_sums(sums.begins, sizes, pair, begins)
 
 
-def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
-    """Compute the gradients of B, C, dt and A from the sums over heads and over tokens."""
+def _finish_B_and_C(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
+    """Compute the gradients of shared B and C from the sums over heads."""
     B, C = inputs.B[...], inputs.C[...]
     d_B, d_C = sums.B[...], sums.C[...]
     resets, segment = None, None
@@ -227,6 +273,10 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     out.B[...] = (d_B + jnp.concatenate(to_scores, 0)).astype(out.B.dtype)
     out.C[...] = (d_C + jnp.concatenate(from_scores, 0)).astype(out.C.dtype)
 
+
+def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
+    """Compute the gradients of dt and A, or of the log-decays, from the sums over tokens."""
+    pieces = tiles.halves(CHUNK)
     last = sums.last[...]
     left = tiles.iota(last.shape, 1) < HEADDIM
     leave = jnp.concatenate([jnp.sum(jnp.where(where, last, 0.0), 1, keepdims=True) for where in (left, ~left)], 0)
@@ -236,11 +286,15 @@ def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared,
     begins = sums.begins[...] + jnp.concatenate(of_heads, 0)
     net = sums.ends[...] - begins + jnp.where(at_end, leave, 0.0)
     from_here = tiles.iota((CHUNK, CHUNK), 0) >= tiles.iota((CHUNK, CHUNK), 1)
-    if resets is not None:
-        from_here &= segment == resets
-    dt, A = shared.dt[...], inputs.A_and_bias[:, :1]
+    if inputs.resets is not None:
+        from_here &= shared.segment[...] == inputs.resets[...]
+    exponent = inputs.dt[...] if inputs.A_and_bias is None else shared.dt[...] * inputs.A_and_bias[:, :1]
     # A clipped exponent has no gradient; at a reset the exponent has no effect.
-    d_exponent = jnp.where(dt * A > LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
+    d_exponent = jnp.where(exponent > LOWEST_EXPONENT, tiles.exact_sum_over(net, from_here), 0.0)
+    if inputs.A_and_bias is None:
+        out.dt[...] = d_exponent
+        return
+    dt, A = shared.dt[...], inputs.A_and_bias[:, :1]
     out.A[...] += d_exponent * dt
     d_dt = d_exponent * (A / LOG2_E) + begins / jnp.maximum(dt, TINY)
     out.dt[...] = d_dt * shared.slope[...]
@@ -252,7 +306,8 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
     @pl.when(step == 0)
     def start_stream() -> None:
         d_state[...] = inputs.d_final_state[...]
-        out.A[...] = jnp.zeros_like(out.A)
+        if out.A is not None:
+            out.A[...] = jnp.zeros_like(out.A)
         out.D[...] = jnp.zeros_like(out.D)
 
     @pl.when((row == 0) & (block == 0) & (step == 0))
@@ -263,7 +318,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
         *_, values = _prepare(sizes, inputs.here)
         tiles.store(shared, values)
 
-    for ref in (sums.scores, sums.B, sums.C):
+    for ref in (sums.scores, sums.B, sums.C) if not sizes.own else ():
         ref[...] = jnp.zeros_like(ref)
     stages, values = _prepare(sizes, inputs.ahead), None
     for pair in range(sizes.pairs):
@@ -271,6 +326,8 @@ def _kernel(sizes: Sizes, inputs: _Inputs, out: Gradients, d_state: Any, shared:
             values = next(stages, values)
         _pair(sizes, pair, inputs, out, d_state, shared, sums)
     *_, values = values, *stages
+    if not sizes.own:
+        _finish_B_and_C(sizes, inputs.here, out, shared, sums)
     _finish(sizes, inputs.here, out, shared, sums)
     tiles.store(shared, values)
 
@@ -306,24 +363,25 @@ def backward(
     spec = tiles.block_spec(here)
     tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
     one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
-    of_block = spec((None, CHUNK, n), lambda row, block, chunk: (row, chunk, block))
-    inputs = _Inputs(x, dy, states, d_final_state, shared, shared, D)
+    of_block = spec((None, CHUNK, sizes.bc_width), lambda row, block, chunk: (row, chunk, block))
+    ahead = shared._replace(B=None, C=None) if sizes.own else shared
+    inputs = _Inputs(x, dy, states, d_final_state, shared, ahead, D)
     in_specs = _Inputs(
         x=tokens,
         dy=tokens,
         states=spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block)),
         d_final_state=one_state,
         here=tiles.shared_specs(sizes, shared, here),
-        ahead=tiles.shared_specs(sizes, shared, reverse(sizes.place_ahead)),
+        ahead=tiles.shared_specs(sizes, ahead, reverse(sizes.place_ahead)),
         D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
     )
     # If several blocks share B and C, their gradients are partial sums: in float32.
-    partial_dtype = shared.B.dtype if sizes.blocks == sizes.groups else jnp.float32
-    of_tokens = (sizes.batch, sizes.chunks * CHUNK, sizes.blocks * n)
+    partial_dtype = shared.B.dtype if sizes.own or sizes.blocks == sizes.groups else jnp.float32
+    of_tokens = (sizes.batch, sizes.chunks * CHUNK, sizes.blocks * sizes.bc_width)
     outputs = Gradients(
         x=out_struct(x.shape, x.dtype, x),
         dt=out_struct(shared.dt.shape, jnp.float32, x),
-        A=out_struct((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
+        A=None if sizes.own else out_struct((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
         B=out_struct(of_tokens, partial_dtype, x),
         C=out_struct(of_tokens, partial_dtype, x),
         D=out_struct((sizes.batch, sizes.blocks, 1, width), jnp.float32, x),
@@ -332,7 +390,7 @@ def backward(
     out_specs = Gradients(
         x=tokens,
         dt=spec((None, None, sizes.rows, CHUNK), lambda row, block, chunk: (row, block, 0, chunk)),
-        A=spec((None, None, sizes.rows, LANES), lambda row, block, chunk: (row, block, 0, 0)),
+        A=None if sizes.own else spec((None, None, sizes.rows, LANES), lambda row, block, chunk: (row, block, 0, 0)),
         B=of_block,
         C=of_block,
         D=spec((None, None, 1, width), lambda row, block, chunk: (row, block, 0, 0)),
@@ -342,26 +400,29 @@ def backward(
     pieces = tiles.halves(CHUNK)
     below = sum(CHUNK - piece.start for piece in pieces)
     of_pieces = len(pieces) * sizes.half_rows
-    scratch = _Shared(
-        segment=None if shared.resets is None else tiles.vmem(CHUNK, 1),
-        dt=tiles.vmem(sizes.rows, CHUNK),
-        slope=tiles.vmem(sizes.rows, CHUNK),
-        s=tiles.vmem(CHUNK),
-        g=tiles.vmem(CHUNK),
-        to_end=tiles.vmem(CHUNK),
-        across=tiles.vmem(8),
+    products = _Products(
         C=tiles.vmem(CHUNK, n, jnp.bfloat16),
         B=tiles.vmem(CHUNK, n, jnp.bfloat16),
         C_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
         scores=tiles.vmem(below),
         scores_transposed=tiles.vmem(below),
+    )
+    scratch = _Shared(
+        segment=None if shared.resets is None else tiles.vmem(CHUNK, 1),
+        dt=None if sizes.own else tiles.vmem(sizes.rows, CHUNK),
+        slope=None if sizes.own else tiles.vmem(sizes.rows, CHUNK),
+        s=tiles.vmem(CHUNK),
+        g=tiles.vmem(CHUNK),
+        to_end=tiles.vmem(CHUNK),
+        across=tiles.vmem(8),
         g_rows=tiles.vmem(of_pieces),
         s_rows=tiles.vmem(of_pieces),
+        products=None if sizes.own else products,
     )
     sums = _Sums(
-        scores=tiles.vmem(below),
-        B=tiles.vmem(CHUNK, n),
-        C=tiles.vmem(CHUNK, n),
+        scores=None if sizes.own else tiles.vmem(below),
+        B=None if sizes.own else tiles.vmem(CHUNK, n),
+        C=None if sizes.own else tiles.vmem(CHUNK, n),
         ends=tiles.vmem(sizes.rows, CHUNK),
         begins=tiles.vmem(sizes.rows, CHUNK),
         begins_inside=tiles.vmem(of_pieces),

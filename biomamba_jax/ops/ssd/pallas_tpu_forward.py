@@ -12,6 +12,8 @@ With s_t the sum of log2(e) d A up to token t of the chunk and g_t = s_t - log2 
 * What the heads share is a long dependency chain of small steps, which would take a quarter of the time by itself. It
   is computed one chunk ahead, in stages interleaved with the pairs of heads, because the scheduler stays close to
   program order.
+* Heads with B and C of their own share only the decays' chain. Their products are the same with the two heads' B and C
+  side by side, [C_1 | C_2], and the other factor block-diagonal.
 """
 
 from collections.abc import Iterator
@@ -51,10 +53,33 @@ class _Shared(NamedTuple):
     s: Any  # [l 128], columns
     to_end: Any  # [l 128], columns of 2^(s_last - g)
     across: Any  # [8 128], columns of 2^(s_last), zero after a reset
-    C: Any  # [l N], zero after a reset
-    B_transposed: Any  # [N l], zero before the last reset
-    scores: Any  # C B^T, masked: for each 64 columns, repeated, the rows from there on
     rows: Any  # for each 64 tokens, g as rows of pairs
+    products: Any  # _Products of all heads; None where each has its own
+
+
+class _Products(NamedTuple):
+    """B and C, and their products, of one chunk: of all heads, or of a pair with its own, [l 2N] in place of [l N]."""
+
+    C: Any  # [l N], zero after a reset
+    B_transposed: Any  # [N l], or the heads side by side, [N 2l]; zero before the last reset
+    scores: Any  # C B^T, masked: for each 64 columns, repeated or of each head, the rows from there on
+
+
+def _own_products(sizes: Sizes, inputs: SharedInputs, pair: int) -> _Products:
+    """Compute what the heads of a pair need of their own B and C."""
+    B, C = (tiles.own_columns(v, pair, sizes.d_state) for v in (inputs.B, inputs.C))
+    resets = segment = None
+    C_in, B_transposed = C, tiles.stack_heads(B).T  # masked after the transpose, see the backward kernel
+    if inputs.resets is not None:
+        resets = inputs.resets[...]
+        segment = tiles.to_column(resets)
+        C_in = tiles.masked(C, segment == 0)
+        B_transposed = tiles.masked(B_transposed, jnp.concatenate([resets == resets[:, CHUNK - 1 :]] * 2, 1))
+    scores = []
+    for piece in tiles.halves(CHUNK):
+        product = tiles.dot(C[piece.start :], tiles.own_rows(B[piece]), tiles.AS_ROWS)
+        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
+    return _Products(C_in, B_transposed, jnp.concatenate(scores, 0))
 
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
@@ -68,13 +93,18 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     s = tiles.to_columns(decays.s)
     yield None
     to_end = tiles.to_columns(decays.to_end)
-    B, C = inputs.B[...], inputs.C[...]
     across = jnp.exp2(s[CHUNK - 1 :])
-    C_in, B_out = C, B
-    if resets is not None and segment is not None:
+    if segment is not None:
         last = segment[CHUNK - 1 :]
-        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
         across = jnp.where(last == 0, across, 0.0)
+    if sizes.own:
+        rows = [tiles.pair_rows(decays.g, sizes.half_rows, piece) for piece in tiles.halves(CHUNK)]
+        yield _Shared(s, to_end, jnp.broadcast_to(across, (8, LANES)), jnp.concatenate(rows, 0), None)
+        return
+    B, C = inputs.B[...], inputs.C[...]
+    C_in, B_out = C, B
+    if segment is not None:
+        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
     yield None
     scores, rows = [], []
     for piece in tiles.halves(CHUNK):
@@ -85,7 +115,8 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     B_transposed = B_out.T
     yield None
     across = jnp.broadcast_to(across, (8, LANES))
-    yield _Shared(s, to_end, across, C_in, B_transposed, jnp.concatenate(scores, 0), jnp.concatenate(rows, 0))
+    products = _Products(C_in, B_transposed, jnp.concatenate(scores, 0))
+    yield _Shared(s, to_end, across, jnp.concatenate(rows, 0), products)
 
 
 def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared: _Shared) -> None:
@@ -105,7 +136,10 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
     if outputs.states is not None:
         outputs.states[...] = state[...].astype(jnp.bfloat16)
     stages, values = _prepare(sizes, inputs.ahead), None
-    columns, to_end, across, C, B_transposed = (ref[...] for ref in shared[:5])
+    columns, to_end, across = (ref[...] for ref in shared[:3])
+    products = shared.products
+    if not sizes.own:
+        C, B_transposed = products.C[...], products.B_transposed[...]
     pieces = tiles.halves(CHUNK)
     for pair in range(sizes.pairs):
         if pair >= sizes.pairs - _STAGES:
@@ -116,13 +150,17 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
         before = state[:, lanes]
         y: list[Any] = [None] * len(pieces)
         start = 0
-        from_state = tiles.dot(C, before.astype(jnp.bfloat16)) * jnp.exp2(s)
+        state_factor = before.astype(jnp.bfloat16)
+        if sizes.own:
+            products = _own_products(sizes, inputs.here, pair)
+            C, B_transposed, state_factor = products.C, products.B_transposed, tiles.block_diagonal(state_factor)
+        from_state = tiles.dot(C, state_factor) * jnp.exp2(s)
         for k, piece in enumerate(pieces):
             rows = CHUNK - piece.start
             i = k * half_rows + pair
             exponent = s[piece.start :] - shared.rows[i : i + 1]
             decay = jnp.exp2(jnp.minimum(exponent, LARGEST_EXPONENT))
-            mixing = (shared.scores[start : start + rows] * decay).astype(jnp.bfloat16)
+            mixing = (products.scores[start : start + rows] * decay).astype(jnp.bfloat16)
             start += rows
             product = tiles.dot(mixing, tiles.block_diagonal(x[piece].astype(jnp.bfloat16)))
             for n in range(k, len(pieces)):
@@ -131,6 +169,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
         skip = tiles.broadcast_pair_row(inputs.D[...], pair, half_rows)
         outputs.y[:, lanes] = (from_state + jnp.concatenate(y, 0) + skip * x).astype(outputs.y.dtype)
         weighted = (x * tiles.broadcast_pair(to_end, pair, half_rows)).astype(jnp.bfloat16)
+        weighted = tiles.block_diagonal(weighted) if sizes.own else weighted
         decay = tiles.broadcast_pair_row(across[:1], pair, half_rows)
         state[:, lanes] = before * decay + tiles.dot(B_transposed, weighted)
     *_, values = values, *stages
@@ -159,11 +198,12 @@ def forward(
     tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
     one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
     each_state = spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block))
-    inputs = _Inputs(x=x, here=shared, ahead=shared, D=D, initial_state=initial_state)
+    ahead = shared._replace(B=None, C=None) if sizes.own else shared
+    inputs = _Inputs(x=x, here=shared, ahead=ahead, D=D, initial_state=initial_state)
     in_specs = _Inputs(
         x=tokens,
         here=tiles.shared_specs(sizes, shared, sizes.place),
-        ahead=tiles.shared_specs(sizes, shared, sizes.place_ahead),
+        ahead=tiles.shared_specs(sizes, ahead, sizes.place_ahead),
         D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
         initial_state=None if initial_state is None else one_state,
     )
@@ -177,14 +217,17 @@ def forward(
     pieces = len(tiles.halves(CHUNK))
     scores = sum(CHUNK - piece.start for piece in tiles.halves(CHUNK))
 
+    products = _Products(
+        C=tiles.vmem(CHUNK, n, jnp.bfloat16),
+        B_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
+        scores=tiles.vmem(scores),
+    )
     scratch = _Shared(
         s=tiles.vmem(CHUNK),
         to_end=tiles.vmem(CHUNK),
         across=tiles.vmem(8),
-        C=tiles.vmem(CHUNK, n, jnp.bfloat16),
-        B_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
-        scores=tiles.vmem(scores),
         rows=tiles.vmem(pieces * sizes.half_rows),
+        products=None if sizes.own else products,
     )
 
     def kernel(inputs: _Inputs, *refs: Any) -> None:

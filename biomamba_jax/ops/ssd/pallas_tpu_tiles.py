@@ -25,6 +25,9 @@ CHUNK = 128
 MAX_HEADS_IN_BLOCK = 32
 """All heads of a block are unrolled (a loop over pairs takes 1.4 to 2 times as long); their states are in VMEM."""
 
+MAX_OWN_HEADS_IN_BLOCK = 8
+"""The same where each head has B and C of its own, which are in VMEM too."""
+
 AS_ROWS = ((1,), (1,))  # a b^T
 AS_COLUMNS = ((0,), (0,))  # a^T b
 
@@ -39,13 +42,20 @@ class Sizes(NamedTuple):
     chunks: int
     """Chunks of a row."""
     blocks: int
-    """Blocks of heads in a row of the batch; a block's heads share B and C."""
+    """Blocks of heads in a row of the batch; a block's heads share B and C unless `own`."""
     groups: int
     """Groups of heads that share B and C."""
     pairs: int
     """Pairs of heads in a block."""
     d_state: int
     """A multiple of 128."""
+    own: bool
+    """True if each head has B and C of its own, and log-decays are given in place of step sizes."""
+
+    @property
+    def bc_width(self) -> int:
+        """Columns of a block's B or C."""
+        return self.d_state * (2 * self.pairs if self.own else 1)
 
     @property
     def half_rows(self) -> int:
@@ -150,6 +160,31 @@ def repeat_rows(v: Array) -> Array:
     return jnp.concatenate([v, v], 0)
 
 
+def own_columns(v: Ref, pair: int, d_state: int) -> Array:
+    """Return a pair's columns [l 2N] of a block's B or C."""
+    return v[:, 2 * d_state * pair : 2 * d_state * (pair + 1)]
+
+
+def own_rows(v: Array) -> Array:
+    """Return [[left 0] [0 right]], [2r 2N] of [r 2N]: what `repeat_rows` is for shared B and C."""
+    n = v.shape[1] // 2
+    zeros = jnp.zeros((v.shape[0], n), v.dtype)
+    left, right = jnp.concatenate([v[:, :n], zeros], 1), jnp.concatenate([zeros, v[:, n:]], 1)
+    return jnp.concatenate([left, right], 0)
+
+
+def stack_heads(v: Array) -> Array:
+    """Put the right head's rows below the left head's: [l 2N] -> [2l N]."""
+    n = v.shape[1] // 2
+    return jnp.concatenate([v[:, :n], v[:, n:]], 0)
+
+
+def side_by_side(v: Array) -> Array:
+    """Undo `stack_heads`."""
+    n = v.shape[0] // 2
+    return jnp.concatenate([v[:n], v[n:]], 1)
+
+
 def halves(chunk: int) -> list[slice]:
     """Split the chunk into slices of 64 tokens: those of two heads fill the contraction of one product."""
     return [slice(k, k + HEADDIM) for k in range(0, chunk, HEADDIM)]
@@ -178,15 +213,15 @@ class SharedInputs(NamedTuple):
     """Per-head values and what all heads of a block share: arrays, block specs or refs."""
 
     dt: Any
-    """[B blocks R L], raw."""
+    """[B blocks R L], raw; log-decays in base 2 without `A_and_bias`."""
     B: Any
-    """[B L G*N]."""
+    """[B L G*N]; None ahead of time where heads have their own."""
     C: Any
-    """[B L G*N]."""
+    """[B L G*N], likewise."""
     resets: Any | None
     """[B chunks 1 l] float32, resets in this chunk up to each token; None without segments."""
-    A_and_bias: Any
-    """[blocks R 2], log2(e) A and dt_bias."""
+    A_and_bias: Any | None
+    """[blocks R 2], log2(e) A and dt_bias; None where log-decays are given."""
 
 
 def block_spec(place: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., pl.BlockSpec]:
@@ -205,52 +240,63 @@ def shared_specs(sizes: Sizes, like: SharedInputs, place: Callable[..., tuple[An
     spec = block_spec(place)
 
     def of_group(row: Any, block: Any, chunk: Any) -> tuple[Any, Any, Any]:
+        if sizes.own:
+            return row, chunk, block
         return row, chunk, 0 if sizes.groups == 1 else jax.lax.div(block, jnp.int32(blocks_of_group))
 
     return SharedInputs(
         dt=spec((None, None, sizes.rows, CHUNK), lambda row, block, chunk: (row, block, 0, chunk)),
-        B=spec((None, CHUNK, sizes.d_state), of_group),
-        C=spec((None, CHUNK, sizes.d_state), of_group),
+        B=None if like.B is None else spec((None, CHUNK, sizes.bc_width), of_group),
+        C=None if like.C is None else spec((None, CHUNK, sizes.bc_width), of_group),
         resets=None
         if like.resets is None
         else spec((None, None, 1, CHUNK), lambda row, block, chunk: (row, chunk, 0, 0)),
-        A_and_bias=spec((None, sizes.rows, 2), lambda row, block, chunk: (block, 0, 0)),
+        A_and_bias=None
+        if like.A_and_bias is None
+        else spec((None, sizes.rows, 2), lambda row, block, chunk: (block, 0, 0)),
     )
 
 
 def store(refs: Any, values: Any) -> None:
-    """Store a record of values to the refs of its fields; a field that is None is left out."""
+    """Store a record of values, or of such records, to the refs of its fields; a field that is None is left out."""
     for ref, value in zip(refs, values, strict=True):
-        if ref is not None:
+        if isinstance(value, tuple):
+            store(ref, value)
+        elif ref is not None:
             ref[...] = value
 
 
 class Decays(NamedTuple):
     """Step sizes and decays of one chunk, as rows [R l]."""
 
-    dt: Array
-    """After the softplus."""
-    slope: Array
-    """Derivative of the softplus."""
+    dt: Array | None
+    """After the softplus; None where log-decays are given."""
+    slope: Array | None
+    """Derivative of the softplus, likewise."""
     s: Array
     """Sum of the exponents from the chunk's or segment's start up to each step."""
     g: Array
-    """s - log2 dt: exp2(s_t - g_j) is the decay from step j to t, times dt_j."""
+    """s - log2 dt, or s: exp2(s_t - g_j) is the decay from step j to t, times dt_j or 1."""
     to_end: Array
     """exp2(s_last - g), finite also in segments before the last."""
 
 
 def decays(inputs: SharedInputs, segment: Array | None) -> Decays:
     """Compute the decays; `segment` is the resets up to each token as a column [l 1]."""
-    raw = inputs.dt[...] + inputs.A_and_bias[:, 1:]
-    dt = softplus(raw)
-    exponent = jnp.maximum(dt * inputs.A_and_bias[:, :1], LOWEST_EXPONENT)
+    raw, dt, slope = inputs.dt[...], None, None
+    exponent = raw
+    if inputs.A_and_bias is not None:
+        raw += inputs.A_and_bias[:, 1:]
+        dt = softplus(raw)
+        exponent = dt * inputs.A_and_bias[:, :1]
     up_to = iota((CHUNK, CHUNK), 0) <= iota((CHUNK, CHUNK), 1)
     if inputs.resets is not None:
         # The sum restarts with the segment: not even its rounding depends on the previous segment.
         up_to &= segment == inputs.resets[...]
-    s = exact_sum_over(exponent, up_to.astype(jnp.float32))
-    g = s - jnp.log2(jnp.maximum(dt, TINY))
+    s = exact_sum_over(jnp.maximum(exponent, LOWEST_EXPONENT), up_to.astype(jnp.float32))
+    g = s if dt is None else s - jnp.log2(jnp.maximum(dt, TINY))
     to_end = jnp.exp2(jnp.minimum(s[:, CHUNK - 1 :] - g, LARGEST_EXPONENT))
-    # softplus' = sigmoid(raw) = exp(raw - softplus(raw)): 1 - exp(-dt) has no digits left where dt is below 1e-7.
-    return Decays(dt, jnp.exp(raw - dt), s, g, to_end)
+    if dt is not None:
+        # softplus' = sigmoid(raw) = exp(raw - softplus(raw)): 1 - exp(-dt) has no digits left where dt is below 1e-7.
+        slope = jnp.exp(raw - dt)
+    return Decays(dt, slope, s, g, to_end)

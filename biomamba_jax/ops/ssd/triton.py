@@ -32,6 +32,7 @@ from biomamba_jax.ops.kernel_arrays import (
 )
 from biomamba_jax.ops.numerics import segment_starts
 from biomamba_jax.ops.ssd.inputs import Inputs
+from biomamba_jax.ops.ssd.xla import weights_and_exponents
 from biomamba_jax.ops.triton_calls import Launch
 
 CHUNK = 64
@@ -86,7 +87,7 @@ class _Arrays(NamedTuple):
     """Inputs of the kernels: L padded to whole chunks, P and N to powers of two."""
 
     x: Float[Array, "B L H P"]
-    d: Float[Array, "B H L"]  # step sizes, float32
+    d: Float[Array, "B H L"]  # weights of the inputs: step sizes, or 1 where decays are given; float32
     s: Float[Array, "B H L"]  # sums of exponents in base 2, float32
     B: Float[Array, "B L G N"]
     C: Float[Array, "B L G N"]
@@ -112,27 +113,25 @@ def unsupported_reason(x: Array, chunk_size: int | None) -> str | None:
 def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     """Return all outputs and the final state; see `api.ssd`. `chunk_size` is None or `CHUNK`."""
     x, dt, A, B, C, D, dt_bias, segment_ids, initial_state = inputs
-    assert dt is not None  # api.ssd refuses this implementation without it
     rows, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     f32 = jnp.float32
-    dt, A = dt.astype(f32), A.astype(f32)
-    d = jax.nn.softplus(dt if dt_bias is None else dt + dt_bias.astype(f32))
+    d, exponents = weights_and_exponents(x, dt, A, dt_bias)
     if initial_state is None:
         initial_state = jnp.zeros((rows, heads, headdim, d_state), f32)
 
-    # A padded step has d = 0, which leaves the state unchanged.
+    # A padded step has weight and exponent zero, which leaves the state unchanged.
     padded = round_up(length, CHUNK)
     wide, narrow = (max(_MIN_SIDE, next_power_of_2(n)) for n in (headdim, d_state))
     segment = None
     if segment_ids is not None:
         starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padded - length))).reshape(rows, -1, CHUNK)
         segment = jnp.cumsum(starts, axis=2, dtype=jnp.int32)
-    d = pad(d, (rows, padded, heads)).swapaxes(1, 2)
+    d, exponents = (pad(v, (rows, padded, heads)).swapaxes(1, 2) for v in (d, exponents))
     arrays = _Arrays(
         x=pad(x, (rows, padded, heads, wide)),
         d=d,
-        s=_sums(d * (A * LOG2_E)[:, None], segment),
+        s=_sums(exponents * LOG2_E, segment),
         B=pad(B.astype(x.dtype), (rows, padded, groups, narrow)),
         C=pad(C.astype(x.dtype), (rows, padded, groups, narrow)),
         D=jnp.zeros(heads, f32) if D is None else D.astype(f32),
