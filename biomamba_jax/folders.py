@@ -31,6 +31,14 @@ def cache_folder() -> Path:
         raise UserError(f"no cache folder ({error}); set BIOMAMBA_CACHE") from None
 
 
+def state_of(folder: str | os.PathLike[str]) -> str:
+    """Return a name for what a folder holds now: a digest of its files' names, sizes and times of change."""
+    folder = Path(folder).resolve()
+    found = [(name, (folder / name).stat()) for name in _files_below(folder)]
+    held = [(name, about.st_size, about.st_mtime_ns) for name, about in found]
+    return hashlib.sha256(repr((str(folder), held)).encode()).hexdigest()[:20]
+
+
 def write_digests(folder: Path) -> None:
     """Write the sha256 of every file below a folder into its SHA256SUMS."""
     names = _files_below(folder)

@@ -12,12 +12,14 @@ import yaml
 from synthetic import write_shards
 
 from biomamba_jax.command_line import run_command
+from biomamba_jax.config import DataConfig, PretrainConfig
+from biomamba_jax.data import ngrams
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.folders import locked
 from biomamba_jax.interop import read_model, write_model
-from biomamba_jax.pretrain import main
+from biomamba_jax.pretrain import main, write_baselines
 from biomamba_jax.train.metrics import read_metrics
 
 SMALL = (
@@ -52,6 +54,20 @@ def test_a_run_leaves_everything_that_it_promises(shards, tmp_path, capsys):
     table = capsys.readouterr().out
     for row in ("this model, step 0", "unigram", "bigram", "this model, step 8"):
         assert row in table
+
+
+def test_baselines_are_counted_once_for_the_same_shards_and_again_for_others(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("BIOMAMBA_CACHE", str(tmp_path / "cache"))
+    counted = []
+    count = ngrams.ngram_baselines
+    monkeypatch.setattr(ngrams, "ngram_baselines", lambda *a, **options: counted.append(1) or count(*a, **options))
+    for run in ("one", "two"):
+        write_baselines(PretrainConfig(data=DataConfig(path="shards"), run_dir=run))
+    assert len(counted) == 1 and Path("one/baselines.json").read_text() == Path("two/baselines.json").read_text()
+    os.utime("shards/manifest.json", (0, 0))
+    (tmp_path / "cache" / "baselines").chmod(0)
+    write_baselines(PretrainConfig(data=DataConfig(path="shards"), run_dir="three"))
+    assert len(counted) == 2
 
 
 def test_shards_are_made_first_where_the_config_says_how(tmp_path, monkeypatch):
