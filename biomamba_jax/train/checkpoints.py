@@ -6,6 +6,7 @@ Before it gets its name, the sha256 of each of its files is written beside them.
 """
 
 import asyncio
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,8 +24,9 @@ from biomamba_jax.interop import run_dir as runs
 from biomamba_jax.parallel.distributed import DATA_TIMEOUT, barrier
 from biomamba_jax.parallel.sharding import leaves_by_path
 
-# Orbax logs with a traceback what it raises later.
-absl_logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+# Orbax and, for each array of a write that failed, asyncio log with a traceback what is raised later.
+for _logger in (absl_logging.get_absl_logger(), logging.getLogger("asyncio")):
+    _logger.addFilter(lambda record: not record.exc_info)
 
 REPLACED = "replaced_after_{step}"
 """Folder that keeps the checkpoints after the one that `resume_from` went back to."""
