@@ -2,8 +2,9 @@
 
 python -m biomamba_jax.classify --model DIR [--file PROMPTS.jsonl] [--prompt "{prompt}"] > classes.jsonl
 
-The model is the run directory, or what `convert` exported from it. Reads JSON lines from a file or from standard input,
-and writes each line again with "predicted_label", or the "predicted_labels" of a multi-label head, and "probabilities".
+The model is the run directory, what `convert` exported from it, or an encoder's Hugging Face folder. Reads JSON lines
+from a file or from standard input, and writes each line again with "predicted_label", or the "predicted_labels" of a
+multi-label head, and "probabilities".
 """
 
 import json
@@ -48,10 +49,10 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
       UserError: the model has no classifier, or a line lacks a key of the template.
     """
     from biomamba_jax.data.examples import fill_template
-    from biomamba_jax.tasks.model import load
+    from biomamba_jax.tasks.model import load_head
     from biomamba_jax.tasks.padding import batched
 
-    model = load(config.model, config.dtype)
+    model = load_head(config.model, config.dtype)
     name = config.file or "standard input"
     lines = read_json_lines(name, None if config.file else source)
     for batch in batched(lines, _AT_ONCE):
@@ -60,7 +61,7 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
                 raise UserError(f"{name}, line {number}: has its own {taken}, which is what is written; rename the key")
         prompts = [fill_template(config.prompt, line, f"{name}, line {number}", "prompt") for number, line in batch]
         for (_, line), found in zip(batch, model.classify(prompts), strict=True):
-            one = model.head_model.head.kind == "classifier"
+            one = model.head.kind == "classifier"
             labels = {"predicted_label": found.label} if one else {"predicted_labels": found.labels}
             result = line | labels | {"probabilities": found.probabilities}
             out.write(json.dumps(result, ensure_ascii=False) + "\n")

@@ -8,6 +8,8 @@ results.json in the run directory, and a table; for questions next to a baseline
 answer. Every command takes the run directory as a model, adapters merged.
 
 --head predicts from hidden states instead: classes, labels or a score of a text, entities, or the answer in a text.
+With it --init_from hf:DIR is an encoder of others, such as BERT's or RoBERTa's kind, which transformers trains (the
+[hf] extra).
 """
 
 import logging
@@ -51,11 +53,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
     with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
-        from biomamba_jax.finetuning import RESULTS, cross_validate, train_and_answer  # late: refused starts end sooner
-        from biomamba_jax.interop import read_model
+        # late: refused starts end sooner
+        from biomamba_jax.finetuning import RESULTS, cross_validate, read_weights, train_and_answer
         from biomamba_jax.tables import summary_table
 
-        weights = read_model(config.init_from or "")
+        weights = read_weights(config)
         results = cross_validate(config, weights) if config.cross_validate else train_and_answer(config, weights)
         if results is not None and jax.process_count() == 1:
             columns = [key for key in _COLUMNS if any(values.get(key) is not None for values in results.values())]

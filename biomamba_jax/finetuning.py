@@ -8,15 +8,17 @@ from typing import Any
 
 import jax
 
-from biomamba_jax import files, folders
+from biomamba_jax import encoder_training, files, folders
 from biomamba_jax.config import FinetuneConfig
 from biomamba_jax.data.examples import EncodedExamples, encode_examples, encode_texts
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop import Weights
+from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.tasks import mining_measures
+from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.answers import Prediction, label_predictions
-from biomamba_jax.tasks.model import Model, load
+from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
+from biomamba_jax.tasks.model import Model, load, load_head
 from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.relations import predicted_relations
 from biomamba_jax.tasks.statistics import Resampling
@@ -28,30 +30,47 @@ RESULTS, PREDICTIONS = "results.json", "predictions"
 _LOG = logging.getLogger(__name__)
 
 
-def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
+def read_weights(config: FinetuneConfig) -> Weights | None:
+    """Return the weights of `config.init_from`; None for an encoder of others, which transformers loads."""
+    name = config.init_from or ""
+    return None if name.startswith(TRANSFORMERS_PREFIX) else read_model(name)
+
+
+def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[str, Any] | None:
     """Fine-tune, then answer the development and test splits with the best weights.
+
+    Args:
+      config: the run.
+      weights: what to start from, or None for the encoder that `config.init_from` names.
 
     Returns:
       Measures by "task split", as in results.json; empty if the run has several hosts, None if it was stopped.
     """
-    if weights.tokenizer_file is None:
+    tasks, length = read_tasks(config), config.data.sequence_length
+    config = dataclasses.replace(config, labels=head_labels(config, tasks))
+    tokenizer: Any
+    if weights is None:
+        encoder = encoder_training.start(config)
+        tokenizer, length = encoder.tokenizer, min(length, encoder.limit) - 1  # [SEP] ends a text
+    elif weights.tokenizer_file is None:
         raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
-    tokenizer = load_tokenizer(weights.tokenizer_file)
-    tasks = read_tasks(config)
-    model = with_execution_settings(weights.config, config.model)
-    config = dataclasses.replace(config, model=model, labels=head_labels(config, tasks))
+    else:
+        tokenizer = load_tokenizer(weights.tokenizer_file)
+        config = dataclasses.replace(config, model=with_execution_settings(weights.config, config.model))
     for message in (message for task in tasks for message in task.messages):
         _LOG.info(message)
 
     def encoded(split: str) -> EncodedExamples:
         examples = [example for task in tasks for example in getattr(task, split)]
         source = f"{' and '.join(task.name for task in tasks)}, {'training' if split == 'train' else split} split"
-        length, head = config.data.sequence_length, config.head_config
+        head = config.head_config
         if head is None:
             return encode_examples(examples, tokenizer, length, source=source)
         return encode_texts(examples, tokenizer, length, head, source=source)
 
-    if not finetune(config, weights, encoded("train"), encoded("development")):
+    if weights is None:
+        encoder_training.train(config, encoder, encoded("train"), encoded("development"))
+    elif not finetune(config, weights, encoded("train"), encoded("development")):
         return None
     return answer(config, tasks) if jax.process_count() == 1 else {}
 
@@ -59,7 +78,8 @@ def train_and_answer(config: FinetuneConfig, weights: Weights) -> dict[str, Any]
 def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     """Predict with the run's best weights, write predictions/ and results.json, and return the measures."""
     run_dir = Path(config.run_dir)
-    model, results = load(run_dir), {}
+    model = load(run_dir) if config.head_config is None else load_head(run_dir)
+    results = {}
     for task in tasks:
         for split, examples in (("development", task.development), ("test", task.test)):
             if examples:
@@ -69,14 +89,16 @@ def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
     return results
 
 
-def _answer(config: FinetuneConfig, model: Model, task: Task, examples: Sequence[Any]) -> tuple[list[Any], Any]:
+def _answer(
+    config: FinetuneConfig, model: Model | HeadModel, task: Task, examples: Sequence[Any]
+) -> tuple[list[Any], Any]:
     """Return predictions as JSON values, and their measures."""
-    if config.head_config is None:
+    if isinstance(model, Model):
         majority = most_frequent(example.label for example in task.train) if task.answers else None
         predictions = predict(model, task, examples, config.data)
         return [dataclasses.asdict(each) for each in predictions], measure(predictions, majority)
-    found = model.head_model.annotate(examples)
-    measures = mining_measures.measure(config.head_config, examples, found, negative=config.data.negative)
+    found = model.annotate(examples)
+    measures = mining_measures.measure(model.head, examples, found, negative=config.data.negative)
     if config.data.relation:
         pairs, keys = predicted_relations(found), list(dict.fromkeys(text.key for text in examples))
         gold, named = [task.relations[key] for key in keys], [pairs.get(key, set()) for key in keys]
@@ -93,7 +115,7 @@ def _answer(config: FinetuneConfig, model: Model, task: Task, examples: Sequence
     return [dataclasses.asdict(each) for each in predictions], measures | measure(predictions, majority)
 
 
-def cross_validate(config: FinetuneConfig, weights: Weights) -> dict[str, Any] | None:
+def cross_validate(config: FinetuneConfig, weights: Weights | None) -> dict[str, Any] | None:
     """Train on nine of the ten folds of PubMedQA's authors, ten times; the tenth fold selects the best weights.
 
     Returns:

@@ -2,9 +2,9 @@
 
 python -m biomamba_jax.tag --model DIR [--file notes.txt|lines.jsonl|pubmed.xml] [--to pubtator|html] > spans.jsonl
 
-The model is the run directory, or what `convert` exported from it. A text is a line of standard input or of a file, a
-line of JSON lines, or title and abstract of a record of NLM's XML. Offsets count characters. A text may have any
-length: it is read in windows with the recurrent state carried from one to the next.
+The model is the run directory, what `convert` exported from it, or an encoder's Hugging Face folder. A text is a line
+of standard input or of a file, a line of JSON lines, or title and abstract of a record of NLM's XML. Offsets count
+characters. A text may have any length: it is read in windows with the recurrent state carried from one to the next.
 """
 
 import json
@@ -57,10 +57,10 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
       UserError: the model has no head for words, or a text cannot be read.
     """
     from biomamba_jax import files, html
-    from biomamba_jax.tasks.model import load
+    from biomamba_jax.tasks.model import load_head
     from biomamba_jax.tasks.padding import batched
 
-    model = load(config.model, config.dtype)
+    model = load_head(config.model, config.dtype)
 
     def tagged() -> Iterator[dict[str, Any]]:
         for batch in batched(_read(config, source), _AT_ONCE):

@@ -132,7 +132,7 @@ class RunConfig(Settings):
     """The model. With init_from, its sizes are those of the weights."""
     init_from: str | None = None
     """Weights to start from: a folder of any format that `convert` reads, or a name on the Hugging Face hub, owner/name
-    (needs the [hub] extra)."""
+    (needs the [hub] extra); for `finetune --head` also hf:FOLDER, an encoder that transformers runs ([hf] extra)."""
     data: RowsConfig = field(default_factory=RowsConfig)
     """Batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

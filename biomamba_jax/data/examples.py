@@ -169,11 +169,7 @@ def encode_texts(
     encoded, shortened, left_out = [], 0, 0
     for text, ids, targets in zip(texts, *_tokens_and_targets(texts, tokenizer, head, source), strict=True):
         shortened += len(ids) > room
-        if head.kind == "token_classifier":
-            parts = [(ids[i : i + room], targets[i : i + room]) for i in range(0, max(len(ids), 1), room)]
-        else:
-            parts = [(ids[:room], targets[:room]) if head.of_words else (ids[-room:], targets[-room:])]
-        for own, wanted in parts:
+        for own, wanted in ((ids[part], targets[part]) for part in windows(len(ids), room, head)):
             one = np.array([NOT_COUNTED, *wanted], np.int32)  # the first is that of the start symbol
             if not ids and not head.of_words:  # an empty text
                 one[0] = text_target(text, head, source)
@@ -186,6 +182,16 @@ def encode_texts(
     if not encoded:
         raise UserError(f"{source}: no answer is in its text; check data.format, or raise data.sequence_length")
     return EncodedExamples(source, encoded, shortened, left_out)
+
+
+def windows(length: int, room: int, head: HeadConfig) -> list[slice]:
+    """Return the parts of a text of `length` tokens that a head with room for `room` of them reads; at least one.
+
+    All, one after the other, for tags of words; the beginning for an answer; the end for what the last token tells.
+    """
+    if head.kind == "token_classifier":
+        return [slice(begin, begin + room) for begin in range(0, max(length, 1), room)]
+    return [slice(room) if head.of_words else slice(-room, None)]
 
 
 def _tokens_and_targets(

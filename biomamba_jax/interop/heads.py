@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.config.heads import HeadConfig, HeadKind
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import names
 from biomamba_jax.model.heads import REVERSED
@@ -34,6 +34,12 @@ CODE = {
     "mamba3": ("modeling_mamba3.py", "modeling_biomamba.py"),
 }
 """PyTorch modules of heads by model_type; the first one has the class."""
+PROBLEM_TYPES: dict[HeadKind, str] = {
+    "classifier": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+}
+"""Names of transformers for what a head of texts predicts."""
 _PREFIX = "reversed_"
 _AUTO = {"token_classifier": "TokenClassification", "span": "QuestionAnswering"}
 
@@ -84,17 +90,24 @@ def _reversed_tensors(model: ModelConfig) -> Iterator[names.Tensor]:
 
 def write_for_transformers(head: Head, folder: Path, config: dict[str, Any]) -> None:
     """Let transformers' AutoModelFor... find the head: its code into `folder`, its keys into `config`."""
-    module, task = write_code(folder, config["model_type"]), _AUTO.get(head.config.kind, "SequenceClassification")
+    module, task = write_code(folder, config["model_type"]), auto_class(head.config.kind)
     name = f"{module}.{config['model_type'].capitalize()}For{task}"
     config["auto_map"] = config.get("auto_map", {}) | {f"AutoModelFor{task}": name}
-    config["id2label"] = {str(i): label for i, label in enumerate(head.config.labels)}
-    config["label2id"] = {label: i for i, label in enumerate(head.config.labels)}
-    config["problem_type"] = {
-        "classifier": "single_label_classification",
-        "multi_label": "multi_label_classification",
-        "regression": "regression",
-    }.get(head.config.kind)
-    config["reading"] = head.config.reading
+    config |= transformers_settings(head.config) | {"reading": head.config.reading}
+
+
+def auto_class(kind: HeadKind) -> str:
+    """Return what follows AutoModelFor in the name of transformers' class of a head."""
+    return _AUTO.get(kind, "SequenceClassification")
+
+
+def transformers_settings(head: HeadConfig) -> dict[str, Any]:
+    """Return the keys of transformers' config.json that describe a head."""
+    return {
+        "id2label": dict(enumerate(head.labels)),
+        "label2id": {label: index for index, label in enumerate(head.labels)},
+        "problem_type": PROBLEM_TYPES.get(head.kind),
+    }
 
 
 def write_code(folder: Path, model_type: str) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,18 @@ _LONGEST_ANSWER = 30
 """Words of an answer, as usual for SQuAD."""
 _BOUNDARIES = 20
 """First and last words of answers that are combined."""
+
+
+@dataclass(frozen=True)
+class TextClass:
+    """Predicted class of a text, or its labels."""
+
+    label: str
+    """The most likely class or label."""
+    probabilities: dict[str, float]
+    """Probability of each class or label."""
+    labels: tuple[str, ...] = ()
+    """The predicted class; of a multi-label head, all labels that are more likely than not."""
 
 
 class HeadModel:
@@ -58,6 +71,22 @@ class HeadModel:
             backwards = InferenceModel.from_params(model.config, params, model.weight_dtype)
             self._backbones.append((backwards, jnp.asarray(head.weight[:, width:])))
         self._bias = head.bias
+
+    def tag(self, texts: Sequence[str]) -> list[tuple[Span, ...]]:
+        """See `tasks.model.Model.tag`."""
+        return [found.spans for found in self._predicted(texts, "token_classifier")]
+
+    def classify(self, texts: Sequence[str]) -> list[TextClass]:
+        """See `tasks.model.Model.classify`."""
+        return [
+            TextClass(max(found.scores, key=found.scores.__getitem__), found.scores, found.labels)
+            for found in self._predicted(texts, "classifier", "multi_label")
+        ]
+
+    def _predicted(self, texts: Sequence[str], *kinds: str) -> list[AnnotatedText]:
+        if self.head.kind not in kinds:
+            raise UserError(f"{self._name}: its head is a {self.head.kind}, not a {' or '.join(kinds)}")
+        return self.annotate([AnnotatedText("", text) for text in texts])
 
     def annotate(self, texts: Sequence[AnnotatedText]) -> list[AnnotatedText]:
         """Return texts with the predicted spans, labels or score instead of those that they have.

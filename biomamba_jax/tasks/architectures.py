@@ -25,10 +25,10 @@ def architecture_of(folder: Path) -> str:
     return str((read_json(folder / "config.json").get("architectures") or [""])[0])
 
 
-def check_dtype(name: str, folder: Path, dtype: str | None) -> None:
+def check_dtype(key: str, folder: Path, dtype: str | None) -> None:
     """Raise UserError if transformers does not run a model in `dtype`."""
     if dtype == "int8":
-        raise UserError(f"models.{name}: {folder} is run by transformers, not in int8; give float32 or bfloat16")
+        raise UserError(f"{key}: {folder} is run by transformers, not in int8; give float32 or bfloat16")
 
 
 def check_architecture(name: str, folder: Path, config: EvaluateConfig) -> str:
@@ -37,7 +37,7 @@ def check_architecture(name: str, folder: Path, config: EvaluateConfig) -> str:
     Raises:
       UserError: it cannot give what `config` measures; says what it does.
     """
-    check_dtype(name, folder, config.dtype)
+    check_dtype(f"models.{name}", folder, config.dtype)
     architecture = architecture_of(folder)
     factoids = config.bioasq.path and config.bioasq.types == ["factoid"]
     others = config.domains or config.multiple_choice or config.pubmedqa.path

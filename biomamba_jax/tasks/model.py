@@ -19,15 +19,17 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.config.model import InferenceDType
-from biomamba_jax.data.annotations import AnnotatedText, Span
+from biomamba_jax.data.annotations import Span
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
 from biomamba_jax.interop.heads import Head
+from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.tasks.annotate import HeadModel
+from biomamba_jax.tasks.annotate import HeadModel, TextClass
 from biomamba_jax.tasks.embedding import Embedder
+from biomamba_jax.tasks.encoders import EncoderHeadModel, stated_kind
 from biomamba_jax.tasks.generation import Generation, Generator
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.padding import bucket_length, pad_right
@@ -53,18 +55,6 @@ class TextScore:
         return sum(self.logprobs)
 
 
-@dataclass(frozen=True)
-class TextClass:
-    """Predicted class of a text, or its labels."""
-
-    label: str
-    """The most likely class or label."""
-    probabilities: dict[str, float]
-    """Probability of each class or label."""
-    labels: tuple[str, ...] = ()
-    """The predicted class; of a multi-label head, all labels that are more likely than not."""
-
-
 def load(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> "Model":
     """Load a model of any format.
 
@@ -86,6 +76,22 @@ def load(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> "
     tokenizer = load_tokenizer(weights.tokenizer_file) if weights.tokenizer_file else None
     model = InferenceModel.from_params(weights.config, weights.params, dtype)
     return Model(Generator(model, tokenizer, os.fspath(path)), weights.head)
+
+
+def load_head(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> HeadModel:
+    """Load a model with the head that it was fine-tuned with: ours, or an encoder of others.
+
+    Args:
+      path: see `load`; or the Hugging Face folder of an encoder for tags, classes or answers (the [hf] extra).
+      dtype: see `load`.
+
+    Raises:
+      UserError: the model has no head, see `load`; or transformers cannot load the encoder.
+    """
+    folder = local_folder(path)
+    if stated_kind(folder) is not None:
+        return EncoderHeadModel(os.fspath(path), folder, dtype=dtype, rows=_ROWS)
+    return load(path, dtype).head_model
 
 
 class Model:
@@ -187,10 +193,7 @@ class Model:
         Raises:
           UserError: the model has no such head, or its probabilities are NaN.
         """
-        return [
-            TextClass(max(found.scores, key=found.scores.__getitem__), found.scores, found.labels)
-            for found in self._annotate(texts, "classifier", "multi_label")
-        ]
+        return self.head_model.classify(_as_list(texts))
 
     def tag(self, texts: str | Sequence[str]) -> list[tuple[Span, ...]]:
         """Predict the entities of each text with the head that was fine-tuned with the model.
@@ -204,13 +207,7 @@ class Model:
         Raises:
           UserError: the model has no such head, or its predictions are NaN.
         """
-        return [found.spans for found in self._annotate(texts, "token_classifier")]
-
-    def _annotate(self, texts: str | Sequence[str], *kinds: str) -> list[AnnotatedText]:
-        head = self.head_model
-        if head.head.kind not in kinds:
-            raise UserError(f"{self._path}: its head is a {head.head.kind}, not a {' or '.join(kinds)}")
-        return head.annotate([AnnotatedText("", text) for text in _as_list(texts)])
+        return self.head_model.tag(_as_list(texts))
 
     @cached_property
     def head_model(self) -> HeadModel:

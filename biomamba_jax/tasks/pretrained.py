@@ -15,20 +15,21 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.architectures import check_dtype
 from biomamba_jax.tasks.padding import batched
 
-_UNUSED = "pooler"
+UNUSED = "pooler"
 """Weights that an encoder's hidden states do not depend on, and that its folder may lack."""
 
 
 def load_pretrained(
-    name: str, folder: Path, kind: Callable[[], str], dtype: str | None
+    key: str, folder: Path, kind: Callable[[], str], dtype: str | None, **settings: Any
 ) -> tuple[Any, Any, Any, list[str]]:
     """Load a Hugging Face folder with its tokenizer.
 
     Args:
-      name: the model's name in the config.
+      key: the setting that names the model, for messages.
       folder: the model's folder.
       kind: returns the class of transformers that loads it; called once transformers is imported.
       dtype: compute dtype; None: bfloat16 on a GPU, float32 on CPU.
+      **settings: of its `from_pretrained`, such as other values of the folder's config.
 
     Returns:
       The module torch, the model, its tokenizer, and the names of the weights that the folder lacks.
@@ -36,13 +37,12 @@ def load_pretrained(
     Raises:
       UserError: the extra is not installed, or transformers cannot load the folder.
     """
-    check_dtype(name, folder, dtype)
+    check_dtype(key, folder, dtype)
     try:
         torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
     except ImportError as error:
         raise UserError(
-            f"models.{name}: {folder} is run by transformers, and {error.name} is not installed: "
-            "pip install 'biomamba-jax[hf]'"
+            f"{key}: {folder} is run by transformers, and {error.name} is not installed: pip install 'biomamba-jax[hf]'"
         ) from None
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,11 +50,11 @@ def load_pretrained(
     try:  # local_files_only: uses this folder, whatever repository its config names
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
         model, found = getattr(transformers, kind()).from_pretrained(
-            folder, local_files_only=True, dtype=of_weights, output_loading_info=True
+            folder, local_files_only=True, dtype=of_weights, output_loading_info=True, **settings
         )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"models.{name}: transformers cannot load {folder} ({reason})") from None
+        raise UserError(f"{key}: transformers cannot load {folder} ({reason})") from None
     return torch, model.to(device).eval(), tokenizer, sorted(found["missing_keys"])
 
 
@@ -84,9 +84,9 @@ class Encoder:
         if config.pooling != "mean":
             raise UserError(f"models.{name}: an encoder's embedding is the mean; leave out pooling {config.pooling}")
         self._torch, self._model, self._tokenizer, missing = load_pretrained(
-            name, folder, lambda: "AutoModel", config.dtype
+            f"models.{name}", folder, lambda: "AutoModel", config.dtype
         )
-        if missing := [weight for weight in missing if _UNUSED not in weight]:
+        if missing := [weight for weight in missing if UNUSED not in weight]:
             raise UserError(f"models.{name}: {folder} lacks {missing[0]}, which would be drawn at random")
         self._batch_size = config.batch_size
         positions = self._model.config.max_position_embeddings - reserved_positions(self._model)

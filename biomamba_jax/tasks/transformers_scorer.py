@@ -90,7 +90,7 @@ def load_folder(
     Raises:
       UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
     """
-    torch, model, tokenizer, missing = load_pretrained(name, folder, kind, config.dtype)
+    torch, model, tokenizer, missing = load_pretrained(f"models.{name}", folder, kind, config.dtype)
     if missing:
         rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
         raise UserError(

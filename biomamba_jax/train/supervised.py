@@ -103,7 +103,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         tokenizer=weights.tokenizer_file,
         hooks=[(1, AdapterCheck())] if adapters else [],
         identity=known | ({"base_sha256": fingerprint(weights.params)} if adapters else {}),
-        messages=_messages(train, development, params, base if adapters else None),
+        messages=[*data_messages(train, development), *_adapter_messages(params, base if adapters else None)],
     )
     return run(training, params)
 
@@ -139,16 +139,21 @@ def _decay_mask(params: Params) -> Params:
     return mask
 
 
-def _messages(train: EncodedExamples, development: EncodedExamples, params: Params, base: Params | None) -> list[str]:
+def data_messages(train: EncodedExamples, development: EncodedExamples) -> list[str]:
+    """Return lines about the number of examples and what is cut or left out of them."""
     messages = [f"{len(train):,} examples to train on, {len(development):,} for early stopping"]
     if shortened := train.shortened + development.shortened:
         messages.append(f"{shortened:,} texts do not fit into a row and are cut (data.sequence_length)")
     if left_out := train.left_out + development.left_out:
         messages.append(f"{left_out:,} questions are left out: no answer of whole words in the text of their row")
-    if base is not None:
-        trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, base))
-        messages.append(f"adapters: {trained / 1e6:.2f} M trained parameters, {frozen / 1e6:.1f} M frozen ones")
     return messages
+
+
+def _adapter_messages(params: Params, base: Params | None) -> list[str]:
+    if base is None:
+        return []
+    trained, frozen = (sum(x.size for x in jax.tree.leaves(tree)) for tree in (params, base))
+    return [f"adapters: {trained / 1e6:.2f} M trained parameters, {frozen / 1e6:.1f} M frozen ones"]
 
 
 # --- Losses ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""Fine-tuning of encoders of others, such as BioBERT's kind, by transformers' Trainer on our data and splits."""
+
+import importlib
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomamba_jax.config import FinetuneConfig
+from biomamba_jax.config.checks import check
+from biomamba_jax.config.heads import HeadConfig
+from biomamba_jax.data.examples import NOT_COUNTED, Encoded, EncodedExamples
+from biomamba_jax.errors import UserError
+from biomamba_jax.interop.hub import local_folder
+from biomamba_jax.tasks.encoders import EncoderHeadModel
+from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
+from biomamba_jax.train import setup
+from biomamba_jax.train.metrics import MetricsWriter
+from biomamba_jax.train.report import write_report
+from biomamba_jax.train.schedule import learning_rate
+from biomamba_jax.train.supervised import data_messages
+
+_LOG = logging.getLogger(__name__)
+_IGNORED = -100
+"""Label that the losses of transformers leave out."""
+
+
+def start(config: FinetuneConfig) -> EncoderHeadModel:
+    """Load the encoder of `config.init_from` with a new head; its random numbers are of the run's seed.
+
+    Raises:
+      UserError: it cannot be loaded, or a setting is of our models alone.
+    """
+    head, optimizer = config.head_config, config.optimizer
+    check(head is not None, "head", config.head, f"{config.init_from} is an encoder: give a head such as classifier")
+    assert head is not None
+    for key, value, only in (
+        ("reading", config.reading, "once"),
+        ("lora.rank", config.lora.rank, 0),
+        ("loss.z_loss", config.loss.z_loss, 0),
+        ("optimizer.layer_decay", optimizer.layer_decay, 1),
+        ("optimizer.ema", optimizer.ema, 0),
+    ):
+        check(value == only, key, value, f"must be {only} for an encoder")
+    try:
+        importlib.import_module("accelerate")
+        importlib.import_module("transformers").set_seed(config.train.seed)
+    except ImportError as error:
+        raise UserError(f"init_from: encoders need {error.name}: pip install 'biomamba-jax[hf]'") from None
+    folder = local_folder((config.init_from or "").removeprefix(TRANSFORMERS_PREFIX))
+    return EncoderHeadModel("init_from", folder, head, "float32")
+
+
+def train(
+    config: FinetuneConfig, encoder: EncoderHeadModel, examples: EncodedExamples, development: EncodedExamples
+) -> None:
+    """Train an encoder and write it into the run directory: the weights with the lowest development loss.
+
+    A run that was interrupted goes on from its newest checkpoint; a finished one is left as it is.
+
+    Args:
+      config: the run; a batch is of `data.batch_size` examples, not of packed rows.
+      encoder: what `start` returned.
+      examples: to train on.
+      development: for early stopping and the choice of the weights.
+
+    Raises:
+      UserError: the run directory has a run with other settings.
+    """
+    transformers, run_dir = importlib.import_module("transformers"), Path(config.run_dir)
+    if changed := setup.changed_settings(config, 0):
+        raise UserError(f"{run_dir}: {changed[0]}; give another run_dir")
+    if (run_dir / "config.json").exists() and not (run_dir / "trainer").exists():
+        return
+    setup.record_settings(config, None, None)
+    for message in data_messages(examples, development):
+        _LOG.info(message)
+    optimizer, parts = config.optimizer, config.train.accumulation
+    steps = config.train.steps or math.ceil(config.train.epochs * len(examples) / config.data.batch_size)
+    every = min(config.train.eval_every or steps, steps)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run_dir / "trainer"),
+        per_device_train_batch_size=config.data.batch_size // parts,
+        gradient_accumulation_steps=parts,
+        max_steps=steps,
+        seed=config.train.seed,
+        learning_rate=optimizer.learning_rate,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_epsilon=optimizer.epsilon,
+        weight_decay=optimizer.weight_decay,
+        max_grad_norm=optimizer.clip,
+        label_smoothing_factor=config.loss.label_smoothing,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_steps=every,
+        save_total_limit=1,
+        logging_steps=config.train.log_every,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    splits = [[_features(split[index], encoder) for index in range(len(split))] for split in (examples, development)]
+    stopping = transformers.EarlyStoppingCallback(config.train.patience or steps)
+    trainer = transformers.Trainer(encoder.model, arguments, partial(_batch, encoder), *splits, callbacks=[stopping])
+    schedule, scheduler = learning_rate(config.schedule, 1.0, steps), encoder.torch.optim.lr_scheduler.LambdaLR
+    trainer.lr_scheduler = scheduler(trainer.create_optimizer(), lambda step: float(schedule(step)))
+    trainer.train(resume_from_checkpoint=any((run_dir / "trainer").glob("checkpoint-*")))
+    with MetricsWriter(config, None) as metrics:
+        for logged in trainer.state.log_history:
+            for key, split in (("loss", "train"), ("eval_loss", "validation")):
+                if key in logged:
+                    metrics.write(logged["step"], split, {"loss": logged[key]})
+    encoder.tokenizer.library.save_pretrained(run_dir)
+    encoder.model.save_pretrained(run_dir)
+    shutil.rmtree(run_dir / "trainer")
+    write_report(run_dir)
+
+
+def _features(example: Encoded, encoder: EncoderHeadModel) -> dict[str, Any]:
+    return {"ids": [*example.inputs.tolist(), encoder.tokenizer.end_id]} | labels(example, encoder.head)
+
+
+def labels(example: Encoded, head: HeadConfig) -> dict[str, Any]:
+    """Return the targets of an example, see `model.heads`, as transformers' heads take them; [SEP] follows its ids."""
+    targets = example.targets
+    if head.kind == "token_classifier":
+        return {"labels": [*np.where(targets == NOT_COUNTED, _IGNORED, targets).tolist(), _IGNORED]}
+    if head.kind == "span":
+        marks = np.maximum(targets, 0)
+        return {"start_positions": int((marks & 1).argmax()), "end_positions": int((marks & 2).argmax())}
+    last = targets[-1]
+    if head.kind == "multi_label":
+        return {"labels": [float(last >> index & 1) for index in range(len(head.labels))]}
+    return {"labels": float(last.view(np.float32)) if head.kind == "regression" else int(last)}
+
+
+def _batch(encoder: EncoderHeadModel, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return examples as the model's inputs, labels included."""
+    found = encoder.inputs([example["ids"] for example in examples])
+    longest = found["input_ids"].shape[1]
+    for name in examples[0].keys() - {"ids"}:
+        values = [example[name] for example in examples]
+        if encoder.head.kind == "token_classifier":
+            values = [[*own, *[_IGNORED] * (longest - len(own))] for own in values]
+        found[name] = encoder.torch.tensor(values)
+    return found

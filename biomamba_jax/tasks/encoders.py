@@ -1,0 +1,141 @@
+"""Heads on encoders of others, such as BioBERT's kind: asked like our own, computed by transformers.
+
+Texts are tokenized word by word as for our models, and a word's label sits on its last token. A text that is longer
+than an encoder's positions is read in windows for entities; else it is cut, as in training.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from biomamba_jax.config.heads import HeadConfig, HeadKind
+from biomamba_jax.data.examples import windows
+from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
+from biomamba_jax.interop.heads import CODE, PROBLEM_TYPES, auto_class, transformers_settings
+from biomamba_jax.tasks.annotate import HeadModel
+from biomamba_jax.tasks.architectures import architecture_of
+from biomamba_jax.tasks.padding import batched
+from biomamba_jax.tasks.pretrained import UNUSED, load_pretrained, reserved_positions
+
+_KINDS: dict[str, HeadKind] = {
+    "ForTokenClassification": "token_classifier",
+    "ForQuestionAnswering": "span",
+    "ForSequenceClassification": "classifier",
+}
+_NEVER = -1e30
+"""Logit of a token that was not read."""
+
+
+def stated_kind(folder: Path) -> HeadKind | None:
+    """Return the kind of head of an encoder's folder; None if it has none, or is no folder of others."""
+    path = folder / "config.json"
+    raw = read_json(path) if path.exists() else {}
+    if raw.get("model_type", "mamba") in CODE:
+        return None
+    kinds = (kind for ending, kind in _KINDS.items() if architecture_of(folder).endswith(ending))
+    kind = next(kinds, None)
+    of_problem = {problem: of for of, problem in PROBLEM_TYPES.items()}
+    return of_problem.get(raw.get("problem_type", ""), kind) if kind == "classifier" else kind
+
+
+class EncoderTokenizer:
+    """A tokenizer of transformers, as the readers of annotated texts use ours."""
+
+    def __init__(self, key: str, tokenizer: Any):
+        around = tokenizer("")["input_ids"]
+        if len(around) != 2:
+            raise UserError(f"{key}: its tokenizer does not add two special tokens, as an encoder's does")
+        self.library = tokenizer
+        self.start_id, self.end_id = around
+        self.padding_id = tokenizer.pad_token_id or 0
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokenize texts; a question, which alone ends with a line end, gets the token that ends a sentence."""
+        if not texts:
+            return []
+        plain = [text.removesuffix("\n") for text in texts]
+        found = self.library(plain, add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*ids, self.end_id] if text.endswith("\n") else ids for text, ids in zip(texts, found, strict=True)]
+
+
+class EncoderHeadModel(HeadModel):
+    """An encoder with a head; predicts what the head was trained to.
+
+    Args:
+      key: the model's name in errors.
+      folder: a Hugging Face folder.
+      head: a head to train, instead of the folder's own.
+      dtype: compute dtype.
+      rows: texts that are computed together.
+
+    Raises:
+      UserError: the [hf] extra is not installed, or the folder lacks weights other than those of a head to train.
+    """
+
+    def __init__(
+        self, key: str, folder: Path, head: HeadConfig | None = None, dtype: str | None = None, *, rows: int = 8
+    ):
+        kind = head.kind if head else stated_kind(folder)
+        assert kind is not None
+        settings = {"ignore_mismatched_sizes": True, **transformers_settings(head)} if head else {}
+        self.torch, self.model, library, missing = load_pretrained(
+            key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, **settings
+        )
+        of_encoder = f"{self.model.base_model_prefix}."
+        if lost := [name for name in missing if UNUSED not in name and (not head or name.startswith(of_encoder))]:
+            raise UserError(f"{key}: {folder} lacks {lost[0]}, which would be drawn at random")
+        labels = (
+            ("start", "end") if kind == "span" else tuple(dict(sorted(self.model.config.id2label.items())).values())
+        )
+        self.head = head or HeadConfig(kind, labels)
+        self.tokenizer = self._tokenizer = EncoderTokenizer(key, library)  # type: ignore[assignment]
+        self._name, self._rows = key, rows
+        self.limit = int(self.model.config.max_position_embeddings - reserved_positions(self.model))
+        """Tokens of a row at most, special ones included."""
+
+    def inputs(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return the model's inputs for rows of ids, padded on the right."""
+        longest, tokenizer = max(map(len, rows)), self.tokenizer
+        ids = self.torch.tensor([[*row, *[tokenizer.padding_id] * (longest - len(row))] for row in rows])
+        mask = self.torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        found = {"input_ids": ids, "attention_mask": mask}
+        if self.head.kind == "span" and "token_type_ids" in tokenizer.library.model_input_names:
+            ends = (ids == tokenizer.end_id).long()
+            found["token_type_ids"] = ((ends.cumsum(1) - ends) > 0).long()  # 0 up to the end of the question
+        return found
+
+    def logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float32 logits: [tokens K] of a text whose words are predicted, [1 K] of any other.
+
+        Raises:
+          UserError: a logit is NaN or infinite.
+        """
+        parts = [[ids[part] for part in windows(len(ids), self.limit - 2, self.head)] for ids in texts]
+        found = self._read(list(chain.from_iterable(parts)))
+        results = []
+        for ids, of_text in zip(texts, parts, strict=True):
+            read = np.concatenate([next(found) for _ in of_text])
+            if not np.isfinite(read).all():
+                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
+            unread = np.full((len(ids) - len(read) if self.head.of_words else 0, read.shape[1]), _NEVER, np.float32)
+            results.append(np.concatenate([read, unread]))
+        return results
+
+    def _read(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        """Yield the logits of each row; rows of like length are computed together."""
+        results: dict[int, np.ndarray] = {}
+        start, end = self.tokenizer.start_id, self.tokenizer.end_id
+        for batch in batched(sorted(range(len(rows)), key=lambda index: len(rows[index])), self._rows):
+            with self.torch.inference_mode():
+                inputs = self.inputs([[start, *rows[index], end] for index in batch])
+                out = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
+            logits = (
+                self.torch.stack([out.start_logits, out.end_logits], -1) if self.head.kind == "span" else out.logits
+            )
+            for index, own in zip(batch, logits.float().cpu().numpy(), strict=True):
+                results[index] = own[1 : len(rows[index]) + 1] if self.head.of_words else own[None]
+        return iter([results[index] for index in range(len(rows))])
