@@ -2,6 +2,8 @@
 
 python -m biomamba_jax.evaluate --config configs/evaluate.yaml [--models.NAME FOLDER ...] [--output FOLDER]
 
+With --suite blurb the models are fine-tuned on BLURB's sets that are on disk, and measured as BLURB does.
+
 Every figure has its confidence interval. Writes report.html and report.json, each model's loss of every document
 (documents/DOMAIN/MODEL.jsonl) and every answer (predictions/TASK/MODEL.jsonl) into the output folder.
 """
@@ -24,12 +26,17 @@ def evaluate(config: EvaluateConfig) -> Path:
       UserError: a file cannot be read or written; names it.
     """
     from biomamba_jax import files
-    from biomamba_jax.tasks import evaluation, evaluation_report
 
     output = Path(config.output)
     with files.naming_write_errors(output, "give another --output"):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()  # refuse now, not after hours of evaluation
+    if config.suite:
+        from biomamba_jax.blurb import evaluate_blurb
+
+        return evaluate_blurb(config)
+    from biomamba_jax.tasks import evaluation, evaluation_report
+
     results = evaluation.evaluate(config, output, say=lambda line: print(line, flush=True))
     with files.naming_write_errors(output, "give another --output"):
         # The config too: a run that fails leaves an earlier report with its own config.

@@ -4,7 +4,9 @@ import string
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, get_args
 
+from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Fraction, InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
+from biomamba_jax.config.heads import Reading
 from biomamba_jax.config.model import InferenceDType
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
@@ -193,12 +195,32 @@ class TrainingEvaluationConfig(MeasuresConfig, section="evaluate"):
 
 
 @dataclass(frozen=True)
+class BlurbConfig(Settings, section="blurb"):
+    """BLURB (Gu et al. 2021): every model is fine-tuned on each of its sets that is there."""
+
+    data: str = "data/text_mining"
+    """Folder with a folder for each set, whose files have train, dev and test in their names; docs/text_mining.md."""
+    seeds: PositiveInt | None = None
+    """Runs of each model on each set; default: as published, ten of BIOSSES, PubMedQA and BioASQ, five of others."""
+    learning_rate: checks.PositiveFloat = 1e-4
+    """Peak learning rate, which then decays to 0."""
+    epochs: checks.PositiveFloat = 10.0
+    """Passes over the training split at most; a run ends early as in `finetune`."""
+    steps: PositiveInt | None = None
+    """Steps of every run instead."""
+    batch_size: PositiveInt = 8
+    """Rows of 1,024 tokens of a step; texts of an encoder."""
+    reading: Reading = "once"
+    """Reading of our models' heads, see `finetune`."""
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(MeasuresConfig):
-    """An evaluation of several models on text domains and questions."""
+    """An evaluation of several models on text domains and questions, or on a published suite of fine-tuning tasks."""
 
     basic: ClassVar[str] = (
         "output models.NAME reference domains.NAME.path domains.NAME.split domains.NAME.max_documents "
-        "pubmedqa.path bioasq.path multiple_choice.NAME.path batch_size"
+        "pubmedqa.path bioasq.path multiple_choice.NAME.path suite blurb.data batch_size"
     )
 
     output: str = "evaluation"
@@ -207,6 +229,10 @@ class EvaluateConfig(MeasuresConfig):
     """Name of each model, and its folder (native, Hugging Face Mamba, mamba_ssm or a run directory) or its name on the
     Hugging Face hub, owner/name. Any other causal or masked language model, and hf:FOLDER, is run by transformers (the
     [hf] extra)."""
+    suite: Literal["blurb"] | None = None
+    """Fine-tune and measure the models on this suite instead; hf:FOLDER is then an encoder."""
+    blurb: BlurbConfig = field(default_factory=BlurbConfig)
+    """BLURB."""
     reference: str | None = None
     """Name of the model that the others are compared with; default: the first."""
     protocol: Literal["standard", "paper", "paper_v1"] = "standard"
@@ -230,5 +256,8 @@ class EvaluateConfig(MeasuresConfig):
         check(not published, "protocol", self.protocol, "has no multiple choice; leave multiple_choice out")
         alone = self.protocol != "paper_v1" or not (self.pubmedqa.path or self.bioasq.path)
         check(alone, "protocol", self.protocol, "is of text domains alone; leave out pubmedqa.path and bioasq.path")
-        remedy = "give domains, pubmedqa.path, bioasq.path or multiple_choice; there is nothing to measure"
+        if self.suite:
+            check(not self.measures_anything, "suite", self.suite, "is by itself; leave domains and questions out")
+            return
+        remedy = "give domains, pubmedqa.path, bioasq.path, multiple_choice or suite; there is nothing to measure"
         check(self.measures_anything, "domains", self.domains, remedy)

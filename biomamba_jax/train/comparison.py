@@ -51,8 +51,7 @@ def write_comparison(run_dirs: Sequence[str], path: Path) -> Path:
         "comparison",
         title=f"{len(runs)} training runs" if len(runs) > 1 else runs[0].name,
         names=[run.name for run in runs],
-        results=_results(runs),
-        settings=_settings(runs),
+        tables=[_results(runs), _settings(runs)],
         charts=[_chart(title, curves) for title, curves in _curves(runs).items()],
     )
 
@@ -79,7 +78,7 @@ def _results(runs: Sequence[Run]) -> Table:
     figures = {run.name: {label: figure for figure, label in key_figures(run.metrics, run.timing)} for run in runs}
     labels = list(dict.fromkeys(label for found in figures.values() for label in found))
     rows = [[name, *(found.get(label) for label in labels)] for name, found in figures.items()]
-    return Table(["run", *labels], rows)
+    return Table(["run", *labels], rows, "Final figures")
 
 
 def _settings(runs: Sequence[Run]) -> Table:
@@ -87,7 +86,7 @@ def _settings(runs: Sequence[Run]) -> Table:
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     values = {key: [run.settings.get(key) for run in runs] for key in keys if key != "run_dir"}
     rows = [[key, *map(str, found)] for key, found in values.items() if any(each != found[0] for each in found)]
-    return Table(["setting", *(run.name for run in runs)], rows, left=range(len(runs) + 1))
+    return Table(["setting", *(run.name for run in runs)], rows, "Settings that differ", left=range(len(runs) + 1))
 
 
 def _curves(runs: Iterable[Run]) -> dict[str, dict[str, Series]]:
