@@ -149,7 +149,7 @@ def test_when_one_process_is_killed_at_any_moment_the_others_end_with_a_reason_a
                 assert "another task died" in errors
             else:
                 assert process.returncode == 1
-                assert re.match(r"error: process \d of \d (lost|exits)", errors.splitlines()[-1]), errors[-3000:]
+                assert re.match(r"error: process \d of \d (lost|exits|failed)", errors.splitlines()[-1]), errors[-3000:]
         print(f"ended after {time.monotonic() - died:.1f} s:", errors[:300])
         killed.communicate()
     finish(start(count, [*arguments, f"--run_dir={run}"]))
