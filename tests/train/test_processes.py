@@ -123,22 +123,22 @@ def test_the_checkpoint_of_four_processes_goes_on_in_one_and_then_in_two_where_i
     same_metrics(tmp_path / "run", tmp_path / "one")
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "kills"), [(2, 1), (2, 4), (4, 5)])
 def test_when_one_process_is_killed_at_any_moment_the_others_end_with_a_reason_and_a_restart_is_exact(
-    alone, tmp_path, count
+    alone, tmp_path, count, kills
 ):
     arguments = [*settings(alone, 60, **{"checkpoint.every": 3}), "--distributed.start_timeout=20"]
     begun = time.monotonic()
     finish(start(count, [*arguments, f"--run_dir={tmp_path / 'whole'}"]))
-    seconds, draw, kills, run = time.monotonic() - begun, random.Random(count), 0, tmp_path / "killed"
-    while kills < 5:
+    seconds, draw, run = time.monotonic() - begun, random.Random(10 * count + kills), tmp_path / "killed"
+    while kills:
         running = start(count, [*arguments, f"--run_dir={run}"])
         time.sleep(draw.uniform(0, seconds))
         if any(process.poll() is not None for process in running):  # from the beginning
             finish(running)
             shutil.rmtree(run)
             continue
-        kills += 1
+        kills -= 1
         killed = running.pop(draw.randrange(count))
         killed.kill()
         died = time.monotonic()
