@@ -116,7 +116,7 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     rows, length, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
     f32 = jnp.float32
-    d, exponents = weights_and_exponents(x, dt, A, dt_bias)
+    d, exponents = weights_and_exponents(x, dt, A.astype(f32) * LOG2_E, dt_bias)
     if initial_state is None:
         initial_state = jnp.zeros((rows, heads, headdim, d_state), f32)
 
@@ -131,7 +131,7 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
     arrays = _Arrays(
         x=pad(x, (rows, padded, heads, wide)),
         d=d,
-        s=_sums(exponents * LOG2_E, segment),
+        s=_sums(exponents, segment),
         B=pad(B.astype(x.dtype), (rows, padded, groups, narrow)),
         C=pad(C.astype(x.dtype), (rows, padded, groups, narrow)),
         D=jnp.zeros(heads, f32) if D is None else D.astype(f32),
