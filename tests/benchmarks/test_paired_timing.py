@@ -69,7 +69,7 @@ def test_the_ratio_is_theirs_over_ours_within_pairs(monkeypatch, capsys):
     pair = Contender("ours", "default", refuse), Contender("theirs", "default", refuse)
     timings = [Timing([1.0, 2.0, 4.0], 10**9), Timing([3.0, 4.0, 20.0], 10**9)]
     monkeypatch.setattr(contenders, "alternate", lambda *arguments: timings)
-    contenders.compare("x", 1000, 1.0, *pair, rounds=3, limit_seconds=1)
+    contenders.compare("x", 1000, (1.0, 1.0), pair, rounds=3, limit_seconds=1)
     printed = capsys.readouterr().out
     assert "50%" in printed and "25%" in printed  # of the floor
     (line,) = [line for line in printed.splitlines() if "ratio within pairs" in line]

@@ -144,7 +144,8 @@ def _compute(
     run = functools.partial(getattr(module, op), **rest)
     ids = None if segment_ids is None else jnp.asarray(segment_ids)
     given = {k: jnp.asarray(v) for k, v in arrays.items()}
-    (y, state), pull_back = jax.vjp(lambda a: run(Inputs(**{"dt": None} | a, segment_ids=ids)), given)
+    left_out = {"dt": None} if "dt" in Inputs._fields else {}
+    (y, state), pull_back = jax.vjp(lambda a: run(Inputs(**left_out | a, segment_ids=ids)), given)
     (gradients,) = pull_back(tuple(map(jnp.asarray, cotangents)))
     values = {"y": np.asarray(y), "final_state": np.asarray(state)}
     return values, {k: np.asarray(v) for k, v in gradients.items()}
