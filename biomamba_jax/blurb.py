@@ -27,14 +27,14 @@ from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.mining_measures import micro
 
 _SPLITS = {"files": "train", "development": "dev", "test": "test"}
-"""What the names of each split's files contain, in any case."""
+"""Part of the names of each split's files, in any case."""
 _RECIPE = (
     "--optimizer.weight_decay=0.01 --schedule.kind=linear --schedule.final_fraction=0 --train.eval_every=40".split()
 )
 
 
 class Set(NamedTuple):
-    """One of BLURB's sets."""
+    """A set of BLURB: its files, and how it is trained and measured."""
 
     type: str
     """Type of task."""

@@ -106,7 +106,7 @@ def hammer(check: Callable[[int], None], examples: int, seconds: float) -> None:
 
 
 def read_or_refused(read: Callable[[], Any], names: Path | None = None) -> str:
-    """What became of an input, once it was checked that it was that, soon and in one line."""
+    """Return what became of an input; checks that it came soon and in one line."""
     begun = time.monotonic()
     try:
         read()

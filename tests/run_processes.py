@@ -102,7 +102,7 @@ def children(pid: int) -> list[int]:
 
 
 def ended(process: subprocess.Popen, *statuses: int) -> str:
-    """What an ended process wrote to standard error: no traceback, and one of the statuses."""
+    """Return what an ended process wrote to standard error; checks its status, and that there is no traceback."""
     _, errors = process.communicate(timeout=120)
     assert process.returncode in statuses and b"Traceback" not in errors, errors.decode()[-3000:]
     return errors.decode()

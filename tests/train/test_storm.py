@@ -1,4 +1,4 @@
-"""What survives: runs and exports that are killed, signalled and starved of disk at random moments, to the bit."""
+"""Runs and exports survive being killed, signalled and starved of disk at random moments, to the bit."""
 
 import os
 import random
