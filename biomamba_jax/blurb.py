@@ -119,8 +119,9 @@ def _measures(config: EvaluateConfig, each: Set, words: Sequence[str]) -> Measur
     results: dict[str, Any] | None
     if (run_dir / RESULTS).exists():
         before, results = read_settings(run_dir), files.read_json(run_dir / RESULTS)
-        for key in ("init_from", "reading", "optimizer", "train"):
-            if before.get(key) != dataclasses.asdict(settings)[key]:
+        now = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
+        for key in ("init_from", "reading", "data", "optimizer", "train"):
+            if before.get(key) != now[key]:
                 raise UserError(f"{run_dir}: was trained with another {key}; give another --output")
     else:
         with folders.locked(run_dir):

@@ -100,6 +100,8 @@ def test_our_models_and_each_kind_of_encoder_are_columns_of_one_table(data, monk
     assert json.loads((data / "out" / "report.json").read_text())["averages"] == report["averages"]
     with pytest.raises(UserError, match="was trained with another train"):
         evaluate([*given, "--blurb.steps", "3"])
+    with pytest.raises(UserError, match="was trained with another data"):
+        evaluate([*given, "--blurb.steps", "2", "--blurb.batch_size", "3"])
 
 
 def test_a_folder_without_any_set_is_refused(tmp_path):
