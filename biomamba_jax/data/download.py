@@ -35,8 +35,8 @@ _BLOCK_BYTES = 1 << 18
 _MAX_PAUSE = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LEAST_SPEED = 1_000  # bytes/s
-# requests' exceptions are OSErrors; a broken URL that a server redirects to raises its own.
-_PROBLEMS = (OSError, urllib3.exceptions.HTTPError, UnicodeError)
+# requests' exceptions are OSErrors; a broken URL that a server redirects to raises its own or a ValueError.
+_PROBLEMS = (OSError, urllib3.exceptions.HTTPError, ValueError)
 
 logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warning of a malformed header is a traceback
 

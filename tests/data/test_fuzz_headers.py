@@ -98,7 +98,8 @@ def server(monkeypatch) -> Iterator[Server]:
 
 
 def whole_answer(body: bytes) -> bytes:
-    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    # Close is said: a client that kept the connection could send its next request before it learns of the end.
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body
 
 
 def any_answer(draw: random.Random) -> bytes:
@@ -140,6 +141,21 @@ def test_an_answer_with_any_headers_is_taken_or_told_in_one_line(server, tmp_pat
     hammer(check, examples, seconds)
     assert outcomes["refused"] and outcomes["read"]
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("part", [b"/ ", b".md5 ", b".gz "])
+@pytest.mark.parametrize("url", [b"//[", b"http://[::1", b"http://a..b/", b"ftp://a/"])
+def test_a_redirect_to_no_url_is_told_in_one_line(server, tmp_path, part, url):
+    def answers(request: bytes) -> Iterator[bytes]:
+        asked = request.split(b"\r\n")[0]
+        if part in asked:
+            yield b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + url + b"\r\n\r\n"
+        yield whole_answer(b"0" * 32 if b".md5 " in asked else f'<a href="{NAME}">'.encode())
+
+    server.answers = answers
+    with pytest.raises(UserError, match=server.url):
+        files = list_files(server.url, "baseline", tries=1, timeout=5)
+        Downloader(tmp_path / "nlm", 1, 5, 0.0).fetch_all(files, 1, lambda file, what: None)
 
 
 @pytest.mark.parametrize("part", ["listing", "sidecar", "file"])
