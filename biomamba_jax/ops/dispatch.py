@@ -143,7 +143,7 @@ def choose(
     implementations: Mapping[str, Callable[..., Any]],
     unsupported: Mapping[str, Callable[[], str | None]] | None = None,
     *,
-    prefer_xla: bool = False,
+    prefer: Implementation | None = None,
 ) -> Callable[..., Any]:
     """Return the function that computes `op`.
 
@@ -152,7 +152,7 @@ def choose(
       implementation: the caller's choice, or None for the platform's fastest that exists and can run.
       implementations: name -> function; the implementations of this op.
       unsupported: name -> function that returns why it cannot compute these arrays, or None if it can.
-      prefer_xla: for None, choose "xla" also where kernels could run: they would be slower on these arrays.
+      prefer: for None, choose this one where it can run: it is faster on these arrays than the platform's first.
 
     Raises:
       UserError: `implementation` is not one of `implementations`, or cannot run on the target or on these arrays.
@@ -163,7 +163,8 @@ def choose(
 
     if implementation is None:
         reasons: list[str] = []
-        for name in ("xla",) if prefer_xla else _PREFERENCE[platform()]:
+        preferred = () if prefer is None else (prefer,)
+        for name in dict.fromkeys((*preferred, *_PREFERENCE[platform()])):
             if name in implementations:
                 reason = reason_against(name)
                 if reason is None:

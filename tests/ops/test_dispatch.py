@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan
+from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan, ssd
+from biomamba_jax.ops.ssd import api as ssd_api
 
 IMPLEMENTATIONS = {name: (lambda name=name: name) for name in ("xla", "pallas_tpu", "pallas_gpu", "triton")}
 
@@ -46,6 +47,31 @@ def test_what_does_not_suit_the_arrays_is_passed_over_and_refused_by_name():
     assert chosen("gpu", 90, unsupported=unsupported) == "triton"
     with pytest.raises(UserError, match="op: implementation 'pallas_gpu' cannot be used: headdim is 32, not 64; give"):
         chosen("gpu", 90, "pallas_gpu", unsupported=unsupported)
+
+
+def test_a_preferred_one_goes_before_the_platforms_first_where_it_can_run_and_no_name_is_given():
+    assert chosen("gpu", 90, prefer="triton") == "triton" and chosen("tpu", prefer="xla") == "xla"
+    assert chosen("gpu", 90, prefer="triton", unsupported={"triton": lambda: "too wide"}) == "pallas_gpu"
+    assert chosen("gpu", 90, "pallas_gpu", prefer="triton") == "pallas_gpu"
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("rows", "heads", "dtype", "name"),
+    [
+        (1, 24, jnp.bfloat16, "triton"),
+        (2, 24, jnp.bfloat16, "pallas_gpu"),
+        (1, 32, jnp.bfloat16, "pallas_gpu"),
+        (1, 24, jnp.float32, "pallas_gpu"),  # not measured
+    ],
+)
+def test_on_hopper_ssd_of_a_single_row_is_tritons(rows, heads, dtype, name, monkeypatch):
+    stubs = {n: (lambda *_, n=n: (n, None)) for n in ("xla", "pallas_gpu", "triton")}
+    monkeypatch.setattr(ssd_api, "_IMPLEMENTATIONS", stubs)
+    x, b, dt = (jnp.zeros((rows, 128, *shape), dtype) for shape in ((heads, 64), (1, 128), (heads,)))
+    with dispatch.target_platform("gpu", 90):
+        assert ssd(x, dt, jnp.zeros(heads), b, b) == name
+        assert ssd(x, dt, jnp.zeros(heads), b, b, implementation="pallas_gpu") == "pallas_gpu"
 
 
 def scan_of(channels, states, dtype=jnp.bfloat16):

@@ -1,5 +1,7 @@
 """Arithmetic, kernels and kept activations are read from a program's trace."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,7 +124,7 @@ def test_ssd_on_hopper_costs_its_products_and_its_traffic(groups):
     wide, narrow = (rows, length, heads, headdim), (rows, length, groups, states)
     half, single = jnp.bfloat16, jnp.float32
     arguments = ((wide, half), (wide[:3], half), ((heads,), single), (narrow, half), (narrow, half))
-    costs = gradient_costs(ssd, arguments, "gpu", 90)
+    costs = gradient_costs(partial(ssd, implementation="pallas_gpu"), arguments, "gpu", 90)
     # In units of two FLOPs a token and head; both sides of the gradient multiply scores once for a group's heads.
     square, by_state, through = chunk * headdim, chunk * states, states * headdim
     wanted = {

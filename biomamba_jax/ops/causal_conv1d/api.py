@@ -80,7 +80,7 @@ def causal_conv1d(
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, weight),
         "triton": partial(triton_calls.unsupported_reason, x),
     }
-    short = length < _MIN_KERNEL_TOKENS
-    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=short)
+    prefer: dispatch.Implementation | None = "xla" if length < _MIN_KERNEL_TOKENS else None
+    conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     y, final_state = conv(inputs, activation)
     return (y, final_state) if return_final_state else y

@@ -47,6 +47,6 @@ def mixed_matmul(
     known = (jnp.float32, jnp.bfloat16, jnp.int8)
     of_weight = None if weight.dtype in known else f"its weights are float32, bfloat16 or int8, not {weight.dtype}"
     unsupported = {"native": lambda: call.unsupported_reason(x) or of_weight}
-    many = x.size > _MAX_NATIVE_ROWS * x.shape[-1]
-    matmul = dispatch.choose("mixed_matmul", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=many)
+    prefer: dispatch.Implementation | None = "xla" if x.size > _MAX_NATIVE_ROWS * x.shape[-1] else None
+    matmul = dispatch.choose("mixed_matmul", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     return matmul(x, weight, scale)

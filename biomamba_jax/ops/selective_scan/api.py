@@ -97,6 +97,7 @@ def selective_scan(
         "triton": partial(triton_calls.unsupported_reason, x),
     }
     # A single token is an elementwise step, which XLA fuses with its neighbours; kernels would pad it to eight.
-    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, unsupported, prefer_xla=length == 1)
+    prefer: dispatch.Implementation | None = "xla" if length == 1 else None
+    scan = dispatch.choose("selective_scan", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     y, final_state = scan(inputs)
     return (y, final_state) if return_final_state else y
