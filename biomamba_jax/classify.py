@@ -28,7 +28,8 @@ class ClassifyConfig(Settings):
     """The texts to classify, and the model."""
 
     model: str
-    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
+    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
+    owner/name@revision."""
     file: str | None = None
     """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
     prompt: str = "{prompt}"

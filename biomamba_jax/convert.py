@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config.checks import Limit, Settings
+from biomamba_jax.config.checks import Limit, LocalFolder, Settings
 from biomamba_jax.errors import UserError
 
 _HUB_NAME = Limit("a name on the hub: owner/name", lambda name: re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None)
@@ -25,9 +25,9 @@ class ConvertConfig(Settings):
     """The model to convert, and the format to write."""
 
     input: str
-    """Model to read: a folder (Hugging Face, mamba_ssm, native, or a run directory), or a name on the Hugging Face hub,
-    owner/name or owner/name@revision."""
-    output: str
+    """Model to read: a folder (Hugging Face, mamba_ssm, native, or a run directory), also gs://bucket/folder, or a name
+    on the Hugging Face hub, owner/name or owner/name@revision."""
+    output: LocalFolder
     """Folder to write; must not exist."""
     to: Literal["native", "hf", "mamba_ssm", "gguf"] = "hf"
     """Format to write; gguf, for llama.cpp, needs the [gguf] extra."""

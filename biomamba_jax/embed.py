@@ -48,6 +48,7 @@ def embed(config: EmbedConfig) -> None:
     from biomamba_jax import files
     from biomamba_jax.data.input_files import identity
     from biomamba_jax.data.shards import MANIFEST_NAME
+    from biomamba_jax.object_store import local_copy
     from biomamba_jax.tables import summary_table
     from biomamba_jax.tasks import vectors
     from biomamba_jax.tasks.documents import Document, read_documents
@@ -57,12 +58,13 @@ def embed(config: EmbedConfig) -> None:
     embedder = load(config.model, config.dtype).embedder(config)
     output, left_out, sizes = Path(config.output), Counter[str](), list[int]()
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
-    sources = [path / MANIFEST_NAME if path.is_dir() else path for path in map(Path, config.input)]
+    sources = [local_copy(path, config.split) for path in config.input]
+    sources = [path / MANIFEST_NAME if path.is_dir() else path for path in sources]
     settings["input"] = [list(identity(path)) for path in sources]
 
     def documents() -> Iterator[Document]:
         for path in config.input:
-            yield from read_documents(Path(path), config.split, left_out, config)
+            yield from read_documents(path, config.split, left_out, config)
 
     start, new = time.perf_counter(), 0
     with folders.locked(output), files.naming_full_disks(output, "free space, then run the same command to continue"):

@@ -308,6 +308,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
+def link_or_move(source: str | Path, place: str | Path) -> None:
+    """Give a file a second name by a hard link; move it there where the file system has no links."""
+    try:
+        os.link(source, place)
+    except OSError:
+        os.replace(source, place)
+
+
 def write_text(path: str | Path, content: str) -> None:
     """Write a UTF-8 text file atomically."""
     with replacing(path) as temporary:

@@ -15,6 +15,7 @@ from typing import IO, Any
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import naming_errors, write_text
 
+log = logging.getLogger(__name__)
 DIGESTS = "SHA256SUMS"
 """Name of a folder's file of digests, which `sha256sum --check` reads."""
 
@@ -95,7 +96,7 @@ def _sha256_of(folder: Path, names: Iterable[str]) -> Iterator[str]:
 
 
 @contextmanager
-def locked(folder: str | Path, name: Path | None = None) -> Iterator[None]:
+def locked(folder: str | Path, name: Path | None = None, *, wait: bool = False) -> Iterator[None]:
     """Make a folder and lock it for this process; the system unlocks it when the process ends, however it ends.
 
     The file `lock` names the owner. Where the file system has no locks, a warning says so.
@@ -103,6 +104,7 @@ def locked(folder: str | Path, name: Path | None = None) -> Iterator[None]:
     Args:
       folder: the folder.
       name: what the lock stands for, for messages; default: the folder.
+      wait: wait for another process that holds the lock.
 
     Raises:
       UserError: another process holds the lock, or the folder cannot be written.
@@ -116,20 +118,21 @@ def locked(folder: str | Path, name: Path | None = None) -> Iterator[None]:
         raise UserError(f"{name}: cannot be made ({error.strerror}); name another folder") from None
     with lock:
         lock.seek(0)
-        lock_file(lock, name, owner=lock.read().decode(errors="replace").strip())
+        lock_file(lock, name, owner=lock.read().decode(errors="replace").strip(), wait=wait)
         lock.truncate(0)
         with suppress(OSError):  # a full disk ends the run where it writes what matters
             lock.write(f"process {os.getpid()} of host {platform.node()}\n".encode())
         yield
 
 
-def lock_file(file: IO[Any], name: Path, owner: str = "") -> None:
+def lock_file(file: IO[Any], name: Path, owner: str = "", *, wait: bool = False) -> None:
     """Lock an open file until it is closed.
 
     Args:
       file: the open file.
       name: what the lock stands for, for messages.
       owner: who holds the lock if another process does.
+      wait: wait for another process that has locked it.
 
     Raises:
       UserError: another process has locked it.
@@ -138,7 +141,10 @@ def lock_file(file: IO[Any], name: Path, owner: str = "") -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         by = f" ({owner})" if owner else ""
-        raise UserError(f"{name}: another run uses it{by}; wait for it or name another") from None
+        if not wait:
+            raise UserError(f"{name}: another run uses it{by}; wait for it or name another") from None
+        log.info(f"{name}: waiting for another run that uses it{by}")
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         reason = f"{name}: cannot be locked on this file system ({error.strerror})"
-        logging.getLogger(__name__).warning(f"{reason}; see to it that only one run at a time uses it")
+        log.warning(f"{reason}; see to it that only one run at a time uses it")

@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with distributed.processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
         from biomamba_jax.train.loop import train  # late: a refused start ends sooner
 
+        fetch_shards(config)
         if first:
             prepare_if_missing(config)
             write_baselines(config)
@@ -45,13 +46,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.exit_if_stopped(complete)
 
 
+def fetch_shards(config: PretrainConfig) -> None:
+    """Fetch what the run reads of shards on object stores, here rather than where other hosts wait for this one."""
+    from biomamba_jax.object_store import local_copy
+
+    local_copy(config.data.path, "validation")
+    sources = [source.path for source in config.data.mixture.sources.values()]
+    for path in sources or [config.data.path]:
+        local_copy(path, "train")
+
+
 def prepare_if_missing(config: PretrainConfig) -> None:
     """Make the shards that the prepare section describes, unless data.path exists or the section names no input."""
     from biomamba_jax.data.inspection import manifest_tables
+    from biomamba_jax.object_store import local_copy
     from biomamba_jax.prepare import prepare
     from biomamba_jax.tables import print_tables
 
-    if config.prepare.input and not Path(config.data.path).exists():
+    if config.prepare.input and not local_copy(config.data.path, "").exists():
         manifest = prepare(dataclasses.replace(config.prepare, output=config.data.path))
         print_tables(manifest_tables(manifest))
 
@@ -83,12 +95,12 @@ def for_shards(weights: Any, config: PretrainConfig) -> Any:
     Raises:
       UserError: the shards were made with another tokenizer than the weights', without new_tokenizer.
     """
-    from biomamba_jax.data.shards import Manifest
+    from biomamba_jax.data.shards import tokenizer_file
     from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import vocabulary
 
     log = logging.getLogger(__name__)
-    file = Path(config.data.path) / Manifest.load(config.data.path).tokenizer.file
+    file = tokenizer_file(config.data.path)
     if weights.tokenizer_file is None or not file.is_file():
         log.warning(f"{config.init_from}: has no tokenizer; the shards' ids are taken to be its rows, unchecked")
         return weights
@@ -136,7 +148,7 @@ def write_baselines(config: PretrainConfig) -> None:
         return
     kept, records = path.parent, []  # without a cache folder, in the run directory alone
     with suppress(UserError):
-        kept = folders.cache_folder() / "baselines" / folders.state_of(config.data.path)
+        kept = folders.cache_folder() / "baselines" / folders.state_of(train.folder.parent)
         records = read_baselines(kept)
     if not records:
         baselines = ngram_baselines(train, held_out, vocab_size=manifest.tokenizer.vocab_size)

@@ -28,7 +28,8 @@ class TagConfig(Settings):
     """The texts to tag, and the model."""
 
     model: str
-    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
+    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
+    owner/name@revision."""
     file: str | None = None
     """Text, JSON lines (.jsonl) or NLM's XML (.xml), each also .gz, .bz2 or .zst; default: standard input, as text."""
     text: str = "{text}"

@@ -35,7 +35,11 @@ PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
 InnerFraction = Annotated[float, Limit("in (0, 1)", lambda x: 0 < x < 1)]
 LocalFolder = Annotated[
     str,
-    Limit("a folder of this machine; mount a bucket (gcsfuse) and give its path", lambda path: "://" not in path),
+    Limit(
+        "a folder of a file system, since files are appended, locked and renamed there, which object stores cannot; "
+        "mount a share (such as Filestore), or write to a disk and copy",
+        lambda path: "://" not in path,
+    ),
 ]
 
 

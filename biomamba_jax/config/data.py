@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from biomamba_jax.config.checks import LocalFolder, NonNegativeInt, PositiveFloat, PositiveInt, Settings, check
+from biomamba_jax.config.checks import NonNegativeInt, PositiveFloat, PositiveInt, Settings, check
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class MixtureConfig:
 class DataConfig(RowsConfig):
     """Tokenized shards and their batches."""
 
-    path: LocalFolder = "data/pubmed"
-    """Folder of shards, as `python -m biomamba_jax.prepare` writes it: training text, held-out text and tokenizer."""
+    path: str = "data/pubmed"
+    """Folder of shards, as `python -m biomamba_jax.prepare` writes it: training text, held-out text and tokenizer. Of
+    gs://bucket/folder (needs the [gcs] extra) each machine keeps a copy in its cache folder."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """Training text from several folders; held-out text and tokenizer are still those of path."""
     pad_rows: bool = False

@@ -45,7 +45,8 @@ class EmbedConfig(EmbeddingConfig, TextFields, section=""):
     basic: ClassVar[str] = "model input output format pooling normalize precision index split text title id"
 
     model: str
-    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
+    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
+    owner/name@revision."""
     input: Paths = field(default_factory=list)
     """Folders of shards, or files that `prepare` reads: PubMed's XML, JSON lines, tables, Parquet, text."""
     output: LocalFolder

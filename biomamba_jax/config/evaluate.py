@@ -35,7 +35,8 @@ class DomainConfig(Settings, section="domains.NAME"):
     """A text domain to measure perplexity on."""
 
     path: Annotated[str | list[str], Limit("a folder of shards, or files", bool)] = ""
-    """A folder of shards, or files: what prepare reads (.jsonl, .txt, .parquet ...) or BioASQ questions (.json)."""
+    """A folder of shards, also gs://bucket/folder, or files: what prepare reads (.jsonl, .txt, .parquet ...) or BioASQ
+    questions (.json)."""
     split: str = "test"
     """Split of the shards; files have none."""
     max_documents: PositiveInt | None = None
@@ -223,12 +224,12 @@ class EvaluateConfig(MeasuresConfig):
         "pubmedqa.path bioasq.path multiple_choice.NAME.path suite blurb.data batch_size"
     )
 
-    output: str = "evaluation"
+    output: checks.LocalFolder = "evaluation"
     """Folder to write: report.html, report.json, config.yaml, predictions/ and documents/."""
     models: dict[str, str] = field(default_factory=dict)
-    """Name of each model, and its folder (native, Hugging Face Mamba, mamba_ssm or a run directory) or its name on the
-    Hugging Face hub, owner/name. Any other causal or masked language model, and hf:FOLDER, is run by transformers (the
-    [hf] extra)."""
+    """Name of each model, and its folder (native, Hugging Face Mamba, mamba_ssm or a run directory), also
+    gs://bucket/folder, or its name on the Hugging Face hub, owner/name. Any other causal or masked language model, and
+    hf:FOLDER, is run by transformers (the [hf] extra)."""
     suite: Literal["blurb"] | None = None
     """Fine-tune and measure the models on this suite instead; hf:FOLDER is then an encoder."""
     blurb: BlurbConfig = field(default_factory=BlurbConfig)

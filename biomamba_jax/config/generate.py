@@ -48,7 +48,8 @@ class GenerateConfig(Sampling):
     basic: ClassVar[str] = "model prompt file jsonl max_new_tokens temperature top_p seed stop"
 
     model: str
-    """Folder of the model, or its name on the Hugging Face hub: owner/name or owner/name@revision."""
+    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
+    owner/name@revision."""
     prompt: list[str] = dataclasses.field(default_factory=list)
     """Texts to continue."""
     file: str | None = None

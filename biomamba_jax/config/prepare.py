@@ -127,7 +127,7 @@ class PrepareConfig(FilterConfig, TextFields, TokenizerTraining, PrepareFiles):
 class DownloadConfig(Settings):
     """Download of NLM's files."""
 
-    output: str = "data/nlm"
+    output: checks.LocalFolder = "data/nlm"
     """Folder to download into; complete files are not fetched again."""
     part: Literal["baseline", "updates", "all"] = "all"
     """The yearly baseline, the daily updates since, or both."""
@@ -148,7 +148,7 @@ class InspectConfig(Settings):
     """Inspection of a folder of shards."""
 
     path: str = ""
-    """Folder of shards, as `python -m biomamba_jax.prepare` writes it."""
+    """Folder of shards, as `python -m biomamba_jax.prepare` writes it; also gs://bucket/folder."""
     split: str = "train"
     """The split to inspect."""
     samples: int = 3

@@ -131,8 +131,9 @@ class RunConfig(Settings):
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model. With init_from, its sizes are those of the weights."""
     init_from: str | None = None
-    """Weights to start from: a folder of any format that `convert` reads, or a name on the Hugging Face hub, owner/name
-    (needs the [hub] extra); for `finetune --head` also hf:FOLDER, an encoder that transformers runs ([hf] extra)."""
+    """Weights to start from: a folder of any format that `convert` reads, also gs://bucket/folder (needs the [gcs]
+    extra), or a name on the Hugging Face hub, owner/name ([hub] extra); for `finetune --head` also hf:FOLDER, an
+    encoder that transformers runs ([hf] extra)."""
     data: RowsConfig = field(default_factory=RowsConfig)
     """Batches."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

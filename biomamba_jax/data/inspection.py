@@ -21,6 +21,7 @@ from biomamba_jax.data.text import remaining_markup
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
+from biomamba_jax.object_store import is_url
 from biomamba_jax.tables import Table, print_tables
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99, 100)
@@ -96,14 +97,14 @@ def inspect(config: InspectConfig) -> Inspection:
     Raises:
       UserError: it is not a folder of shards, or the split is empty.
     """
-    folder = Path(config.path)
-    manifest, reader = open_split(folder, config.split)
+    manifest, reader = open_split(config.path, config.split)
+    folder = reader.folder.parent
     if not len(reader):
         raise UserError(f"{reader.folder}: holds no document; choose another --split")
     tokenizer = load_tokenizer(folder / manifest.tokenizer.file)
     manifest.check_tokenizer(tokenizer.sha256)
     return Inspection(
-        name=folder.resolve().name,
+        name=config.path if is_url(config.path) else folder.resolve().name,
         manifest=manifest,
         split=config.split,
         lengths=np.array(reader.lengths),

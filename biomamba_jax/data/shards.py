@@ -27,7 +27,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.files import read_array, read_json, replacing, write_json
+from biomamba_jax.files import link_or_move, read_array, read_json, replacing, write_json
+from biomamba_jax.object_store import local_copy
 
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)  # 1 has no start_id
@@ -131,12 +132,12 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read `folder`/manifest.json.
+        """Read manifest.json of a folder or URL.
 
         Raises:
           UserError: it is missing, broken or of an unknown format.
         """
-        path = Path(folder) / MANIFEST_NAME
+        path = local_copy(folder, "") / MANIFEST_NAME
         if not path.exists():
             written = "the folder that `python -m biomamba_jax.prepare --output` wrote"
             raise UserError(f"{path}: no such file; give {written}")
@@ -223,11 +224,8 @@ def join_shards(parts: Sequence[str | os.PathLike[str]], folder: Path) -> None:
     folder.mkdir()
     _save_lengths(folder, np.concatenate([_load_lengths(Path(part)) for part in parts]))
     for number, part in enumerate(parts):
-        shard, place = Path(part) / _shard_name(0, 1), folder / _shard_name(number, len(parts))
-        try:
-            os.link(shard, place)  # it also stays where it was, in case a later step fails
-        except OSError:  # a file system without links
-            os.replace(shard, place)
+        # By a link it also stays where it was, in case a later step fails.
+        link_or_move(Path(part) / _shard_name(0, 1), folder / _shard_name(number, len(parts)))
 
 
 def _shard_name(number: int, count: int) -> str:
@@ -312,26 +310,24 @@ class ShardReader:
 def open_split(
     folder: str | os.PathLike[str], split: str, *, tokenizer_sha256: str | None = None
 ) -> tuple[Manifest, ShardReader]:
-    """Open a split and return the manifest of its folder and a reader.
+    """Open a split of a folder or URL and return the manifest and a reader.
 
     Raises:
       UserError: shards are missing or damaged, or manifest, shards and tokenizer (if given) disagree.
     """
-    manifest = Manifest.load(folder)
+    manifest, folder = Manifest.load(folder), local_copy(folder, split)
     if tokenizer_sha256 is not None:
         manifest.check_tokenizer(tokenizer_sha256)
     if split not in manifest.splits:
-        raise UserError(
-            f"{Path(folder) / MANIFEST_NAME}: has no split {split!r}; choose from {', '.join(manifest.splits)}"
-        )
-    file = Path(folder) / manifest.tokenizer.file
+        raise UserError(f"{folder / MANIFEST_NAME}: has no split {split!r}; choose from {', '.join(manifest.splits)}")
+    file = folder / manifest.tokenizer.file
     if file.is_file() and (found := hashlib.sha256(file.read_bytes()).hexdigest()) != manifest.tokenizer.sha256:
         raise UserError(
             f"{file}: is not the tokenizer that made the ids (sha256 {found[:12]}, {MANIFEST_NAME} says "
             f"{manifest.tokenizer.sha256[:12]}); put that one back, or {_PREPARE_AGAIN}"
         )
     info, vocab_size = manifest.splits[split], manifest.tokenizer.vocab_size
-    reader = ShardReader(Path(folder) / split, vocab_size, manifest.tokenizer.start_id)
+    reader = ShardReader(folder / split, vocab_size, manifest.tokenizer.start_id)
     if info.largest_id is not None and info.largest_id >= vocab_size:
         raise UserError(
             f"{reader.folder}: holds id {info.largest_id}, but the vocabulary of tokenizer {manifest.tokenizer.name!r} "
@@ -344,6 +340,15 @@ def open_split(
                 f"{reader.folder}: holds {value} {name}, {MANIFEST_NAME} says {getattr(info, name)}; {_PREPARE_AGAIN}"
             )
     return manifest, reader
+
+
+def tokenizer_file(folder: str | os.PathLike[str]) -> Path:
+    """Return the file of the tokenizer that made the shards of a folder or URL; it may be missing.
+
+    Raises:
+      UserError: the folder has no manifest, see `Manifest.load`.
+    """
+    return local_copy(folder, "") / Manifest.load(folder).tokenizer.file
 
 
 def _shard_paths(folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from biomamba_jax.config.prepare import FilterConfig, TokenizersConfig
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.readers import read_records
 from biomamba_jax.data.records import KEPT
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.shards import tokenizer_file
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines
+from biomamba_jax.object_store import local_copy
 from biomamba_jax.tables import summary_table
 
 _TERMS = Path(__file__).with_name("terms.txt")  # 104 common biomedical terms
@@ -70,9 +71,7 @@ def _compare(tokenizer: Tokenizer, texts: Sequence[str], terms: Sequence[str]) -
 
 
 def _load(path: str) -> Tokenizer:
-    if Path(path).is_dir():
-        return load_tokenizer(Path(path) / Manifest.load(path).tokenizer.file)
-    return load_tokenizer(path)
+    return load_tokenizer(tokenizer_file(path) if local_copy(path, "").is_dir() else path)
 
 
 def _texts(config: TokenizersConfig) -> Iterator[str]:

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.object_store import local_copy
 
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "params/*", "SHA256SUMS")
 _TORCH = "pytorch_model*.bin"
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """Return `name` if it is a folder, a path or not of the form of a hub name, else the folder of the hub's model.
+    """Return the folder of a model: `name` itself, or a copy of a URL's folder or of the hub's model of that name.
 
     The model is downloaded once, into huggingface_hub's cache, with a progress bar; an interrupted download resumes.
     Where the hub is out of reach, the model is taken from that cache.
 
     Raises:
-      UserError: there is no such folder, and the model cannot be had from the hub; says why.
+      UserError: there is no such folder, and the model cannot be had from the store or the hub; says why.
     """
-    folder = Path(name)
+    folder = local_copy(name)
     if folder.is_dir() or not (isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)):
         return folder  # a missing folder is refused by its reader
     return _download(name)

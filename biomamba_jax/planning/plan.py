@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.plan import PlanConfig
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.flops import training_flops_per_token
+from biomamba_jax.object_store import local_copy
 from biomamba_jax.planning.ahead_of_time import require_compiler
 from biomamba_jax.planning.compile import Compiled, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
@@ -170,8 +170,8 @@ def product_dtype(model: ModelConfig) -> str:
 def resolve(config: PlanConfig) -> tuple[PlanConfig, float | None]:
     """Return the config with the sizes of its initial weights and a vocabulary, and the run's training tokens."""
     model = released_sizes(config.model, config.init_from) if config.init_from else config.model
-    path, steps = Path(config.data.path), config.train.steps
-    if (path / "manifest.json").exists():
+    steps = config.train.steps
+    if (local_copy(config.data.path, "") / MANIFEST_NAME).exists():
         manifest = Manifest.load(config.data.path)
         model = with_vocabulary(model, manifest)
         steps = total_steps(config, manifest)

@@ -20,6 +20,7 @@ from biomamba_jax.data.shards import MANIFEST_NAME, open_split
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json
+from biomamba_jax.object_store import local_copy
 from biomamba_jax.tasks import bioasq
 
 UNSPELLED = "unspelled"
@@ -62,7 +63,7 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
       UserError: a source that cannot be read, or contains no document.
     """
     reasons: Counter[str] = Counter()
-    documents = [document for path in config.paths for document in read_documents(Path(path), config.split, reasons)]
+    documents = [document for path in config.paths for document in read_documents(path, config.split, reasons)]
     left_out = reasons[UNSPELLED]
     if not documents:
         why = f"no document whose ids spell its text, of {left_out}" if left_out else "no document"
@@ -74,12 +75,12 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
 
 
 def read_documents(
-    path: Path, split: str, left_out: Counter[str], fields: TextFields | None = None
+    source: str | Path, split: str, left_out: Counter[str], fields: TextFields | None = None
 ) -> Iterator[Document]:
     """Yield the documents of a source, one at a time.
 
     Args:
-      path: a folder of shards, a file that `prepare` reads, or a BioASQ file.
+      source: a folder of shards or the URL of one, a file that `prepare` reads, or a BioASQ file.
       split: split of the shards.
       left_out: counts what is left out, by the keys of `records.REASONS`, and as UNSPELLED.
       fields: keys of text, title and id in rows.
@@ -87,6 +88,7 @@ def read_documents(
     Raises:
       UserError: the source cannot be read.
     """
+    path = local_copy(source, split)
     if path.is_dir() or (path / MANIFEST_NAME).exists():
         yield from _shards(path, split, left_out)
     elif path.suffix == ".json" and _is_bioasq(path):

@@ -9,7 +9,7 @@ import jax
 from biomamba_jax.config import EvaluateConfig, ModelConfig, PretrainConfig
 from biomamba_jax.config.checks import field_types
 from biomamba_jax.config.evaluate import MeasuresConfig
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.shards import tokenizer_file
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.decode import InferenceModel
@@ -38,7 +38,7 @@ class TrainingEvaluation:
         self._config = EvaluateConfig(models={_NAME: config.run_dir}, resamples=2, **measures)  # no interval is shown
         self._output = Path(config.run_dir) / "evaluation"
         self._inputs = read_inputs(self._config)
-        self._tokenizer = load_tokenizer(Path(config.data.path) / Manifest.load(config.data.path).tokenizer.file)
+        self._tokenizer = load_tokenizer(tokenizer_file(config.data.path))
 
     def __call__(self, model: ModelConfig, params: Any) -> Mapping[str, Mapping[str, float]]:
         """Return the measures of each domain and task; documents and predictions are written into the run directory.

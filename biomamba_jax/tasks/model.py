@@ -60,7 +60,7 @@ def load(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> "
 
     Args:
       path: a folder in native, Hugging Face or mamba_ssm format, a run directory of `pretrain` or `finetune`, or a name
-        on the Hugging Face hub: owner/name or owner/name@revision.
+        on the Hugging Face hub: owner/name or owner/name@revision; or gs://bucket/folder.
       dtype: type of matrices and activations; int8: of matrices only, with a scale for each output; None: bfloat16 on
         TPU and GPU, float32 on CPU.
 

@@ -9,7 +9,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -48,7 +47,7 @@ def read_pairs(paths: Iterable[str], split: str, fields: TextFields, left_out: C
     """
     pairs = []
     for path in paths:
-        for document in read_documents(Path(path), split, left_out, fields):
+        for document in read_documents(path, split, left_out, fields):
             first, _, rest = document.text.partition("\n")
             if first.strip() and rest.strip():
                 pairs.append(Pair(document.key, first, rest))

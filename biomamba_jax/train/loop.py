@@ -18,7 +18,7 @@ from biomamba_jax import files
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
 from biomamba_jax.data.pipeline import Documents, TrainIterator
-from biomamba_jax.data.shards import Manifest
+from biomamba_jax.data.shards import Manifest, tokenizer_file
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
@@ -101,7 +101,7 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
     data, steps = config.data, setup.total_steps(config, manifest)
     setup.require_same_shards(data)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
-    tokenizer = Path(data.path) / manifest.tokenizer.file
+    tokenizer = tokenizer_file(data.path)
 
     def on_tasks(step: int, state: TrainState) -> Mapping[str, Metrics] | None:
         return measure and measure(config.model, evaluation_weights(state.params, state.optimizer))
