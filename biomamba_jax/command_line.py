@@ -5,6 +5,7 @@ unknown and ill-typed keys by name. It imports nothing heavy: a command imports 
 """
 
 import dataclasses
+import io
 import os
 import select
 import sys
@@ -23,6 +24,8 @@ from biomamba_jax.errors import UserError
 COMPLETE = "--complete"
 """Last argument of a command line whose last word before it is to be completed."""
 
+_OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")  # of XLA, and of PyTorch
+_NO_BACKEND = "Unable to initialize backend"  # JAX_PLATFORMS names one that is not there
 Schema = TypeVar("Schema")
 
 
@@ -142,12 +145,13 @@ def _typed(hint: Any, value: Any, key: str, schema: type) -> Any:
         if dataclasses.is_dataclass(kind) and isinstance(read, dict):
             return _group(kind, read, key, schema)
         if get_origin(kind) is dict and isinstance(read, dict):
-            return {name: _typed(get_args(kind)[1], each, f"{key}.{name}", schema) for name, each in read.items()}
+            values = get_args(kind)[1]
+            return {_plain(key, name): _typed(values, each, f"{key}.{name}", schema) for name, each in read.items()}
         if get_origin(kind) is list and isinstance(read, list):
             return [_typed(get_args(kind)[0], each, key, schema) for each in read]
         for candidate in (value, read):
             if fits(kind, candidate):
-                return float(candidate) if kind is float else candidate
+                return float(candidate) if kind is float else _plain(key, candidate)
     raise UserError(f"{key} = {str(value)[:100]}: must be {describe(hint, key)}")
 
 
@@ -170,6 +174,13 @@ def _group(group: Any, given: dict[str, Any], key: str, schema: type) -> Any:
     return group(**{name: _typed(types[name], value, prefix + name, schema) for name, value in given.items()})
 
 
+def _plain(key: str, value: Any) -> Any:
+    """Return a value, unless it is text that no file and no path can hold."""
+    if isinstance(value, str) and "\0" in valid_unicode(key, value):
+        raise UserError(f"{key} = {value!r:.100}: holds a null character; remove it")
+    return value
+
+
 def valid_unicode(where: str, text: str) -> str:
     """Return `text`, unless it holds lone surrogates, as which Python represents the bytes of a non-UTF-8 argument."""
     try:
@@ -187,15 +198,18 @@ def to_yaml(config: Any) -> str:
 def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:
     """Run a command's main.
 
-    A `UserError`, a full disk and a file that the system refuses become one line on stderr and exit status 1, Ctrl-C
-    exit status 130. If the reader of standard output is gone, as after `head`, the command ends silently with exit
-    status 141, as a shell reports SIGPIPE.
+    A `UserError`, a full disk, too little memory and a file that the system refuses become one line on stderr and exit
+    status 1, Ctrl-C exit status 130. If the reader of standard output is gone, as after `head`, the command ends
+    silently with exit status 141, as a shell reports SIGPIPE. Text is UTF-8 in every locale.
     """
     try:
         keep_compiled_programs()
+        for stream in (sys.stdin, sys.stdout):
+            if isinstance(stream, io.TextIOWrapper):  # None if it is closed
+                stream.reconfigure(encoding="utf-8")
         with files.naming_full_disks("the output", "free space, then run the same command again"):
             command(argv)
-            sys.stdout.flush()
+            print(end="", flush=True)
     except BrokenPipeError:
         if not _reader_is_gone():
             raise
@@ -211,6 +225,14 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        reason = f"{error} ".splitlines()[0][:300]
+        if isinstance(error, MemoryError) or any(mark in reason for mark in _OUT_OF_MEMORY):
+            reason = f"memory ran out ({reason.strip()}); give a smaller batch_size or shorter rows"
+        elif _NO_BACKEND not in reason:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def keep_compiled_programs() -> None:

@@ -97,3 +97,12 @@ def test_compiled_programs_are_kept_in_the_cache_folder(variables, kept, tmp_pat
     ran = subprocess.run(command, env=environment | cache | variables, capture_output=True, text=True, check=True)
     assert ran.stdout == "1.0\n"
     assert any(tmp_path.glob(f"programs/{processor.kind()}/jit__lambda*")) == kept
+
+
+@pytest.mark.parametrize("stream", ["latin-1", "closed"])
+def test_text_is_utf_8_in_every_locale_and_standard_output_may_be_closed(stream, tmp_path):
+    code = "from biomamba_jax.command_line import run_command; run_command(lambda argv: print('β 漢'))"
+    command = f'exec "$0" -c "$1" > {tmp_path / "out"}' if stream == "latin-1" else 'exec "$0" -c "$1" >&-'
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    subprocess.run(["bash", "-c", command, sys.executable, code], env=environment, check=True)
+    assert stream == "closed" or (tmp_path / "out").read_text("utf-8") == "β 漢\n"

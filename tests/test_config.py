@@ -168,6 +168,11 @@ def test_a_config_survives_being_written_and_read(tmp_path):
         ),
         (("--train.eval_batches", "0"), "train.eval_batches = 0: must be at least 1"),
         (("--train.seed", "-1"), "train.seed = -1: must be in 0..2^32 - 1"),
+        (("--evaluate.seed", "-1"), "evaluate.seed = -1: must be in 0..2^32 - 1"),
+        (("--optimizer.learning_rate", ".inf"), "optimizer.learning_rate = inf: must be above 0, and finite"),
+        (("--loss.z_loss", ".inf"), "loss.z_loss = inf: must be 0 or more, and finite"),
+        (("--run_dir", "a\udcff"), "run_dir: 'a\\udcff' is not valid Unicode"),
+        (("--prepare.recent_from", "2024-W01-1"), "must be a date such as 2024-01-31"),
         (("--loss.chunk_size", "0"), "loss.chunk_size = 0: must be at least 1"),
         (("--model.d_state", "-4"), "model.d_state = -4: must be at least 1"),
         (
@@ -228,6 +233,9 @@ def test_a_mistyped_key_in_a_file_is_refused_with_the_nearest_right_one(tmp_path
         ("run_dir: 5", "run_dir = 5: must be a string"),
         ("train: {steps: {a: b}}", "train.steps = .*: must be an integer or null"),
         ("5: b", "unknown key '5'"),
+        ('run_dir: "a\\0b"', r"run_dir = 'a\\x00b': holds a null character"),
+        ('prepare: {input: ["a\\ud83d"]}', r"prepare\.input: 'a\\ud83d' is not valid Unicode"),
+        ('data: {mixture: {sources: {"a\\0": {path: x}}}}', "holds a null character"),
         ("{[1]: 2}", "config.yaml, line 1: cannot be read as YAML"),
         ("a: \x00", "config.yaml: cannot be read as YAML"),
         ("{" * 5000, "config.yaml.*: cannot be read as YAML"),
@@ -338,3 +346,25 @@ def test_a_users_error_is_one_line_and_status_1(capsys):
         run_command(command)
     assert stop.value.code == 1
     assert capsys.readouterr().err == "error: shards/manifest.json: no such file; give another folder\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "error: memory ran out (); give a smaller batch_size or shorter rows"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nAt:"),
+            "error: memory ran out (RESOURCE_",
+        ),
+        (RuntimeError("Unable to initialize backend 'cuda': none"), "error: Unable to initialize backend 'cuda': none"),
+    ],
+)
+def test_what_a_machine_lacks_is_one_line(error, said, capsys):
+    def command(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(command)
+    assert stop.value.code == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(said) and printed.count("\n") == 1

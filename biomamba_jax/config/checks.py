@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 from types import NoneType
@@ -27,8 +28,8 @@ class Limit(NamedTuple):
 PositiveInt = Annotated[int, Limit("at least 1", lambda x: x >= 1)]
 NonNegativeInt = Annotated[int, Limit("0 or more", lambda x: x >= 0)]
 Seed = Annotated[int, Limit("in 0..2^32 - 1", lambda x: 0 <= x < 2**32)]
-PositiveFloat = Annotated[float, Limit("above 0", lambda x: x > 0)]
-NonNegativeFloat = Annotated[float, Limit("0 or more", lambda x: x >= 0)]
+PositiveFloat = Annotated[float, Limit("above 0, and finite", lambda x: 0 < x < math.inf)]
+NonNegativeFloat = Annotated[float, Limit("0 or more, and finite", lambda x: 0 <= x < math.inf)]
 Fraction = Annotated[float, Limit("in [0, 1]", lambda x: 0 <= x <= 1)]
 FractionBelowOne = Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)]
 PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
@@ -46,7 +47,7 @@ LocalFolder = Annotated[
 def check(condition: object, key: str, value: object, remedy: str) -> None:
     """Raise a UserError that names the key, its value and the remedy, unless `condition` holds."""
     if not condition:
-        raise UserError(f"{key} = {value!r}: {remedy}")
+        raise UserError(f"{key} = {value!r:.200}: {remedy}")
 
 
 @dataclasses.dataclass(frozen=True)

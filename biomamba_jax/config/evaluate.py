@@ -178,7 +178,7 @@ class MeasuresConfig(Settings):
     """Rows computed at a time; only speed and memory depend on it."""
     dtype: InferenceDType | None = None
     """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
-    seed: int = 0
+    seed: checks.Seed = 0
     """Seed of the bootstrap and of samples of documents."""
 
     @property

@@ -11,7 +11,7 @@ from biomamba_jax.config.data import MixtureConfig
 
 def _is_date(text: str) -> bool:
     try:
-        return len(text) == 10 and bool(date.fromisoformat(text))
+        return date.fromisoformat(text).isoformat() == text  # weeks and 20240131 are of ISO 8601, too
     except ValueError:
         return False
 
@@ -151,7 +151,7 @@ class InspectConfig(Settings):
     """Folder of shards, as `python -m biomamba_jax.prepare` writes it; also gs://bucket/folder."""
     split: str = "train"
     """The split to inspect."""
-    samples: int = 3
+    samples: checks.NonNegativeInt = 3
     """Number of documents to show."""
     input: list[str] = field(default_factory=list)
     """NLM files that the shards were made from, to show the XML of the same documents."""
@@ -163,7 +163,7 @@ class InspectConfig(Settings):
     """A mixture to preview, as in data.mixture of a pretraining config."""
     preview_tokens: checks.PositiveInt = 10_000_000
     """Number of tokens in that preview."""
-    seed: int = 0
+    seed: checks.Seed = 0
     """Seed of the samples and of the mixture's order."""
     report: str | None = None
     """HTML file to write the report to, with plots."""
