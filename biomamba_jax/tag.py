@@ -91,7 +91,7 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
     from biomamba_jax.data.examples import fill_template
     from biomamba_jax.data.nlm import read_articles
     from biomamba_jax.data.records import Article
-    from biomamba_jax.files import read_json_lines, read_lines, uncompressed_name
+    from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
     name = config.file or "standard input"
     kind = Path(uncompressed_name(config.file)).suffix if config.file else ""
@@ -106,8 +106,9 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
             text = fill_template(config.text, line, where, "text")
             yield {"key": str(line.get("key", line.get("id", number)))} | line | {"text": text}
     else:
-        lines = read_lines(name) if config.file else (line.rstrip("\r\n") for line in source)
-        yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
+        with naming_errors(name):
+            lines = read_lines(name) if config.file else (line.rstrip("\r\n") for line in source)
+            yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _spelled(record: dict[str, Any], span: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json, read_chunks, read_json_lines, read_lines
 
 _TAG = re.compile(r"O|[BIES]-.+")
+_OFFSET = re.compile("[0-9]{1,9}")
 _NO_CONCEPT = ("-1", "-", "")
 _MARKED = {"head": re.compile(r"<< (.+?) >>"), "tail": re.compile(r"\[\[ (.+?) \]\]")}
 
@@ -82,9 +83,9 @@ def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
                 key = head[1]
                 parts.append(head[2])
-            elif len(columns) == 4 and not columns[1].isdigit():
+            elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
                 relations.append(Relation(*columns[1:]))
-            elif len(columns) >= 5 and columns[1].isdigit() and columns[2].isdigit():
+            elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
                 concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
                 spans.append(Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)))
                 mentions.append(columns[3])
@@ -102,7 +103,8 @@ def _checked(text: AnnotatedText, mentions: Sequence[str | None], where: str, co
 def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     parser = etree.XMLParser(resolve_entities=False, load_dtd=False, no_network=True, remove_comments=True)
     try:
-        root = etree.fromstring(b"".join(read_chunks(path, 1 << 20)), parser)
+        content = b"".join(read_chunks(path, 1 << 20))
+        root = etree.fromstring(content, parser)
     except etree.XMLSyntaxError as error:
         raise UserError(f"{path}: not well-formed XML ({error.msg}); download it again") from None
     for document in root.iter("document"):
@@ -115,8 +117,10 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             for passage in document.iter("passage"):
                 # Offsets count characters of the whole document, of which passages may leave some out.
                 for part in [passage] if passage.find("text") is not None else passage.iter("sentence"):
-                    offset = int(part.findtext("offset", "0"))
-                    text = text.ljust(offset)[:offset] + (part.findtext("text") or "")
+                    own, offset = part.findtext("text") or "", int(part.findtext("offset", "0"))
+                    if not 0 <= offset <= len(content):  # no text is longer than its file
+                        raise ValueError(f"passage at {offset}")
+                    text = text.ljust(offset)[:offset] + own
                 for annotation in passage.iter("annotation"):
                     facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
                     stated = next((facts[key] for key in ("identifier", "mesh") if key in facts), "")
@@ -130,7 +134,7 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                         mentions.append(annotation.findtext("text"))
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
-            raise UserError(f"{where}: has an offset that is no number ({error})") from None
+            raise UserError(f"{where}: has an offset that is no number or not in the text ({error})") from None
         key = document.findtext("id") or ""
         yield _checked(AnnotatedText(key, text, tuple(spans), (), tuple(relations)), mentions, where, config)
 
@@ -162,22 +166,26 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for number, line in read_json_lines(path):
         where = f"{path}, line {number}"
         try:
-            raw = [(int(s["start"]), int(s["end"]), str(s["type"]), s) for s in line.get("spans", ())]
+            texts = line["text"], line.get("question", ""), str(line.get("key", line.get("id", where)))
             labels = [line["label"]] if "label" in line else line.get("labels", [])
             if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
                 raise TypeError("labels that are no list of texts or numbers")
-            key, score = str(line.get("key", line.get("id", where))), line.get("score")
-            spans = tuple(Span(start, end, kind, tuple(s.get("ids", ()))) for start, end, kind, s in raw)
-            question, relations = str(line.get("question", "")), (Relation(*r) for r in line.get("relations", ()))
-            own = AnnotatedText(
-                key, str(line["text"]), spans, tuple(map(str, labels)), tuple(relations), question=question
-            )
-            text = own if score is None else replace(own, score=float(score))
-            if text.score is not None and not math.isfinite(text.score):
-                raise ValueError(f"a score of {text.score}")
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raw, score = line.get("spans", ()), line.get("score")
+            spans = tuple(Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw)
+            mentions = [s.get("text") for s in raw]
+            relations = tuple(Relation(*map(str, each)) for each in line.get("relations", ()))
+            if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *filter(None, mentions))):
+                raise TypeError("a text, question, type or mention that is no text")
+            if not all(type(place) is int for span in spans for place in span[:2]):
+                raise TypeError("a start or end that is no whole number")
+            text = AnnotatedText(texts[2], texts[0], spans, tuple(map(str, labels)), relations, question=texts[1])
+            if score is not None:
+                text = replace(text, score=float(score))
+                if not math.isfinite(float(score)):
+                    raise ValueError(f"a score of {score}")
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
-        yield _checked(text, [s.get("text") for *_, s in raw], where, config)
+        yield _checked(text, mentions, where, config)
 
 
 def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:

@@ -7,6 +7,7 @@ processes, and finished shards of a killed run are reused.
 import hashlib
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from biomamba_jax.data.shards import Document, SplitInfo, write_documents
 from biomamba_jax.data.source import Source
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
+from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 
 _BATCH_BYTES = 1 << 20  # text that is tokenized at a time
@@ -99,7 +101,8 @@ def write_shard(task: ShardTask) -> SplitInfo:
     """Write a shard, unless it is complete already, and return its totals."""
     done = Path(f"{task.folder}.done")
     if done.exists() and any(Path(task.folder).glob("*.array_record")):
-        return SplitInfo(**read_json(done))
+        with suppress(UserError, TypeError):  # a damaged one is written again
+            return SplitInfo(**read_json(done))
     shutil.rmtree(task.folder, ignore_errors=True)
     unspelled: list[int] = []
     info = write_documents(task.folder, _documents(task, unspelled), token_dtype=task.token_dtype)

@@ -242,7 +242,7 @@ def text_target(text: AnnotatedText, head: HeadConfig, source: str) -> int:
     if head.kind == "regression":
         if text.score is None or not 0 <= text.score < float("inf"):
             raise UserError(f"{where} has the score {text.score}; a regression needs one that is 0 or more; shift them")
-        return int(np.float32(text.score).view(np.int32))
+        return int(np.float32(text.score + 0.0).view(np.int32))  # -0.0 becomes 0.0
     for label in text.labels:
         if label not in head.labels:
             raise UserError(f"{where} is of class {label!r}, none of {', '.join(head.labels)}; check labels")
@@ -287,7 +287,9 @@ def fill_template(template: str, record: Mapping[str, Any], where: str, key: str
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
         raise UserError(f"{key} = {template!r}: is not a template ({error}); write {{{{ and }}}} for braces") from None
-    for text, name, _, _ in fields:
+    for text, name, specification, conversion in fields:
+        if specification or conversion:
+            raise UserError(f"{key} = {template!r}: names {name!r} with a format after : or !; leave that out")
         parts.append(text)
         if name is not None:
             if not isinstance(record.get(name), str | int | float):

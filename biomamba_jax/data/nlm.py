@@ -6,7 +6,8 @@ are kept. Memory is bounded since every record is cleared once it is read.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from lxml import etree
@@ -39,30 +40,37 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
       UserError: the file is truncated, is not well-formed, declares or uses XML entities, or is not a PubmedArticleSet
         (a lone PubmedArticle or PubmedBookArticle counts as one); names the file and the last good record.
     """
-    last = "before the first record"
+    last = ["before the first record"]
     _check_head(path)
     parser = etree.XMLPullParser(events=("end",), tag=_KNOWN, **_SAFE)
-    try:
+    with _well_formed(path, last):
         for element in _elements(path, parser):
             parent = element.getparent()
             if parent is not None and parent.getparent() is not None:
                 continue  # part of a record
             yield from _foreign_elements(element.itersiblings(preceding=True))
-            for record in _read_record(element, f"{path}: {last}"):
+            for record in _read_record(element, f"{path}: {last[-1]}"):
                 if isinstance(record, Article):
-                    last = f"after the record with PMID {record.pmid}"
+                    last[-1] = f"after the record with PMID {record.pmid}"
                 yield record
             if parent is not None:
                 element.clear()
                 while element.getprevious() is not None:
                     del parent[0]
         root = parser.close()
+    if root.tag == _SET:
+        yield from _foreign_elements(root)
+
+
+@contextmanager
+def _well_formed(path: str | Path, last: Sequence[str]) -> Iterator[None]:
+    """Convert the parser's error into one that names the file and the last good record, `last`[-1]."""
+    try:
+        yield
     except etree.XMLSyntaxError as error:
         joined = error.code in _SECOND_DOCUMENT
         remedy = "it may be several documents one after another; give each a file of its own" if joined else _AGAIN
-        raise UserError(f"{path}: not well-formed XML, {last}: {clean_line(error.msg)}; {remedy}") from None
-    if root.tag == _SET:
-        yield from _foreign_elements(root)
+        raise UserError(f"{path}: not well-formed XML, {last[-1]}: {clean_line(error.msg)}; {remedy}") from None
 
 
 def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
@@ -75,14 +83,17 @@ def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
         raise UserError(f"{path}: is not XML; --input of inspect takes the NLM files that the shards were made from")
     found: dict[int, str] = {}
     _check_head(path)
-    for element in _elements(path, etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)):
-        pmid = _number(element.find("MedlineCitation/PMID"), _MAX_PMID)
-        if pmid is not None and pmid in pmids:
-            parts = (element.find(f"MedlineCitation/Article/{tag}") for tag in ("ArticleTitle", "Abstract"))
-            found[pmid] = "\n".join(
-                etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
-            )
-        element.clear()
+    parser = etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)
+    with _well_formed(path, ["of which some records are shown"]):
+        for element in _elements(path, parser):
+            pmid = _number(element.find("MedlineCitation/PMID"), _MAX_PMID)
+            if pmid is not None and pmid in pmids:
+                parts = (element.find(f"MedlineCitation/Article/{tag}") for tag in ("ArticleTitle", "Abstract"))
+                found[pmid] = "\n".join(
+                    etree.tostring(part, encoding="unicode", with_tail=False) for part in parts if part is not None
+                )
+            element.clear()
+        parser.close()
     return found
 
 

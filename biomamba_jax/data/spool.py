@@ -33,16 +33,15 @@ def finished_spool(path: Path, stem: str) -> Spool | None:
     try:
         saved = read_json(f"{stem}.json")
         index = read_array(f"{stem}.npy")
-        if os.stat(f"{stem}.text").st_size != sum(
-            index[name].sum(dtype=np.int64) for name in ("size", "id_size")
-        ):  # truncated, for example by a power cut
+        sizes = sum(index[name].sum(dtype=np.int64) for name in ("size", "id_size"))
+        if index.dtype != INDEX or os.stat(f"{stem}.text").st_size != sizes:  # truncated, for example by a power cut
             return None
-    except (OSError, ValueError):  # a UserError is a ValueError
+        overlaps = {row: Overlap(item, share) for row, item, share in saved["overlaps"]}
+        spool = Spool(path, stem, Checksums(**saved["sums"]), saved["html_entities"], overlaps)
+    except (OSError, ValueError, KeyError, IndexError, TypeError):  # damaged; a UserError is a ValueError
         return None
-    sums = Checksums(**saved["sums"])
-    check_md5(path, sums.md5)
-    overlaps = {row: Overlap(item, share) for row, item, share in saved["overlaps"]}
-    return Spool(path, stem, sums, saved["html_entities"], overlaps)
+    check_md5(path, spool.sums.md5)
+    return spool
 
 
 def write_spool(

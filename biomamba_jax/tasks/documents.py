@@ -109,7 +109,7 @@ def _is_bioasq(path: Path) -> bool:
         raw = read_any_json(path)
     except UserError:
         return False
-    return isinstance(raw, list) or "questions" in raw
+    return isinstance(raw, list) or (isinstance(raw, dict) and "questions" in raw)
 
 
 def _shards(folder: Path, split: str, left_out: Counter[str]) -> Iterator[Document]:

@@ -109,15 +109,16 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
     subject = re.sub("_(test|dev|val|train)$", "", Path(uncompressed_name(path)).stem) if _is_csv(path) else ""
     for where, row in rows:
         try:
-            question, options = row.get("question"), _options(row)
-            if not isinstance(question, str) or len(options) < 2 or not all(isinstance(each, str) for each in options):
+            question, (labels, options) = row.get("question"), _options(row)
+            if not all(isinstance(each, str) for each in (question, *options)) or not 2 <= len(options) <= len(LETTERS):
                 raise TypeError
-            answer = _answer(row, options, first or 0, where)
+            answer = _answer(row, labels, options, first or 0, where)
         except UserError:
             raise
         except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"{where}: has no question with options and an answer; give MedQA, MedMCQA or MMLU as published"
+                f"{where}: has no question with 2 to {len(LETTERS)} options and an answer; give MedQA, MedMCQA or MMLU "
+                "as published"
             ) from None
         if answer is None:
             left_out[NO_ANSWER] += 1
@@ -152,14 +153,18 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, {key.lower().replace(" ", "_"): value for key, value in (record | nested).items()}
 
 
-def _options(row: dict[str, Any]) -> list[Any]:
+def _options(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """Return the keys of the options, letters where they have none, and their texts."""
     given = row.get("options") or row.get("choices") or [row[f"op{x}"] for x in "abcd" if f"op{x}" in row]
     if isinstance(given, dict):
-        return [given[key] for key in sorted(given)]
-    return [each.get("value") if isinstance(each, dict) else each for each in given]
+        given = [{"key": key, "value": given[key]} for key in sorted(given)]
+    if not isinstance(given, list):
+        raise TypeError
+    pairs = [(each.get("key"), each.get("value")) if isinstance(each, dict) else (None, each) for each in given]
+    return [key or letter for (key, _), letter in zip(pairs, LETTERS, strict=False)], [text for _, text in pairs]
 
 
-def _answer(row: dict[str, Any], options: Sequence[str], first: int, where: str) -> int | None:
+def _answer(row: dict[str, Any], labels: Sequence[str], options: Sequence[str], first: int, where: str) -> int | None:
     """Return the index of the correct option, None if the row names none."""
     if "cop" in row:
         value = None if str(row["cop"]) in ("-1", "None", "") else int(row["cop"]) - first
@@ -167,8 +172,11 @@ def _answer(row: dict[str, Any], options: Sequence[str], first: int, where: str)
         named = (row[key] for key in ("answer_idx", "correct_option", "answer") if row.get(key) not in (None, ""))
         value = next(named, None)
     if isinstance(value, str):
-        value = LETTERS.index(value) if value in [*LETTERS] else options.index(value) if value in options else -1
-    if value is not None and not 0 <= value < len(options):
+        known = next((each for each in (labels, [*LETTERS], options) if value in each), [])
+        value = known.index(value) if known else -1
+    if isinstance(value, float) and value.is_integer():  # as Parquet has them where some are missing
+        value = int(value)
+    if value is not None and (type(value) is not int or not 0 <= value < len(options)):
         raise UserError(f"{where}: its answer is none of its {len(options)} options; correct it or leave it out")
     return value
 

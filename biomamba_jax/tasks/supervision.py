@@ -13,6 +13,7 @@ from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, Pu
 from biomamba_jax.data.annotation_files import read_annotated
 from biomamba_jax.data.annotations import AnnotatedText, Relation, check_splits, describe, tag_names
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
+from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
 from biomamba_jax.tasks.measures import classification
@@ -137,22 +138,35 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
         text = config.answers[label] if question.kind == "yesno" else f" {label}"
         return Example(question.prompt(config), text, label, question.key)
 
-    def read(files: Sequence[str], kinds: Sequence[str]) -> list[Example]:
-        questions = [question for path in files for question in bioasq.read_questions(path)]
-        return [example(question) for question in questions if question.kind in kinds and question.golden]
-
-    tasks = []
+    asked, held_out = (
+        [question for path in files for question in bioasq.read_questions(path)]
+        for files in (config.path, config.development)
+    )
+    tasks, usable = [], [kind for kind in config.types if kind != "summary"]
     for name, kinds, answers in (
         ("bioasq-yesno", ("yesno",), config.answers),
         ("bioasq-names", ("factoid", "list"), {}),
     ):
-        chosen = [kind for kind in kinds if kind in config.types]
-        train, development = read(config.path, chosen), read(config.development, chosen)
+        chosen = [kind for kind in kinds if kind in usable]
+        train, development = (
+            [example(each) for each in questions if each.kind in chosen and each.golden]
+            for questions in (asked, held_out)
+        )
         if not config.development:
             train, development = held_out_share(train, development_fraction, prompt)
         if train or development:
             tasks.append(Task(name, train, development, answers=answers))
-    return tasks
+    if not tasks:
+        raise UserError(
+            f"{', '.join(config.path)}: no question of {', '.join(usable)} with a golden answer; give others"
+        )
+    left_out = Counter(
+        "without a golden answer" if each.kind in usable else each.kind
+        for each in [*asked, *held_out]
+        if each.kind not in usable or not each.golden
+    )
+    message = f"bioasq: questions left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())}"
+    return [dataclasses.replace(tasks[0], messages=[message] if left_out else []), *tasks[1:]]
 
 
 def predict(model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig) -> list[Prediction]:

@@ -155,6 +155,8 @@ def test_a_template_that_is_none_is_refused(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", {"prompt": "a", "answer": "b"})
     with pytest.raises(UserError, match=r"data.prompt = '\{prompt': is not a template"):
         list(read_examples(file, "{prompt", "{answer}"))
+    with pytest.raises(UserError, match=r"data.answer = '\{answer:.3\}': names 'answer' with a format"):
+        list(read_examples(file, "{prompt}", "{answer:.3}"))
 
 
 def test_the_development_share_depends_on_each_prompt_alone():

@@ -179,10 +179,16 @@ def test_a_tokenizer_trained_anew_in_the_same_place_is_the_one_that_is_used(many
         shutil.rmtree(tmp_path / "by itself")
 
 
-def test_a_spool_whose_text_was_cut_short_is_made_again(many, tmp_path):
+@pytest.mark.parametrize("damage", ["text", "json", "npy"])
+def test_a_damaged_spool_is_made_again(many, tmp_path, damage):
     make_shards(many[:2], tmp_path / "before", settings=SMALL, workers=1, spools=tmp_path / "spools")
-    for text in (tmp_path / "spools").glob("*.text"):
-        os.truncate(text, text.stat().st_size // 2)
+    for file in (tmp_path / "spools").glob(f"*.{damage}"):
+        if damage == "text":
+            os.truncate(file, file.stat().st_size // 2)
+        elif damage == "json":
+            file.write_text('{"sums": {}}')
+        else:
+            np.save(file, np.zeros(3))
     make_shards(many[:2], tmp_path / "after", settings=SMALL, workers=1, spools=tmp_path / "spools")
     assert contents(tmp_path / "before") == contents(tmp_path / "after")
 

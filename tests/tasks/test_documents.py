@@ -79,6 +79,9 @@ def test_a_sample_is_the_same_for_every_model_and_another_with_another_seed(json
 
 
 def test_a_domain_without_a_document_is_refused_by_name(tmp_path):
+    (tmp_path / "n.json").write_text("5")
+    with pytest.raises(UserError, match=r"n\.json, line 1: is not a mapping"):
+        read_domain("general", DomainConfig(path=str(tmp_path / "n.json")))
     (tmp_path / "t.txt").write_text("\n\n")
     with pytest.raises(UserError, match=r"domains\.general: .*t\.txt holds no document"):
         read_domain("general", DomainConfig(path=str(tmp_path / "t.txt")))

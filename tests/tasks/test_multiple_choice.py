@@ -44,6 +44,8 @@ def read(path, **settings):
         ([LISTED | {"answer_idx": "B"}], ""),
         ([LISTED | {"answer": "Insulin"}], ""),
         ([{"question": "Which?", "choices": OPTIONS, "answer": 1, "subject": "anatomy"}], "anatomy"),
+        ([{"question": "Which?", "choices": OPTIONS, "answer": 1.0}], ""),  # from Parquet
+        ([{"question": "Which?", "options": dict(zip("BCDE", OPTIONS, strict=True)), "answer_idx": "C"}], ""),
     ],
 )
 def test_published_layouts_are_read(tmp_path, rows, subject):
@@ -79,7 +81,14 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "named"),
-    [({"text": "x"}, "line 1: has no question"), (MEDQA | {"answer_idx": "E"}, "line 1: its answer is none of its 4")],
+    [
+        ({"text": "x"}, "line 1: has no question"),
+        (MEDQA | {"answer_idx": "E"}, "line 1: its answer is none of its 4"),
+        (MEDQA | {"options": "Insulin"}, "line 1: has no question with 2 to 10 options"),
+        ({"question": "?", "choices": [*"abcdefghijk"], "answer": 10}, "line 1: has no question with 2 to 10 options"),
+        ({"question": "?", "choices": OPTIONS, "answer": 0.5}, "line 1: its answer is none of its 4"),
+        ({"question": "?", "choices": OPTIONS, "answer": True}, "line 1: its answer is none of its 4"),
+    ],
 )
 def test_a_row_of_another_layout_is_refused_by_its_line(tmp_path, row, named):
     with pytest.raises(UserError, match=named):

@@ -1,11 +1,13 @@
 """Examples for fine-tuning from PubMedQA: which questions are learnt, which choose the weights, which are the test."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 
-from biomamba_jax.config import FinetuneConfig, PubMedQAConfig
+from biomamba_jax.config import BioASQConfig, FinetuneConfig, PubMedQAConfig
+from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.supervision import read_tasks
 
 
@@ -43,3 +45,15 @@ def test_the_folds_development_questions_are_the_500_that_are_not_the_test(path)
         chosen |= {example.key for example in task.development}
         test |= {example.key for example in task.test}
     assert len(chosen) == 500 and not chosen & test
+
+
+def test_questions_of_bioasq_that_are_not_learnt_are_counted(tmp_path):
+    answers = {"yesno": "yes", "factoid": [["a"]], "list": None, "summary": None}
+    questions = [{"type": kind, "body": "?", "exact_answer": answer} for kind, answer in answers.items()]
+    (tmp_path / "b.json").write_text(json.dumps({"questions": questions}))
+    asked = BioASQConfig(path=[str(tmp_path / "b.json")])
+    first, second = read_tasks(FinetuneConfig(init_from="unused", bioasq=asked))
+    assert first.messages == ["bioasq: questions left out: 1 without a golden answer, 1 summary"]
+    assert not second.messages
+    with pytest.raises(UserError, match=r"b\.json: no question of list with a golden answer"):
+        read_tasks(FinetuneConfig(init_from="unused", bioasq=dataclasses.replace(asked, types=["list"])))
