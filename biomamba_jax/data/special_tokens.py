@@ -4,6 +4,7 @@ tokenizer_config.json counts first, then config.json, then generation_config.jso
 of them states is found by its name.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,18 +48,21 @@ class SpecialTokens:
         return {self.start, *(token for name, token in self.named.items() if name != "unk")}
 
 
-def token_ids(path: Path, raw: Any) -> dict[str, Any]:
-    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids.
+def token_ids(path: Path, raw: Any, vocab_size: int) -> dict[str, Any]:
+    """Return those of TOKEN_IDS that a mapping states; each is an id or a list of ids. -1 stands for none.
 
     Raises:
-      UserError: an entry is neither.
+      UserError: an entry is neither, or not below `vocab_size`.
     """
     if not isinstance(raw, dict):
         raise UserError(f"{path}: token_ids = {raw!r}: must be a mapping")
-    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) not in (None, [])}
+    found = {key: raw[key] for key in TOKEN_IDS if raw.get(key) not in (None, [], -1)}
     for key, value in found.items():
-        if not all(type(each) is int for each in (value if isinstance(value, list) else [value])):
+        ids = value if isinstance(value, list) else [value]
+        if not all(type(each) is int for each in ids):
             raise UserError(f"{path}: {key} = {value!r}: must be a token id")
+        if not all(0 <= each < vocab_size for each in ids):
+            raise UserError(f"{path}: {key} = {value!r:.100}, but there are only {vocab_size} ids; correct it")
     return found
 
 
@@ -78,25 +82,26 @@ def read_stated(
       "pad" and "unk" that are stated.
 
     Raises:
-      UserError: the stated end-of-text token is not in the vocabulary.
+      UserError: a stated id or the stated end-of-text token is not in the vocabulary.
     """
     folder, ids = file.parent, dict[str, int]()
     config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
     for name in _NAMES:
         stated = config.get(f"{name}_token")
         text = stated.get("content") if isinstance(stated, dict) else stated
-        found = token_id(text) if isinstance(text, str) else None
+        if not isinstance(text, str | None):
+            raise UserError(f"{folder / TOKENIZER_CONFIG}: {name}_token = {stated!r:.100}: must be text, or null")
+        found = None if text is None else token_id(text)
         if found is not None:
             ids[name] = found
         elif stated is not None and name == "eos":
             raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token {text!r} is not a token of {file.name}")
+    if not isinstance(adds := config.get("add_bos_token"), bool | None):
+        raise UserError(f"{folder / TOKENIZER_CONFIG}: add_bos_token = {adds!r:.100}: must be true or false")
     for path in (folder / "config.json", folder / "generation_config.json"):
-        for key, value in token_ids(path, read_json(path)).items() if path.exists() else ():
+        for key, value in token_ids(path, read_json(path), vocab_size).items() if path.exists() else ():
             name, first = key.removesuffix("_token_id"), value[0] if isinstance(value, list) else value
-            if name in ids:
-                continue
-            if 0 <= first < vocab_size:
+            if name not in ids:
                 ids[name], config[f"{name}_token"] = first, token(first)
-            elif name == "eos":
-                raise UserError(f"{path}: {key} = {value}, but {file.name} has {vocab_size} ids")
-    return config, ids
+    # Strict JSON has no Infinity, which others write as model_max_length; null means the same there.
+    return json.loads(json.dumps(config), parse_constant=lambda _: None), ids

@@ -8,6 +8,7 @@ import html
 import html.entities
 import re
 import unicodedata
+from collections import Counter
 
 _ESCAPED = re.compile(r"&(?:[A-Za-z][A-Za-z0-9]{1,31}|#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6});")
 _XML_NAMES = {"&lt;", "&gt;", "&amp;"}
@@ -92,6 +93,16 @@ def _closing_bracket(text: str) -> int:
 def normalized_digest(text: str) -> bytes:
     """Return a 16-byte hash that ignores case and white space."""
     return hashlib.blake2b("".join(text.casefold().split()).encode(), digest_size=16).digest()
+
+
+def unspelled(text: str, spelled: str) -> tuple[int, int]:
+    """Return the bytes of the characters of a text that `spelled` lacks, and of all of them, white space aside."""
+    characters, kept = (Counter(unicodedata.normalize("NFC", each)) for each in (text, spelled))
+    return _bytes(characters - kept), _bytes(characters)
+
+
+def _bytes(characters: Counter[str]) -> int:
+    return sum(count * len(each.encode()) for each, count in characters.items() if not each.isspace())
 
 
 def split_position(key: bytes) -> int:

@@ -25,6 +25,7 @@ from biomamba_jax.files import write_json
 
 # Fixed, since the result of unigram training depends on the number of threads.
 _TRAINING_THREADS = 4
+_MOST_GAPS = 1 << 12  # ids without a token that a small vocabulary may have
 _LARGE_SAMPLE_BYTES = 1_000_000_000  # from here on SentencePiece needs 64-bit suffix arrays
 
 
@@ -123,6 +124,10 @@ class Tokenizer(ABC):
         """Return the text of each list of ids."""
         return [self.decode(ids) for ids in batch]
 
+    def spell(self, texts: Sequence[str]) -> list[str]:
+        """Return the text that the ids of each text spell; unknown tokens spell nothing."""
+        return self.decode_batch([[i for i in ids if i != self.unknown_id] for ids in self.encode_batch(texts)])
+
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
         """Copy the tokenizer's file into `folder` under its usual name, with what was stated beside it.
 
@@ -140,7 +145,9 @@ class _HuggingFace(Tokenizer):
     def __init__(self, path: Path, content: bytes):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises a bare Exception for any damage
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # for any damage a bare Exception, or the Rust library's panic
             raise UserError(f"{path}: not a Hugging Face tokenizer.json ({error}); give --tokenizer another") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -148,7 +155,12 @@ class _HuggingFace(Tokenizer):
         self._never_text: set[int] = set()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         eos = next((vocabulary[name] for name in EOS_NAMES if name in vocabulary), None)
-        super().__init__(path, content, max(vocabulary.values(), default=-1) + 1, eos)
+        vocab_size = max(vocabulary.values(), default=-1) + 1
+        if vocab_size > 2 * len(vocabulary) + _MOST_GAPS:  # each id would get a row of the embedding
+            raise UserError(
+                f"{path}: has ids up to {vocab_size - 1:,} for {len(vocabulary):,} tokens; give --tokenizer another"
+            )
+        super().__init__(path, content, vocab_size, eos)
         self.encode_batch(["\U000f0000"])  # an unknown character, for which its unknown token must exist
         unknown = getattr(self._tokenizer.model, "unk_token", None)  # Unigram models name its id
         self.unknown_id = vocabulary.get(unknown) if unknown else getattr(self._tokenizer.model, "unk_id", None)
@@ -204,6 +216,8 @@ class _SentencePiece(Tokenizer):
 
     def __init__(self, path: Path, content: bytes):
         try:
+            if not content:
+                raise OSError("it is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path}: not a SentencePiece model ({error}); give --tokenizer another file") from None
@@ -305,7 +319,7 @@ def train_sentencepiece(
             num_threads=_TRAINING_THREADS,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[-1].rpartition("] ")[2]
         size = training.train_tokenizer
         raise UserError(f"--train-tokenizer {size}: {reason}; give another size or more text") from None

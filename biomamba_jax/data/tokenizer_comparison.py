@@ -4,11 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from biomamba_jax.config.prepare import FilterConfig, TokenizersConfig
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.readers import read_records
 from biomamba_jax.data.records import KEPT
 from biomamba_jax.data.shards import tokenizer_file
+from biomamba_jax.data.text import unspelled
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines
@@ -31,6 +34,8 @@ class Comparison(NamedTuple):
     single_terms: float
     """Fraction of the terms that are one token after a space."""
     tokens_per_term: float
+    unspelled: float
+    """Share of the text's bytes that the tokens do not spell, white space aside; what is lost takes no tokens."""
 
 
 def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> list[Comparison]:
@@ -56,6 +61,9 @@ def compare_tokenizers(config: TokenizersConfig, tokenizers: Sequence[str]) -> l
 
 def _compare(tokenizer: Tokenizer, texts: Sequence[str], terms: Sequence[str]) -> Comparison:
     tokens = sum(map(len, tokenizer.encode_batch(texts)))
+    if not tokens:
+        raise UserError(f"{tokenizer.path}: spells nothing of the text; leave it out")
+    lost, total = np.sum([unspelled(text, own) for text, own in zip(texts, tokenizer.spell(texts), strict=True)], 0)
     words = sum(len(text.split()) for text in texts)
     # After a space, as in running text.
     of_terms = [len(ids) for ids in tokenizer.encode_batch([f" {term}" for term in terms])]
@@ -67,6 +75,7 @@ def _compare(tokenizer: Tokenizer, texts: Sequence[str], terms: Sequence[str]) -
         tokens_per_word=tokens / max(words, 1),
         single_terms=sum(count == 1 for count in of_terms) / len(terms),
         tokens_per_term=sum(of_terms) / len(terms),
+        unspelled=lost / max(total, 1),
     )
 
 
@@ -89,5 +98,6 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
 def show(found: Sequence[Comparison]) -> None:
     """Print the comparison as a table."""
     columns = ("tokenizer", "ids", "tokens", "bytes per token", "tokens per word", "one-token terms", "tokens per term")
-    formats = ("{}", "{:,}", "{:,}", "{:.3f}", "{:.3f}", "{:.1%}", "{:.2f}")
+    columns += ("not spelled",)
+    formats = ("{}", "{:,}", "{:,}", "{:.3f}", "{:.3f}", "{:.1%}", "{:.2f}", "{:.2%}")
     summary_table("", columns, [[form.format(v) for form, v in zip(formats, each, strict=True)] for each in found])

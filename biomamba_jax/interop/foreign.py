@@ -38,7 +38,7 @@ def read(folder: Path, dialect: str) -> Weights:
     params = _read_params(config, source, dialect, folder)
     ids: dict[str, Any] = {}
     for path in (config_json, folder / "generation_config.json") if dialect == "hf" else ():  # the last one wins
-        ids |= token_ids(path, read_json(path)) if path.exists() else {}
+        ids |= token_ids(path, read_json(path), config.known_vocab) if path.exists() else {}
     return Weights(config, params, tokenizer_file, about, heads.find(folder, config), ids)
 
 

@@ -87,7 +87,7 @@ def read(folder: Path) -> Weights:
     if not isinstance(about, dict):
         raise UserError(f"{path}: about = {about!r}: must be a mapping")
     params = restore(folder / PARAMS, "", shapes)
-    ids = token_ids(path, raw.get("token_ids", {}))
+    ids = token_ids(path, raw.get("token_ids", {}), config.known_vocab)
     file = tokenizers.find(folder)
     vocabulary.check_recorded(folder, load_tokenizer(file) if file else None, raw.get("tokenizer"))
     return Weights(config, params, file, about, heads.find(folder, config), ids)
@@ -104,7 +104,7 @@ def naming_errors(checkpoint: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (ValueError, OSError, KeyError) as error:
+    except Exception as error:  # of orbax and tensorstore, of many kinds
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Damaged(f"{checkpoint}: cannot be read ({reason[:200]}); it is damaged, use another copy") from None
 

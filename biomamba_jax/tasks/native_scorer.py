@@ -73,8 +73,7 @@ class NativeScorer:
 
     def spell(self, texts: Sequence[str]) -> list[str]:
         """See `scoring.Scorer`."""
-        unknown = self._tokenizer.unknown_id
-        return [self._tokenizer.decode([i for i in ids if i != unknown]) for ids in self.encode(texts)]
+        return self._tokenizer.spell(texts)
 
     def documents(self, texts: Sequence[str]) -> Iterator[tuple[int, np.ndarray]]:
         """See `scoring.Scorer`."""

@@ -4,10 +4,9 @@ A model predicts tokens. Of two equally good models, the one whose tokenizer mak
 half the bits per byte, so figures are compared only where nearly all of the text is spelled.
 """
 
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
 
+from biomamba_jax.data.text import unspelled
 from biomamba_jax.tasks.padding import batched
 from biomamba_jax.tasks.scoring import Scorer
 
@@ -20,11 +19,6 @@ def unspelled_share(scorer: Scorer, texts: Sequence[str]) -> float:
     lost = total = 0
     for block in batched(texts, _BLOCK):
         for text, spelled in zip(block, scorer.spell(block), strict=True):
-            characters, kept = (Counter(unicodedata.normalize("NFC", each)) for each in (text, spelled))
-            lost += _bytes(characters - kept)
-            total += _bytes(characters)
+            own, all_of_it = unspelled(text, spelled)
+            lost, total = lost + own, total + all_of_it
     return lost / total if total else 0.0
-
-
-def _bytes(characters: Counter[str]) -> int:
-    return sum(count * len(each.encode()) for each, count in characters.items() if not each.isspace())

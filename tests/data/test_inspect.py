@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from corpora import SMALL, abstract, make_shards
 from nlm_xml import article, write_set
 
@@ -127,7 +128,10 @@ def test_the_command_prints_and_the_page_holds_what_became_of_the_records(nlm, s
     assert "http" not in report.read_text().replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("arguments", [["inspect"], ["inspect", "nowhere"], ["polish"], ["inspect", "--splt=x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["inspect"], ["inspect", "nowhere"], ["polish"], ["inspect", "--splt=x"], ["inspect", "x", "--samples=-1"]],
+)
 def test_what_cannot_be_inspected_is_refused_in_one_line(arguments):
     with pytest.raises(UserError):
         prepare.main(arguments)
@@ -137,6 +141,12 @@ def test_originals_that_are_not_xml_are_refused_by_name(shards, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match=r"a\.jsonl: is not XML; --input of inspect takes the NLM files"):
         prepare.main(["inspect", str(shards), "--input", str(tmp_path / "a.jsonl")])
+
+
+def test_originals_that_are_broken_are_refused_by_name(shards, tmp_path):
+    (tmp_path / "a.xml").write_text("<PubmedArticleSet><PubmedArticle></PubmedBook></PubmedArticleSet>")
+    with pytest.raises(UserError, match=r"a\.xml: not well-formed XML"):
+        prepare.main(["inspect", str(shards), "--input", str(tmp_path / "a.xml")])
 
 
 def test_tokenizers_are_compared_on_the_same_text(nlm, shards, tmp_path, capsys):
@@ -168,6 +178,20 @@ def test_tokens_are_divided_by_words_and_into_bytes(shards, tmp_path):
 def _all(folder):
     reader = ShardReader(folder)
     return [reader[i] for i in range(len(reader))]
+
+
+def test_a_tokenizer_that_loses_the_text_is_shown_with_what_it_loses(shards, tmp_path, capsys):
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "[UNK]": 1, "mice": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "words.json"))
+    (tmp_path / "text.txt").write_text("mice cats " * 40)
+    arguments = ["tokenizers", "--tokenizers", str(tmp_path / "words.json"), "--input", str(tmp_path / "text.txt")]
+    prepare.main(arguments)
+    assert "50.00%" in capsys.readouterr().out
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"</s>": 0}, []))
+    library.save(str(tmp_path / "words.json"))
+    with pytest.raises(UserError, match=r"words\.json: spells nothing"):
+        prepare.main(arguments)
 
 
 @pytest.mark.parametrize("given", [[], ["--tokenizers", "x.model"], ["--input", "a.txt"]])

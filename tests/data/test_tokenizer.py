@@ -125,16 +125,27 @@ def test_an_expression_without_end_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("a.json", "{}"), ("a.json", "\xff"), ("a.model", "no"), ("a.txt", "a"), ("none.model", None)]
+    ("name", "content"),
+    [
+        *(("a.json", "{}"), ("a.json", "\xff"), ("a.json", ""), ("a.model", "no"), ("a.model", ""), ("a.txt", "a")),
+        ("none.model", None),
+    ],
 )
-def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content):
+def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path, name, content, capfd):
     if content is not None:
         (tmp_path / name).write_text(content, "latin-1")
     with pytest.raises(UserError, match=name):
         load_tokenizer(tmp_path / name)
+    assert not capfd.readouterr().err  # SentencePiece's own log
 
 
-@pytest.mark.parametrize("size", [100, 100_000])
+def test_ids_far_beyond_the_tokens_are_refused(tmp_path):
+    """Each would get a row of the embedding."""
+    with pytest.raises(UserError, match=r"tokenizer\.json: has ids up to 1,000,000 for 3 tokens"):
+        load_tokenizer(word_level(tmp_path / "tokenizer.json", a=10**6, **{"[UNK]": 1}))
+
+
+@pytest.mark.parametrize("size", [100, 100_000, 2**40])
 def test_an_impossible_vocabulary_is_refused(tmp_path, size):
     with pytest.raises(UserError, match=f"--train-tokenizer {size}"):
         train_sentencepiece(TEXTS, size, tmp_path / "a.model")

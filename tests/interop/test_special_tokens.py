@@ -71,6 +71,15 @@ def test_special_tokens_beside_the_end_of_the_text_stay_what_they_were(folder, t
     assert json.loads((tmp_path / "later" / "tokenizer_config.json").read_text())["bos_token"] == named["bos_token"]
 
 
+def test_minus_1_is_no_token_and_an_infinite_length_leaves_as_strict_json(folder, tmp_path):
+    path = write_byte_level(tmp_path / "t", [EOS], model_max_length=float("inf"))
+    state(folder / "config.json", pad_token_id=-1)
+    write_model(dataclasses.replace(read_model(folder), tokenizer_file=path), tmp_path / "again", "hf")
+    text = (tmp_path / "again" / "tokenizer_config.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["pad_token"] == EOS
+    assert ids_in(tmp_path / "again")["pad_token_id"] == 256
+
+
 def test_a_tokenizer_that_the_model_cannot_have_had_is_refused_before_anything_is_written(folder, tmp_path):
     large = write_byte_level(tmp_path / "large", [EOS, *(f"<{i}>" for i in range(54))])
     words = ["--input", str(folder), "--output", str(tmp_path / "out"), "--tokenizer", str(large)]
@@ -133,10 +142,18 @@ def test_of_two_statements_that_of_the_tokenizer_s_own_config_counts(tmp_path):
     ("file", "content", "message"),
     [
         ("tokenizer_config.json", {"eos_token": "<none>"}, "tokenizer_config.json: eos_token '<none>' is not a token"),
-        ("config.json", {"eos_token_id": 300}, "config.json: eos_token_id = 300, but tokenizer.json has 257 ids"),
+        ("config.json", {"eos_token_id": 300}, "config.json: eos_token_id = 300, but there are only 257 ids"),
+        (
+            "tokenizer_config.json",
+            {"bos_token": ["<s>"]},
+            r"bos_token = \[.<s>.\]: must be text",
+        ),
+        ("tokenizer_config.json", {"add_bos_token": "false"}, "add_bos_token = 'false': must be true or false"),
+        ("config.json", {"bos_token_id": 300}, "config.json: bos_token_id = 300, but there are only 257 ids"),
+        ("generation_config.json", {"pad_token_id": -2}, "generation_config.json: pad_token_id = -2, but there"),
     ],
 )
-def test_a_stated_end_of_text_that_the_tokenizer_lacks_is_refused(tmp_path, file, content, message):
+def test_a_stated_token_that_the_tokenizer_lacks_is_refused(tmp_path, file, content, message):
     path = write_byte_level(tmp_path / "t", [EOS])
     (path.parent / file).write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
