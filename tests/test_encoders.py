@@ -162,6 +162,18 @@ def test_weights_that_only_a_new_head_may_lack(tmp_path):
         train(tmp_path, "classifier")
 
 
+def test_a_classifier_without_the_weights_below_its_head_is_refused(tmp_path):
+    import safetensors.numpy
+
+    folder = write_encoder(tmp_path / "bert", "BertForSequenceClassification")
+    assert load_head(folder).classify(["insulin"])
+    weights = safetensors.numpy.load_file(folder / "model.safetensors")
+    del weights["bert.pooler.dense.weight"]
+    safetensors.numpy.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lacks bert\.pooler\.dense\.weight, which would be drawn at random"):
+        load_head(folder)
+
+
 def test_a_seed_draws_the_head_and_orders_the_texts(tmp_path):
     write_encoder(tmp_path / "base", "BertModel")
     found = {}

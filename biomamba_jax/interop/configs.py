@@ -91,7 +91,7 @@ def portable(config: ModelConfig) -> ModelConfig:
 
 def _refuse(path: Path, unsupported: dict[str, Any]) -> None:
     if unsupported:
-        rows = ", ".join(f"{key} = {value!r}" for key, value in unsupported.items())
+        rows = ", ".join(f"{key} = {value!r:.100}" for key, value in unsupported.items())
         raise UserError(f"{path}: settings that these models do not support: {rows}")
 
 
@@ -101,7 +101,7 @@ def _no_clamp(limit: Any) -> bool:
         plain = [next(iter(bound.values())) if isinstance(bound, dict) else bound for bound in limit]
         low, high = (float(bound) for bound in plain)
         return low == 0.0 and high >= _NO_BOUND
-    except (TypeError, ValueError, StopIteration):
+    except (TypeError, ValueError, OverflowError, StopIteration):
         return False
 
 

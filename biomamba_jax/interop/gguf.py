@@ -41,6 +41,7 @@ _NAMES = {
 }
 # In every type of file in float32, as llama.cpp computes with them.
 _FLOAT32 = ("ssm_conv1d.weight", "attn_norm.weight", "output_norm.weight", "ssm_norm.weight", "ssm_a", "ssm_d")
+_LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # a block of Q8_0 is scaled by a float16
 _NEVER = -1e4  # score of a piece that llama.cpp's "plamo2" then never makes of text
 _GPT2_SPLITS = ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2")
 
@@ -90,6 +91,8 @@ def write(weights: Weights, path: Path, dtype: str) -> None:
             if name.endswith("ssm_a"):
                 value = -np.exp(value)
             kind = _type(gguf, name, shape, dtype)
+            if np.isfinite(value).all() and np.abs(value).max(initial=0) > _LARGEST.get(kind.name, np.inf):
+                raise UserError(f"{name} holds values beyond float16's range; give --dtype bfloat16 or float32")
             writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(value), kind))
     finally:
         writer.close()

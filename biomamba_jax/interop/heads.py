@@ -138,7 +138,7 @@ def find(folder: Path, model: ModelConfig) -> Head | None:
         config = HeadConfig(**raw | {"labels": tuple(raw["labels"])})
         weight = found["weight"]
         bias = found.get("bias", np.zeros(len(weight), np.float32))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not a head ({error}); export it again, or remove the file") from None
     tensors = list(_reversed_tensors(model)) if config.reading == "bidirectional" else []
     expected = shapes(config, model)

@@ -10,6 +10,8 @@ from typing import Any
 from biomamba_jax.errors import UserError
 from biomamba_jax.object_store import local_copy
 
+HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?")
+"""A name on the hub: owner/name or owner/name@revision."""
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "params/*", "SHA256SUMS")
 _TORCH = "pytorch_model*.bin"
 
@@ -24,7 +26,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
       UserError: there is no such folder, and the model cannot be had from the store or the hub; says why.
     """
     folder = local_copy(name)
-    if folder.is_dir() or not (isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name)):
+    if folder.is_dir() or not (isinstance(name, str) and HUB_NAME.fullmatch(name)):
         return folder  # a missing folder is refused by its reader
     return _download(name)
 

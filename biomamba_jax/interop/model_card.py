@@ -82,7 +82,8 @@ def read_results(report: Path, model: str) -> list[dict[str, Any]]:
             raise UserError(f"{path}: has no model {model}, only {', '.join(map(str, paths.values()))}")
         rows = []
         for key, domain in raw["domains"].items():
-            if found := domain["models"].get(names[0]):
+            compared = names[0] not in domain.get("not_compared", ())  # else its tokenizer does not spell the text
+            if (found := domain["models"].get(names[0])) and compared:
                 figures = {each: found[each]["value"] for each in _FIGURES}
                 rows.append({"kind": "domain", "key": key, "name": key, "figures": figures})
         for key, task in raw["tasks"].items():

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_step_lines
-from biomamba_jax.interop import heads, native, run_dir, tokenizers, vocabulary
+from biomamba_jax.interop import heads, names, native, run_dir, tokenizers, vocabulary
 from biomamba_jax.interop.adapters import Base
 from biomamba_jax.interop.configs import portable
+from biomamba_jax.interop.hub import HUB_NAME
 from biomamba_jax.interop.weights import Weights
 
 _RECIPE = ("data", "optimizer", "schedule", "loss", "train", "lora")
@@ -38,12 +38,12 @@ def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
     Raises:
       UserError: there is no checkpoint, or a file is damaged.
     """
-    settings, config = _settings(folder)
     steps = run_dir.complete_steps(folder)
     if not steps:
         raise UserError(
             f"{folder / run_dir.CHECKPOINTS}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
+    settings, config, expected = read_settings(folder)
     verify = run_dir.verify if settings["checkpoint"].get("verify", True) else lambda *_: None
     step = max(steps)
     verify(folder, step)
@@ -57,7 +57,7 @@ def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
         shapes = native.saved_shapes(checkpoint)
     average = next((path for path in shapes if "/average/" in path), None)
     prefix = average.partition("/average/")[0] + "/average/" if average else "params/"
-    head, expected = _head(folder, settings), native.native_shapes(config)
+    head = _head(folder, settings)
     if head is not None:
         earlier = f"{prefix}classifier" in shapes  # a run of an earlier version
         expected |= {"classifier": (len(head.labels), config.d_model)} if earlier else heads.shapes(head, config)
@@ -98,16 +98,23 @@ def _head(folder: Path, settings: dict[str, Any]) -> HeadConfig | None:
         raise UserError(f"{folder / run_dir.CONFIG}: is not the config of a run ({error})") from None
 
 
-def _settings(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """Return the config.yaml of a run, with its sections as mappings, and the model's section as a ModelConfig."""
+def read_settings(folder: Path) -> tuple[dict[str, Any], ModelConfig, dict[str, names.Shape]]:
+    """Return the config.yaml of a run, with its sections as mappings, its model, and the shapes of the parameters.
+
+    Raises:
+      UserError: the file is damaged.
+    """
     settings = run_dir.read_settings(folder)
     try:
         settings |= {name: dict(settings.get(name) or {}) for name in _SECTIONS}
         rows = settings["data"]
         if not all(type(rows.get(key)) is int for key in ("batch_size", "sequence_length")):
             raise TypeError("data.batch_size or data.sequence_length is not an integer")
-        return settings, portable(ModelConfig(**settings["model"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all(isinstance(path, str | None) for path in (rows.get("path"), settings.get("init_from"))):
+            raise TypeError("data.path or init_from is not text")
+        config = portable(ModelConfig(**settings["model"]))
+        return settings, config, names.native_shapes(config)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{folder / run_dir.CONFIG}: is not the config of a run ({error})") from None
 
 
@@ -122,15 +129,18 @@ def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manife
     """
     changes = run_dir.settings_by_step(folder, step)
     ends = [*(begin for begin, _ in changes[1:]), step]
-    rows = [(end - begin, change["data"]) for (begin, change), end in zip(changes, ends, strict=True)]
-    tokens = sum(steps * data["batch_size"] * data["sequence_length"] for steps, data in rows)
-    about: dict[str, Any] = {"steps": step, "tokens": tokens}
-    about["recipe"] = {key: effective(key, changes[-1][1].get(key) or {}) for key in _RECIPE}
+    try:
+        rows = [(end - begin, change["data"]) for (begin, change), end in zip(changes, ends, strict=True)]
+        tokens = sum(steps * data["batch_size"] * data["sequence_length"] for steps, data in rows)
+        about: dict[str, Any] = {"steps": step, "tokens": tokens}
+        about["recipe"] = {key: effective(key, changes[-1][1].get(key) or {}) for key in _RECIPE}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / run_dir.HISTORY}: holds no settings of a run ({error!r}); delete it") from None
     for (_, before), (begin, after) in itertools.pairwise(changes):
         replaced = {key: old for key, (old, _) in run_dir.changed(before, after).items()}
         about["recipe"][f"until step {begin:,}"] = replaced
     if base := settings.get("init_from"):
-        hub = not Path(base).exists() and re.fullmatch(r"([\w.-]+/[\w.-]+)(@[\w.-]+)?", base)
+        hub = not Path(base).exists() and HUB_NAME.fullmatch(base)
         about |= {"base_model": hub[1]} if hub else {"init_from": Path(base).name}
     metrics = folder / "metrics.jsonl"
     if metrics.exists():

@@ -45,6 +45,8 @@ def _safetensors(files: list[Path]) -> TensorSource:
             source.metadata.update(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 tensor = file.get_slice(key)
+                if key in home:
+                    raise UserError(f"{path}: holds {key}, which is also in {home[key].name}; remove one of the files")
                 if tensor.get_dtype() not in _FLOATS:
                     raise UserError(f"{path}: {key} has dtype {tensor.get_dtype()}, which is not floating-point")
                 source.shapes[key], home[key] = tuple(tensor.get_shape()), path
@@ -98,7 +100,7 @@ def open_tensors(folder: Path) -> TensorSource:
     if (index := folder / INDEX).exists():
         weight_map = read_json(index).get("weight_map")
         names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        if not all(isinstance(name, str) and Path(name).name == name not in ("", "..") for name in names):
             raise UserError(f"{index}: weight_map must map tensors to files of this folder; download it again")
         return _safetensors([folder / name for name in sorted(set(names))])
     if (folder / BIN).exists():

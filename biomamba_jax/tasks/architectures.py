@@ -21,8 +21,15 @@ _OTHER_USES = {
 
 
 def architecture_of(folder: Path) -> str:
-    """Return the architecture that a folder's config.json states, "" if it states none."""
-    return str((read_json(folder / "config.json").get("architectures") or [""])[0])
+    """Return the architecture that a folder's config.json states, "" if it states none.
+
+    Raises:
+      UserError: the file cannot be read, or states no list of names.
+    """
+    stated = read_json(folder / "config.json").get("architectures") or [""]
+    if not isinstance(stated, list) or not all(isinstance(each, str) for each in stated):
+        raise UserError(f"{folder / 'config.json'}: architectures = {stated!r:.100}: must be a list of names")
+    return stated[0]
 
 
 def check_dtype(key: str, folder: Path, dtype: str | None) -> None:

@@ -34,12 +34,12 @@ def stated_kind(folder: Path) -> HeadKind | None:
     """Return the kind of head of an encoder's folder; None if it has none, or is no folder of others."""
     path = folder / "config.json"
     raw = read_json(path) if path.exists() else {}
-    if raw.get("model_type", "mamba") in CODE:
+    if str(raw.get("model_type", "mamba")) in CODE:
         return None
     kinds = (kind for ending, kind in _KINDS.items() if architecture_of(folder).endswith(ending))
     kind = next(kinds, None)
     of_problem = {problem: of for of, problem in PROBLEM_TYPES.items()}
-    return of_problem.get(raw.get("problem_type", ""), kind) if kind == "classifier" else kind
+    return of_problem.get(str(raw.get("problem_type")), kind) if kind == "classifier" else kind
 
 
 class EncoderTokenizer:
@@ -86,7 +86,9 @@ class EncoderHeadModel(HeadModel):
             key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, **settings
         )
         of_encoder = f"{self.model.base_model_prefix}."
-        if lost := [name for name in missing if UNUSED not in name and (not head or name.startswith(of_encoder))]:
+        if head:  # which is drawn at random, and with it what lies between it and the hidden states
+            missing = [name for name in missing if UNUSED not in name and name.startswith(of_encoder)]
+        if lost := missing:
             raise UserError(f"{key}: {folder} lacks {lost[0]}, which would be drawn at random")
         labels = (
             ("start", "end") if kind == "span" else tuple(dict(sorted(self.model.config.id2label.items())).values())

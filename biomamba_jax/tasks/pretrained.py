@@ -52,7 +52,7 @@ def load_pretrained(
         model, found = getattr(transformers, kind()).from_pretrained(
             folder, local_files_only=True, dtype=of_weights, output_loading_info=True, **settings
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of transformers, its checks of types, safetensors and unpickling
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key}: transformers cannot load {folder} ({reason})") from None
     return torch, model.to(device).eval(), tokenizer, sorted(found["missing_keys"])
@@ -83,8 +83,9 @@ class Encoder:
     def __init__(self, name: str, folder: Path, config: EmbeddingConfig):
         if config.pooling != "mean":
             raise UserError(f"models.{name}: an encoder's embedding is the mean; leave out pooling {config.pooling}")
+        self._key = f"models.{name}"
         self._torch, self._model, self._tokenizer, missing = load_pretrained(
-            f"models.{name}", folder, lambda: "AutoModel", config.dtype
+            self._key, folder, lambda: "AutoModel", config.dtype
         )
         if missing := [weight for weight in missing if UNUSED not in weight]:
             raise UserError(f"models.{name}: {folder} lacks {missing[0]}, which would be drawn at random")
@@ -108,4 +109,6 @@ class Encoder:
                 hidden = self._model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][..., None].float()
             vectors[chosen] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
+        if not np.isfinite(vectors).all():
+            raise UserError(f"{self._key}: its hidden states are NaN or infinite: damaged weights, or an overflow")
         return vectors

@@ -40,6 +40,8 @@ from biomamba_jax.tasks.scoring import (
 
 _MAX_WINDOW = 4096
 """Window of a model without a limit on positions."""
+_CAUSAL = 1e-5
+"""Change of earlier logits by the last token, relative to the change of its own, from which a model is not causal."""
 
 
 def _is_masked(architecture: str, model_type: str, is_decoder: bool, auto: Any) -> bool:
@@ -105,8 +107,8 @@ class TransformersModel:
 
     def __init__(self, name: str, folder: Path, torch: Any, model: Any, tokenizer: Any, batch_size: int):
         self._torch, self._model, self._tokenizer, self._batch_size = torch, model, tokenizer, batch_size
-        limit = getattr(model.config, "max_position_embeddings", None)
-        self._limit = (min(int(limit), _MAX_WINDOW) if limit else _MAX_WINDOW) - reserved_positions(model)
+        limit = getattr(model.config, "max_position_embeddings", None) or 0  # XLNet's is -1
+        self._limit = (min(int(limit), _MAX_WINDOW) if limit > 0 else _MAX_WINDOW) - reserved_positions(model)
         self._vocabulary = max(tokenizer.get_vocab().values()) + 1  # rows of the head from here on are padding
         self._rows = model.get_input_embeddings().weight.shape[0]
         if self._vocabulary > self._rows:
@@ -170,7 +172,21 @@ class _Causal(TransformersModel):
         self._end: Tokens = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.ends_documents = bool(self._end)
         self._set_greedy()
+        self._require_causal()
         self.facts = self._facts("causal", f"up to {self._limit:,} tokens, at least half of them")
+
+    def _require_causal(self) -> None:
+        """Refuse a model that sees the tokens after the one it predicts, as BertLMHeadModel without is_decoder does."""
+        first, *rest = np.linspace(0, self._vocabulary - 1, min(8, self._limit), dtype=int).tolist()
+        # Each by itself: the same numbers in the same order, of which a mask adds exact zeros.
+        one, other = (next(self._logits([[*rest, last]])) for last in (first, rest[-1]))
+        changed = (one - other).abs().amax(-1)  # by another last token
+        if float(changed[:-1].max()) > _CAUSAL * float(changed[-1]):
+            kind = type(self._model).__name__
+            raise UserError(
+                f"models.{self._name}: {self._folder} sees the tokens that it is to predict ({kind} is no causal model "
+                "as configured), so it gives no likelihood of a text; leave it out"
+            )
 
     def _encode_context(self, texts: Sequence[str]) -> list[Tokens]:
         return [[*self._prefix, *ids] or self._start for ids in self.encode(texts)]

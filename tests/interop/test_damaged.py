@@ -97,6 +97,20 @@ def test_a_shard_that_is_not_there_is_named(folder, capsys):
     assert "model-00002-of-00002.safetensors: no such file" in refusal(folder, capsys)
 
 
+def test_a_tensor_in_two_files_is_named_with_both(folder, capsys):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    index = {"weight_map": {"backbone.norm_f.weight": "a.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "b.safetensors: holds backbone." in (said := refusal(folder, capsys)) and "also in a.safetensors" in said
+
+
+def test_a_head_with_a_description_that_is_nested_without_end_is_named(folder, capsys):
+    metadata = {"head": "[" * 100_000}
+    save_file({"weight": np.zeros((1, 1), np.float32)}, folder / "head.safetensors", metadata=metadata)
+    assert "head.safetensors: is not a head" in refusal(folder, capsys)
+
+
 class Code:
     """Runs when it is unpickled."""
 
@@ -164,6 +178,8 @@ def test_native_parameters_of_another_shape_are_listed(tmp_path, capsys):
         ({"model_type": "mamba2", "time_step_limit": None}, "time_step_limit = None"),
         ({"model_type": "mamba2", "time_step_limit": 5}, "time_step_limit = 5"),
         ({"model_type": "mamba2", "time_step_limit": [{}, "a"]}, "time_step_limit = [{}, 'a']"),
+        ({"model_type": "mamba2", "time_step_limit": [0, 10**400]}, "time_step_limit = [0, 1000"),
+        ({"eos_token_id": 61}, "eos_token_id = 61, but there are only 61 ids"),
     ],
     ids=str,
 )
@@ -184,6 +200,8 @@ def test_a_size_that_is_null_comes_from_the_tensors(folder, capsys):
         {"weight_map": {"a": 5}},
         {"weight_map": {"a": 5, "b": "c"}},
         {"weight_map": {"a": "../b"}},
+        {"weight_map": {"a": ".."}},
+        {"weight_map": {"a": ""}},
         {"weight_map": []},
         [],
     ],

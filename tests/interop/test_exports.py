@@ -161,7 +161,8 @@ def test_the_card_states_origin_licence_and_what_a_report_measured(weights, tmp_
     measured = {"models": {"us": {"perplexity": {"value": 9.5}, "bits_per_byte": {"value": 1.25}}}}
     task = {"title": "PubMedQA", "models": {"us": {"measures": {"accuracy": {"value": 0.75}}}}}
     report = {"models": {"us": {"path": str(tmp_path / "m")}, "other": {"path": "elsewhere"}}}
-    report |= {"domains": {"pubmed": measured}, "tasks": {"pubmedqa": task}}
+    lossy = {"models": {"us": {"perplexity": {"value": 1.5}, "bits_per_byte": {"value": 0.1}}}, "not_compared": ["us"]}
+    report |= {"domains": {"pubmed": measured, "lossy": lossy}, "tasks": {"pubmedqa": task}}
     (tmp_path / "report.json").write_text(json.dumps(report))
     words = ["--input", f"{tmp_path}/m", "--output", f"{tmp_path}/out", "--report", f"{tmp_path}/report.json"]
     convert.main([*words, "--license", "apache-2.0", "--language", "de"])

@@ -271,6 +271,14 @@ def test_a_tokenizer_that_llama_cpp_lacks_is_refused(tokenizer, tmp_path):
         write_model(dataclasses.replace(weights, tokenizer_file=None), tmp_path / "out", "gguf")
 
 
+@pytest.mark.parametrize(("dtype", "value"), [("float16", 7e4), ("q8_0", 1e7)])
+def test_a_value_that_the_type_cannot_hold_is_refused(dtype, value, tokenizer, tmp_path):
+    weights = with_tokenizer(CONFIGS["mamba1"], tokenizer)
+    weights.params["embedding"][3, 4] = value
+    with pytest.raises(UserError, match=r"token_embd\.weight holds values beyond float16's range; give --dtype"):
+        write_model(weights, tmp_path / "out", "gguf", dtype)
+
+
 def test_8_bit_weights_are_only_for_gguf(tokenizer, tmp_path):
     with pytest.raises(UserError, match="only --to gguf has it, not hf"):
         write_model(with_tokenizer(CONFIGS["mamba2"], tokenizer), tmp_path / "out", "hf", "q8_0")

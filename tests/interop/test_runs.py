@@ -134,7 +134,18 @@ def test_a_run_without_a_checkpoint_is_refused(tmp_path):
         ("metrics.jsonl", b"[1]\n", "metrics.jsonl, line 1: not a record with a step"),
         ("checkpoints/10/state/_METADATA", b"{", "checkpoint 10: .*state/_METADATA: is damaged .* whole .* step 9"),
         ("checkpoints/10/loop/metadata", b"[]", "checkpoint 10: .*loop/metadata: is damaged .* whole .* of step 9"),
+        (
+            "config.yaml",
+            b"model: {d_model: 9223372036854775808, vocab_size: 9}\ndata: {batch_size: 1, sequence_length: 1}",
+            "config.yaml: is not the config of a run",
+        ),
+        (
+            "config.yaml",
+            b"model: {d_model: 32}\ndata: {path: [a], batch_size: 1, sequence_length: 1}",
+            "config.yaml: .*text",
+        ),
         ("history.jsonl", b'{"step": 0}\n', "history.jsonl, line 1: does not hold a step and a config"),
+        ("history.jsonl", b'{"step": 0, "config": {"data": 5}}\n', "history.jsonl: holds no settings of a run"),
     ],
 )
 def test_a_damaged_file_of_a_run_is_named(tmp_path, file, content, message):
@@ -201,3 +212,10 @@ def test_an_empty_newer_checkpoint_does_not_hide_the_last_complete_one(tmp_path)
     write_run(tmp_path / "run", 0.0)
     (tmp_path / "run" / "checkpoints" / "99999").mkdir()
     assert read_model(tmp_path / "run").about["steps"] == 10
+
+
+def test_a_base_model_of_the_hub_keeps_its_name_whatever_its_revision_is_called(tmp_path):
+    write_run(tmp_path / "run", 0.0)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("init_from: null", "init_from: owner/name@refs/pr/3"))
+    assert read_model(tmp_path / "run").about["base_model"] == "owner/name"

@@ -60,3 +60,11 @@ def test_a_folder_that_lacks_a_weight_and_another_pooling_are_refused(tmp_path):
     safetensors.numpy.save_file(weights, file, {"format": "pt"})
     with pytest.raises(UserError, match="word_embeddings"):
         Encoder("m", tmp_path, EmbeddingConfig())
+
+
+def test_an_encoder_of_nan_gives_no_embedding(tmp_path):
+    write(tmp_path, "bert")
+    encoder = Encoder("m", tmp_path, EmbeddingConfig())
+    encoder._model.encoder.layer[0].output.dense.weight.data[0] = float("nan")
+    with pytest.raises(UserError, match=r"models\.m: its hidden states are NaN"):
+        encoder(TEXTS)

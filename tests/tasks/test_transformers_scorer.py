@@ -206,6 +206,32 @@ def test_a_decoder_of_an_encoder_s_kind_is_causal(tmp_path):
     assert load_scorer("theirs", str(folder), config()).facts.kind == "causal"
 
 
+def test_a_model_that_sees_what_it_is_to_predict_is_not_causal(tmp_path):
+    folder = write_encoder(tmp_path, "BertLMHeadModel", is_decoder=False)
+    with pytest.raises(UserError, match=r"models\.theirs: .* sees the tokens that it is to predict \(BertLMHeadModel"):
+        load_scorer("theirs", str(folder), config())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 100), "transformers cannot load"),
+        (lambda folder: edit_config(folder, hidden_size="16"), "transformers cannot load"),
+        (
+            lambda folder: edit_config(folder, architectures="BertForMaskedLM"),
+            "architectures = 'BertForMaskedLM'",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "transformers cannot load"),
+    ],
+    ids=["weights", "type", "architectures", "tokenizer"],
+)
+def test_a_damaged_folder_is_one_line(tmp_path, damage, message):
+    damage(write_encoder(tmp_path, "BertForMaskedLM"))
+    with pytest.raises(UserError, match=message) as error:
+        load_scorer("theirs", str(tmp_path), config())
+    assert "\n" not in str(error.value)
+
+
 def test_pll_word_l2r_masks_the_rest_of_the_word_too(tmp_path):
     folder = write_encoder(tmp_path, "BertForMaskedLM", initializer_range=1.0)
     salazar, by_word = figures(folder)
