@@ -25,12 +25,19 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
       UserError: a file cannot be read or written; names it.
     """
-    from biomamba_jax import files
+    from biomamba_jax import files, folders
 
     output = Path(config.output)
     with files.naming_write_errors(output, "give another --output"):
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()  # refuse now, not after hours of evaluation
+    with folders.locked(output):
+        return _evaluate(config, output)
+
+
+def _evaluate(config: EvaluateConfig, output: Path) -> Path:
+    from biomamba_jax import files
+
     if config.suite:
         from biomamba_jax.blurb import evaluate_blurb
 

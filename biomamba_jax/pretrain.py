@@ -16,7 +16,7 @@ from typing import Any
 
 from biomamba_jax import files, folders
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config import ModelConfig, PretrainConfig
+from biomamba_jax.config import PretrainConfig
 from biomamba_jax.errors import UserError
 
 # Neither `--help` nor the data workers, which import this module again, need jax: it is imported inside functions.
@@ -75,13 +75,12 @@ def with_initial_weights(config: PretrainConfig) -> tuple[PretrainConfig, Any]:
     """
     if config.init_from is None:
         return config, None
-    from biomamba_jax.interop import read_model
-    from biomamba_jax.interop import run_dir as runs
+    from biomamba_jax.interop import read_model, run_dir, runs
     from biomamba_jax.train.setup import with_execution_settings
 
     run = Path(config.run_dir)
-    if (run / runs.CONFIG).exists() and runs.complete_steps(run):
-        model = ModelConfig(**runs.read_settings(run)["model"])
+    if (run / run_dir.CONFIG).exists() and run_dir.complete_steps(run):
+        _, model, _ = runs.read_settings(run)
         params = None
     else:
         weights = for_shards(read_model(config.init_from), config)
@@ -132,9 +131,11 @@ def write_baselines(config: PretrainConfig) -> None:
     from biomamba_jax.data.ngrams import ngram_baselines
     from biomamba_jax.data.shards import open_split
     from biomamba_jax.train.report import BASELINES, read_baselines
+    from biomamba_jax.train.setup import shards_tokenizer
 
     path = Path(config.run_dir) / BASELINES
     manifest, train = open_split(config.data.path, "train")
+    shards_tokenizer(config.data.path, manifest)  # refuses a manifest whose vocabulary is not its own
     if manifest.splits["train"].tokens > _LARGEST_BASELINE:
         return
     try:

@@ -76,6 +76,22 @@ def test_a_folder_of_other_embeddings_is_refused(folder, tmp_path, words, model,
         run(folder, tmp_path / "out", *words, model=model)
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("embed.json", '{"model": "m", "settings": {"format": "parquet"}, "probe": [], "parts": []}'),
+        ("embed.json", '{"model": "m", "settings": [], "probe": [1.0], "parts": [1]}'),
+        ("part-00001.jsonl", '{"id": "a", "title": "b"}\n'),
+        ("part-00001.jsonl", '{"id": "a", "title": "b", "embedding": [1, "x"]}\n'),
+    ],
+)
+def test_a_damaged_file_of_embeddings_is_named(folder, tmp_path, file, content):
+    run(folder, tmp_path / "out", "--format", "jsonl")
+    (tmp_path / "out" / file).write_text(content)
+    with pytest.raises(UserError, match=file):
+        EmbeddingFolder.open(tmp_path / "out")[0].read(1)
+
+
 def test_normalized_embeddings_have_norm_1(folder, tmp_path, vectors):
     stored, _ = run(folder, tmp_path / "out", "--normalize")
     found = np.concatenate([stored.read(number).vectors for number in range(3)])

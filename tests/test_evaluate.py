@@ -15,6 +15,7 @@ from biomamba_jax.command_line import parse
 from biomamba_jax.config import BioASQConfig, DomainConfig, EvaluateConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.evaluate import evaluate, main
+from biomamba_jax.folders import locked
 from biomamba_jax.interop import write_model
 
 QUICK = {"resamples": 50, "window": 64, "batch_size": 4}
@@ -255,6 +256,11 @@ def test_wrong_settings_end_in_one_line_that_names_the_key(tmp_path, arguments, 
     with pytest.raises(UserError) as error:
         main([*arguments.split(), "--output", str(tmp_path / "out")])
     assert message in " ".join(str(error.value).split())
+
+
+def test_two_evaluations_into_one_folder_are_refused(folder, tmp_path):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="out: another run uses it"):
+        evaluate(config(folder, tmp_path / "out"))
 
 
 def test_nothing_is_measured_before_all_inputs_are_read(folder, tmp_path):

@@ -28,6 +28,9 @@ from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.interop.model_card import read_results
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.multiple_choice import read_task
+from biomamba_jax.tasks.vectors import EmbeddingFolder
+from biomamba_jax.train.metrics import read_metrics
+from biomamba_jax.train.report import key_figures
 
 MEMORY = 1 << 30
 """Bytes by which the process may grow meanwhile."""
@@ -53,6 +56,16 @@ SPANS = """\
 SQUAD = """{"data": [{"paragraphs": [{"context": "TP53 is a gene.", "qas": [
   {"id": "1", "question": "Which?", "answers": [{"text": "TP53", "answer_start": 0}]}
 ]}]}]}"""
+PUBTATOR = "1|t|TP53 is a gene.\n1|a|Yes.\n1\t0\t4\tTP53\tGene\t7157\n1\tCID\tD1\tD2\n"
+BIOC = """<collection><document><id>1</id><passage><offset>0</offset><text>TP53 is a gene.</text>
+<annotation id="T1"><infon key="type">Gene</infon><location offset="0" length="4"/><text>TP53</text></annotation>
+</passage></document></collection>"""
+METRICS = """{"step": 0, "split": "validation", "loss": 2.5, "perplexity": 12.2}
+{"step": 10, "split": "train", "loss": "NaN", "learning_rate": 0.001, "tokens": 81920}
+"""
+EMBED = """{
+  "model": "m", "settings": {"format": "npy", "pooling": "mean"}, "probe": [0.5, 0.25], "texts": 3, "parts": [3]
+}"""
 REPORT = """{
   "models": {"m": {"path": "run"}},
   "domains": {"a": {"models": {"m": {
@@ -105,6 +118,10 @@ FILES = {
     "squad.json": SQUAD,
     "examples.jsonl": '{"prompt": "Is it?", "answer": " yes"}\n{"prompt": "Is it not?", "answer": " no"}\n',
     "report.json": REPORT,
+    "pubtator.txt": PUBTATOR,
+    "bioc.xml": BIOC,
+    "metrics.jsonl": METRICS,
+    "embed.json": EMBED,
     "settings.yaml": YAML,
 }
 
@@ -138,6 +155,10 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "files/squad.json": annotated("squad"),
     "files/examples.jsonl": lambda path: list(read_examples(str(path), "{prompt}", "{answer}")),
     "files/report.json": lambda path: read_results(path, "run"),
+    "files/pubtator.txt": annotated("pubtator"),
+    "files/bioc.xml": annotated("bioc"),
+    "files/metrics.jsonl": lambda path: key_figures(read_metrics(path.parent), []),
+    "files/embed.json": lambda path: EmbeddingFolder.open(path.parent),
     "files/settings.yaml": lambda path: parse(PretrainConfig, ["--config", str(path)]),
 }
 
@@ -146,7 +167,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-@some_or_many(shares=20)
+@some_or_many(shares=24)
 @pytest.mark.parametrize("file", READERS)
 def test_a_file_with_anything_in_it_is_read_or_refused_in_one_line(originals, tmp_path, file, examples, seconds):
     folder = tmp_path / file.partition("/")[0]

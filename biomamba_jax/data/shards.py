@@ -32,6 +32,7 @@ from biomamba_jax.object_store import local_copy
 
 FORMAT_VERSION = 2
 _READ_VERSIONS = (1, 2)  # 1 has no start_id
+_MAX_VOCABULARY = 1 << 31
 MANIFEST_NAME = "manifest.json"
 LENGTHS_NAME = "lengths.npy"
 _PREPARE_AGAIN = "run `python -m biomamba_jax.prepare` again into a new folder"
@@ -155,9 +156,17 @@ class Manifest:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {key}: {first['msg']}; {_PREPARE_AGAIN}") from None
-        file = found.tokenizer.file
-        if Path(file).name != file:
-            raise UserError(f"{path}: tokenizer.file: {file!r} is not a file of this folder; {_PREPARE_AGAIN}")
+        info = found.tokenizer
+        if Path(info.file).name != info.file:
+            raise UserError(f"{path}: tokenizer.file: {info.file!r} is not a file of this folder; {_PREPARE_AGAIN}")
+        if not 0 < info.vocab_size < _MAX_VOCABULARY:
+            raise UserError(
+                f"{path}: tokenizer.vocab_size: {info.vocab_size} is that of no tokenizer; {_PREPARE_AGAIN}"
+            )
+        for key, value in (("eos_id", info.eos_id), ("start_id", info.start_id)):
+            if value is not None and not 0 <= value < info.vocab_size:
+                reason = f"{value} is none of the {info.vocab_size} ids of its vocabulary"
+                raise UserError(f"{path}: tokenizer.{key}: {reason}; {_PREPARE_AGAIN}")
         return found
 
     def check_tokenizer(self, sha256: str) -> None:

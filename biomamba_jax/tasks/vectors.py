@@ -10,11 +10,11 @@ index.faiss           a faiss index of the normalized embeddings, in the order o
 import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
 
-from biomamba_jax.config.embed import Format
+from biomamba_jax.config.embed import Format, Pooling
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_array, read_json, read_json_lines, replacing, write_json, write_json_lines
 from biomamba_jax.tasks.documents import Document
@@ -68,8 +68,8 @@ class EmbeddingFolder:
         Raises:
           UserError: it is not such a folder, or not complete.
         """
-        about = read_json(path / ABOUT)
-        if "texts" not in about:
+        about = _read_about(path)
+        if "parts" not in about:
             raise UserError(f"{path}: is not complete; run the same `embed` command again")
         return cls(path, about["settings"]["format"]), about
 
@@ -87,7 +87,7 @@ class EmbeddingFolder:
         if not (self.path / ABOUT).exists():
             write_json(self.path / ABOUT, {"model": model, "settings": settings, "probe": probe.tolist()})
             return
-        before = read_json(self.path / ABOUT)
+        before = _read_about(self.path)
         changed = [key for key in settings if before["settings"].get(key) != settings[key]]
         if not changed and not same_vector(before["probe"], probe):
             changed = ["weights of model"]
@@ -133,12 +133,19 @@ class EmbeddingFolder:
           UserError: it is missing or damaged.
         """
         path = self._part(number)
+        try:
+            part = self._read(path, number)
+            if part.vectors.ndim != 2 or not len(part.ids) == len(part.titles) == len(part.vectors):
+                raise ValueError("ids and embeddings do not go together")
+            return part
+        except UserError:
+            raise
+        except Exception as error:  # of pyarrow or NumPy, or of what a line lacks
+            raise UserError(f"{path}: cannot be read ({error!r:.200}); remove it and run `embed` again") from None
+
+    def _read(self, path: Path, number: int) -> Part:
         if self._format == "parquet":
-            parquet = library("pyarrow.parquet", "parquet")
-            try:
-                table = parquet.read_table(path)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); remove it and run `embed` again") from None
+            table = library("pyarrow.parquet", "parquet").read_table(path)
             rows = table["embedding"].combine_chunks()
             vectors = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
             return Part(table["id"].to_pylist(), table["title"].to_pylist(), vectors)
@@ -173,6 +180,8 @@ class EmbeddingFolder:
             index = faiss.read_index(str(path))
         except RuntimeError as error:
             raise UserError(f"{path}: cannot be read ({str(error)[:80]}); remove it and run `embed` again") from None
+        if (index.ntotal, index.d) != (sum(sizes), len(vector)):
+            raise UserError(f"{path}: is not of these embeddings; remove it and run `embed` again")
         (scores,), (found,) = index.search(normalized(vector[None]), min(k, index.ntotal))
         ends = np.cumsum(sizes)
         for score, position in zip(scores.tolist(), found.tolist(), strict=True):
@@ -182,6 +191,24 @@ class EmbeddingFolder:
             part = self.read(number)
             row = position - (ends[number] - sizes[number])
             yield score, part.ids[row], part.titles[row]
+
+
+def _read_about(path: Path) -> dict[str, Any]:
+    """Return the content of the embed.json in a folder.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    about = read_json(path / ABOUT)
+    settings, probe, parts = about.get("settings"), about.get("probe"), about.get("parts", [])
+    known = isinstance(settings, dict) and isinstance(about.get("model"), str)
+    known = known and all(
+        settings.get(key) in get_args(kind) for key, kind in (("format", Format), ("pooling", Pooling))
+    )
+    lists = isinstance(probe, list) and isinstance(parts, list)
+    if not (known and lists and all(type(x) is float for x in probe) and all(type(x) is int and x > 0 for x in parts)):
+        raise UserError(f"{path / ABOUT}: was not written by `embed`; remove the folder and embed again")
+    return about
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

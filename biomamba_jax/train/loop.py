@@ -18,8 +18,7 @@ from biomamba_jax import files
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
 from biomamba_jax.data.pipeline import Documents, TrainIterator
-from biomamba_jax.data.shards import Manifest, tokenizer_file
-from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.interop.vocabulary import identity
@@ -101,7 +100,7 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
     data, steps = config.data, setup.total_steps(config, manifest)
     setup.require_same_shards(data)
     program = pretrain_program(config, make_mesh(config.mesh), steps)
-    tokenizer = tokenizer_file(data.path)
+    tokenizer = setup.shards_tokenizer(data.path, manifest)
 
     def on_tasks(step: int, state: TrainState) -> Mapping[str, Metrics] | None:
         return measure and measure(config.model, evaluation_weights(state.params, state.optimizer))
@@ -114,8 +113,8 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
         documents=setup.training_documents(data, manifest),
         num_workers=data.num_workers,
-        tokenizer=tokenizer if tokenizer.is_file() else None,
-        identity={"tokenizer": identity(load_tokenizer(tokenizer))} if tokenizer.is_file() else {},
+        tokenizer=tokenizer and tokenizer.path,
+        identity={"tokenizer": identity(tokenizer)} if tokenizer else {},
         hooks=[(config.evaluate.every, on_tasks)],
     )
     return run(training, params)

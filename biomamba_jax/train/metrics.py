@@ -37,6 +37,8 @@ SKIPPED = "skipped.jsonl"
 
 Record = dict[str, Any]
 
+_NEEDED = {METRICS: ("split",), TIMING: ("time",)}
+"""Keys that every line of a file has besides its step."""
 # JSON has no such numbers, and a diverged run's lines must still be readable by every JSON parser.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -193,9 +195,14 @@ def read_timing(run_dir: str | os.PathLike[str]) -> list[Record]:
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
-    """Yield each complete line with its record."""
-    for line, record in files.read_step_lines(path) if path.exists() else ():
-        yield line, {key: _NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in record.items()}
+    """Yield each complete line with its record, of which all values but the split are numbers."""
+    lines = enumerate(files.read_step_lines(path), start=1) if path.exists() else ()
+    for number, (line, record) in lines:
+        record = {key: _NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in record.items()}
+        needed = {key: record.get(key) for key in (*_NEEDED[path.name], *record)} if path.name in _NEEDED else {}
+        if not all(isinstance(x, str if key == "split" else int | float) for key, x in needed.items()):
+            raise UserError(f"{path}, line {number}: lacks a value, or holds one that is no number; delete it")
+        yield line, record
 
 
 def _drop_after(path: Path, last_step: int | None) -> None:

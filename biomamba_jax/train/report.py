@@ -87,7 +87,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         tasks=task_table(metrics),
         curves=_curves(metrics, timing),
         skipped=max((record["skipped_updates"] for record in metrics if "skipped_updates" in record), default=None),
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config="".join(f"{line}\n" for line in files.read_lines(config)) if config.exists() else "",
     )
 
 
@@ -244,6 +244,7 @@ def _environment(run_dir: str | os.PathLike[str]) -> Record:
     about = files.read_json(path) if path.exists() else {}
     starts, keys = about.get("starts", []), {"step", "host", "devices", "time"}
     valid = isinstance(starts, list) and all(isinstance(each, dict) and keys <= each.keys() for each in starts)
-    if not (valid and all(type(each["step"]) is int for each in starts) and (not about or "versions" in about)):
+    known = not about or (isinstance(about.get("versions"), dict) and {"devices", "time"} <= about.keys())
+    if not (valid and all(type(each["step"]) is int for each in starts) and known):
         raise UserError(f"{path}: is not a record of starts; delete it")
     return about

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
 from biomamba_jax.data.pipeline import Documents, PaddedDocuments
-from biomamba_jax.data.shards import Manifest, open_split
-from biomamba_jax.data.tokenizer import load_tokenizer
+from biomamba_jax.data.shards import Manifest, open_split, tokenizer_file
+from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
 from biomamba_jax.interop import run_dir as runs
@@ -35,6 +35,25 @@ def with_vocabulary(model: ModelConfig, manifest: Manifest) -> ModelConfig:
             f"{vocabulary} ids; leave vocab_size out to use that"
         )
     return dataclasses.replace(model, vocab_size=model.vocab_size or vocabulary)
+
+
+def shards_tokenizer(folder: str, manifest: Manifest) -> Tokenizer | None:
+    """Return the tokenizer of the shards in a folder or URL, None if it is not there.
+
+    Raises:
+      UserError: the manifest states another vocabulary or other special tokens than its own.
+    """
+    file, stated = tokenizer_file(folder), manifest.tokenizer
+    if not file.is_file():
+        return None
+    found = load_tokenizer(file)
+    start = found.start_id if stated.start_id is not None else None  # None: the shards begin each document with EOS
+    if (found.vocab_size, found.eos_id, start) != (stated.vocab_size, stated.eos_id, stated.start_id):
+        raise UserError(
+            f"{folder}: its manifest states {stated.vocab_size} ids, start {stated.start_id} and end {stated.eos_id}, "
+            f"{file.name} has {found.vocab_size}, {found.start_id} and {found.eos_id}; prepare the shards again"
+        )
+    return found
 
 
 def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> ModelConfig:

@@ -88,6 +88,10 @@ def test_a_broken_line_is_named(tmp_path):
         file.write("oops\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 3"):
         read_metrics(tmp_path)
+    for line in ('{"step": 1}', '{"step": 1, "split": "train", "loss": null}', '{"step": 1, "split": 5}'):
+        (tmp_path / "metrics.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
+            read_metrics(tmp_path)
 
 
 def test_tensorboard_has_a_curve_for_each_value_of_a_split(tmp_path):

@@ -139,10 +139,19 @@ def test_values_that_are_not_finite_are_left_out_of_the_curves(run_dir):
     assert len(page(run_dir).xpath("//figure")) == 4
 
 
-def test_a_broken_file_is_named_and_the_old_report_stays(run_dir):
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("baselines.json", b"{", "cannot be read as JSON"),
+        ("environment.json", b'{"versions": 5, "devices": "x", "time": "y"}', "is not a record of starts"),
+        ("timing.jsonl", b'{"step": 1}\n', "line 1: lacks a value"),
+        ("config.yaml", b"a: \xff", "not UTF-8"),
+    ],
+)
+def test_a_broken_file_is_named_and_the_old_report_stays(run_dir, file, content, message):
     before = write_report(run_dir).read_bytes()
-    (run_dir / "baselines.json").write_text("{")
-    with pytest.raises(UserError, match=r"baselines\.json: cannot be read as JSON"):
+    (run_dir / file).write_bytes(content)
+    with pytest.raises(UserError, match=rf"{file}.*{message}"):
         write_report(run_dir)
     assert (run_dir / "report.html").read_bytes() == before
 

@@ -1,9 +1,11 @@
 """Pretraining on a mixture: what the config names is what is trained on, counted per source, and resumed exactly."""
 
 import dataclasses
+import json
 
 import pytest
 from synthetic import write_shards
+from tiny_models import train_tokenizer
 
 from biomamba_jax.config import (
     CheckpointConfig,
@@ -15,6 +17,7 @@ from biomamba_jax.config import (
 )
 from biomamba_jax.config.data import MixtureConfig, SourceConfig
 from biomamba_jax.data.shards import Manifest
+from biomamba_jax.errors import UserError
 from biomamba_jax.train.loop import train
 from biomamba_jax.train.metrics import read_metrics
 from biomamba_jax.train.setup import total_steps
@@ -71,3 +74,15 @@ def test_epochs_are_those_of_the_main_source(config):
     of_epochs = dataclasses.replace(config, train=TrainConfig(epochs=2.0))
     manifest = Manifest.load(config.data.path)
     assert total_steps(of_epochs, manifest) == -(-2 * round(manifest.splits["train"].tokens / 0.8) // (64 * 8))
+
+
+def test_a_manifest_of_another_vocabulary_than_its_tokenizer_is_refused(config, tmp_path):
+    shards = write_shards(tmp_path / "shards", documents=10)
+    tokenizer = train_tokenizer(shards)
+    path = shards / "manifest.json"
+    raw = json.loads(path.read_text())
+    raw["tokenizer"] |= {"file": tokenizer.path.name, "sha256": tokenizer.sha256}
+    path.write_text(json.dumps(raw))
+    settings = dataclasses.replace(config.data, path=str(shards), mixture=MixtureConfig())
+    with pytest.raises(UserError, match=r"states 31 ids, start None and end 0, tokenizer\.model has 310"):
+        train(dataclasses.replace(config, data=settings, run_dir=str(tmp_path / "run")))
