@@ -128,7 +128,9 @@ def _measures(config: EvaluateConfig, each: Set, words: Sequence[str]) -> Measur
             results = train_and_answer(settings, read_weights(settings))
     if results is None:
         raise UserError(f"{run_dir}: was stopped; run the same command to go on")
-    [measures] = [values for split, values in results.items() if split.endswith(" test")]
+    measures = next((values for split, values in results.items() if split.endswith(" test")), None)
+    if not isinstance(measures, dict) or each.measure not in {*measures, "macro_word_f1"}:
+        raise UserError(f"{run_dir / RESULTS}: holds no {each.measure} of a test split; remove the folder")
     if each.measure == "macro_word_f1":
         [lines] = (run_dir / PREDICTIONS).glob("*-test.jsonl")
         measures |= {each.measure: macro_word_f1([line for _, line in files.read_json_lines(lines)])}

@@ -112,7 +112,16 @@ def train(
     trainer = transformers.Trainer(encoder.model, arguments, partial(_batch, encoder), *splits, callbacks=[stopping])
     schedule, scheduler = learning_rate(config.schedule, 1.0, steps), encoder.torch.optim.lr_scheduler.LambdaLR
     trainer.lr_scheduler = scheduler(trainer.create_optimizer(), lambda step: float(schedule(step)))
-    trainer.train(resume_from_checkpoint=any((run_dir / "trainer").glob("checkpoint-*")))
+    resumed = any((run_dir / "trainer").glob("checkpoint-*"))
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except Exception as error:  # of transformers, safetensors or PyTorch where a file is damaged
+        if not resumed:
+            raise
+        reason = f"{error} ".splitlines()[0].strip() or type(error).__name__
+        raise UserError(
+            f"{run_dir / 'trainer'}: its newest checkpoint cannot be resumed ({reason}); remove it"
+        ) from None
     with MetricsWriter(config, None) as metrics:
         for logged in trainer.state.log_history:
             for key, split in (("loss", "train"), ("eval_loss", "validation")):

@@ -102,6 +102,9 @@ def test_our_models_and_each_kind_of_encoder_are_columns_of_one_table(data, monk
         evaluate([*given, "--blurb.steps", "3"])
     with pytest.raises(UserError, match="was trained with another data"):
         evaluate([*given, "--blurb.steps", "2", "--blurb.batch_size", "3"])
+    (data / "out/runs/BertModel/NCBI-disease-0/results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"results\.json: holds no f1 of a test split"):
+        evaluate([*given, "--blurb.steps", "2"])
 
 
 def test_a_folder_without_any_set_is_refused(tmp_path):

@@ -151,6 +151,16 @@ def test_settings_of_our_models_alone_are_refused(tmp_path, words, message):
         train(tmp_path, "classifier", *words)
 
 
+@pytest.mark.slow
+def test_a_damaged_checkpoint_of_an_encoder_is_one_line(tmp_path):
+    write_encoder(tmp_path / "base", "BertModel")
+    checkpoint = tmp_path / "run" / "trainer" / "checkpoint-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{")
+    with pytest.raises(UserError, match=r"run/trainer: cannot be resumed \(.*; remove its newest checkpoint"):
+        train(tmp_path, "classifier", steps=1)
+
+
 def test_weights_that_only_a_new_head_may_lack(tmp_path):
     import safetensors.numpy
 

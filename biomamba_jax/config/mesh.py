@@ -8,7 +8,7 @@ from biomamba_jax.config.checks import Limit, Settings, check
 AxisSize = Annotated[
     int, Limit("at least 1, or -1 for the devices that the other axes leave", lambda x: x >= 1 or x == -1)
 ]
-Seconds = Annotated[int, Limit("at least 1 second", lambda x: x >= 1)]
+Seconds = Annotated[int, Limit("at least 1 second, and at most a day (86400)", lambda x: 1 <= x <= 86400)]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from biomamba_jax.config.checks import Limit, PositiveFloat, PositiveInt
+from biomamba_jax.config.checks import Duration, Limit, PositiveInt
 from biomamba_jax.config.train import PretrainConfig
 
 
@@ -30,5 +30,5 @@ class PlanConfig(PretrainConfig):
     """Maximum number of programs to compile, in a search or for the nearest settings that fit."""
     json: bool = False
     """Print JSON instead of a table."""
-    limit_seconds: PositiveFloat = 600
+    limit_seconds: Duration = 600
     """Time limit for compiling one program, in seconds."""

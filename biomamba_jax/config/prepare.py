@@ -139,7 +139,7 @@ class DownloadConfig(Settings):
     """Number of files that are fetched at a time."""
     tries: checks.PositiveInt = 5
     """Tries for each file."""
-    timeout: checks.PositiveFloat = 60.0
+    timeout: checks.Duration = 60.0
     """Seconds without a byte, below 1,000 bytes/s or before the headers end, after which a connection is closed."""
 
 

@@ -35,6 +35,7 @@ _BLOCK_BYTES = 1 << 18
 _MAX_PAUSE = 60.0
 _TRANSIENT = (408, 429, 500, 502, 503, 504)
 _LEAST_SPEED = 1_000  # bytes/s
+_LONGEST_TEXT = 1 << 25  # bytes of a listing
 # requests' exceptions are OSErrors; a broken URL that a server redirects to raises its own or a ValueError.
 _PROBLEMS = (OSError, urllib3.exceptions.HTTPError, ValueError)
 
@@ -260,7 +261,7 @@ def choose(files: Iterable[Remote], numbers: str | None) -> list[Remote]:
     there = f"{min(by_number)}-{max(by_number)}" if by_number else "none"
     wanted: set[int] = set()
     for part in numbers.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
         chosen = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
         if not chosen:
             raise UserError(f"--numbers {numbers}: give numbers and ranges such as 1-20,1335")
@@ -274,7 +275,12 @@ def choose(files: Iterable[Remote], numbers: str | None) -> list[Remote]:
 def _read(http: requests.Session, url: str, timeout: float) -> str:
     with http.get(url, stream=True, timeout=timeout) as response:
         response.raise_for_status()
-        return b"".join(_blocks(response, timeout, decode_content=True)).decode("utf-8", "replace")
+        content = bytearray()
+        for block in _blocks(response, timeout, decode_content=True):
+            content += block
+            if len(content) > _LONGEST_TEXT:
+                raise OSError(f"more than {_LONGEST_TEXT >> 20} MB arrive, where a listing or an MD5 sum should")
+        return content.decode("utf-8", "replace")
 
 
 def _blocks(response: requests.Response, period: float, *, decode_content: bool = False) -> Iterator[bytes]:

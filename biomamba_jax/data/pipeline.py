@@ -9,10 +9,9 @@ number of workers.
 import signal
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import cached_property
-from multiprocessing import resource_tracker
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -24,7 +23,7 @@ from biomamba_jax.data.examples import Encoded
 from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan
 from biomamba_jax.data.packing import DEFAULT_WINDOW, FIRST_WINDOW, Piece, RowPlan, WindowedRows, WindowStart, fill_row
 from biomamba_jax.data.shards import shifted
-from biomamba_jax.data.workers import end_with_parent
+from biomamba_jax.data.workers import blocked_signals, end_with_parent
 from biomamba_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -197,7 +196,7 @@ class TrainIterator:
     def _start_at(self, row: int, start: WindowStart) -> None:
         batches = _Batches(self._documents, first_row=row, start=start, **self._rows, **self._host)
         self._row, self._window_start, self._rows_per_step = row, start, batches.rows_per_step
-        with _blocked_signals(self._num_workers):
+        with blocked_signals() if self._num_workers else nullcontext():
             self._batches = [_read_ahead(batches, self._num_workers)]
         # Also runs at the program's exit, before Python tears down grain's modules under grain's iterators.
         self._close = weakref.finalize(self, _close_all, self._batches)
@@ -209,7 +208,7 @@ class TrainIterator:
         if not self._batches:
             raise ValueError("the iterator is closed")
         try:
-            with _blocked_signals(self._num_workers):  # workers start at the first batch
+            with blocked_signals() if self._num_workers else nullcontext():  # workers start at the first batch
                 batch = next(self._batches[0])
         except RuntimeError as error:  # a UserError is not one
             if "terminated unexpectedly" not in str(error):
@@ -315,23 +314,6 @@ def _read_ahead(batches: _Batches, num_workers: int) -> grain.DatasetIterator[di
         options = grain.MultiprocessingOptions(num_workers, per_worker_buffer_size=_BATCHES_AHEAD)
         dataset = dataset.mp_prefetch(options, worker_init_fn=_prepare_worker)
     return iter(dataset)
-
-
-@contextmanager
-def _blocked_signals(num_workers: int) -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread and in the workers that it starts, which inherit that.
-
-    Otherwise a signal to the process group ends workers that have not come to ignore it yet.
-    """
-    if not num_workers:
-        yield
-        return
-    resource_tracker.ensure_running()  # which unblocks them when it starts
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _close_all(iterators: list[grain.DatasetIterator]) -> None:

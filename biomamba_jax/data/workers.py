@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 from biomamba_jax.errors import UserError
@@ -32,11 +33,26 @@ class Workers:
             return
         waiting: deque[Future[Result]] = deque()
         for task in tasks:
-            waiting.append(self._pool.submit(function, task))
+            with blocked_signals():  # a task may start a worker
+                waiting.append(self._pool.submit(function, task))
             if len(waiting) >= self.count * _AHEAD:
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
+
+
+@contextmanager
+def blocked_signals() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread and in the workers that it starts, which inherit that.
+
+    Otherwise a signal to the process group ends workers that have not come to ignore it yet.
+    """
+    resource_tracker.ensure_running()  # which unblocks them when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -72,8 +88,9 @@ def _cores() -> int:
 
 
 def _begin() -> None:
-    """Initialize a worker: it ignores Ctrl-C, uses one thread, and ends with its parent."""
+    """Initialize a worker: it ignores Ctrl-C, uses one thread, and ends with its parent or by its SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"  # else MinHash uses all cores
     end_with_parent()

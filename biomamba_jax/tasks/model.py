@@ -33,6 +33,7 @@ from biomamba_jax.tasks.encoders import EncoderHeadModel, stated_kind
 from biomamba_jax.tasks.generation import Generation, Generator
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.padding import bucket_length, pad_right
+from biomamba_jax.tasks.scoring import check_finite
 
 _ROWS = 8
 """Texts that are scored or classified together."""
@@ -174,11 +175,12 @@ class Model:
           Token ids and log probabilities in nats, for each text.
 
         Raises:
-          UserError: the model has no tokenizer.
+          UserError: the model has no tokenizer, or a log probability is NaN or infinite.
         """
         ids = self.tokenizer.encode_batch(_as_list(texts))
         scorer = NativeScorer(self._path, self.generator, self._path, _WINDOW, max(1, min(_ROWS, len(ids))))
         nats = dict(scorer.rows([[self.tokenizer.start_id, *tokens] for tokens in ids]))
+        check_finite(scorer, np.concatenate([*nats.values(), np.zeros(0)]))
         return [TextScore(tokens, (-nats[index]).tolist()) for index, tokens in enumerate(ids)]
 
     def classify(self, texts: str | Sequence[str]) -> list[TextClass]:

@@ -47,10 +47,12 @@ def load_pretrained(
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_weights = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    try:  # local_files_only: uses this folder, whatever repository its config names
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
+    # Uses this folder, whatever repository its config names, and runs no code of it, nor asks whether to.
+    here = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here, split_special_tokens=True)
         model, found = getattr(transformers, kind()).from_pretrained(
-            folder, local_files_only=True, dtype=of_weights, output_loading_info=True, **settings
+            folder, **here, dtype=of_weights, output_loading_info=True, **settings
         )
     except Exception as error:  # of transformers, its checks of types, safetensors and unpickling
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,6 +13,7 @@ from corpora import abstract
 from nlm_xml import article, write_set
 
 from biomamba_jax import prepare
+from biomamba_jax.data import download
 from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 from biomamba_jax.data.input_files import checksums
 from biomamba_jax.data.nlm import read_articles
@@ -253,6 +254,18 @@ def test_a_mirror_without_listings_is_refused(mirror):
             list_files(url, "baseline", tries=1, timeout=2)
 
 
+def test_a_listing_without_end_is_left(mirror, monkeypatch):
+    monkeypatch.setattr(download, "_LONGEST_TEXT", 20)
+    with pytest.raises(UserError, match=r"listing cannot be read .more than 0 MB arrive"):
+        list_files(mirror.url, "baseline", tries=1)
+
+
+@pytest.mark.parametrize("timeout", [".inf", "1e9", "0"])
+def test_a_time_that_no_connection_has_is_refused(timeout):
+    with pytest.raises(UserError, match=r"timeout = .*: must be above 0 s, and at most a day"):
+        prepare.main(["download", f"--timeout={timeout}"])
+
+
 FILES = [Remote(f"pubmed26n{number:04d}.xml.gz", "") for number in (1, 2, 3, 1334, 1335)]
 
 
@@ -261,7 +274,7 @@ def test_files_are_chosen_by_number():
     assert choose(FILES, None) == FILES
 
 
-@pytest.mark.parametrize("numbers", ["", "a", "3-1", "1-5", "7"])
+@pytest.mark.parametrize("numbers", ["", "a", "3-1", "1-5", "7", "9" * 5000])
 def test_numbers_that_name_no_file_are_refused(numbers):
     with pytest.raises(UserError, match="--numbers"):
         choose(FILES, numbers)

@@ -35,7 +35,7 @@ def many(tmp_path_factory) -> list[str]:
     return [str(path) for path in sorted(folder.iterdir())]
 
 
-def start(inputs: list[str], output: Path | None, *options: str) -> subprocess.Popen:
+def start(inputs: list[str], output: Path | None, *options: str, **more) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-m", "biomamba_jax.prepare", "--input", *inputs, "--train-tokenizer", "300", *options]
         + (["--output", str(output)] if output else []),
@@ -43,6 +43,7 @@ def start(inputs: list[str], output: Path | None, *options: str) -> subprocess.P
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         text=True,
+        **more,
     )
 
 
@@ -57,6 +58,21 @@ def test_an_interrupted_run_says_so_and_leaves_only_what_it_had_finished(many, t
     assert errors.strip().splitlines()[-1] == "interrupted"
     assert "Traceback" not in errors
     assert [path.name for path in tmp_path.iterdir()] == ["o.partial"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_while_workers_start_is_an_interruption(many, tmp_path, number):
+    """Terminals and schedulers signal workers too, which have not come to ignore it yet."""
+    output = tmp_path / "shards"
+    process = start(many[:4], output, "--workers", "2", start_new_session=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and len(children.read_text().split()) < 2:  # one is the resource tracker
+        time.sleep(0.005)
+    time.sleep(0.05)
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.splitlines()[-1]) == (130, "interrupted")
+    assert "Traceback" not in errors
 
 
 def test_runs_killed_at_random_and_started_again_give_the_same_bytes(many, tmp_path):

@@ -84,6 +84,12 @@ def test_a_model_without_tokenizer_still_gives_logits_and_says_what_is_missing(f
             use(["text"])
 
 
+def test_a_model_of_nan_gives_no_log_probabilities(tokenizer, tmp_path):
+    write_tiny_model(tmp_path / "m", "mamba1", tokenizer, spread=float("nan"))
+    with pytest.raises(UserError, match="gives NaN or infinite log probabilities"):
+        biomamba_jax.load(tmp_path / "m").logprobs("insulin")
+
+
 def test_an_unknown_type_is_refused(folders):
     with pytest.raises(UserError, match="float32, bfloat16, int8"):
         biomamba_jax.load(folders / "native", dtype="int4")
