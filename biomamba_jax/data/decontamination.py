@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -158,10 +159,11 @@ def _items(path: Path) -> list[Item]:
 
 
 def _strings(path: Path, name: str, value: Any) -> Iterator[Item]:
-    """Yield each string in a JSON value of any layout as an item, and the PMIDs of source articles.
+    """Yield each text in a JSON value of any layout as an item, and the PMIDs of source articles.
 
-    PMIDs are in links to PubMed, under keys called pmid, and the keys of PubMedQA's questions and answers. An item is
-    named by the `id` around it, else by the keys that lead to it.
+    Texts are strings, bytes in UTF-8 (of Parquet), keys that are sentences, and lists of words. PMIDs are in links to
+    PubMed, under keys called pmid, and the keys of PubMedQA's questions and answers. An item is named by the `id`
+    around it, else by the keys that lead to it.
 
     Args:
       path: the file.
@@ -174,6 +176,11 @@ def _strings(path: Path, name: str, value: Any) -> Iterator[Item]:
     pending = [(name, bool(name), "", value)]
     while pending:
         name, named, text_key, value = pending.pop()
+        if isinstance(value, bytes):
+            with suppress(UnicodeDecodeError):  # others are images and the like
+                value = value.decode()
+        if isinstance(value, list) and len(value) >= WORDS and all(isinstance(x, str) and " " not in x for x in value):
+            yield Item(f"{path.name}: {name}", " ".join(value))
         if isinstance(value, str) and value:
             yield Item(f"{path.name}: {name}", value, tuple(map(int, _PMID_URL.findall(value))))
         elif isinstance(value, dict | list):
@@ -183,6 +190,8 @@ def _strings(path: Path, name: str, value: Any) -> Iterator[Item]:
             for key, part in reversed([(str(key), part) for key, part in entries]):
                 if key == "CONTEXTS" and isinstance(part, list) and all(isinstance(each, str) for each in part):
                     part = " \n ".join(part)  # PubMedQA's sections of one abstract
+                if isinstance(value, dict) and len(key.split()) >= WORDS:
+                    yield Item(f"{path.name}: {name}", key)
                 inner = name if named or (name and isinstance(part, str)) else f"{name}.{key}".lstrip(".")
                 of_pubmedqa = "QUESTION" in part if isinstance(part, dict) else part in ("yes", "no", "maybe")
                 pmid = key if of_pubmedqa else str(part) if key.lower() == "pmid" else ""

@@ -198,6 +198,8 @@ ASKED = passage("asked", 30)
         ({"id": 3, "question": {"stem": ASKED}}, "3"),
         ({"question": [passage("x", 40), ASKED], "answer": ["yes", "no"]}, "question"),
         ([ASKED, "another"], "1"),
+        ({"q": {ASKED: "yes"}}, "q"),
+        ([{"tokens": ASKED.split(), "tags": [0]}], "1.tokens"),
     ],
 )
 def test_json_of_any_layout_is_read_and_its_items_named_by_their_place(tmp_path, layout, name):
@@ -214,6 +216,12 @@ def test_rows_of_a_table_are_evaluation_text_with_their_pmids(tmp_path, kind):
     evaluation = read_evaluation([str(tmp_path / f"a.{kind}")])
     assert evaluation.pmids.tolist() == [17]
     assert evaluation.overlaps([ASKED], LEAST).keys() == {0}
+
+
+def test_binary_columns_of_parquet_are_text_where_they_are_utf_8(tmp_path):
+    arrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    parquet.write_table(arrow.table({"q": [ASKED.encode()], "image": [b"\xff\xd8"]}), tmp_path / "a.parquet")
+    assert read_evaluation([str(tmp_path / "a.parquet")]).overlaps([ASKED], LEAST).keys() == {0}
 
 
 @pytest.mark.parametrize(
