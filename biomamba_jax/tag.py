@@ -3,8 +3,9 @@
 python -m biomamba_jax.tag --model DIR [--file notes.txt|lines.jsonl|pubmed.xml] [--to pubtator|html] > spans.jsonl
 
 The model is the run directory, what `convert` exported from it, or an encoder's Hugging Face folder. A text is a line
-of standard input or of a file, a line of JSON lines, or title and abstract of a record of NLM's XML. Offsets count
-characters. A text may have any length: it is read in windows with the recurrent state carried from one to the next.
+of standard input or of a file, a line of JSON lines or of a table, or title and abstract of a record of NLM's XML.
+Offsets count characters. A text may have any length: it is read in windows with the recurrent state carried from one to
+the next.
 """
 
 import json
@@ -31,9 +32,10 @@ class TagConfig(Settings):
     """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
     owner/name@revision."""
     file: str | None = None
-    """Text, JSON lines (.jsonl) or NLM's XML (.xml), each also .gz, .bz2 or .zst; default: standard input, as text."""
+    """Text, JSON lines (.jsonl), tables (.csv, .tsv) or NLM's XML (.xml), each also .gz, .bz2 or .zst; default:
+    standard input, as text."""
     text: str = "{text}"
-    """JSON lines: template of the text; {name} stands for that key of the line."""
+    """JSON lines and tables: template of the text; {name} stands for that key or column."""
     to: Literal["jsonl", "pubtator", "html"] = "jsonl"
     """Written: JSON lines with the spans, PubTator, or a page with highlighted spans, which needs `output`."""
     output: str | None = None
@@ -90,17 +92,20 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield records with "key" and "text"; those of JSON lines keep their other keys."""
     from biomamba_jax.data.examples import fill_template
     from biomamba_jax.data.nlm import read_articles
+    from biomamba_jax.data.readers import read_rows
     from biomamba_jax.data.records import Article
     from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
     name = config.file or "standard input"
-    kind = Path(uncompressed_name(config.file)).suffix if config.file else ""
+    kind = Path(uncompressed_name(config.file)).suffix.lower() if config.file else ""
     if kind == ".xml":
         articles = (each for each in read_articles(name) if isinstance(each, Article))
         yield from ({"key": str(each.pmid), "text": each.text} for each in articles)
-    elif kind in (".jsonl", ".json"):
-        for number, line in read_json_lines(name):
-            where = f"{name}, line {number}"
+    elif kind in (".jsonl", ".json", ".csv", ".tsv"):
+        rows = ((number, f"{name}, line {number}", line) for number, line in read_json_lines(name))
+        if kind in (".csv", ".tsv"):
+            rows = ((number, where, line) for number, (where, line) in enumerate(read_rows(Path(name)), 1))
+        for number, where, line in rows:
             if "spans" in line:
                 raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
             text = fill_template(config.text, line, where, "text")

@@ -141,6 +141,9 @@ def test_tag_keeps_the_keys_of_json_lines_and_reads_what_it_wrote_as_pubtator(tr
     where = {"file": str(tmp_path / "in.jsonl"), "text": "{title}\n{body}"}
     [line] = [json.loads(line) for line in tagged(trained, **where).splitlines()]
     assert (line["key"], line["year"], line["text"]) == ("a", 1999, "insulin fell\nin mice")
+    (tmp_path / "in.CSV").write_text("id,title,body\na,insulin fell,in mice\n")
+    [of_table] = [json.loads(row) for row in tagged(trained, **where | {"file": str(tmp_path / "in.CSV")}).splitlines()]
+    assert (of_table["key"], of_table["spans"]) == ("a", line["spans"])
     tagged(trained, **where, to="pubtator", output=str(tmp_path / "out.txt"))
     [again] = read_annotated(str(tmp_path / "out.txt"), ExamplesConfig(format="pubtator"))
     assert again.text == line["text"]
