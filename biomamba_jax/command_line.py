@@ -5,6 +5,7 @@ unknown and ill-typed keys by name. It imports nothing heavy: a command imports 
 """
 
 import dataclasses
+import errno
 import io
 import os
 import select
@@ -217,22 +218,26 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
-    except OSError as error:
-        if error.filename is None:
-            raise
-        print(f"error: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
-        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
-        reason = f"{error} ".splitlines()[0][:300]
-        if isinstance(error, MemoryError) or any(mark in reason for mark in _OUT_OF_MEMORY):
-            reason = f"memory ran out ({reason.strip()}); give a smaller batch_size or shorter rows"
-        elif _NO_BACKEND not in reason:
+        reason = _shortage(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            reason = f"{error.filename}: {error.strerror}; check the path"
+        if reason is None:
             raise
         print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _shortage(error: Exception) -> str | None:
+    """Return the line for an error of too little memory or of a device that is not there, None for any other."""
+    reason = f"{error} ".splitlines()[0].strip()[:300]
+    memory = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if memory or any(mark in reason for mark in _OUT_OF_MEMORY):
+        return f"memory ran out ({reason}); give a smaller batch_size or shorter rows"
+    return reason if _NO_BACKEND in reason else None
 
 
 def keep_compiled_programs() -> None:
