@@ -180,8 +180,11 @@ def test_generated_answers_are_read_as_answers(folder):
 
 def test_what_is_not_asked_is_said_and_counted(folder, capsys):
     asked = PubMedQAConfig(path=str(folder / "pqal.json"), max_questions=10)
-    evaluate(config(folder, folder / "sample", pubmedqa=asked, domains={}, models={"two": str(folder / "two")}))
+    text = {"made-up": DomainConfig(path=str(folder / "text.jsonl"), max_documents=5)}
+    evaluate(config(folder, folder / "sample", pubmedqa=asked, domains=text, models={"two": str(folder / "two")}))
     out = capsys.readouterr().out
+    assert "made-up: documents left out: 7 not in the sample" in out
+    assert "left out: 7 not in the sample" in (folder / "sample" / "report.html").read_text()
     assert "pubmedqa: questions left out: 40 not in the sample" in out
     assert "bioasq: questions left out: 2 summary" in out
     tasks = json.loads((folder / "sample" / "report.json").read_text())["tasks"]

@@ -48,7 +48,7 @@ class Document:
         return len(self.text.split())
 
 
-def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Document], int]:
+def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Document], dict[str, int]]:
     """Read the documents of a domain, in the order of its source.
 
     Args:
@@ -57,21 +57,22 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
       seed: seed of the sample, if the config limits the number of documents.
 
     Returns:
-      The documents, and the number of stored ones that are left out because their ids do not spell their text.
+      The documents, and the number of those that are left out, by reason: `read_documents`' and "not in the sample".
 
     Raises:
       UserError: a source that cannot be read, or contains no document.
     """
     reasons: Counter[str] = Counter()
     documents = [document for path in config.paths for document in read_documents(path, config.split, reasons)]
-    left_out = reasons[UNSPELLED]
     if not documents:
-        why = f"no document whose ids spell its text, of {left_out}" if left_out else "no document"
+        stored = reasons[UNSPELLED]
+        why = f"no document whose ids spell its text, of {stored}" if stored else "no document"
         raise UserError(f"domains.{name}: {', '.join(config.paths)} holds {why}; give another path or split")
     if config.max_documents is not None and config.max_documents < len(documents):
         chosen = np.random.default_rng(seed).choice(len(documents), config.max_documents, replace=False)
+        reasons["not in the sample"] = len(documents) - len(chosen)
         documents = [documents[index] for index in sorted(chosen)]
-    return documents, left_out
+    return documents, dict(reasons)
 
 
 def read_documents(

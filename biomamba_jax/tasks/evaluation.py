@@ -41,8 +41,8 @@ class Domain:
     """Figures of each model."""
     comparisons: dict[str, Comparison] = field(default_factory=dict)
     """Comparison of each model with the reference."""
-    left_out: int = 0
-    """Stored documents whose ids do not spell their text."""
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Number of documents that are not measured, by reason; unspelled: their stored ids do not spell their text."""
     unspelled: dict[str, float] = field(default_factory=dict)
     """Share of the bytes that each model's tokenizer does not spell."""
     not_compared: list[str] = field(default_factory=list)
@@ -107,8 +107,8 @@ class Evaluation:
 class Inputs:
     """Texts and questions, read once and before the first model is loaded."""
 
-    domains: dict[str, tuple[list[Document], int]]
-    """Documents of each text domain, and the number of those left out."""
+    domains: dict[str, tuple[list[Document], dict[str, int]]]
+    """Documents of each text domain, and the number of those left out, by reason."""
     tasks: dict[str, Task]
     """Each task, without results."""
     answer: dict[str, Callable[[Scorer], qa.TaskResult]]
@@ -143,11 +143,11 @@ def evaluate(
         sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
         results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes, left_out=left_out)
         if left_out:
-            say(f"{name}: {left_out:,} documents left out, whose stored ids do not spell their text")
+            say(f"{name}: documents left out: {counted(left_out)}")
     results.tasks = {key: dataclasses.replace(task, models={}, comparisons={}) for key, task in inputs.tasks.items()}
     for name, task in results.tasks.items():
         if task.left_out:
-            say(f"{name}: questions left out: {', '.join(f'{n:,} {reason}' for reason, n in task.left_out.items())}")
+            say(f"{name}: questions left out: {counted(task.left_out)}")
     for name, path in config.models.items():
         if name not in scorers:
             check_model(name, path, config)
@@ -245,6 +245,11 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
         most = multiple_choice.majority(found, resampling)
         tasks[name] = Task(title, len(found.asked), most, left_out=found.left_out)
     return Inputs(domains, tasks, answer)
+
+
+def counted(left_out: Mapping[str, int]) -> str:
+    """Return numbers by reason as words."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
 
 
 def padded_ratios(domain: Domain, reference: str) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from biomamba_jax import html
 from biomamba_jax.command_line import to_yaml
 from biomamba_jax.tables import Table
-from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task, padded_ratios
+from biomamba_jax.tasks.evaluation import Domain, Evaluation, Task, counted, padded_ratios
 from biomamba_jax.tasks.statistics import Estimate
 
 _TASK_MEASURES = {
@@ -115,7 +115,7 @@ def _models(results: Evaluation, columns: Sequence[str]) -> Table:
 def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
     rows: list[list[Any]] = []
     for name, domain in results.domains.items():
-        left_out = f", {domain.left_out:,} documents left out" if domain.left_out else ""
+        left_out = f"; left out: {counted(domain.left_out)}" if domain.left_out else ""
         sizes = f"{domain.documents:,} documents, {domain.bytes:,} bytes, {domain.words:,} words"
         rows.append([f"{name}: {sizes}{left_out}"])
         measures = _PUBLISHED_MEASURES if domain.paper else _DOMAIN_MEASURES

@@ -45,7 +45,7 @@ def test_shards_give_back_the_text_that_they_were_made_of(jsonl, tmp_path):
     for split in ("train", "validation", "test"):
         documents, left_out = read_domain("d", DomainConfig(path=str(tmp_path / "shards"), split=split))
         found |= {document.key: document.text for document in documents}
-        assert left_out == 0
+        assert not left_out
     assert found == {str(100 + i): text for i, text in enumerate(TEXTS)}
 
 
@@ -66,7 +66,7 @@ def test_a_stored_document_that_its_ids_do_not_spell_is_left_out_and_counted(tmp
     tokenizer = train_tokenizer(tmp_path)
     lossy = "glucose\u2581serum"  # SentencePiece's own sign for a space
     documents, left_out = read_domain("d", store(tmp_path / "s", tokenizer, [TEXTS[0], lossy, TEXTS[1]]))
-    assert ([document.text for document in documents], left_out) == (TEXTS[:2], 1)
+    assert ([document.text for document in documents], left_out) == (TEXTS[:2], {"unspelled": 1})
     with pytest.raises(UserError, match=r"domains\.d: .* no document whose ids spell its text, of 2"):
         read_domain("d", store(tmp_path / "all", tokenizer, [lossy, lossy]))
 
@@ -76,6 +76,12 @@ def test_a_sample_is_the_same_for_every_model_and_another_with_another_seed(json
     first, again, other = (read_domain("d", config, seed)[0] for seed in (0, 0, 1))
     assert first == again != other
     assert len(first) == 7 and [int(d.key) for d in first] == sorted(int(d.key) for d in first)
+
+
+def test_empty_texts_and_those_outside_a_sample_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a", "", "b", "c")))
+    documents, left_out = read_domain("d", DomainConfig(path=str(tmp_path / "a.jsonl"), max_documents=2))
+    assert (len(documents), left_out) == (2, {"no_abstract": 1, "not in the sample": 1})
 
 
 def test_a_domain_without_a_document_is_refused_by_name(tmp_path):
