@@ -99,7 +99,7 @@ def results(names, **settings):
     domain = found.domains["d"] = Domain(["x"], documents=1200, bytes=34567, words=890)
     majority = TaskResult({"accuracy": Estimate(0.5, 0.4, 0.6)}, [], 40, 0, 0, {"classes": {"maybe": {"f1": 0.9}}})
     task = found.tasks["t"] = Task("A task", 40, majority)
-    domain.left_out, task.left_out = 3, {"summary": 4}
+    domain.left_out, task.left_out = {"unspelled": 3}, {"summary": 4}
     for i, name in enumerate(names):
         domain.unspelled[name] = 0.123 * (i == 1)
         domain.not_compared += [name] * (i == 1)
@@ -134,7 +134,7 @@ def test_an_evaluation_s_page_has_each_figure_with_its_unit_and_its_interval_in_
     assert models[4] == ["parameters", "1,234,567", "1,234,568", "1,234,569"]
     assert table_under(root, "Text domains") == [
         ["", "one", "two", "three (pseudo)"],
-        ["d: 1,200 documents, 34,567 bytes, 890 words, 3 documents left out"],
+        ["d: 1,200 documents, 34,567 bytes, 890 words; left out: 3 unspelled"],
         ["bits per byte", "0.7500 [0.5000, 1.0000]", "1.7500 [0.5000, 1.0000]", "2.7500 [0.5000, 1.0000]"],
         ["bits per word"] + ["15.12 [14.00, 16.00]"] * 3,
         ["perplexity per token", "12,346 [11.00, ∞]", "12,347 [11.00, ∞]", "12,348 [11.00, ∞]"],
