@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_of_an_encoder_is_one_line(tmp_path):
     checkpoint = tmp_path / "run" / "trainer" / "checkpoint-1"
     checkpoint.mkdir(parents=True)
     (checkpoint / "trainer_state.json").write_text("{")
-    with pytest.raises(UserError, match=r"run/trainer: cannot be resumed \(.*; remove its newest checkpoint"):
+    with pytest.raises(UserError, match=r"run/trainer: its newest checkpoint cannot be resumed \(.*; remove it"):
         train(tmp_path, "classifier", steps=1)
 
 

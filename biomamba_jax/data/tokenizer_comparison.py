@@ -97,7 +97,8 @@ def _texts(config: TokenizersConfig) -> Iterator[str]:
 
 def show(found: Sequence[Comparison]) -> None:
     """Print the comparison as a table."""
-    columns = ("tokenizer", "ids", "tokens", "bytes per token", "tokens per word", "one-token terms", "tokens per term")
-    columns += ("not spelled",)
+    words = "tokenizer,ids,tokens,bytes per token,tokens per word,one-token terms,tokens per term,not spelled"
     formats = ("{}", "{:,}", "{:,}", "{:.3f}", "{:.3f}", "{:.1%}", "{:.2f}", "{:.2%}")
-    summary_table("", columns, [[form.format(v) for form, v in zip(formats, each, strict=True)] for each in found])
+    summary_table(
+        "", words.split(","), [[form.format(v) for form, v in zip(formats, each, strict=True)] for each in found]
+    )

@@ -110,8 +110,10 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
     for where, row in rows:
         try:
             question, (labels, options) = row.get("question"), _options(row)
-            if not all(isinstance(each, str) for each in (question, *options)) or not 2 <= len(options) <= len(LETTERS):
+            if not isinstance(question, str) or not all(isinstance(each, str) for each in options):
                 raise TypeError
+            if not 2 <= len(options) <= len(LETTERS):
+                raise ValueError
             answer = _answer(row, labels, options, first or 0, where)
         except UserError:
             raise

@@ -201,12 +201,15 @@ def _read_about(path: Path) -> dict[str, Any]:
     """
     about = read_json(path / ABOUT)
     settings, probe, parts = about.get("settings"), about.get("probe"), about.get("parts", [])
-    known = isinstance(settings, dict) and isinstance(about.get("model"), str)
-    known = known and all(
-        settings.get(key) in get_args(kind) for key, kind in (("format", Format), ("pooling", Pooling))
-    )
-    lists = isinstance(probe, list) and isinstance(parts, list)
-    if not (known and lists and all(type(x) is float for x in probe) and all(type(x) is int and x > 0 for x in parts)):
+    if not (
+        isinstance(settings, dict)
+        and isinstance(about.get("model"), str)
+        and all(settings.get(key) in get_args(kind) for key, kind in (("format", Format), ("pooling", Pooling)))
+        and isinstance(probe, list)
+        and all(type(x) is float for x in probe)
+        and isinstance(parts, list)
+        and all(type(x) is int and x > 0 for x in parts)
+    ):
         raise UserError(f"{path / ABOUT}: was not written by `embed`; remove the folder and embed again")
     return about
 

@@ -113,7 +113,7 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
         evaluate=held_out_evaluator(program.graph, data, program.layout, config.train.eval_batches),
         documents=setup.training_documents(data, manifest),
         num_workers=data.num_workers,
-        tokenizer=tokenizer and tokenizer.path,
+        tokenizer=tokenizer.path if tokenizer else None,
         identity={"tokenizer": identity(tokenizer)} if tokenizer else {},
         hooks=[(config.evaluate.every, on_tasks)],
     )
