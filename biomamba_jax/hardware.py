@@ -5,6 +5,7 @@ leave the share of peak out.
 """
 
 import dataclasses
+import functools
 import os
 import re
 import resource
@@ -114,6 +115,7 @@ def peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
     return chip.flops.get(jnp.dtype(dtype).name) if chip else None
 
 
+@functools.cache  # of a machine that does not change
 def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
     """Return the FLOP/s of the fastest square float32 product on JAX's default device within `seconds`.
 

@@ -113,7 +113,6 @@ def test_a_report_that_a_full_disk_left_out_is_written_by_the_next_start(shards,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), f"{run_dir}/report.html.tmp")
 
     with monkeypatch.context() as patch:
-        patch.setattr("biomamba_jax.train.loop.write_report", full)
         patch.setattr("biomamba_jax.train.report.write_report", full)
         with pytest.raises(SystemExit) as end:
             run_command(main, [*SMALL, "--data.path=shards", "--run_dir=run", "--train.steps=2"])

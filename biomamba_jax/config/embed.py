@@ -31,7 +31,8 @@ class EmbeddingConfig(Settings):
     """Mean of the hidden states after a text's tokens, the state after the last one, or the mean weighted by position
     (1, 2, 3, ...), in which states that have seen more count more."""
     chunk: PositiveInt = 1024
-    """Tokens of a row. Longer texts carry the state from row to row, so this changes only speed and memory."""
+    """Tokens of a row, which holds several short texts; a longer one carries the state from row to row. It changes only
+    speed and memory."""
     batch_size: PositiveInt = 8
     """Rows computed at a time; only speed and memory depend on it."""
     dtype: InferenceDType | None = None

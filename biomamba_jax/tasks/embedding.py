@@ -1,7 +1,8 @@
 """Embeddings of texts: a weighted mean of the hidden states after their tokens.
 
-As in training a text follows its start token, whose own state counts only where the text is empty. A long text is
-read in rows of a fixed number of tokens with the recurrent state carried, so memory does not depend on its length.
+As in training a text follows its start token, whose own state counts only where the text is empty, and rows are packed:
+each text is a segment. One that is longer than a row continues in the next ones with the recurrent state, so that
+memory does not depend on its length.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from biomamba_jax.config.embed import EmbeddingConfig, Pooling
+from biomamba_jax.data.packing import fill_row
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
-from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_right
+from biomamba_jax.tasks.padding import bucket_length, bucket_rows, packed_batches
 
 
 class Embedder:
@@ -53,64 +55,57 @@ class Embedder:
         return vectors
 
     def of_ids(self, rows: Sequence[list[int]]) -> Float[np.ndarray, "texts D"]:
-        """Return the embedding of each list of ids, float32; the first id of each is the start token.
+        """Return the embedding of each list of ids, float32; the first id of each is the start token."""
+        model, pooling = self._model, self._config.pooling
+        arrays = [np.asarray(row, np.int32) for row in rows]
+        lengths = np.array([row.size for row in arrays], np.int64)
+        vectors = np.zeros((len(rows), model.config.d_model))
+        width = min(self._config.chunk, bucket_length(int(lengths.sum())))
+        for batches in packed_batches(lengths, width, self._rows):
+            count = min(self._rows, rows_of(bucket_rows(len(batches[0])), self._mesh))
+            states: LayerStates = (empty_state(model.config, count, model.dtype),) * model.config.n_layers
+            for batch in batches:
+                texts = bucket_rows(max(map(len, batch)))
+                inputs, segment_ids = np.zeros((2, count, width), np.int32)
+                weights = np.zeros((count, texts, width), np.float32)
+                for row, pieces in enumerate(batch):
+                    filled = fill_row(pieces, width, lambda index: (arrays[index], arrays[index]))
+                    inputs[row], segment_ids[row] = filled["inputs"], filled["segment_ids"]
+                    for text, piece in enumerate(pieces):
+                        of_text = pooling_weights(pooling, int(lengths[piece.document]), piece.start, piece.stop)
+                        weights[row, text, segment_ids[row] == text + 1] = of_text
+                read = {"inputs": inputs, "segment_ids": segment_ids, "weights": weights}
+                sums, states = _weighted_sums(model, read, states, self._mesh)
+                for pieces, of_row in zip(batch, np.asarray(sums), strict=False):
+                    for piece, of_text in zip(pieces, of_row, strict=False):
+                        vectors[piece.document] += of_text
+        return vectors.astype(np.float32)
 
-        Texts of similar length are computed together. Of a batch, the rows that end first are masked.
-        """
-        vectors = np.empty((len(rows), self._model.config.d_model), np.float32)
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-        for chosen in batched(order, self._rows):
-            vectors[chosen] = self._pool([rows[index] for index in chosen])[: len(chosen)]
-        return vectors
 
-    def _pool(self, rows: Sequence[list[int]]) -> Float[np.ndarray, "B D"]:
-        model, chunk = self._model, self._config.chunk
-        batch = min(self._rows, rows_of(bucket_rows(len(rows)), self._mesh))
-        lengths = np.zeros(batch, np.int64)
-        lengths[: len(rows)] = [len(row) for row in rows]
-        longest, total = int(lengths.max()), np.zeros((batch, model.config.d_model))
-        states: LayerStates | None = None
-        if longest > chunk:
-            states = (empty_state(model.config, batch, model.dtype),) * model.config.n_layers
-        for start in range(0, longest, chunk):
-            width = min(chunk, bucket_length(longest - start))
-            part = pad_right([row[start : start + width] for row in rows], (batch, width))
-            weights = pooling_weights(self._config.pooling, lengths, start, width)
-            sums, states = _weighted_sums(model, {"inputs": part, "weights": weights}, states, self._mesh)
-            total += np.asarray(sums, np.float64)
-        return total.astype(np.float32)
-
-
-def pooling_weights(pooling: Pooling, lengths: np.ndarray, start: int, width: int) -> Float[np.ndarray, "B width"]:
-    """Return the weights, which sum to 1 over a text, of the states at positions start ... start + width - 1, float32.
+def pooling_weights(pooling: Pooling, length: int, start: int, stop: int) -> Float[np.ndarray, " positions"]:
+    """Return the weights, which sum to 1 over a text, of the states at positions start ... stop - 1.
 
     Args:
       pooling: "weighted" is proportional to the position (Muennighoff 2022, SGPT).
-      lengths: tokens of each text, the start token at position 0 included, integers [B].
+      length: tokens of the text, the start token at position 0 included; without others it is the text.
       start: first position.
-      width: number of positions.
+      stop: end of the positions.
     """
-    position, length = np.arange(start, start + width), np.maximum(lengths, 1)[:, None]
-    if pooling == "last":
-        return np.where(position == lengths[:, None] - 1, 1, 0).astype(np.float32)
-    counts = position if pooling == "weighted" else np.minimum(position, 1)
-    counts = np.where(lengths[:, None] == 1, 1, counts)
-    sums = np.where(length == 1, 1, length * (length - 1) // 2 if pooling == "weighted" else length - 1)
-    return np.where(position < lengths[:, None], counts / sums, 0).astype(np.float32)
+    position = np.arange(start, stop)
+    if pooling == "last" or length == 1:
+        return (position == length - 1).astype(np.float64)
+    return position / (length * (length - 1) // 2) if pooling == "weighted" else (position > 0) / (length - 1)
 
 
 @partial(jax.jit, static_argnames=("mesh",))
 def _weighted_sums(
-    model: InferenceModel, rows: dict[str, Array], states: LayerStates | None, mesh: Mesh
-) -> tuple[Float[Array, "B D"], LayerStates | None]:
-    """Return sums of hidden states by rows["weights"], and the states after the row where there were some before."""
+    model: InferenceModel, rows: dict[str, Array], states: LayerStates, mesh: Mesh
+) -> tuple[Float[Array, "B T D"], LayerStates]:
+    """Return sums of hidden states by rows["weights"] [B T L], and the states after the rows."""
 
-    def local(
-        model: InferenceModel, rows: dict[str, Array], states: LayerStates | None
-    ) -> tuple[Array, LayerStates | None]:
-        hidden, after = model.hidden(rows["inputs"], states)
+    def local(model: InferenceModel, rows: dict[str, Array], states: LayerStates) -> tuple[Array, LayerStates]:
+        hidden, after = model.hidden(rows["inputs"], states, rows["segment_ids"])
         exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
-        sums = jnp.einsum("bl,bld->bd", rows["weights"], hidden.astype(jnp.float32), **exact)
-        return sums, None if states is None else after
+        return jnp.einsum("btl,bld->btd", rows["weights"], hidden.astype(jnp.float32), **exact), after
 
     return over_rows(local, mesh)(model, rows, states)

@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from biomamba_jax.config.generate import Sampling
-from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
+from biomamba_jax.data.packing import fill_row
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.generation import Generator, prefill
-from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left, pad_right
+from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, packed_batches, pad_left, pad_right
 from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
 
 _BLOCK = 2048
@@ -89,7 +89,7 @@ class NativeScorer:
         arrays = [np.asarray(row, np.int32) for row in rows]
         width = min(self._window, bucket_length(int(lengths.sum())))
         model = self._model
-        for batches in self._plan(lengths, width):
+        for batches in packed_batches(lengths, width, self._rows):
             states: LayerStates = (empty_state(model.config, self._rows, model.dtype),) * model.config.n_layers
             parts: dict[int, list[np.ndarray]] = defaultdict(list)
             for batch in batches:
@@ -106,29 +106,6 @@ class NativeScorer:
             for index, of_parts in parts.items():
                 yield index, np.concatenate(of_parts)
         yield from ((index, np.zeros(0)) for index in np.flatnonzero(lengths <= 0).tolist())
-
-    def _plan(self, lengths: np.ndarray, width: int) -> Iterator[list[list[list[Piece]]]]:
-        """Yield lists of batches of rows of pieces; the recurrent states carry from batch to batch of a list.
-
-        First the documents that fit into a row, packed, one batch a list; then the longer ones, each in a row of its
-        own over as many batches as it needs.
-        """
-        short = np.flatnonzero((lengths > 0) & (lengths <= width))
-        packed: dict[int, list[Piece]] = defaultdict(list)
-        for document, row in zip(short.tolist(), best_fit_decreasing(lengths[short], width).tolist(), strict=True):
-            packed[row].append(Piece(document, 0, int(lengths[document])))
-        yield from ([batch] for batch in batched(packed.values(), self._rows))
-        long = np.flatnonzero(lengths > width)
-        ascending = long[np.argsort(lengths[long], kind="stable")]  # documents of a batch end at about the same time
-        for batch in batched(ascending.tolist(), self._rows):
-            ends = lengths[batch].tolist()
-            yield [
-                [
-                    [Piece(document, start, min(start + width, end))] if start < end else []
-                    for document, end in zip(batch, ends, strict=True)
-                ]
-                for start in range(0, ends[-1], width)
-            ]
 
     # --- Continuations ---
 

@@ -1,10 +1,13 @@
-"""Batches of ragged rows, padded to one of a few sizes so that few shapes are compiled."""
+"""Batches of ragged rows, packed or padded to one of a few sizes so that few shapes are compiled."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+
+from biomamba_jax.data.packing import Piece, best_fit_decreasing
 
 T = TypeVar("T")
 
@@ -43,3 +46,32 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :], segment_ids[row, -len(prompt) :] = prompt, 1
     return tokens, segment_ids
+
+
+def packed_batches(lengths: np.ndarray, width: int, rows: int) -> Iterator[list[list[list[Piece]]]]:
+    """Yield lists of batches of rows of pieces; the recurrent states carry from batch to batch of a list.
+
+    First the documents that fit into a row, packed, one batch a list; then the longer ones, each in a row of its own
+    over as many batches as it needs. Documents without tokens are in none.
+
+    Args:
+      lengths: tokens of each document, integers [documents].
+      width: tokens of a row.
+      rows: rows of a batch; the last batch of either kind has fewer.
+    """
+    short = np.flatnonzero((lengths > 0) & (lengths <= width))
+    packed: dict[int, list[Piece]] = defaultdict(list)
+    for document, row in zip(short.tolist(), best_fit_decreasing(lengths[short], width).tolist(), strict=True):
+        packed[row].append(Piece(document, 0, int(lengths[document])))
+    yield from ([batch] for batch in batched(packed.values(), rows))
+    long = np.flatnonzero(lengths > width)
+    ascending = long[np.argsort(lengths[long], kind="stable")]  # documents of a batch end at about the same time
+    for batch in batched(ascending.tolist(), rows):
+        ends = lengths[batch].tolist()
+        yield [
+            [
+                [Piece(document, start, min(start + width, end))] if start < end else []
+                for document, end in zip(batch, ends, strict=True)
+            ]
+            for start in range(0, ends[-1], width)
+        ]

@@ -34,7 +34,7 @@ from biomamba_jax.train.optimizer import evaluation_weights
 from biomamba_jax.train.profile import StepProfiler
 from biomamba_jax.train.program import TrainProgram, pretrain_program
 from biomamba_jax.train.progress import Progress
-from biomamba_jax.train.report import write_report
+from biomamba_jax.train.report import RunReport
 from biomamba_jax.train.step import TrainState
 from biomamba_jax.train.stop import StopRequest
 
@@ -163,6 +163,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
             setup.record_settings(config, training.tokenizer, start)
 
         with (
+            RunReport(run_dir if jax.process_index() == 0 else None, progress.log) as page,
             MetricsWriter(config, start) as metrics,
             StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
         ):
@@ -211,11 +212,7 @@ def run(training: TrainingRun, params: Any = None) -> bool:
                 loop = {"data": batches.get_state(), "totals": interval.state(), "best": dataclasses.asdict(best)}
                 kept = best.step if config.checkpoint.keep_best else None
                 checkpoints.save(step, state, loop | training.identity, best=kept)
-                if jax.process_index() == 0:
-                    try:
-                        write_report(run_dir)
-                    except (UserError, OSError) as error:  # must not cost the checkpoint
-                        progress.log(f"report.html is not written: {error}")
+                page.update()
 
             def log(step: int, state: TrainState) -> None:
                 drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}

@@ -13,10 +13,11 @@ Made from the files of the run directory alone, so it can be made again at any t
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,6 +39,8 @@ _MEASURES = {
 }
 TASKS = "evaluate/"
 """Prefix of the split in lines with figures of a task."""
+_EVERY = 60.0
+"""Seconds between two reports of a run in training: drawing one takes about a second of a CPU."""
 _MARKED = 50
 """Points up to which a curve is drawn with markers, and from which a noisy one is smoothed."""
 
@@ -89,6 +92,40 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         skipped=max((record["skipped_updates"] for record in metrics if "skipped_updates" in record), default=None),
         config="".join(f"{line}\n" for line in files.read_lines(config)) if config.exists() else "",
     )
+
+
+class RunReport:
+    """The report of a run in training, written again when a minute has passed since, and when the run ends.
+
+    One that cannot be written must not cost the run its checkpoint: that is logged.
+
+    Args:
+      run_dir: the run's directory; None: another process writes the report.
+      log: called with a line of text.
+    """
+
+    def __init__(self, run_dir: Path | None, log: Callable[[str], None]):
+        self._run_dir, self._log, self._due, self._stale = run_dir, log, time.monotonic() + _EVERY, False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._stale:
+            self._write()
+
+    def update(self) -> None:
+        """Take note of new metrics."""
+        self._stale = self._run_dir is not None
+        if self._stale and time.monotonic() >= self._due:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_report(self._run_dir or "")
+        except (UserError, OSError) as error:
+            self._log(f"report.html is not written: {error}")
+        self._due, self._stale = time.monotonic() + _EVERY, False
 
 
 def held_out_table(run_dir: str | os.PathLike[str], metrics: Sequence[Record]) -> Table:

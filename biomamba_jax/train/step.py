@@ -135,9 +135,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         microbatches = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        (_, sums), grads = jax.eval_shape(loss_and_gradients, params, first, *frozen)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (sums, grads))
+        zeros = (LossSums(*[jnp.zeros((), jnp.float32)] * 4), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add_microbatch, zeros, microbatches)[0]
 
     if layout is not None:

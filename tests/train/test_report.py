@@ -16,7 +16,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.train.meters import Speed
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.progress import Progress
-from biomamba_jax.train.report import _smooth, record_start, write_report
+from biomamba_jax.train.report import RunReport, _smooth, record_start, write_report
 
 
 @pytest.fixture
@@ -170,6 +170,28 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
+
+
+def test_a_run_in_training_draws_its_report_every_minute_and_when_it_ends(tmp_path, clock):
+    file, written = tmp_path / "report.html", []
+    with pytest.raises(KeyboardInterrupt), RunReport(tmp_path, lambda line: None) as page:
+        for _ in range(4):
+            clock[0] += 25
+            page.update()
+            written.append(file.exists())
+            file.unlink(missing_ok=True)
+        raise KeyboardInterrupt
+    assert written == [False, False, True, False] and file.exists()
+
+
+def test_a_report_that_cannot_be_written_is_logged_and_not_tried_again_at_once(tmp_path, clock):
+    (tmp_path / "baselines.json").write_text("{")
+    lines = []
+    with RunReport(tmp_path, lines.append) as page:
+        for _ in range(2):
+            clock[0] += 50
+            page.update()
+    assert len(lines) == 1 and lines[0].startswith("report.html is not written: ")
 
 
 def steps(progress, clock, count):
