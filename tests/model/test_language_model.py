@@ -73,32 +73,31 @@ def test_a_call_that_begins_another_document_forgets_the_last_one(model):
 DOCUMENTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 1)
 
 
-def packed(seed: int = 3):
-    """The documents, one row that holds them all one after the other, and its segment ids."""
-    documents = [tokens(1, length, seed + i) for i, length in enumerate(DOCUMENTS)]
+def packed_and_alone():
+    """One row that holds all documents one after the other, its segment ids, each in a row of its own, and where."""
+    documents = [tokens(1, length, 3 + i) for i, length in enumerate(DOCUMENTS)]
     segment_ids = jnp.concatenate([jnp.full((1, length), i + 1) for i, length in enumerate(DOCUMENTS)], 1)
-    return documents, jnp.concatenate(documents, 1), segment_ids
+    # What follows a document does not reach it; rows of one length are one program.
+    alone = jnp.concatenate([jnp.pad(each, ((0, 0), (0, max(DOCUMENTS) - each.size))) for each in documents])
+    return jnp.concatenate(documents, 1), segment_ids, alone, jnp.arange(max(DOCUMENTS)) < jnp.array(DOCUMENTS)[:, None]
 
 
 def test_a_packed_row_gives_the_logits_of_its_documents_run_alone(model):
-    documents, row, segment_ids = packed()
+    row, segment_ids, alone, counted = packed_and_alone()
     logits, _ = run(model, row, None, segment_ids)
-    alone = jnp.concatenate([run(model, document)[0] for document in documents], 1)
-    np.testing.assert_allclose(logits, alone, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(logits[0], run(model, alone)[0][counted], atol=1e-5, rtol=0)
 
 
 def test_a_packed_row_gives_the_gradients_of_its_documents_run_alone(model):
-    documents, row, segment_ids = packed()
+    row, segment_ids, alone, counted = packed_and_alone()
     graph, params = nnx.split(model)
 
-    def loss(params, text, segment_ids):
+    def loss(params, text, segment_ids, counted):
         logits, _ = nnx.merge(graph, params)(text, None, segment_ids)
-        return jnp.sum(jnp.sin(logits))  # any function of every logit
+        return jnp.sum(jnp.sin(logits) * counted[..., None])  # any function of every logit
 
     gradient = jax.jit(jax.grad(loss))
-    together = gradient(params, row, segment_ids)
-    alone = [gradient(params, document, None) for document in documents]
-    apart = jax.tree.map(lambda *parts: sum(parts), *alone)
+    together, apart = gradient(params, row, segment_ids, jnp.ones_like(row)), gradient(params, alone, None, counted)
     for ours, theirs in zip(jax.tree.leaves(together), jax.tree.leaves(apart), strict=True):
         assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
 
