@@ -73,7 +73,7 @@ def read_questions(path: str | Path) -> list[Question]:
 def _question(path: str | Path, number: int, entry: Any) -> Question:
     try:
         key, kind, body = str(entry.get("id") or number), entry["type"], entry["body"]
-        if kind not in _KINDS or not isinstance(body, str):
+        if kind not in _KINDS or not body.strip():
             raise ValueError
         snippets = _texts([s if isinstance(s, str) else s["text"] for s in _listed(entry.get("snippets") or [])])
         ideal = _texts(entry.get("ideal_answer") or [])

@@ -110,7 +110,11 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
     for where, row in rows:
         try:
             question, (labels, options) = row.get("question"), _options(row)
-            if not isinstance(question, str) or not all(isinstance(each, str) for each in options):
+            if (
+                not isinstance(question, str)
+                or not question.strip()
+                or not all(isinstance(each, str) for each in options)
+            ):
                 raise TypeError
             if not 2 <= len(options) <= len(LETTERS):
                 raise ValueError

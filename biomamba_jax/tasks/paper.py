@@ -89,7 +89,9 @@ def read_pubmedqa(config: PubMedQAConfig, _: int) -> tuple[pubmedqa.Split, dict[
     """
     assert config.path is not None
     questions = pubmedqa.read_questions(config.path)
-    split = pubmedqa.official_split(questions, config.test_ids)._replace(test=pubmedqa.random_test(questions))
+    split = pubmedqa.official_split(questions, config.test_ids, config.path)._replace(
+        test=pubmedqa.random_test(questions)
+    )
     return split, {"not in the random subset": len(questions) - len(split.test)}
 
 

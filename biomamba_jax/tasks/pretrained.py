@@ -12,9 +12,11 @@ import numpy as np
 
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.files import read_json
 from biomamba_jax.tasks.architectures import check_dtype
 from biomamba_jax.tasks.padding import batched
 
+_MOST_LAYERS = 2000
 UNUSED = "pooler"
 """Weights that an encoder's hidden states do not depend on, and that its folder may lack."""
 
@@ -38,6 +40,9 @@ def load_pretrained(
       UserError: the extra is not installed, or transformers cannot load the folder.
     """
     check_dtype(key, folder, dtype)
+    for name, value in read_json(folder / "config.json").items():
+        if "layer" in name and type(value) is int and value > _MOST_LAYERS:  # transformers would build all of them
+            raise UserError(f"{key}: {folder / 'config.json'}: {name} = {value!r:.100}: no model has so many layers")
     try:
         torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
     except ImportError as error:

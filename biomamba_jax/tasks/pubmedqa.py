@@ -81,7 +81,7 @@ def read_questions(path: str | Path) -> list[Question]:
             labels = [*labels, *[""] * (len(texts) - len(labels))]
             contexts = tuple((str(label), text) for label, text in zip(labels, texts, strict=True))
             answer = entry["final_decision"]
-            if answer not in YES_NO_MAYBE or not isinstance(entry["QUESTION"], str):
+            if answer not in YES_NO_MAYBE or not entry["QUESTION"].strip():
                 raise ValueError
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(
@@ -94,26 +94,29 @@ def read_questions(path: str | Path) -> list[Question]:
     return questions
 
 
-def official_split(questions: Sequence[Question], test_ids: str | Path | None = None) -> Split:
+def official_split(
+    questions: Sequence[Question], test_ids: str | Path | None = None, source: str | Path = "PubMedQA"
+) -> Split:
     """Return the authors' test set and folds.
 
     Args:
       questions: all questions, in the order of the authors' file, which the split depends on.
       test_ids: the authors' test_ground_truth.json, to check the test set against.
+      source: the file of the questions, for messages.
 
     Raises:
       UserError: the test set differs from `test_ids`, or there are too few questions.
     """
     draw = random.Random(_SEED)
-    development, test = _stratified(questions, 2, draw)
+    development, test = _stratified(questions, 2, draw, source)
     if test_ids is not None and read_json(test_ids) != {question.key: question.answer for question in test}:
         raise UserError(
             f"{test_ids}: is not the test set that the authors' procedure gives for these {len(questions)} "
             "questions; give ori_pqal.json and test_ground_truth.json of the same release, unchanged"
         )
     if len(development) < FOLDS:
-        raise UserError(f"PubMedQA: {len(questions)} questions are too few for a test set and ten folds")
-    return Split(_stratified(development, FOLDS, draw), test)
+        raise UserError(f"{source}: {len(questions)} questions are too few for a test set and ten folds")
+    return Split(_stratified(development, FOLDS, draw, source), test)
 
 
 def random_test(questions: Sequence[Question], seed: int = 42, share: float = 0.2) -> list[Question]:
@@ -141,7 +144,9 @@ def stratified_sample(questions: Sequence[Question], size: int, seed: int) -> li
     return [question for question in questions if id(question) in chosen]
 
 
-def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) -> list[list[Question]]:
+def _stratified(
+    questions: Sequence[Question], parts: int, draw: random.Random, source: str | Path
+) -> list[list[Question]]:
     """Return `parts` stratified lists of questions, drawn as the authors draw them."""
     divided: list[list[Question]] = [[] for _ in range(parts)]
     for label in YES_NO_MAYBE:
@@ -154,7 +159,7 @@ def _stratified(questions: Sequence[Question], parts: int, draw: random.Random) 
     if len(last) != len(divided[0]):  # rounding up left it short: it takes one question of each other part
         for part in divided[:-1]:
             if not part:
-                raise UserError(f"PubMedQA: {len(questions)} questions are too few to be divided into {parts} parts")
+                raise UserError(f"{source}: {len(questions)} questions are too few to be divided into {parts} parts")
             moved = draw.choice(part)
             part.remove(moved)
             last.append(moved)

@@ -137,7 +137,7 @@ def read_pubmedqa(config: PubMedQAConfig, seed: int) -> tuple[pubmedqa.Split, di
       UserError: a file that cannot be read, is damaged or is of another release.
     """
     assert config.path is not None
-    split = pubmedqa.official_split(pubmedqa.read_questions(config.path), config.test_ids)
+    split = pubmedqa.official_split(pubmedqa.read_questions(config.path), config.test_ids, config.path)
     chosen = pubmedqa.stratified_sample(split.test, config.max_questions or len(split.test), seed)
     left_out = len(split.test) - len(chosen)
     return split._replace(test=chosen), {"not in the sample": left_out} if left_out else {}

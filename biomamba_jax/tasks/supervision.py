@@ -125,7 +125,7 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
     if not any(question.answer == "maybe" for question in questions):
         train, development = held_out_share(examples(questions), development_fraction, prompt)
         return Task("pubmedqa", train, development, answers=config.answers)
-    split = pubmedqa.official_split(questions, config.test_ids)
+    split = pubmedqa.official_split(questions, config.test_ids, config.path)
     rest = [question for index, part in enumerate(split.folds) if index != fold for question in part]
     return Task("pubmedqa", examples(rest), examples(split.folds[fold]), examples(split.test), config.answers)
 

@@ -87,7 +87,9 @@ def test_another_seed_draws_another_sample(questions):
     assert draws[0] == draws[1] != draws[2]
 
 
-@pytest.mark.parametrize("broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, [], {"7": 1}])
+@pytest.mark.parametrize(
+    "broken", [{"7": entry("perhaps")}, {"7": {}}, {"7": entry(CONTEXTS=3)}, {"7": entry(QUESTION="")}, [], {"7": 1}]
+)
 def test_a_broken_file_is_refused_in_one_line_that_names_it(tmp_path, broken):
     with pytest.raises(UserError, match=r"q\.json: .*(7|not a mapping)"):
         read_questions(write(tmp_path / "q.json", broken))
@@ -98,10 +100,11 @@ def test_too_few_questions_are_said_to_be_too_few():
         draw = random.Random(count)
         labels = draw.choices(("yes", "no", "maybe"), (55, 34, 11), k=count)
         try:
-            split = official_split([Question(str(i), "?", (), label, "") for i, label in enumerate(labels)])
+            asked = [Question(str(i), "?", (), label, "") for i, label in enumerate(labels)]
+            split = official_split(asked, source="q.json")
             assert sum(map(len, split.folds)) + len(split.test) == count
         except UserError as error:
-            assert "too few" in str(error)
+            assert str(error).startswith("q.json: ") and "too few" in str(error)
 
 
 @pytest.mark.parametrize("contexts", ["abc", [None], None, {"a": "b"}])

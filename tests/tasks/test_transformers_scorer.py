@@ -218,12 +218,16 @@ def test_a_model_that_sees_what_it_is_to_predict_is_not_causal(tmp_path):
         (lambda folder: os.truncate(folder / "model.safetensors", 100), "transformers cannot load"),
         (lambda folder: edit_config(folder, hidden_size="16"), "transformers cannot load"),
         (
+            lambda folder: edit_config(folder, num_hidden_layers=10**9),
+            "num_hidden_layers = 10{9}: no model has so many",
+        ),
+        (
             lambda folder: edit_config(folder, architectures="BertForMaskedLM"),
             "architectures = 'BertForMaskedLM'",
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "transformers cannot load"),
     ],
-    ids=["weights", "type", "architectures", "tokenizer"],
+    ids=["weights", "type", "layers", "architectures", "tokenizer"],
 )
 def test_a_damaged_folder_is_one_line(tmp_path, damage, message):
     damage(write_encoder(tmp_path, "BertForMaskedLM"))
