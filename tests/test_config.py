@@ -170,6 +170,8 @@ def test_a_config_survives_being_written_and_read(tmp_path):
         (("--train.seed", "-1"), "train.seed = -1: must be in 0..2^32 - 1"),
         (("--evaluate.seed", "-1"), "evaluate.seed = -1: must be in 0..2^32 - 1"),
         (("--optimizer.learning_rate", ".inf"), "optimizer.learning_rate = inf: must be above 0, and finite"),
+        (("--model.d_model", str(2**63)), f"model.d_model = {2**63}: must be at least 1, below 2^31"),
+        (("--train.steps", str(2**31)), f"train.steps = {2**31}: must be at least 1, below 2^31"),
         (("--loss.z_loss", ".inf"), "loss.z_loss = inf: must be 0 or more, and finite"),
         (("--run_dir", "a\udcff"), "run_dir: 'a\\udcff' is not valid Unicode"),
         (("--prepare.recent_from", "2024-W01-1"), "must be a date such as 2024-01-31"),
@@ -317,9 +319,12 @@ def test_the_short_help_shows_keys_that_exist_and_names_the_long_one(schema, cap
 
 def test_help_says_what_a_setting_takes_and_its_default(capsys):
     text = " ".join(shown(capsys, "--help").split())
-    assert "--data.batch_size Rows of one optimizer step, over all devices and hosts. (an integer, at least 1; " in text
     assert (
-        "(an integer, at least 1; default: 8)" in text
+        "--data.batch_size Rows of one optimizer step, over all devices and hosts. (an integer, at least 1, below 2^31;"
+        in text
+    )
+    assert (
+        "(an integer, at least 1, below 2^31; default: 8)" in text
         and "('mamba1' or 'mamba2' or 'mamba3'; default: \"mamba2\")" in text
     )
 

@@ -54,7 +54,7 @@ class TokenizerTraining(Settings, section="prepare"):
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
     """Kind of SentencePiece model; unigram encodes 3.5 times faster than bpe at the same bytes per token. `convert --to
     hf` needs unigram, and the defaults of tokenizer_byte_fallback and tokenizer_split_digits."""
-    tokenizer_sample_bytes: checks.PositiveInt = 10_000_000
+    tokenizer_sample_bytes: checks.Amount = 10_000_000
     """Bytes of text that it is trained on, sampled from the training split; takes some 20 times as much memory. More
     lowers the bytes per token by less than 1 % at 4,096 pieces; a large vocabulary needs more."""
     tokenizer_byte_fallback: bool = True
@@ -161,7 +161,7 @@ class InspectConfig(Settings):
     """Tokens of a row, for the estimate of packing and the mixture's preview."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     """A mixture to preview, as in data.mixture of a pretraining config."""
-    preview_tokens: checks.PositiveInt = 10_000_000
+    preview_tokens: checks.Amount = 10_000_000
     """Number of tokens in that preview."""
     seed: checks.Seed = 0
     """Seed of the samples and of the mixture's order."""
@@ -179,5 +179,5 @@ class TokenizersConfig(TextFields):
     """Files of text to encode, of the kinds that prepare reads."""
     terms: str | None = None
     """File of terms, one a line; default: a list of 104 common biomedical terms."""
-    max_bytes: checks.PositiveInt = 10_000_000
+    max_bytes: checks.Amount = 10_000_000
     """Bytes of text to read, divided equally among the inputs."""
