@@ -28,18 +28,21 @@ def gradient_request(topology: str, channels: int = 1536, length: int = 1024, se
 
 def test_the_inner_loops_stay_packed():
     forward, recompute, back = inner_loops(gradient_request("v5e:1x1", length=128))
-    # Of 32, 16 and 16 steps of 512 channels; four vector operations fit in a bundle.
-    assert forward.bundles <= 440 and recompute.bundles <= 255 and back.bundles <= 440
-    assert min(loop.filled["VALU"] for loop in (forward, recompute, back)) > 0.88
+    # Of 64, 32 and 32 steps of 512 channels; four vector operations fit in a bundle.
+    assert forward.bundles <= 870 and recompute.bundles <= 525 and back.bundles <= 875
+    assert min(loop.filled["VALU"] for loop in (forward, recompute, back)) > 0.86
 
 
-@pytest.mark.parametrize(("topology", "forward", "backward"), [("v5e:1x1", 80, 204), ("v6e:1x1", 74.7, 200)])
+@pytest.mark.parametrize(("topology", "forward", "backward"), [("v5e:1x1", 71, 200.5), ("v6e:1x1", 67, 188.5)])
 def test_static_cycles_a_token_of_1536_channels_stay_low(topology, forward, backward):
-    """For 8 x 1,024 tokens: at most 0.437 and 1.114 ms on v5e at 1.5 GHz, 0.350 and 0.937 ms on v6e at 1.75 GHz."""
-    short, long = estimates([gradient_request(topology, length=n) for n in (128, 192)], profile=True)
+    """Bounds 3 % above what was reached with libtpu 0.0.52.
+
+    For 8 x 1,024 tokens: at most 0.388 and 1.095 ms on v5e at 1.5 GHz, 0.314 and 0.882 ms on v6e at 1.75 GHz.
+    """
+    short, long = estimates([gradient_request(topology, length=n) for n in (256, 512)], profile=True)
     for direction, bound in (("forward", forward), ("backward", backward)):
         cycles = [sum(v for k, v in e.static_cycles.items() if direction in k) for e in (short, long)]
-        assert (cycles[1] - cycles[0]) / 64 <= bound
+        assert (cycles[1] - cycles[0]) / 256 <= bound
 
 
 def sharded_layers(devices):

@@ -13,10 +13,10 @@ from biomamba_jax.ops.kernel_arrays import differentiable, pad, round_up, vary_a
 from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
 from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens, padded
 from biomamba_jax.ops.selective_scan.pallas_tpu_backward import Incoming, backward
-from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, SUBLANES, Blocks
+from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, SUBLANES, Blocks, words
 from biomamba_jax.ops.selective_scan.pallas_tpu_forward import forward
 
-_CHUNK = 64
+_SAVED = 64  # time steps between two saved states
 # VMEM holds a row's state and a chunk's states of one tile. Up to this d_state, gradients compile for v4, v5e, v5p and
 # v6e, in float32 too; with 64 not for v4, and with 80 for none.
 _MAX_STATES = 48
@@ -55,7 +55,9 @@ def _run(inputs: FilledInputs, interpret: Any, save: bool):
     _, length, channels = inputs.x.shape
     tokens, parameters = _arrays(inputs, blocks)
     initial = _tiled_state(inputs.initial_state, blocks)
-    out = forward(tokens, parameters, initial, blocks, save, interpret)
+    # Twice the time steps pay a grid step's fixed cost half as often; the backward kernel has no VMEM for them.
+    chunk = blocks.saved * (1 if blocks.grid[1] % 2 else 2)
+    out = forward(tokens, parameters, initial, blocks._replace(chunk=chunk), save, interpret)
     final = _untiled_state(out.final)[:, : inputs.A.shape[0], : inputs.A.shape[1]]
     return (out.y[:, :length, :channels], final), (out.boundary, out.ungated)
 
@@ -78,23 +80,25 @@ def _blocks(inputs: FilledInputs, interpret: Any) -> Blocks:
     d_state = round_up(inputs.A.shape[1], SUBLANES)
     widest = max(1, _STATE_REGISTERS * SUBLANES // d_state) * LANES
     tile = min(widest, round_up(channels, LANES))
-    chunk = min(_CHUNK, round_up(length, SUBLANES))
+    saved = min(_SAVED, round_up(length, SUBLANES))
     return Blocks(
         rows=rows,
-        length=round_up(length, chunk),
+        length=round_up(length, saved),
         channels=round_up(channels, tile),
         d_state=d_state,
-        chunk=chunk,
+        saved=saved,
+        chunk=saved,
         tile=tile,
-        max_unroll=1 if interpret else chunk,  # the interpreter compiles slowly, and its results are the same
+        interpreted=bool(interpret),
         gated=inputs.z is not None,
         segmented=inputs.segment_ids is not None,
     )
 
 
 def _arrays(inputs: FilledInputs, blocks: Blocks) -> tuple[Tokens, Parameters]:
-    """Pad the inputs and reorder the parameters to [tiles height tile]; reset becomes [B L 1]."""
+    """Pad the inputs; B and C become words, reset [B L 1], and parameters [tiles height tile]."""
     tokens, parameters = padded(inputs, blocks.length, blocks.channels, blocks.d_state)
+    tokens = tokens._replace(B=words(tokens.B), C=words(tokens.C))
     if tokens.reset is not None:
         tokens = tokens._replace(reset=tokens.reset[:, :, None])
     tiles = (blocks.tiles, blocks.tile)

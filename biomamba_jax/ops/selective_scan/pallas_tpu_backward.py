@@ -18,7 +18,7 @@ from biomamba_jax.ops.selective_scan.inputs import Gradients
 from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import LANES, STRIDE, SUBLANES, Blocks
 
-_UNROLL = 16
+_UNROLL = 32
 
 
 class Incoming(NamedTuple):
@@ -59,7 +59,7 @@ def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks:
     def row_sums(height: int) -> jax.ShapeDtypeStruct:
         return out_struct((rows, blocks.tiles, height, blocks.tile), jnp.float32, tokens.x)
 
-    d_narrow = out_struct(tokens.B.shape, jnp.float32, tokens.x)
+    d_narrow = out_struct((rows, length, blocks.d_state), jnp.float32, tokens.x)
     gated = blocks.gated
     out_shape = Gradients(
         x=x_like,
@@ -93,7 +93,7 @@ def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks:
         functools.partial(_kernel, blocks),
         grid=blocks.grid,
         in_specs=[
-            common.token_specs(blocks, reverse=True),
+            common.token_specs(tokens, blocks, reverse=True),
             common.parameter_specs(blocks),
             Incoming(wide, state, common.boundary_spec(blocks, reverse=True), wide if gated else None),
         ],
@@ -179,7 +179,7 @@ def _step_forward(blocks, tile, parameters, incoming, scratch) -> None:
         _add_broadcast(scratch.dC, t, dC)
         return after
 
-    common.unrolled(blocks, _UNROLL, step, common.split_state(incoming.boundary, None, blocks))
+    common.unrolled(blocks, _UNROLL, step, common.split_state(incoming.boundary, 0, blocks))
 
 
 def _step_backward(blocks, tile, parameters, gradients, scratch) -> None:

@@ -36,12 +36,14 @@ class Blocks(NamedTuple):
     """A multiple of tile."""
     d_state: int
     """A multiple of 8."""
-    chunk: int
+    saved: int
     """Time steps between two saved states, a multiple of 8."""
+    chunk: int
+    """Time steps of a block, a multiple of `saved`."""
     tile: int
     """Channels of a block, a multiple of 128."""
-    max_unroll: int
-    """Upper bound of the time steps in one iteration of an inner loop."""
+    interpreted: bool
+    """True without a TPU."""
     gated: bool
     """True if there is a gate z."""
     segmented: bool
@@ -79,9 +81,9 @@ def token_spec(blocks: Blocks, width: int | None = None, reverse: bool = False) 
 
 
 def boundary_spec(blocks: Blocks, reverse: bool = False) -> pl.BlockSpec:
-    """Return the spec of the states before each chunk [B chunks tiles N tile]."""
+    """Return the spec of the saved states of a block [B L/saved tiles N tile]."""
     last = blocks.grid[1] - 1
-    shape = (None, None, None, blocks.d_state, blocks.tile)
+    shape = (None, blocks.chunk // blocks.saved, None, blocks.d_state, blocks.tile)
     return pl.BlockSpec(shape, lambda row, chunk, tile: (row, last - chunk if reverse else chunk, tile, 0, 0))
 
 
@@ -96,11 +98,12 @@ def parameter_spec(blocks: Blocks, height: int) -> pl.BlockSpec:
     return pl.BlockSpec((blocks.tiles, height, blocks.tile), lambda row, chunk, tile: (0, 0, 0))
 
 
-def token_specs(blocks: Blocks, reverse: bool = False) -> Tokens:
+def token_specs(tokens: Tokens, blocks: Blocks, reverse: bool = False) -> Tokens:
     """Return the specs of all per-token inputs."""
-    wide, narrow = token_spec(blocks, reverse=reverse), token_spec(blocks, blocks.d_state, reverse)
+    wide = token_spec(blocks, reverse=reverse)
+    B, C = (token_spec(blocks, v.shape[2], reverse) for v in (tokens.B, tokens.C))
     reset = token_spec(blocks, 1, reverse) if blocks.segmented else None
-    return Tokens(wide, wide, wide if blocks.gated else None, narrow, narrow, reset)
+    return Tokens(wide, wide, wide if blocks.gated else None, B, C, reset)
 
 
 def parameter_specs(blocks: Blocks) -> Parameters:
@@ -146,13 +149,27 @@ def sigmoid(z: Array) -> Array:
     return 0.5 + 0.5 * jnp.tanh(0.5 * z)
 
 
-def broadcast_columns(column_ref, broadcast_ref, blocks: Blocks) -> None:
-    """Broadcast each value of B or C [T N] over the 128 lanes of its own row."""
-    columns = column_ref[...].astype(jnp.float32)
+def words(v: Array) -> Array:
+    """Return the bits of B or C [B L N] as int32: two states of bfloat16 in a word, or one as float32."""
+    if v.dtype != jnp.bfloat16:
+        return jax.lax.bitcast_convert_type(v.astype(jnp.float32), jnp.int32)
+    return jax.lax.bitcast_convert_type(v.reshape(*v.shape[:2], -1, 2), jnp.int32)
+
+
+def broadcast_columns(words_ref, broadcast_ref, blocks: Blocks) -> None:
+    """Broadcast each value of B or C, as `words` [T N] or [T N/2], over the 128 lanes of its own row.
+
+    The units that permute lanes take three cycles for each word, and are the bound here.
+    """
+    columns = words_ref[...]
+    in_word = blocks.d_state // columns.shape[1]
     for n in range(blocks.d_state):
         group, sublane = divmod(n, SUBLANES)
-        over_lanes = jnp.broadcast_to(columns[:, n : n + 1], (blocks.chunk, LANES))
-        broadcast_ref.at[group][pl.ds(sublane, blocks.chunk, stride=STRIDE), :] = over_lanes
+        word, half = divmod(n, in_word)
+        if half == 0:
+            over_lanes = jnp.broadcast_to(columns[:, word : word + 1], (blocks.chunk, LANES))
+        bits = over_lanes if in_word == 1 else over_lanes << 16 if half == 0 else over_lanes & -65536
+        broadcast_ref.at[group][pl.ds(sublane, blocks.chunk, stride=STRIDE), :] = pltpu.bitcast(bits, jnp.float32)
 
 
 def read_broadcast(broadcast_ref, t, blocks: Blocks) -> list[Array]:
@@ -174,10 +191,9 @@ def sum_partials(partial_ref, lane_group: int, blocks: Blocks) -> Array:
 
 
 def split_state(state_ref, tile, blocks: Blocks) -> list[list[Array]]:
-    """Load a tile's state registers [lane group][state group] from [tiles N tile], or from [N tile] if tile is None."""
-    ref = state_ref if tile is None else state_ref.at[tile]
+    """Load a tile's state registers [lane group][state group] from [tiles N tile]."""
     return [
-        [ref[g * SUBLANES : (g + 1) * SUBLANES, lanes] for g in range(blocks.state_groups)]
+        [state_ref[tile, g * SUBLANES : (g + 1) * SUBLANES, lanes] for g in range(blocks.state_groups)]
         for _, lanes in lane_slices(blocks)
     ]
 
@@ -189,17 +205,26 @@ def join_state(state_ref, tile, state: list[list[Array]], blocks: Blocks) -> Non
             state_ref[tile, g * SUBLANES : (g + 1) * SUBLANES, lanes] = state[r][g]
 
 
-def unrolled(blocks: Blocks, steps: int, step, carry, reverse: bool = False):
+def unrolled(blocks: Blocks, steps: int, step, carry, reverse: bool = False, begin=None):
     """Run step(t, carry) for all time steps of the chunk, up to `steps` of them (a power of two) per loop iteration.
 
-    An iteration costs about 24 cycles on top of its steps, which take 15 (forward) to 29 (backward) each.
+    Iteration i starts with begin(i, carry), if given. It costs about 24 cycles on top of its steps, which take 13
+    (forward) to 27 (backward) each.
     """
-    steps = math.gcd(blocks.chunk, min(steps, blocks.max_unroll))
+    steps = math.gcd(blocks.chunk, steps)
 
     def iteration(i, carry):
-        for k in range(steps):
+        if begin is not None:
+            begin(i, carry)
+
+        def one(k, carry):
             t = i * steps + k
-            carry = step(blocks.chunk - 1 - t if reverse else t, carry)
+            return step(blocks.chunk - 1 - t if reverse else t, carry)
+
+        if blocks.interpreted:  # the interpreter compiles slowly, and its results are the same
+            return jax.lax.fori_loop(0, steps, one, carry)
+        for k in range(steps):
+            carry = one(k, carry)
         return carry
 
     return jax.lax.fori_loop(0, blocks.chunk // steps, iteration, carry)

@@ -12,8 +12,6 @@ from biomamba_jax.ops.selective_scan import pallas_tpu_blocks as common
 from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens
 from biomamba_jax.ops.selective_scan.pallas_tpu_blocks import STRIDE, SUBLANES, Blocks
 
-_UNROLL = 32
-
 
 class Outputs(NamedTuple):
     """Outputs of the kernel."""
@@ -23,7 +21,7 @@ class Outputs(NamedTuple):
     final: Any
     """[B tiles N tile] float32; carries the state from chunk to chunk."""
     boundary: Any | None
-    """[B chunks tiles N tile] float32: the state before each chunk."""
+    """[B L/saved tiles N tile] float32: the state before each `saved` steps."""
     ungated: Any | None
     """[B L E]: y before the gate."""
 
@@ -44,7 +42,7 @@ def forward(
     state = (blocks.tiles, blocks.d_state, blocks.tile)
     x_like = out_struct(tokens.x.shape, tokens.x.dtype, tokens.x)
     final = out_struct((rows, *state), jnp.float32, tokens.x)
-    boundary = out_struct((rows, blocks.grid[1], *state), jnp.float32, tokens.x) if for_backward else None
+    boundary = out_struct((rows, length // blocks.saved, *state), jnp.float32, tokens.x) if for_backward else None
     boundary_spec = common.boundary_spec(blocks) if for_backward else None
     wide, row = common.token_spec(blocks), common.row_spec(blocks, blocks.d_state)
     ungated = for_backward and blocks.gated
@@ -55,7 +53,7 @@ def forward(
     return pl.pallas_call(
         functools.partial(_kernel, blocks),
         grid=blocks.grid,
-        in_specs=[common.token_specs(blocks), common.parameter_specs(blocks), row],
+        in_specs=[common.token_specs(tokens, blocks), common.parameter_specs(blocks), row],
         out_specs=[out_specs],
         out_shape=[out_shape],
         scratch_shapes=[_Scratch(step, step, projection, projection, common.partial_scratch(blocks))],
@@ -80,8 +78,6 @@ def _kernel(blocks: Blocks, tokens: Tokens, parameters: Parameters, initial, out
         common.broadcast_columns(tokens.B, scratch.B, blocks)
         common.broadcast_columns(tokens.C, scratch.C, blocks)
 
-    if outputs.boundary is not None:
-        outputs.boundary[...] = outputs.final[tile]
     for r, lanes in common.lane_slices(blocks):
         delta = common.softplus(tokens.dt[:, lanes].astype(jnp.float32) + parameters.dt_bias[tile, :, lanes])
         scratch.u[r] = delta * tokens.x[:, lanes].astype(jnp.float32)
@@ -100,7 +96,12 @@ def _kernel(blocks: Blocks, tokens: Tokens, parameters: Parameters, initial, out
             new_state.append(h)
         return new_state
 
-    state = common.unrolled(blocks, _UNROLL, step, common.split_state(outputs.final, tile, blocks))
+    def save(i, state):
+        if outputs.boundary is not None:
+            common.join_state(outputs.boundary, i, state, blocks)
+
+    before = common.split_state(outputs.final, tile, blocks)
+    state = common.unrolled(blocks, blocks.saved, step, before, begin=save)
     common.join_state(outputs.final, tile, state, blocks)
     for r, lanes in common.lane_slices(blocks):
         y = common.sum_partials(scratch.partial, r, blocks)
