@@ -81,7 +81,7 @@ class EncoderHeadModel(HeadModel):
     ):
         kind = head.kind if head else stated_kind(folder)
         assert kind is not None
-        settings = {"ignore_mismatched_sizes": True, **transformers_settings(head)} if head else {}
+        settings = transformers_settings(head) if head else {}
         self.torch, self.model, library, missing = load_pretrained(
             key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, **settings
         )

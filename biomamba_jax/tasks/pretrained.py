@@ -4,6 +4,7 @@ The only module of the package that imports PyTorch, and only when such a model 
 """
 
 import importlib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from biomamba_jax.tasks.architectures import check_dtype
 from biomamba_jax.tasks.padding import batched
 
 _MOST_LAYERS = 2000
+_DIGITS = re.compile(r"\d+")
 UNUSED = "pooler"
 """Weights that an encoder's hidden states do not depend on, and that its folder may lack."""
 
@@ -34,10 +36,11 @@ def load_pretrained(
       **settings: of its `from_pretrained`, such as other values of the folder's config.
 
     Returns:
-      The module torch, the model, its tokenizer, and the names of the weights that the folder lacks.
+      The module torch, the model, its tokenizer, and the names of the weights that the folder lacks, or has in another
+      shape.
 
     Raises:
-      UserError: the extra is not installed, or transformers cannot load the folder.
+      UserError: the extra is not installed, transformers cannot load the folder, or it has more layers than its config.
     """
     check_dtype(key, folder, dtype)
     for name, value in read_json(folder / "config.json").items():
@@ -57,12 +60,18 @@ def load_pretrained(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **here, split_special_tokens=True)
         model, found = getattr(transformers, kind()).from_pretrained(
-            folder, **here, dtype=of_weights, output_loading_info=True, **settings
+            folder, **here, dtype=of_weights, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     except Exception as error:  # of transformers, its checks of types, safetensors and unpickling
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{key}: transformers cannot load {folder} ({reason})") from None
-    return torch, model.to(device).eval(), tokenizer, sorted(found["missing_keys"])
+    patterns = {_DIGITS.sub("*", name) for name in model.state_dict()}
+    prefix = f"{model.base_model_prefix}."
+    for name in sorted(found["unexpected_keys"]):  # such as a pooler's, but not those of a further layer
+        if {_DIGITS.sub("*", each) for each in (name, prefix + name, name.removeprefix(prefix))} & patterns:
+            raise UserError(f"{key}: {folder} holds {name}, for which its config.json has no place; correct the sizes")
+    reshaped = {f"{name} of shape {list(wanted)}" for name, _, wanted in found["mismatched_keys"]}
+    return torch, model.to(device).eval(), tokenizer, sorted({*found["missing_keys"], *reshaped})
 
 
 def reserved_positions(model: Any) -> int:

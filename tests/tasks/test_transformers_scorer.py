@@ -217,6 +217,8 @@ def test_a_model_that_sees_what_it_is_to_predict_is_not_causal(tmp_path):
     [
         (lambda folder: os.truncate(folder / "model.safetensors", 100), "transformers cannot load"),
         (lambda folder: edit_config(folder, hidden_size="16"), "transformers cannot load"),
+        (lambda folder: edit_config(folder, num_hidden_layers=1), r"holds bert\.encoder\.layer\.1\.\S+, for which its"),
+        (lambda folder: edit_config(folder, intermediate_size=8), r"lacks bert\.\S*intermediate\S* of shape \[8\]"),
         (
             lambda folder: edit_config(folder, num_hidden_layers=10**9),
             "num_hidden_layers = 10{9}: no model has so many",
@@ -227,10 +229,10 @@ def test_a_model_that_sees_what_it_is_to_predict_is_not_causal(tmp_path):
         ),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "transformers cannot load"),
     ],
-    ids=["weights", "type", "layers", "architectures", "tokenizer"],
+    ids=["weights", "type", "fewer layers", "other sizes", "layers", "architectures", "tokenizer"],
 )
 def test_a_damaged_folder_is_one_line(tmp_path, damage, message):
-    damage(write_encoder(tmp_path, "BertForMaskedLM"))
+    damage(write_encoder(tmp_path, "BertForMaskedLM", num_hidden_layers=2))
     with pytest.raises(UserError, match=message) as error:
         load_scorer("theirs", str(tmp_path), config())
     assert "\n" not in str(error.value)
