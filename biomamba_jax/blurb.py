@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from biomamba_jax.finetuning import PREDICTIONS, RESULTS, read_weights, train_an
 from biomamba_jax.interop.run_dir import read_settings
 from biomamba_jax.tables import Table, print_tables
 from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
-from biomamba_jax.tasks.mining_measures import micro
+from biomamba_jax.tasks.mining_measures import by_group
 
 _SPLITS = {"files": "train", "development": "dev", "test": "test"}
 """Part of the names of each split's files, in any case."""
@@ -145,15 +146,14 @@ def macro_word_f1(lines: Sequence[Mapping[str, Any]]) -> float:
       lines: predictions with "text", "spans" and "gold", as `finetune` writes them.
     """
 
-    def words(spans: Sequence[Sequence[Any]], text: str, kind: str) -> set[int]:
+    def words(of: Mapping[str, Any], text: str) -> set[tuple[int, str]]:
         starts = [match.start() for match in re.finditer(r"\S+", text)]
-        return {place for first, end, own, *_ in spans for place in starts if own == kind and first <= place < end}
+        return {(place, kind) for first, end, kind, *_ in of["spans"] for place in starts if first <= place < end}
 
-    def f1(kind: str) -> Any:
-        gold = [words(line["gold"]["spans"], line["text"], kind) for line in lines]
-        return micro(gold, [words(line["spans"], line["text"], kind) for line in lines])["f1"]
-
-    return float(np.mean([f1(kind) for kind in sorted({span[2] for x in lines for span in x["gold"]["spans"]})]))
+    gold = [words(line["gold"], line["text"]) for line in lines]
+    types = sorted({span[2] for line in lines for span in line["gold"]["spans"]})
+    of_types = by_group(types, gold, [words(line, line["text"]) for line in lines], itemgetter(1))
+    return float(np.mean([measures["f1"] for measures in of_types.values()]))
 
 
 def report_of(results: Mapping[str, Mapping[str, Sequence[Measures]]], missing: Sequence[str]) -> dict[str, Any]:
@@ -191,15 +191,13 @@ def report_of(results: Mapping[str, Mapping[str, Sequence[Measures]]], missing: 
 def _page(report: Mapping[str, Any], output: Path) -> Path:
     rows = []
     for name, each in report["sets"].items():
-        cells = [
-            (f"{100 * x['mean']:.1f}", f"[{100 * x['low']:.1f}, {100 * x['high']:.1f}]")
-            for x in each["models"].values()
-        ]
+        of_models = ([100 * x[key] for key in ("mean", "low", "high")] for x in each["models"].values())
+        cells = [(f"{mean:.1f}", f"[{low:.1f}, {high:.1f}]") for mean, low, high in of_models]
         rows.append([f"{name}: {each['measure'].replace('_', ' ')}", each["size"], *cells])
     rows.append([report["average"], None, *(f"{100 * mean:.1f}" for mean in report["averages"].values())])
     columns, title = ["task", "items", *report["averages"]], "Test splits, %: mean over seeds, and their range"
     results = Table(columns, rows, title, emphasized=[len(rows) - 1])
-    print_tables([results._replace(rows=[[" ".join(x) if isinstance(x, tuple) else x for x in row] for row in rows])])
+    print_tables([results])
     differ = Table(["set", ""], list(report["not_as_published"].items()), "Not as published", left=(0, 1))
     names, tables = list(report["averages"]), [results, differ]
     return html.write(output / "report.html", "comparison", title="BLURB", names=names, tables=tables, charts=[])

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalC
 from biomamba_jax.errors import UserError
 
 _AT_ONCE = 512
-"""Texts in memory at a time."""
+"""Texts whose tokens are in memory at a time."""
 _PROBE = "Insulin lowers the glucose concentration of plasma."
 """Text whose embedding identifies a model."""
 _TRANSFORMERS = "hf:"
@@ -51,7 +51,7 @@ def embed(config: EmbedConfig) -> None:
     from biomamba_jax.object_store import local_copy
     from biomamba_jax.tables import summary_table
     from biomamba_jax.tasks import vectors
-    from biomamba_jax.tasks.documents import Document, read_documents
+    from biomamba_jax.tasks.documents import read_documents
     from biomamba_jax.tasks.model import load
     from biomamba_jax.tasks.padding import batched
 
@@ -62,16 +62,13 @@ def embed(config: EmbedConfig) -> None:
     sources = [path / MANIFEST_NAME if path.is_dir() else path for path in sources]
     settings["input"] = [list(identity(path)) for path in sources]
 
-    def documents() -> Iterator[Document]:
-        for path in config.input:
-            yield from read_documents(path, config.split, left_out, config)
-
+    documents = read_documents(config.input, config.split, left_out, config)
     start, new = time.perf_counter(), 0
     with folders.locked(output), files.naming_full_disks(output, "free space, then run the same command to continue"):
         folder = vectors.EmbeddingFolder(output, config.format)
         folder.start(config.model, settings, embedder([_PROBE])[0])
         embedder.tokens = 0
-        for number, texts in enumerate(batched(documents(), config.part_size)):
+        for number, texts in enumerate(batched(documents, config.part_size)):
             sizes.append(len(texts))
             if not folder.has(number):
                 found = [embedder([text.text for text in block]) for block in batched(texts, _AT_ONCE)]
@@ -117,21 +114,18 @@ def train(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
     with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
-        from biomamba_jax.data.examples import held_out_share
-        from biomamba_jax.data.tokenizer import load_tokenizer
+        from biomamba_jax.data.examples import EncodedExamples, held_out_share
         from biomamba_jax.interop import read_model
         from biomamba_jax.tasks import retrieval
-        from biomamba_jax.train.contrastive import EncodedPairs, encode_pairs, train_embeddings
+        from biomamba_jax.train.contrastive import encode_pairs, train_embeddings
         from biomamba_jax.train.setup import with_execution_settings
 
         weights, data = read_model(config.init_from or ""), config.data
-        if weights.tokenizer_file is None:
-            raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
-        tokenizer = load_tokenizer(weights.tokenizer_file)
+        tokenizer = weights.tokenizer(config.init_from)
         left_out = Counter[str]()
         pairs = retrieval.sample(retrieval.read_pairs(data.input, data.split, data, left_out), data.max_pairs)
 
-        def encoded(chosen: Sequence[retrieval.Pair]) -> EncodedPairs:
+        def encoded(chosen: Sequence[retrieval.Pair]) -> EncodedExamples:
             if len(chosen) <= data.hard_negatives:
                 raise UserError(f"data.input: {len(pairs)} pairs are too few to train on and to hold out; give more")
             negatives = retrieval.hard_negatives(chosen, data.hard_negatives)
@@ -153,6 +147,7 @@ def retrieval(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.interop.hub import local_folder
     from biomamba_jax.tables import Table, print_tables
     from biomamba_jax.tasks import retrieval as task
+    from biomamba_jax.tasks.evaluation_report import estimates_row
     from biomamba_jax.tasks.model import load
     from biomamba_jax.tasks.pretrained import Encoder
     from biomamba_jax.tasks.statistics import Estimate, Resampling
@@ -172,21 +167,17 @@ def retrieval(argv: Sequence[str], prog: str) -> None:
     if config.lexical:
         found["BM25"] = task.measure(pairs, task.by_words(pairs), resampling)
 
-    def cell(value: Estimate) -> str:
-        interval = "" if value.low is None or value.high is None else f" [{value.low:.3f}, {value.high:.3f}]"
-        return f"{value.value:.3f}{interval}"
-
-    rows: list[Sequence[str | None]] = []
-    for name in next(iter(found.values())):
-        rows.append((name.replace("_", " "), *(cell(each[name]) for each in found.values())))
+    rows: list[Sequence[Any]] = [
+        estimates_row(measure.replace("_", " "), [each[measure] for each in found.values()], "{:.3f}".format)
+        for measure in next(iter(found.values()))
+    ]
     rows += [(f"left out: {reason}", f"{count:,}") for reason, count in sorted(left_out.items())]
     rows += [("queries and documents cut", *map(cut.get, found))] if cut else []
     print_tables([Table(("", *found), rows, f"{len(pairs):,} texts, each found by its first line")])
     if config.output:
-        measures = {name: {key: vars(value) for key, value in each.items()} for name, each in found.items()}
-        files.write_json(
-            config.output, {"texts": len(pairs), "left_out": dict(left_out), "cut": cut, "models": measures}
-        )
+        models = {name: {key: vars(value) for key, value in each.items()} for name, each in found.items()}
+        report = {"texts": len(pairs), "left_out": dict(left_out), "cut": cut, "models": models}
+        files.write_json(config.output, report)
 
 
 SUBCOMMANDS = {"search": search, "train": train, "retrieval": retrieval}

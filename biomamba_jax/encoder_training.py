@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from biomamba_jax.config.checks import check
 from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.data.examples import NOT_COUNTED, Encoded, EncodedExamples
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.tasks.encoders import EncoderHeadModel
 from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
@@ -28,6 +30,8 @@ from biomamba_jax.train.supervised import data_messages
 _LOG = logging.getLogger(__name__)
 _IGNORED = -100
 """Label that the losses of transformers leave out."""
+_ONLY = {"reading": "once", "lora.rank": 0, "loss.z_loss": 0, "optimizer.layer_decay": 1, "optimizer.ema": 0}
+"""Settings of our models, and the values by which they have no effect."""
 
 
 def start(config: FinetuneConfig) -> EncoderHeadModel:
@@ -36,22 +40,15 @@ def start(config: FinetuneConfig) -> EncoderHeadModel:
     Raises:
       UserError: it cannot be loaded, or a setting is of our models alone.
     """
-    head, optimizer = config.head_config, config.optimizer
+    head = config.head_config
     check(head is not None, "head", config.head, f"{config.init_from} is an encoder: give a head such as classifier")
     assert head is not None
-    for key, value, only in (
-        ("reading", config.reading, "once"),
-        ("lora.rank", config.lora.rank, 0),
-        ("loss.z_loss", config.loss.z_loss, 0),
-        ("optimizer.layer_decay", optimizer.layer_decay, 1),
-        ("optimizer.ema", optimizer.ema, 0),
-    ):
+    for key, only in _ONLY.items():
+        value = attrgetter(key)(config)
         check(value == only, key, value, f"must be {only} for an encoder")
-    try:
-        importlib.import_module("accelerate")
-        importlib.import_module("transformers").set_seed(config.train.seed)
-    except ImportError as error:
-        raise UserError(f"init_from: encoders need {error.name}: pip install 'biomamba-jax[hf]'") from None
+    for module in ("accelerate", "transformers"):
+        extra("hf", module, f"init_from: encoders need {module}")
+    importlib.import_module("transformers").set_seed(config.train.seed)
     folder = local_folder((config.init_from or "").removeprefix(TRANSFORMERS_PREFIX))
     return EncoderHeadModel("init_from", folder, head, "float32")
 
@@ -107,7 +104,7 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
-    splits = [[_features(split[index], encoder) for index in range(len(split))] for split in (examples, development)]
+    splits = [[split[index] for index in range(len(split))] for split in (examples, development)]
     stopping = transformers.EarlyStoppingCallback(config.train.patience or steps)
     trainer = transformers.Trainer(encoder.model, arguments, partial(_batch, encoder), *splits, callbacks=[stopping])
     schedule, scheduler = learning_rate(config.schedule, 1.0, steps), encoder.torch.optim.lr_scheduler.LambdaLR
@@ -133,15 +130,11 @@ def train(
     write_report(run_dir)
 
 
-def _features(example: Encoded, encoder: EncoderHeadModel) -> dict[str, Any]:
-    return {"ids": [*example.inputs.tolist(), encoder.tokenizer.end_id]} | labels(example, encoder.head)
-
-
-def labels(example: Encoded, head: HeadConfig) -> dict[str, Any]:
-    """Return the targets of an example, see `model.heads`, as transformers' heads take them; [SEP] follows its ids."""
-    targets = example.targets
+def labels(targets: np.ndarray, head: HeadConfig, length: int) -> dict[str, Any]:
+    """Return an example's targets, see `model.heads`, as transformers' heads take them for a row of `length` tokens."""
     if head.kind == "token_classifier":
-        return {"labels": [*np.where(targets == NOT_COUNTED, _IGNORED, targets).tolist(), _IGNORED]}
+        known = np.where(targets == NOT_COUNTED, _IGNORED, targets).tolist()
+        return {"labels": [*known, *[_IGNORED] * (length - len(known))]}
     if head.kind == "span":
         marks = np.maximum(targets, 0)
         return {"start_positions": int((marks & 1).argmax()), "end_positions": int((marks & 2).argmax())}
@@ -151,13 +144,9 @@ def labels(example: Encoded, head: HeadConfig) -> dict[str, Any]:
     return {"labels": float(last.view(np.float32)) if head.kind == "regression" else int(last)}
 
 
-def _batch(encoder: EncoderHeadModel, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _batch(encoder: EncoderHeadModel, examples: Sequence[Encoded]) -> dict[str, Any]:
     """Return examples as the model's inputs, labels included."""
-    found = encoder.inputs([example["ids"] for example in examples])
-    longest = found["input_ids"].shape[1]
-    for name in examples[0].keys() - {"ids"}:
-        values = [example[name] for example in examples]
-        if encoder.head.kind == "token_classifier":
-            values = [[*own, *[_IGNORED] * (longest - len(own))] for own in values]
-        found[name] = encoder.torch.tensor(values)
-    return found
+    found = encoder.inputs([[*example.inputs.tolist(), encoder.tokenizer.end_id] for example in examples])
+    length = found["input_ids"].shape[1]
+    wanted = [labels(example.targets, encoder.head, length) for example in examples]
+    return found | {name: encoder.torch.tensor([each[name] for each in wanted]) for name in wanted[0]}

@@ -11,7 +11,6 @@ import jax
 from biomamba_jax import encoder_training, files, folders
 from biomamba_jax.config import FinetuneConfig
 from biomamba_jax.data.examples import EncodedExamples, encode_examples, encode_texts
-from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.tasks import mining_measures
@@ -52,10 +51,8 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
     if weights is None:
         encoder = encoder_training.start(config)
         tokenizer, length = encoder.tokenizer, min(length, encoder.limit) - 1  # [SEP] ends a text
-    elif weights.tokenizer_file is None:
-        raise UserError(f"{config.init_from}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
     else:
-        tokenizer = load_tokenizer(weights.tokenizer_file)
+        tokenizer = weights.tokenizer(config.init_from)
         config = dataclasses.replace(config, model=with_execution_settings(weights.config, config.model))
     for message in (message for task in tasks for message in task.messages):
         _LOG.info(message)

@@ -14,7 +14,7 @@ class Table(NamedTuple):
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Any]]
-    """Cells, see `shown`. On a page (figure, interval) shows both, and a row of one cell is a heading."""
+    """Cells, see `shown`. On a page a row of one cell is a heading."""
     title: str = ""
     """Shown above the table in a terminal."""
     left: Collection[int] = (0,)
@@ -24,7 +24,9 @@ class Table(NamedTuple):
 
 
 def shown(cell: object) -> str:
-    """Return a cell as text: integers with separators, a dash for None."""
+    """Return a cell as text: integers with separators, a dash for None, a figure and its interval side by side."""
+    if isinstance(cell, tuple):
+        return " ".join(map(shown, cell))
     return "–" if cell is None else f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 

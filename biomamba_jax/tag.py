@@ -10,8 +10,9 @@ the next.
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -67,9 +68,10 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
 
     def tagged() -> Iterator[dict[str, Any]]:
         for batch in batched(_read(config, source), _AT_ONCE):
-            for record, spans in zip(batch, model.tag([each["text"] for each in batch]), strict=True):
-                found = [{"start": s.start, "end": s.end, "type": s.type} for s in spans]
-                yield record | {"spans": [each | {"text": _spelled(record, each)} for each in found]}
+            texts = [record["text"] for record in batch]
+            for record, text, spans in zip(batch, texts, model.tag(texts), strict=True):
+                found = [{"start": a, "end": b, "type": kind, "text": text[a:b]} for a, b, kind, _ in spans]
+                yield record | {"spans": found}
 
     if config.to == "html":
         records = list(tagged())
@@ -77,15 +79,15 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
         shown = [(record["key"], _parts(record)) for record in records]
         html.write(Path(config.output or ""), "tagged", title="Entities", texts=shown, types=types, model=config.model)
         return
-    for_line = _as_pubtator if config.to == "pubtator" else _as_json
-    lines = (for_line(record) + "\n" for record in tagged())
+    written: Callable[[Any], str] = _as_pubtator if config.to == "pubtator" else partial(json.dumps, ensure_ascii=False)
+    lines = (written(record) + "\n" for record in tagged())
     if config.output is None:
         for line in lines:
             out.write(line)
             out.flush()
         return
-    with files.naming_write_errors(config.output, "give --output another file"), files.replacing(config.output) as path:
-        path.write_text("".join(lines), encoding="utf-8")
+    with files.naming_write_errors(config.output, "give --output another file"):
+        files.write_text(config.output, "".join(lines))
 
 
 def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
@@ -116,19 +118,10 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _spelled(record: dict[str, Any], span: dict[str, Any]) -> str:
-    return record["text"][span["start"] : span["end"]]
-
-
-def _as_json(record: dict[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False)
-
-
 def _as_pubtator(record: dict[str, Any]) -> str:
     """Return a record of PubTator, whose title is the text's first line."""
-    key, text = str(record["key"]), record["text"]
-    title, _, abstract = text.partition("\n")
-    lines = [f"{key}|t|{title}", f"{key}|a|{' '.join(abstract.split(chr(10)))}"]
+    key, (title, _, abstract) = str(record["key"]), record["text"].partition("\n")
+    lines = [f"{key}|t|{title}", f"{key}|a|{abstract.replace(chr(10), ' ')}"]
     for span in record["spans"]:
         spelled = " ".join(span["text"].splitlines())
         lines.append(f"{key}\t{span['start']}\t{span['end']}\t{spelled}\t{span['type']}")

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -16,12 +17,15 @@ from tiny_models import train_tokenizer, write_tiny_model
 
 from biomamba_jax import object_store
 from biomamba_jax.config import DataConfig, PretrainConfig
+from biomamba_jax.config.prepare import InspectConfig
+from biomamba_jax.data.inspection import inspect
 from biomamba_jax.data.shards import Manifest, TokenizerInfo, open_split
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import dialect_of, read_model
 from biomamba_jax.object_store import local_copy
 from biomamba_jax.pretrain import fetch_shards, with_initial_weights, write_baselines
 from biomamba_jax.pretrain import main as pretrain
+from biomamba_jax.tasks.documents import read_documents
 from biomamba_jax.train.setup import training_documents
 
 URL = "gs://corpora/pubmed/shards"
@@ -78,6 +82,15 @@ def test_a_split_is_read_from_a_bucket_and_fetched_once_without_the_others(bucke
         assert manifest == Manifest.load(shards)
     assert sorted(bucket.served) == sorted(set(bucket.served))
     assert not any("validation" in name for name in bucket.served)
+
+
+def test_a_held_out_split_is_evaluated_and_inspected_without_the_training_text(bucket):
+    left_out = Counter()
+    texts = [*read_documents([URL], "validation", left_out)]
+    assert len(texts) + left_out.total() == 4
+    found = inspect(InspectConfig(path=URL, split="validation"))
+    assert found.name == URL and len(found.lengths) == 4
+    assert not any("train" in name for name in bucket.served)
 
 
 def test_a_replaced_file_is_fetched_alone_and_a_run_keeps_what_it_reads(bucket):

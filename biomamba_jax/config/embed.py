@@ -3,16 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
-from biomamba_jax.config.checks import (
-    InnerFraction,
-    Limit,
-    LocalFolder,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Settings,
-    check,
-)
+from biomamba_jax.config import checks
+from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.data import RowsConfig
 from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.config.prepare import TextFields
@@ -20,7 +12,7 @@ from biomamba_jax.config.train import OptimizerConfig, RunConfig, TrainConfig
 
 Pooling = Literal["mean", "last", "weighted"]
 Format = Literal["parquet", "npy", "jsonl"]
-Paths = Annotated[list[str], Limit("a list of at least one file or folder", bool)]
+Paths = Annotated[list[str], checks.Limit("a list of at least one file or folder", bool)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +22,10 @@ class EmbeddingConfig(Settings):
     pooling: Pooling = "mean"
     """Mean of the hidden states after a text's tokens, the state after the last one, or the mean weighted by position
     (1, 2, 3, ...), in which states that have seen more count more."""
-    chunk: PositiveInt = 1024
+    chunk: checks.PositiveInt = 1024
     """Tokens of a row, which holds several short texts; a longer one carries the state from row to row. It changes only
     speed and memory."""
-    batch_size: PositiveInt = 8
+    batch_size: checks.PositiveInt = 8
     """Rows computed at a time; only speed and memory depend on it."""
     dtype: InferenceDType | None = None
     """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
@@ -50,7 +42,7 @@ class EmbedConfig(EmbeddingConfig, TextFields, section=""):
     owner/name@revision."""
     input: Paths = field(default_factory=list)
     """Folders of shards, or files that `prepare` reads: PubMed's XML, JSON lines, tables, Parquet, text."""
-    output: LocalFolder
+    output: checks.LocalFolder
     """Folder to write. An interrupted run continues from the parts that it had finished."""
     split: str = "train"
     """Split of shards; files have none."""
@@ -60,7 +52,7 @@ class EmbedConfig(EmbeddingConfig, TextFields, section=""):
     """Type in which embeddings are stored."""
     normalize: bool = False
     """Divide each embedding by its Euclidean norm."""
-    part_size: PositiveInt = 8192
+    part_size: checks.PositiveInt = 8192
     """Texts of a part."""
     index: Literal["none", "exact", "hnsw"] = "none"
     """Also build an index for `embed search`, exact or approximate (HNSW, for millions of texts), by cosine similarity;
@@ -75,7 +67,7 @@ class SearchConfig(Settings):
     """The text to search for."""
     index: str
     """Folder that `embed --index` wrote."""
-    k: PositiveInt = 10
+    k: checks.PositiveInt = 10
     """Number of results."""
     model: str | None = None
     """Folder of the model if it is not where it was when the texts were embedded."""
@@ -91,15 +83,15 @@ class RetrievalConfig(EmbeddingConfig, TextFields, section=""):
     """Folders of shards, or files that `prepare` reads; --title QUERY --text DOCUMENT name the keys of JSON lines."""
     split: str = "test"
     """Split of shards; files have none."""
-    max_documents: PositiveInt | None = None
+    max_documents: checks.PositiveInt | None = None
     """Use a sample of this many texts, always the same one; default: all."""
     lexical: bool = False
     """Also measure BM25 (needs the [search] extra)."""
     output: str | None = None
     """JSON file to write the measures to."""
-    resamples: PositiveInt = 2000
+    resamples: checks.PositiveInt = 2000
     """Bootstrap resamples for each interval."""
-    confidence: InnerFraction = 0.95
+    confidence: checks.InnerFraction = 0.95
     """Confidence level of the intervals."""
 
     def __post_init__(self) -> None:
@@ -116,11 +108,11 @@ class PairsConfig(RowsConfig, TextFields):
     the rest its document. --data.title QUERY --data.text DOCUMENT name the keys of JSON lines."""
     split: str = "train"
     """Split of shards; files have none."""
-    max_pairs: PositiveInt | None = None
+    max_pairs: checks.PositiveInt | None = None
     """Use a sample of this many pairs, always the same one; default: all."""
-    development_fraction: InnerFraction = 0.05
+    development_fraction: checks.InnerFraction = 0.05
     """Fraction of the pairs, chosen by a hash of the query, for the held-out loss."""
-    hard_negatives: NonNegativeInt = 1
+    hard_negatives: checks.NonNegativeInt = 1
     """Documents of each pair that BM25 finds for its query and that are not its own (needs the [search] extra)."""
 
 
@@ -133,13 +125,13 @@ class ContrastiveConfig(RunConfig):
         "data.hard_negatives pooling temperature optimizer.learning_rate train.epochs"
     )
 
-    run_dir: LocalFolder = "runs/embed"
+    run_dir: checks.LocalFolder = "runs/embed"
     """Folder of the run. If it has a checkpoint, the run resumes from it."""
     data: PairsConfig = field(default_factory=PairsConfig)
     """Pairs, and the shape of batches. A query's negatives are the other documents of its batch."""
     pooling: Pooling = "mean"
     """As in `embed`, which must be told the same."""
-    temperature: PositiveFloat = 0.05
+    temperature: checks.PositiveFloat = 0.05
     """Divides the cosine similarities."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-4))
     """Optimizer."""

@@ -22,10 +22,12 @@ from typing import Any
 from lxml import etree
 
 from biomamba_jax.config import ExamplesConfig
-from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, check_spans, from_tags
+from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, from_tags
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json, read_chunks, read_json_lines, read_lines
 
+_Stated = tuple[Span, str | None]
+"""A span and what the file says that it spells; None where it does not."""
 _TAG = re.compile(r"O|[BIES]-.+")
 _OFFSET = re.compile("[0-9]{1,9}")
 _NO_CONCEPT = ("-1", "-", "")
@@ -49,12 +51,16 @@ def _kept(spans: Sequence[Span], config: ExamplesConfig) -> tuple[Span, ...]:
     return tuple(span for span in spans if not config.types or span.type in config.types)
 
 
+def _blocks(path: str, borders: Sequence[Sequence[str]]) -> Iterator[list[tuple[int, str]]]:
+    """Yield the runs of lines, each with its number, between lines whose first word ([]: none) is one of `borders`."""
+    for border, block in groupby(enumerate(read_lines(path), 1), lambda line: line[1].split()[:1] in borders):
+        if not border:
+            yield list(block)
+
+
 def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
-    lines = ((number, line.split()) for number, line in enumerate(read_lines(path), 1))
-    for filled, group in groupby(lines, lambda each: bool(each[1]) and each[1][0] != "-DOCSTART-"):
-        if not filled:
-            continue
-        rows = list(group)
+    for block in _blocks(path, ([], ["-DOCSTART-"])):
+        rows = [(number, line.split()) for number, line in block]
         offsets, place = [], 0
         for number, columns in rows:
             if len(columns) < 2 or not _TAG.fullmatch(columns[-1]):
@@ -69,16 +75,12 @@ def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
 
 
 def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
-    lines = ((number, line) for number, line in enumerate(read_lines(path), 1))
-    for filled, group in groupby(lines, lambda each: bool(each[1].strip())):
-        if not filled:
-            continue
+    for block in _blocks(path, [[]]):
         parts: list[str] = []
-        spans: list[Span] = []
-        mentions: list[str | None] = []
+        spans: list[_Stated] = []
         relations: list[Relation] = []
         key = ""
-        for number, line in group:
+        for number, line in block:
             columns = line.split("\t")
             if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
                 key = head[1]
@@ -87,17 +89,29 @@ def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                 relations.append(Relation(*columns[1:]))
             elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
                 concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
-                spans.append(Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)))
-                mentions.append(columns[3])
+                spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
             else:
                 raise UserError(f"{path}, line {number}: is no title, abstract, mention or relation of PubTator")
-        text = AnnotatedText(key, "\n".join(parts), tuple(spans), (), tuple(relations))
-        yield _checked(text, mentions, f"{path}, PMID {key}", config)
+        text = AnnotatedText(key, "\n".join(parts), relations=tuple(relations))
+        yield replace(text, spans=_kept(_checked(text.text, spans, f"{path}, PMID {key}"), config))
 
 
-def _checked(text: AnnotatedText, mentions: Sequence[str | None], where: str, config: ExamplesConfig) -> AnnotatedText:
-    check_spans(text, mentions, where)
-    return replace(text, spans=_kept(text.spans, config))
+def _checked(text: str, spans: Sequence[_Stated], where: str) -> list[Span]:
+    """Return spans.
+
+    Raises:
+      UserError: one does not fit the text; names `where`.
+    """
+    for span, mention in spans:
+        if not 0 <= span.start < span.end <= len(text):
+            raise UserError(f"{where}: span {span.start}-{span.end} is not in its {len(text)} characters; fix it")
+        found = text[span.start : span.end]
+        if mention is not None and found.split() != mention.split():
+            raise UserError(
+                f"{where}: characters {span.start}-{span.end} are {found!r}, not {mention!r}; are the offsets bytes, "
+                "or of another version of the text?"
+            )
+    return [span for span, _ in spans]
 
 
 def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
@@ -111,8 +125,7 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         where = f"{path}, document {document.findtext('id')}"
         try:
             text = ""
-            spans: list[Span] = []
-            mentions: list[str | None] = []
+            spans: list[_Stated] = []
             concepts: dict[str, tuple[str, ...]] = {}
             for passage in document.iter("passage"):
                 # Offsets count characters of the whole document, of which passages may leave some out.
@@ -130,13 +143,12 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                     if len(places) == 1:  # a span in several parts has no offsets of its own
                         start = int(places[0].get("offset", ""))
                         end = start + int(places[0].get("length", ""))
-                        spans.append(Span(start, end, facts.get("type", ""), ids))
-                        mentions.append(annotation.findtext("text"))
+                        spans.append((Span(start, end, facts.get("type", ""), ids), annotation.findtext("text")))
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
             raise UserError(f"{where}: has an offset that is no number or not in the text ({error})") from None
-        key = document.findtext("id") or ""
-        yield _checked(AnnotatedText(key, text, tuple(spans), (), tuple(relations)), mentions, where, config)
+        kept = _kept(_checked(text, spans, where), config)
+        yield AnnotatedText(document.findtext("id") or "", text, kept, relations=tuple(relations))
 
 
 def _bioc_relation(element: Any, concepts: dict[str, tuple[str, ...]]) -> Iterator[Relation]:
@@ -178,14 +190,15 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                 raise TypeError("a text, question, type or mention that is no text")
             if not all(type(place) is int for span in spans for place in span[:2]):
                 raise TypeError("a start or end that is no whole number")
-            text = AnnotatedText(texts[2], texts[0], spans, tuple(map(str, labels)), relations, question=texts[1])
+            text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, question=texts[1])
             if score is not None:
                 text = replace(text, score=float(score))
                 if not math.isfinite(float(score)):
                     raise ValueError(f"a score of {score}")
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
-        yield _checked(text, mentions, where, config)
+        stated = list(zip(spans, mentions, strict=True))
+        yield replace(text, spans=_kept(_checked(text.text, stated, where), config))
 
 
 def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
@@ -202,17 +215,15 @@ def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
 
 def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     try:
-        for article in read_any_json(path)["data"]:
-            for paragraph in article["paragraphs"]:
-                context = paragraph["context"]
-                if not isinstance(context, str):
-                    raise TypeError("a context that is no text")
-                for qa in paragraph["qas"]:
-                    answers = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
-                    spans = tuple(Span(start, start + len(text), "answer") for start, text in answers)
-                    found = AnnotatedText(str(qa["id"]), context, spans, question=str(qa["question"]))
-                    check_spans(found, [text for _, text in answers], f"{path}, question {qa['id']}")
-                    yield found
+        for paragraph in (each for article in read_any_json(path)["data"] for each in article["paragraphs"]):
+            context = paragraph["context"]
+            if not isinstance(context, str):
+                raise TypeError("a context that is no text")
+            for qa in paragraph["qas"]:
+                places = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
+                answers = [(Span(start, start + len(text), "answer"), text) for start, text in places]
+                spans = tuple(_checked(context, answers, f"{path}, question {qa['id']}"))
+                yield AnnotatedText(str(qa["id"]), context, spans, question=str(qa["question"]))
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:

@@ -18,6 +18,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_chunks
 
 WORD = re.compile(r"[^\W\d_]+|\d+|_|[^\w\s]")
+_WORD_AFTER_SPACE = re.compile(rf"\s*({WORD.pattern})")
 OUTSIDE = "O"
 
 
@@ -80,24 +81,19 @@ class EncodedWords(NamedTuple):
 
 def encode_words(texts: Sequence[str], tokenizer: Tokenizer) -> list[EncodedWords]:
     """Tokenize texts word by word; a word that the tokenizer drops, such as a control character, is left out."""
-    found = [[match.span() for match in WORD.finditer(text)] for text in texts]
-    spelled = [[text[a:b] for a, b in _with_space(words)] for text, words in zip(texts, found, strict=True)]
-    distinct = list(dict.fromkeys(word for words in spelled for word in words))
+    found = [list(_WORD_AFTER_SPACE.finditer(text)) for text in texts]
+    distinct = list(dict.fromkeys(word[0] for words in found for word in words))
     ids = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     encoded = []
-    for words, strings in zip(found, spelled, strict=True):
+    for words in found:
         one = EncodedWords([], [], [])
-        for word, string in zip(words, strings, strict=True):
-            if ids[string]:
-                one.ids.extend(ids[string])
-                one.words.append(word)
+        for word in words:
+            if ids[word[0]]:
+                one.ids.extend(ids[word[0]])
+                one.words.append(word.span(1))
                 one.last.append(len(one.ids) - 1)
         encoded.append(one)
     return encoded
-
-
-def _with_space(words: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(before, end) for before, (_, end) in zip([0, *(end for _, end in words)], words, strict=False)]
 
 
 # --- Tags ------------------------------------------------------------------------------------------------------------
@@ -153,25 +149,6 @@ def from_tags(words: Sequence[tuple[int, int]], tags: Sequence[str]) -> list[Spa
 # --- Checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_spans(text: AnnotatedText, mentions: Sequence[str | None], where: str) -> None:
-    """Raise a UserError if a span of a text does not fit it.
-
-    Args:
-      text: the text with its spans.
-      mentions: what the file says that each span spells; None where it does not.
-      where: place of the text, for messages.
-    """
-    for span, mention in zip(text.spans, mentions, strict=True):
-        if not 0 <= span.start < span.end <= len(text.text):
-            raise UserError(f"{where}: span {span.start}-{span.end} is not in its {len(text.text)} characters; fix it")
-        found = text.text[span.start : span.end]
-        if mention is not None and found.split() != mention.split():
-            raise UserError(
-                f"{where}: characters {span.start}-{span.end} are {found!r}, not {mention!r}; are the offsets bytes, "
-                "or of another version of the text?"
-            )
-
-
 def describe(texts: Sequence[AnnotatedText], source: str) -> list[str]:
     """Return a line for each kind of span that tags cannot express, with its count."""
     overlapping = misplaced = 0
@@ -209,13 +186,12 @@ def check_splits(files: Mapping[str, Sequence[str]], texts: Mapping[str, Sequenc
                     f"it says nothing about new text; leave data.{split} out, or give another file"
                 )
     lines, [first, *rest] = [], list(texts)
+    read = {split: {text.text + text.question for text in own} for split, own in texts.items()}
+    learnt = {name for text in texts[first] for name in names(text)}
     for split in rest:
-        shared = {text.text + text.question for text in texts[first]} & {t.text + t.question for t in texts[split]}
-        if shared:
+        if shared := read[first] & read[split]:
             lines.append(f"{len(shared):,} texts of the {split} split are also in the {first} split")
-        missing = Counter(each for text in texts[split] for each in names(text))
-        for each in {name for text in texts[first] for name in names(text)}:
-            del missing[each]
+        missing = Counter(each for text in texts[split] for each in names(text) if each not in learnt)
         lines += [f"{name!r} is not in the {first} split: {n:,} in the {split} split" for name, n in missing.items()]
     return lines
 

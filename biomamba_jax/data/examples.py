@@ -140,12 +140,7 @@ def encode_examples(
 
 
 def encode_texts(
-    texts: Sequence[AnnotatedText],
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    head: HeadConfig,
-    *,
-    source: str,
+    texts: Sequence[AnnotatedText], tokenizer: Tokenizer, sequence_length: int, head: HeadConfig, *, source: str
 ) -> EncodedExamples:
     """Tokenize texts for a head, with what it is to predict.
 
@@ -167,18 +162,15 @@ def encode_texts(
     readings = 2 if head.reading == "echo" else 1
     room = max(1, sequence_length // readings - 1)  # the start symbol precedes each reading
     encoded, shortened, left_out = [], 0, 0
-    for text, ids, targets in zip(texts, *_tokens_and_targets(texts, tokenizer, head, source), strict=True):
+    for ids, (of_start, *targets) in _tokens_and_targets(texts, tokenizer, head, source):
         shortened += len(ids) > room
-        for own, wanted in ((ids[part], targets[part]) for part in windows(len(ids), room, head)):
-            one = np.array([NOT_COUNTED, *wanted], np.int32)  # the first is that of the start symbol
-            if not ids and not head.of_words:  # an empty text
-                one[0] = text_target(text, head, source)
+        for part in windows(len(ids), room, head):
+            wanted, inputs = [of_start, *targets[part]], [tokenizer.start_id, *ids[part]] * readings
             if head.kind == "span" and not ({1, 3} & set(wanted) and {2, 3} & set(wanted)):
                 left_out += 1
                 continue
-            inputs = np.array([tokenizer.start_id, *own] * readings, np.int32)
-            unread = np.full(len(inputs) - len(one), NOT_COUNTED, np.int32)
-            encoded.append(Encoded(inputs, np.concatenate([unread, one])))
+            unread = [NOT_COUNTED] * (len(inputs) - len(wanted))
+            encoded.append(Encoded(np.array(inputs, np.int32), np.array(unread + wanted, np.int32)))
     if not encoded:
         raise UserError(f"{source}: no answer is in its text; check data.format, or raise data.sequence_length")
     return EncodedExamples(source, encoded, shortened, left_out)
@@ -196,16 +188,12 @@ def windows(length: int, room: int, head: HeadConfig) -> list[slice]:
 
 def _tokens_and_targets(
     texts: Sequence[AnnotatedText], tokenizer: Tokenizer, head: HeadConfig, source: str
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the ids of each text, and as many targets."""
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the ids of each text, and the targets of the start symbol and of each id."""
     if not head.of_words:
-        ids = tokenizer.encode_batch([text.text for text in texts])
-        targets = [
-            [*[NOT_COUNTED] * (len(own) - 1), text_target(text, head, source)][: len(own)]
-            for text, own in zip(texts, ids, strict=True)
-        ]
-        return ids, targets
-    ids, targets = [], []
+        for text, ids in zip(texts, tokenizer.encode_batch([text.text for text in texts]), strict=True):
+            yield ids, [NOT_COUNTED] * len(ids) + [text_target(text, head, source)]
+        return
     for text, question, words in zip(texts, *encode_questions(texts, tokenizer), strict=True):
         own = [NOT_COUNTED] * len(words.ids)
         if head.kind == "span":
@@ -219,9 +207,7 @@ def _tokens_and_targets(
             values = [head.labels.index(tag) for tag in tags]
         for place, value in zip(words.last, values, strict=True):
             own[place] = value
-        ids.append([*question, *words.ids])
-        targets.append([NOT_COUNTED] * len(question) + own)
-    return ids, targets
+        yield [*question, *words.ids], [NOT_COUNTED] * (1 + len(question)) + own
 
 
 def encode_questions(

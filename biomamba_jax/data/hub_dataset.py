@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -46,10 +47,7 @@ def read_part(part: str) -> Iterator[dict[str, Any]]:
 @lru_cache(4)
 def _open(name: str) -> "tuple[str, IterableDataset]":
     """Return a dataset's fingerprint and its rows."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{name}: datasets of the hub need datasets: pip install 'biomamba-jax[hub]'") from None
+    datasets = extra("hub", "datasets", f"{name}: datasets of the hub need datasets")
     path, _, config = name.removeprefix(PREFIX).partition(":")
     path, _, revision = path.partition("@")
     datasets.disable_progress_bars()

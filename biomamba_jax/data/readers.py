@@ -25,6 +25,7 @@ from biomamba_jax.data.records import FreeText, Record
 from biomamba_jax.data.text import clean_document, clean_line
 from biomamba_jax.data.wikipedia import read_pages
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
 KINDS = ".xml, .jsonl, .json, .csv, .tsv, .txt (each also .gz, .bz2 or .zst), .parquet or Wikipedia's pages-articles"
@@ -197,10 +198,8 @@ def _table(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
 
 
 def _parquet(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'biomamba-jax[parquet]'") from None
+    purpose = f"{path}: reading Parquet needs pyarrow"
+    pyarrow, parquet = (extra("parquet", each, purpose) for each in ("pyarrow", "pyarrow.parquet"))
     number = 0
     try:
         with naming_errors(path), parquet.ParquetFile(path) as file:
@@ -213,7 +212,7 @@ def _parquet(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
                     yield f"{path}, row {number}", row
     except UserError:
         raise
-    except (ArrowException, ValueError) as error:
+    except (pyarrow.ArrowException, ValueError) as error:
         raise UserError(f"{path}: is not Parquet ({' '.join(str(error).split())}); convert it") from None
 
 

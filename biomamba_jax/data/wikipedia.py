@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lxml import etree
 
 from biomamba_jax.data.text import clean_line
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.files import read_chunks
 
 _CHUNK_BYTES = 1 << 16
@@ -52,12 +52,9 @@ def read_pages(path: str | Path) -> Iterator[tuple[str, str]]:
 
 def prose(markup: str) -> str:
     """Convert wiki markup to text: keep links' labels, drop templates, tables, references, files and link lists."""
-    try:
-        import mwparserfromhell
-    except ImportError:
-        raise UserError("Wikipedia's dumps need mwparserfromhell: pip install 'biomamba-jax[wikipedia]'") from None
+    parser = extra("wikipedia", "mwparserfromhell", "Wikipedia's dumps need mwparserfromhell")
     tail = _TAIL.search(markup)
-    code: Any = mwparserfromhell.parse(markup[: tail.start()] if tail else markup)
+    code = parser.parse(markup[: tail.start()] if tail else markup)
     for node in [*code.filter_tags(), *code.filter_wikilinks()]:
         name = str(getattr(node, "tag", "")).strip().lower()
         if name in _NO_PROSE or (hasattr(node, "title") and _NOT_A_LINK.match(str(node.title))):

@@ -4,7 +4,6 @@ Keys, names and shapes are those that `llama_model_mamba` and `llama_model_mamba
 "gpt2" (byte-level BPE), "llama" (SentencePiece's BPE) and "plamo2" (unigram with byte fallback; its "t5" has none).
 """
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.interop import names
 from biomamba_jax.interop.weights import Weights
 
@@ -58,10 +58,7 @@ def write(weights: Weights, path: Path, dtype: str) -> None:
     Raises:
       UserError: llama.cpp has no place for a setting of the model or its tokenizer, or gguf is not installed.
     """
-    try:
-        gguf = importlib.import_module("gguf")
-    except ImportError:
-        raise UserError("--to gguf needs the gguf package: pip install 'biomamba-jax[gguf]'") from None
+    gguf = extra("gguf", "gguf", "--to gguf needs the gguf package")
     config = weights.config
     if config.kind == "mamba3" or config.d_intermediate:
         setting = "kind = mamba3" if config.kind == "mamba3" else f"d_intermediate = {config.d_intermediate}"

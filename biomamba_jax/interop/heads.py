@@ -136,8 +136,7 @@ def find(folder: Path, model: ModelConfig) -> Head | None:
             stated = file.metadata()
         raw = json.loads(stated["head"]) if "head" in stated else {"labels": json.loads(stated["labels"])}
         config = HeadConfig(**raw | {"labels": tuple(raw["labels"])})
-        weight = found["weight"]
-        bias = found.get("bias", np.zeros(len(weight), np.float32))
+        weight, bias = found["weight"], found.setdefault("bias", np.zeros(len(found["weight"]), np.float32))
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not a head ({error}); export it again, or remove the file") from None
     tensors = list(_reversed_tensors(model)) if config.reading == "bidirectional" else []
@@ -145,7 +144,7 @@ def find(folder: Path, model: ModelConfig) -> Head | None:
     wanted = {"weight": expected.pop("head/weight"), "bias": expected.pop("head/bias")}
     wanted |= {tensor.key: tensor.shape for tensor in tensors}
     for key, shape in wanted.items():
-        value = bias if key == "bias" else found.get(key)
+        value = found.get(key)
         if value is None or value.shape != shape:
             has = "lacks" if value is None else f"has shape {list(value.shape)} for"
             raise UserError(f"{path}: {has} {key}, its labels and this model need {list(shape)}; export it again")

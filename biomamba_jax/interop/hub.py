@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.object_store import local_copy
 
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(@[\w./-]+)?")
@@ -66,12 +67,9 @@ def push(folder: Path, name: str) -> str:
 
 
 def _client(purpose: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise UserError(f"{purpose}: pip install 'biomamba-jax[hub]'") from None
+    client = extra("hub", "huggingface_hub", purpose)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each retry is a warning of several lines
-    return huggingface_hub
+    return client
 
 
 def _reason(error: Exception) -> str:

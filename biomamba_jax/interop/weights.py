@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
+from biomamba_jax.errors import UserError
 from biomamba_jax.interop.heads import Head
 
 
@@ -24,3 +26,13 @@ class Weights:
     """Head that was trained with the model."""
     token_ids: dict[str, Any] = field(default_factory=dict)
     """Those of bos_token_id, eos_token_id and pad_token_id that the model's config.json states."""
+
+    def tokenizer(self, name: str | None) -> Tokenizer:
+        """Load the tokenizer; `name` is the model's for messages.
+
+        Raises:
+          UserError: there is none.
+        """
+        if self.tokenizer_file is None:
+            raise UserError(f"{name}: has no tokenizer; `convert --tokenizer FILE` adds one to the weights")
+        return load_tokenizer(self.tokenizer_file)

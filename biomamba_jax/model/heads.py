@@ -106,10 +106,7 @@ def _sums(nll: Array, correct: Array, valid: Array) -> LossSums:
 
 
 def span_sums(
-    logits: Float[Array, "B L 2"],
-    targets: Int[Array, "B L"],
-    valid: Bool[Array, "B L"],
-    segment_ids: Int[Array, "B L"],
+    logits: Float[Array, "B L 2"], targets: Int[Array, "B L"], valid: Bool[Array, "B L"], segment_ids: Int[Array, "B L"]
 ) -> LossSums:
     """Return sums of -log p(first word) - log p(last word), each a softmax over the valid places of its segment."""
     scores = jnp.where(valid[..., None], logits, -1e30)  # finite: a segment without a valid place has no NaN

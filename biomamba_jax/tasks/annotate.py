@@ -1,13 +1,17 @@
 """Predictions of heads: texts of any length in windows with carried state, in batches, in each way of reading."""
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import expit, softmax
 
+from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.data.annotations import AnnotatedText, Span, from_tags
 from biomamba_jax.data.examples import encode_questions
 from biomamba_jax.data.tokenizer import Tokenizer
@@ -15,7 +19,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.interop.heads import Head
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_right
+from biomamba_jax.tasks.padding import bucket_length, bucket_rows, by_length, pad_right
 
 WINDOW = 1024
 """Tokens that are computed at once; a longer text continues with the recurrent state."""
@@ -39,38 +43,25 @@ class TextClass:
     """The predicted class; of a multi-label head, all labels that are more likely than not."""
 
 
-class HeadModel:
-    """A backbone with a head; predicts what the head was trained to.
+class HeadModel(ABC):
+    """A model with a head; predicts what the head was trained to.
 
     Args:
       name: the model's name in errors.
-      model: the backbone.
-      head: the head.
-      tokenizer: that of the model.
-      rows: texts that are computed together.
-      window: see `WINDOW`.
+      head: kind, labels and reading of the head.
+      tokenizer: encodes texts as for training the head.
     """
 
-    def __init__(
-        self,
-        name: str,
-        model: InferenceModel,
-        head: Head,
-        tokenizer: Tokenizer,
-        *,
-        rows: int = 8,
-        window: int = WINDOW,
-    ):
-        self.head = head.config
+    def __init__(self, name: str, head: HeadConfig, tokenizer: Any):
+        self.head = head
         """Kind, labels and reading of the head."""
-        self._name, self._tokenizer, self._rows, self._window = name, tokenizer, rows, window
-        width = model.config.d_model
-        self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]
-        if head.reversed is not None:
-            params = {"embedding": model.embedding.dense(model.dtype), **head.reversed}
-            backwards = InferenceModel.from_params(model.config, params, model.weight_dtype)
-            self._backbones.append((backwards, jnp.asarray(head.weight[:, width:])))
-        self._bias = head.bias
+        self.tokenizer = tokenizer
+        """What encodes texts."""
+        self._name = name
+
+    @abstractmethod
+    def logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float32 logits of each text's ids: [tokens K], or [at least 1, K] of which the last row predicts."""
 
     def tag(self, texts: Sequence[str]) -> list[tuple[Span, ...]]:
         """See `tasks.model.Model.tag`."""
@@ -92,44 +83,73 @@ class HeadModel:
         """Return texts with the predicted spans, labels or score instead of those that they have.
 
         Raises:
-          UserError: a prediction is NaN.
+          UserError: a prediction is NaN or infinite.
         """
-        return list(self._annotated(texts))
-
-    def _annotated(self, texts: Sequence[AnnotatedText]) -> Iterator[AnnotatedText]:
-        labels = self.head.labels
         if self.head.of_words:
-            questions, words = encode_questions(texts, self._tokenizer)
+            questions, words = encode_questions(texts, self.tokenizer)
             ids = [[*question, *own.ids] for question, own in zip(questions, words, strict=True)]
-            for text, question, own, logits in zip(texts, questions, words, self.logits(ids), strict=True):
-                rows = logits[np.array(own.last, np.int64) + len(question)]
-                if self.head.kind == "span":
-                    yield dataclasses.replace(text, spans=tuple(_answers(rows, own.words)))
-                else:
-                    tags = [labels[index] for index in rows.argmax(-1)]
-                    yield dataclasses.replace(text, spans=tuple(from_tags(own.words, tags)), relations=())
-            return
-        ids = self._tokenizer.encode_batch([text.text for text in texts])
-        for text, logits in zip(texts, self.logits(ids), strict=True):
-            last = logits[-1].astype(np.float64)
-            if self.head.kind == "regression":
-                yield dataclasses.replace(text, score=float(last[0]))
-                continue
-            one = self.head.kind == "classifier"
-            odds = np.exp(last - last.max()) if one else 1 / (1 + np.exp(-last))
-            scores = dict(zip(labels, (odds / odds.sum() if one else odds).tolist(), strict=True))
-            found = [max(scores, key=scores.__getitem__)] if one else [each for each in labels if scores[each] > 0.5]
-            yield dataclasses.replace(text, labels=tuple(found), scores=scores)
+            rows = zip(self._finite_logits(ids), questions, words, strict=True)
+            found = [(logits[np.array(own.last, np.int64) + len(before)], own.words) for logits, before, own in rows]
+            return [self._with_spans(text, *each) for text, each in zip(texts, found, strict=True)]
+        ids = self.tokenizer.encode_batch([text.text for text in texts])
+        last = (logits[-1].astype(np.float64) for logits in self._finite_logits(ids))
+        return [self._with_labels(text, each) for text, each in zip(texts, last, strict=True)]
+
+    def _finite_logits(self, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+        for logits in self.logits(texts):
+            if not np.isfinite(logits).all():
+                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
+            yield logits
+
+    def _with_spans(self, text: AnnotatedText, logits: np.ndarray, words: Sequence[tuple[int, int]]) -> AnnotatedText:
+        """Return a text with the answers or entities that the logits [words K] of its words predict."""
+        if self.head.kind == "span":
+            return dataclasses.replace(text, spans=tuple(_answers(logits, words)))
+        tags = [self.head.labels[index] for index in logits.argmax(-1)]
+        return dataclasses.replace(text, spans=tuple(from_tags(words, tags)), relations=())
+
+    def _with_labels(self, text: AnnotatedText, logits: np.ndarray) -> AnnotatedText:
+        """Return a text with the score or labels that logits [K] predict."""
+        if self.head.kind == "regression":
+            return dataclasses.replace(text, score=float(logits[0]))
+        one = self.head.kind == "classifier"
+        probabilities = softmax(logits) if one else expit(logits)
+        scores = dict(zip(self.head.labels, probabilities.tolist(), strict=True))
+        found = [max(scores, key=scores.__getitem__)] if one else [each for each in scores if scores[each] > 0.5]
+        return dataclasses.replace(text, labels=tuple(found), scores=scores)
+
+
+class NativeHeadModel(HeadModel):
+    """A backbone of ours with a head.
+
+    Args:
+      name: the model's name in errors.
+      model: the backbone.
+      head: the head.
+      tokenizer: that of the model.
+      rows: texts that are computed together.
+      window: see `WINDOW`.
+    """
+
+    def __init__(
+        self, name: str, model: InferenceModel, head: Head, tokenizer: Tokenizer, *, rows: int = 8, window: int = WINDOW
+    ):
+        super().__init__(name, head.config, tokenizer)
+        self._rows, self._window = rows, window
+        width = model.config.d_model
+        self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]
+        if head.reversed is not None:
+            params = {"embedding": model.embedding.dense(model.dtype), **head.reversed}
+            backwards = InferenceModel.from_params(model.config, params, model.weight_dtype)
+            self._backbones.append((backwards, jnp.asarray(head.weight[:, width:])))
+        self._bias = head.bias
 
     def logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return float32 logits [tokens K] for each token of each text; one row for an empty one.
 
         Those of a head that predicts for a text are of the states after as many tokens from either side.
-
-        Raises:
-          UserError: a logit is NaN or infinite.
         """
-        start = self._tokenizer.start_id
+        start = self.tokenizer.start_id
         forwards = [[start, *ids] * (2 if self.head.reading == "echo" else 1) for ids in texts]
         both = [forwards, [[start, *ids[::-1]] for ids in texts]]
         found = [self._run(*backbone, rows) for backbone, rows in zip(self._backbones, both, strict=False)]
@@ -139,27 +159,26 @@ class HeadModel:
             for each in backward:
                 each = each[-max(len(ids), 1) :]
                 total = total + (each[::-1] if self.head.of_words else each)
-            if not np.isfinite(total).all():
-                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
             results.append(total)
         return results
 
     def _run(self, model: InferenceModel, weight: Array, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Return float32 weight @ hidden state [tokens K] of each row; rows of like length are computed together."""
-        results: dict[int, np.ndarray] = {}
-        for batch in batched(sorted(range(len(rows)), key=lambda index: len(rows[index])), self._rows):
-            longest, parts = len(rows[batch[-1]]), []
+        """Return float32 weight @ hidden state [tokens K] of each row."""
+
+        def of_batch(batch: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
+            longest, parts = max(map(len, batch)), []
             states: LayerStates | None = None
             for begin in range(0, longest, self._window):
                 # Padding follows a row's end, never a window that the row goes on after.
                 left = longest - begin
                 length = self._window if left > self._window else bucket_length(left)
-                window = [rows[index][begin : begin + self._window] for index in batch]
+                window = [row[begin : begin + self._window] for row in batch]
                 logits, states = _logits(model, weight, pad_right(window, (bucket_rows(len(batch)), length)), states)
                 parts.append(np.asarray(logits))
             whole = np.concatenate(parts, 1)
-            results |= {index: whole[row, : len(rows[index])] for row, index in enumerate(batch)}
-        return [results[index] for index in range(len(rows))]
+            return (own[: len(row)] for own, row in zip(whole, batch, strict=False))
+
+        return by_length(rows, self._rows, of_batch)
 
 
 @jax.jit

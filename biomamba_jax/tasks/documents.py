@@ -5,7 +5,7 @@ was recorded is left out and counted: its ids do not spell its text.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
       UserError: a source that cannot be read, or contains no document.
     """
     reasons: Counter[str] = Counter()
-    documents = [document for path in config.paths for document in read_documents(path, config.split, reasons)]
+    documents = list(read_documents(config.paths, config.split, reasons))
     if not documents:
         stored = reasons[UNSPELLED]
         why = f"no document whose ids spell its text, of {stored}" if stored else "no document"
@@ -76,32 +76,32 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
 
 
 def read_documents(
-    source: str | Path, split: str, left_out: Counter[str], fields: TextFields | None = None
+    sources: Iterable[str], split: str, left_out: Counter[str], fields: TextFields | None = None
 ) -> Iterator[Document]:
-    """Yield the documents of a source, one at a time.
+    """Yield the documents of sources, one at a time.
 
     Args:
-      source: a folder of shards or the URL of one, a file that `prepare` reads, or a BioASQ file.
+      sources: folders of shards or URLs of such, files that `prepare` reads, or BioASQ files.
       split: split of the shards.
       left_out: counts what is left out, by the keys of `records.REASONS`, and as UNSPELLED.
       fields: keys of text, title and id in rows.
 
     Raises:
-      UserError: the source cannot be read.
+      UserError: a source cannot be read.
     """
-    path = local_copy(source, split)
-    if path.is_dir() or (path / MANIFEST_NAME).exists():
-        yield from _shards(path, split, left_out)
-    elif path.suffix == ".json" and _is_bioasq(path):
-        for question in bioasq.read_questions(path):
-            yield Document(question.key, question.text)
-    else:
-        records = read_records(path, fields or TextFields())
-        for number, record in enumerate(judge(records, FilterConfig(min_abstract_characters=0)), 1):
-            if record.status == KEPT:
-                yield Document(str(record.pmid or record.id or f"{path.name}:{number}"), record.text)
-            elif record.status in _REASONS:
-                left_out[_REASONS[record.status]] += 1
+    for path in (local_copy(source, split) for source in sources):
+        if path.is_dir() or (path / MANIFEST_NAME).exists():
+            yield from _shards(path, split, left_out)
+        elif path.suffix == ".json" and _is_bioasq(path):
+            for question in bioasq.read_questions(path):
+                yield Document(question.key, question.text)
+        else:
+            records = read_records(path, fields or TextFields())
+            for number, record in enumerate(judge(records, FilterConfig(min_abstract_characters=0)), 1):
+                if record.status == KEPT:
+                    yield Document(str(record.pmid or record.id or f"{path.name}:{number}"), record.text)
+                elif record.status in _REASONS:
+                    left_out[_REASONS[record.status]] += 1
 
 
 def _is_bioasq(path: Path) -> bool:

@@ -18,14 +18,11 @@ from biomamba_jax.files import read_json
 from biomamba_jax.interop.heads import CODE, PROBLEM_TYPES, auto_class, transformers_settings
 from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.architectures import architecture_of
-from biomamba_jax.tasks.padding import batched
+from biomamba_jax.tasks.padding import by_length
 from biomamba_jax.tasks.pretrained import UNUSED, load_pretrained, reserved_positions
 
-_KINDS: dict[str, HeadKind] = {
-    "ForTokenClassification": "token_classifier",
-    "ForQuestionAnswering": "span",
-    "ForSequenceClassification": "classifier",
-}
+_KINDS: tuple[HeadKind, ...] = ("token_classifier", "span", "classifier")
+"""Kinds of heads, of which `auto_class` gives the ending of an architecture."""
 _NEVER = -1e30
 """Logit of a token that was not read."""
 
@@ -36,7 +33,7 @@ def stated_kind(folder: Path) -> HeadKind | None:
     raw = read_json(path) if path.exists() else {}
     if str(raw.get("model_type", "mamba")) in CODE:
         return None
-    kinds = (kind for ending, kind in _KINDS.items() if architecture_of(folder).endswith(ending))
+    kinds = (kind for kind in _KINDS if architecture_of(folder).endswith(f"For{auto_class(kind)}"))
     kind = next(kinds, None)
     of_problem = {problem: of for of, problem in PROBLEM_TYPES.items()}
     return of_problem.get(str(raw.get("problem_type")), kind) if kind == "classifier" else kind
@@ -63,7 +60,7 @@ class EncoderTokenizer:
 
 
 class EncoderHeadModel(HeadModel):
-    """An encoder with a head; predicts what the head was trained to.
+    """An encoder of others with a head.
 
     Args:
       key: the model's name in errors.
@@ -93,9 +90,8 @@ class EncoderHeadModel(HeadModel):
         labels = (
             ("start", "end") if kind == "span" else tuple(dict(sorted(self.model.config.id2label.items())).values())
         )
-        self.head = head or HeadConfig(kind, labels)
-        self.tokenizer = self._tokenizer = EncoderTokenizer(key, library)  # type: ignore[assignment]
-        self._name, self._rows = key, rows
+        super().__init__(key, head or HeadConfig(kind, labels), EncoderTokenizer(key, library))
+        self._rows = rows
         self.limit = int(self.model.config.max_position_embeddings - reserved_positions(self.model))
         """Tokens of a row at most, special ones included."""
 
@@ -111,33 +107,21 @@ class EncoderHeadModel(HeadModel):
         return found
 
     def logits(self, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Return float32 logits: [tokens K] of a text whose words are predicted, [1 K] of any other.
-
-        Raises:
-          UserError: a logit is NaN or infinite.
-        """
+        """Return float32 logits: [tokens K] of a text whose words are predicted, [1 K] of any other."""
         parts = [[ids[part] for part in windows(len(ids), self.limit - 2, self.head)] for ids in texts]
-        found = self._read(list(chain.from_iterable(parts)))
+        found = iter(by_length(list(chain.from_iterable(parts)), self._rows, self._read))
         results = []
         for ids, of_text in zip(texts, parts, strict=True):
             read = np.concatenate([next(found) for _ in of_text])
-            if not np.isfinite(read).all():
-                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
             unread = np.full((len(ids) - len(read) if self.head.of_words else 0, read.shape[1]), _NEVER, np.float32)
             results.append(np.concatenate([read, unread]))
         return results
 
     def _read(self, rows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        """Yield the logits of each row; rows of like length are computed together."""
-        results: dict[int, np.ndarray] = {}
-        start, end = self.tokenizer.start_id, self.tokenizer.end_id
-        for batch in batched(sorted(range(len(rows)), key=lambda index: len(rows[index])), self._rows):
-            with self.torch.inference_mode():
-                inputs = self.inputs([[start, *rows[index], end] for index in batch])
-                out = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
-            logits = (
-                self.torch.stack([out.start_logits, out.end_logits], -1) if self.head.kind == "span" else out.logits
-            )
-            for index, own in zip(batch, logits.float().cpu().numpy(), strict=True):
-                results[index] = own[1 : len(rows[index]) + 1] if self.head.of_words else own[None]
-        return iter([results[index] for index in range(len(rows))])
+        """Yield the logits of each row of a batch."""
+        with self.torch.inference_mode():
+            inputs = self.inputs([[self.tokenizer.start_id, *row, self.tokenizer.end_id] for row in rows])
+            out = self.model(**{name: value.to(self.model.device) for name, value in inputs.items()})
+        logits = self.torch.stack([out.start_logits, out.end_logits], -1) if self.head.kind == "span" else out.logits
+        for row, own in zip(rows, logits.float().cpu().numpy(), strict=True):
+            yield own[1 : len(row) + 1] if self.head.of_words else own[None]

@@ -93,7 +93,7 @@ _PADDED_MEASURES = {
 # --- Tables ---
 
 
-def _row(name: str, values: Iterable[Any], show: Callable[[Any], str]) -> list[Any]:
+def estimates_row(name: str, values: Iterable[Any], show: Callable[[Any], str]) -> list[Any]:
     """Return a row of a `Table`: estimates with their intervals, None where a model has no value."""
 
     def cell(value: Any) -> Any:
@@ -120,17 +120,17 @@ def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
         rows.append([f"{name}: {sizes}{left_out}"])
         measures = _PUBLISHED_MEASURES if domain.paper else _DOMAIN_MEASURES
         found = [domain.paper[m] if domain.paper else vars(domain.models[m]) for m in results.models]
-        rows += [_row(label, [each[key] for each in found], show) for key, (label, show) in measures.items()]
+        rows += [estimates_row(label, [each[key] for each in found], show) for key, (label, show) in measures.items()]
         padded = [vars(domain.paper_v1[model]) for model in results.models if domain.paper_v1]
         rows += [
-            _row(label, [each[key] for each in padded], show)
+            estimates_row(label, [each[key] for each in padded], show)
             for key, (label, show) in _PADDED_MEASURES.items()
             if padded
         ]
         by_word = [getattr(domain.models.get(model), "pll_word_l2r", None) for model in results.models]
         for key in ("bits_per_byte", "perplexity") if any(by_word) else ():
             label = f"{measures[key][0]}, PLL-word-l2r"
-            rows.append(_row(label, [each and getattr(each, key) for each in by_word], _number))
+            rows.append(estimates_row(label, [each and getattr(each, key) for each in by_word], _number))
         shares = domain.unspelled.items()
         lost = [f"{100 * share:.2f} %" + ", not compared" * (model in domain.not_compared) for model, share in shares]
         rows.append(["bytes that the tokenizer does not spell", *lost])
@@ -140,11 +140,11 @@ def _domains(results: Evaluation, columns: Sequence[str]) -> Table:
                 ("bits_per_byte", f"bits per byte minus {results.reference}'s, documents paired"),
                 ("perplexity_ratio", f"perplexity of {results.reference} over this model's, paired, same tokens only"),
             ):
-                rows.append(_row(label, [getattr(pair, key, None) for pair in pairs], _number))
+                rows.append(estimates_row(label, [getattr(pair, key, None) for pair in pairs], _number))
         ratios = padded_ratios(domain, results.reference)
         if ratios:
             label = f"perplexity of {results.reference} over this model's by protocol paper_v1"
-            rows.append(_row(label, [ratios.get(model) for model in results.models], _number))
+            rows.append(estimates_row(label, [ratios.get(model) for model in results.models], _number))
     return Table(["", *columns], rows)
 
 
@@ -154,21 +154,21 @@ def _task(results: Evaluation, task: Task, columns: Sequence[str]) -> tuple[str,
     rows = _measure_rows([result.measures for result in every])
     classes = [result.details.get("classes", {}) for result in every]
     for label in dict.fromkeys(label for found in classes[-len(task.models) :] for label in found):
-        rows.append(_row(f"F1 of {label}", [found.get(label, {}).get("f1") for found in classes], _percent))
+        rows.append(estimates_row(f"F1 of {label}", [found.get(label, {}).get("f1") for found in classes], _percent))
     if task.comparisons:
         tests = [None if result is task.majority else task.comparisons.get(name) for name, result in models]
         label = f"only this model right / only {results.reference} right, McNemar"
-        rows.append(_row(label, tests, lambda t: f"{t.only_this} / {t.only_reference}, p = {t.p_value:.3g}"))
+        rows.append(estimates_row(label, tests, lambda t: f"{t.only_this} / {t.only_reference}, p = {t.p_value:.3g}"))
     thresholds = [result.details.get("thresholds") or {} for result in every]
     if any(thresholds):
-        rows.append(_row("thresholds", [each.get("chosen_by") for each in thresholds], "by {}".format))
+        rows.append(estimates_row("thresholds", [each.get("chosen_by") for each in thresholds], "by {}".format))
     if any("cross_validated_accuracy" in each for each in thresholds):
         tried = [each.get("cross_validated_accuracy") for each in thresholds]
-        rows.append(_row("accuracy on development questions, cross-validated", tried, _percent))
+        rows.append(estimates_row("accuracy on development questions, cross-validated", tried, _percent))
     rows.append(["questions", *(result.questions for result in every)])
     rows += [[f"left out: {reason}", *(count for _ in every)] for reason, count in task.left_out.items()]
     speeds = [result.answered / result.seconds if result.seconds else None for result in every]
-    rows.append(_row("questions per second", speeds, "{:,.1f}".format))
+    rows.append(estimates_row("questions per second", speeds, "{:,.1f}".format))
     rows += _batch_rows([result.details.get("batches", {}) for result in every])
     head = ["", *(["majority"] if task.majority else []), *columns]
     return task.title, Table(head, rows), _task_plots([(name, result.measures) for name, result in models])
@@ -176,7 +176,7 @@ def _task(results: Evaluation, task: Task, columns: Sequence[str]) -> tuple[str,
 
 def _measure_rows(of_models: Sequence[Mapping[str, Estimate]]) -> list[list[Any]]:
     return [
-        _row(label, [measures.get(key) for measures in of_models], _percent)
+        estimates_row(label, [measures.get(key) for measures in of_models], _percent)
         for key, label in _TASK_MEASURES.items()
         if any(key in measures for measures in of_models)
     ]

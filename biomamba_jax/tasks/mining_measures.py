@@ -8,7 +8,8 @@ words, without case, punctuation and articles) and BioASQ's programs (see `measu
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,7 @@ def entities(
     true, found = ([{(s.start, s.end, s.type) for s in text.spans} for text in texts] for texts in (gold, predicted))
     types = sorted({kind for spans in [*true, *found] for _, _, kind in spans})
 
-    def of_type(column: Sequence[set[tuple[int, int, str]]], kind: str) -> Items:
-        return [{span for span in spans if span[2] == kind} for spans in column]
-
-    by_type = {kind: micro(of_type(true, kind), of_type(found, kind)) for kind in types}
-    return micro(true, found, resampling) | {"types": by_type}
+    return micro(true, found, resampling) | {"types": by_group(types, true, found, itemgetter(2))}
 
 
 def multi_label(
@@ -70,7 +67,7 @@ def multi_label(
 
     The area is a mean over the labels that some texts have and others lack; their number is `auroc_labels`.
     """
-    of_label = by_item(labels, gold, predicted)
+    of_label = by_group(labels, gold, predicted)
     areas = [auroc([label in each for each in gold], [each[label] for each in scores]) for label in labels]
     known = [area for area in areas if area is not None]
     return micro(gold, predicted, resampling) | {
@@ -81,11 +78,15 @@ def multi_label(
     }
 
 
-def by_item(items: Sequence[str], gold: Items, predicted: Items) -> dict[str, Any]:
-    """Return the measures of each item by itself."""
-    return {
-        item: micro([{item} & set(each) for each in gold], [{item} & set(each) for each in predicted]) for item in items
-    }
+def by_group(
+    groups: Sequence[str], gold: Items, predicted: Items, group_of: Callable[[Any], str] = lambda item: item
+) -> dict[str, Any]:
+    """Return the measures of each group of items by itself; by default each item is one."""
+
+    def of(group: str, column: Items) -> Items:
+        return [{item for item in items if group_of(item) == group} for items in column]
+
+    return {group: micro(of(group, gold), of(group, predicted)) for group in groups}
 
 
 def auroc(truth: Sequence[bool], scores: Sequence[float]) -> float | None:
@@ -105,8 +106,7 @@ def correlations(truth: Sequence[float], predicted: Sequence[float], resampling:
     for name, statistic in (("pearson", _pearson), ("spearman", _spearman)):
         with np.errstate(invalid="ignore", divide="ignore"):
             found = bootstrap(statistic, *columns, resampling=resampling)
-        results |= {name: found.value if np.isfinite(found.value) else None}
-        results |= {f"{name}_low": found.low, f"{name}_high": found.high}
+        results |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}
     return {name: value if value is not None and np.isfinite(value) else None for name, value in results.items()}
 
 
@@ -138,15 +138,9 @@ def answer_measures(
     f1 = np.array([max((word_f1(truth, first) for truth in each), default=0.0) for each, first in pairs])
     ranked = [factoid([each], given) for each, given in zip(gold, answers, strict=True)]
     interval = bootstrap(ratio_of_sums, f1, np.ones_like(f1), resampling=resampling)
-    return {
-        "exact_match": float(np.mean(exact)),
-        "f1": interval.value,
-        "f1_low": interval.low,
-        "f1_high": interval.high,
-        "strict": float(np.mean([each.strict for each in ranked])),
-        "lenient": float(np.mean([each.lenient for each in ranked])),
-        "mrr": float(np.mean([each.reciprocal_rank for each in ranked])),
-    }
+    f1_measures = {"f1": interval.value, "f1_low": interval.low, "f1_high": interval.high}
+    strict, lenient, mrr = map(float, np.mean(ranked, axis=0))
+    return {"exact_match": float(np.mean(exact)), **f1_measures, "strict": strict, "lenient": lenient, "mrr": mrr}
 
 
 def word_f1(truth: str, answer: str) -> float:
@@ -196,4 +190,4 @@ def measure(
     if head.kind == "multi_label":
         return results | multi_label(head.labels, wanted, found, [text.scores for text in predicted], resampling)
     counted = [label for label in head.labels if label != negative]
-    return results | micro(wanted, found, resampling) | {"classes": by_item(counted, wanted, found)}
+    return results | micro(wanted, found, resampling) | {"classes": by_group(counted, wanted, found)}

@@ -27,7 +27,7 @@ from biomamba_jax.interop.heads import Head
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.tasks.annotate import HeadModel, TextClass
+from biomamba_jax.tasks.annotate import HeadModel, NativeHeadModel, TextClass
 from biomamba_jax.tasks.embedding import Embedder
 from biomamba_jax.tasks.encoders import EncoderHeadModel, stated_kind
 from biomamba_jax.tasks.generation import Generation, Generator
@@ -220,7 +220,7 @@ class Model:
         """
         if self._head is None:
             raise UserError(f"{self._path}: has no head.safetensors; fine-tune with --head classifier to get one")
-        return HeadModel(self._path, self._model, self._head, self.tokenizer, rows=_ROWS)
+        return NativeHeadModel(self._path, self._model, self._head, self.tokenizer, rows=_ROWS)
 
     def embed(self, texts: str | Sequence[str], **settings: Any) -> np.ndarray:
         """Return a vector for each text, float32 [texts D].

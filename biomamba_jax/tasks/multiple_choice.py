@@ -26,7 +26,7 @@ from biomamba_jax.data.readers import is_rows, read_rows
 from biomamba_jax.data.text import normalized_digest
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_lines, uncompressed_name
-from biomamba_jax.tasks.answers import Prediction
+from biomamba_jax.tasks.answers import label_predictions
 from biomamba_jax.tasks.question_answering import Measures, TaskResult
 from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling, wilson
@@ -253,17 +253,10 @@ def _result(
         correct = {rule: sum(given[i] == asked[i].answer for i in inside) for rule, given in chosen.items()}
         return {rule: wilson(count, len(inside), resampling.confidence) for rule, count in correct.items()}
 
-    predictions = [
-        Prediction(
-            question.key,
-            question.answer,
-            given,
-            given == question.answer,
-            scores=None if scores is None else dict(zip(LETTERS, scores[index].tolist(), strict=False)),
-            batch=question.subject or None,
-        )
-        for index, (question, given) in enumerate(zip(asked, chosen["accuracy"], strict=True))
-    ]
+    keys, truth = [each.key for each in asked], [each.answer for each in asked]
+    batch = [each.subject or None for each in asked]
+    table = None if scores is None else [dict(zip(LETTERS, row.tolist(), strict=False)) for row in scores]
+    predictions = label_predictions(keys, truth, chosen["accuracy"], scores=table, batch=batch)
     subjects = {subject: measured(subject) for subject in sorted({question.subject for question in asked})}
     answered = len(asked) if seconds else 0
     return TaskResult(measured(), predictions, len(asked), seconds, answered, {"batches": subjects})

@@ -1,7 +1,7 @@
 """Batches of ragged rows, packed or padded to one of a few sizes so that few shapes are compiled."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from typing import TypeVar
 
@@ -10,6 +10,7 @@ import numpy as np
 from biomamba_jax.data.packing import Piece, best_fit_decreasing
 
 T = TypeVar("T")
+Row = TypeVar("Row", bound=Sized)
 
 
 def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -17,6 +18,14 @@ def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
+
+
+def by_length(rows: Sequence[Row], size: int, compute: Callable[[list[Row]], Iterable[T]]) -> list[T]:
+    """Return the result of each row; `compute` returns those of up to `size` rows of like length, the longest first."""
+    results: dict[int, T] = {}
+    for batch in batched(sorted(range(len(rows)), key=lambda index: -len(rows[index])), size):
+        results |= dict(zip(batch, compute([rows[index] for index in batch]), strict=False))
+    return [results[index] for index in range(len(rows))]
 
 
 def bucket_length(length: int) -> int:

@@ -3,7 +3,6 @@
 The only module of the package that imports PyTorch, and only when such a model is used (the [hf] extra).
 """
 
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.files import read_json
 from biomamba_jax.tasks.architectures import check_dtype
-from biomamba_jax.tasks.padding import batched
+from biomamba_jax.tasks.padding import by_length
 
 _MOST_LAYERS = 2000
 _DIGITS = re.compile(r"\d+")
@@ -46,12 +46,8 @@ def load_pretrained(
     for name, value in read_json(folder / "config.json").items():
         if "layer" in name and type(value) is int and value > _MOST_LAYERS:  # transformers would build all of them
             raise UserError(f"{key}: {folder / 'config.json'}: {name} = {value!r:.100}: no model has so many layers")
-    try:
-        torch, transformers = (importlib.import_module(package) for package in ("torch", "transformers"))
-    except ImportError as error:
-        raise UserError(
-            f"{key}: {folder} is run by transformers, and {error.name} is not installed: pip install 'biomamba-jax[hf]'"
-        ) from None
+    purpose = f"{key}: {folder} is run by transformers, and {{}} is not installed".format
+    torch, transformers = (extra("hf", package, purpose(package)) for package in ("torch", "transformers"))
     transformers.utils.logging.set_verbosity_error()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of_weights = getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -114,17 +110,16 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Return the embedding of each text, float32 [texts D]."""
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        vectors = np.empty((len(texts), self._model.config.hidden_size), np.float32)
-        for chosen in batched(order, self._batch_size):
-            rows = self._tokenizer([texts[index] for index in chosen], verbose=False)["input_ids"]
-            self.cut += sum(len(row) > self.limit for row in rows)
-            options = {"padding": True, "truncation": True, "max_length": self.limit, "return_tensors": "pt"}
-            inputs = self._tokenizer([texts[index] for index in chosen], **options).to(self._model.device)
-            with self._torch.inference_mode():
-                hidden = self._model(**inputs).last_hidden_state.float()
-            mask = inputs["attention_mask"][..., None].float()
-            vectors[chosen] = ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()
+        vectors = np.array(by_length(texts, self._batch_size, self._of_batch))
         if not np.isfinite(vectors).all():
             raise UserError(f"{self._key}: its hidden states are NaN or infinite: damaged weights, or an overflow")
         return vectors
+
+    def _of_batch(self, texts: Sequence[str]) -> np.ndarray:
+        self.cut += sum(len(row) > self.limit for row in self._tokenizer(texts, verbose=False)["input_ids"])
+        options = {"padding": True, "truncation": True, "max_length": self.limit, "return_tensors": "pt"}
+        inputs = self._tokenizer(texts, **options).to(self._model.device)
+        with self._torch.inference_mode():
+            hidden = self._model(**inputs).last_hidden_state.float()
+        mask = inputs["attention_mask"][..., None].float()
+        return ((hidden * mask).sum(1) / mask.sum(1)).cpu().numpy()

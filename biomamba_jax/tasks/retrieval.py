@@ -9,14 +9,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from biomamba_jax.config.prepare import TextFields
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.tasks.documents import read_documents
 from biomamba_jax.tasks.statistics import Estimate, Resampling, bootstrap
-from biomamba_jax.tasks.vectors import library, normalized
+from biomamba_jax.tasks.vectors import normalized
 
 CUTOFFS = (1, 10, 100)
 _QUERIES = 256
@@ -46,13 +48,12 @@ def read_pairs(paths: Iterable[str], split: str, fields: TextFields, left_out: C
       UserError: a source cannot be read, or there is no such text.
     """
     pairs = []
-    for path in paths:
-        for document in read_documents(path, split, left_out, fields):
-            first, _, rest = document.text.partition("\n")
-            if first.strip() and rest.strip():
-                pairs.append(Pair(document.key, first, rest))
-            else:
-                left_out["of one line"] += 1
+    for document in read_documents(paths, split, left_out, fields):
+        first, _, rest = document.text.partition("\n")
+        if first.strip() and rest.strip():
+            pairs.append(Pair(document.key, first, rest))
+        else:
+            left_out["of one line"] += 1
     if not pairs:
         raise UserError(f"{', '.join(paths)}: no text has a title or first line and more; name it with --title")
     return pairs
@@ -90,12 +91,10 @@ def measure(pairs: Sequence[Pair], score: Callable[[slice], np.ndarray], resampl
       resampling: of the intervals.
     """
     queries = _numbered(pairs)
-    parts: dict[str, list[np.ndarray]] = {}
-    for start in range(0, len(pairs), _QUERIES):
-        block = slice(start, start + _QUERIES)
-        for name, values in query_measures(score(block), queries[block, None] == queries).items():
-            parts.setdefault(name, []).append(values)
-    return {name: bootstrap(np.mean, np.concatenate(each), resampling=resampling) for name, each in parts.items()}
+    blocks = [slice(start, start + _QUERIES) for start in range(0, len(pairs), _QUERIES)]
+    parts = [query_measures(score(block), queries[block, None] == queries) for block in blocks]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return {name: bootstrap(np.mean, values, resampling=resampling) for name, values in found.items()}
 
 
 def _numbered(pairs: Sequence[Pair]) -> np.ndarray:
@@ -106,47 +105,29 @@ def _numbered(pairs: Sequence[Pair]) -> np.ndarray:
 
 def by_cosine(pairs: Sequence[Pair], encode: Encode) -> Callable[[slice], np.ndarray]:
     """Return the `score` of a model: the cosine of the embeddings of query and document."""
-    queries, documents = (
-        normalized(encode(texts)) for texts in ([pair.query for pair in pairs], [pair.document for pair in pairs])
-    )
+    queries = normalized(encode([pair.query for pair in pairs]))
+    documents = normalized(encode([pair.document for pair in pairs]))
     return lambda block: queries[block] @ documents.T
 
 
-class Lexical:
-    """BM25 (Robertson and Zaragoza 2009) over documents, as Lucene computes it; needs the [search] extra.
-
-    Args:
-      documents: texts to search.
-    """
-
-    def __init__(self, documents: Sequence[str]):
-        self._bm25s = library("bm25s", "search")
-        logging.getLogger("bm25s").setLevel(logging.WARNING)
-        self._index = self._bm25s.BM25()
-        self._index.index(self._tokens(documents), show_progress=False)
-
-    def _tokens(self, texts: Sequence[str]) -> list[list[str]]:
-        return self._bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
-
-    def scores(self, queries: Sequence[str]) -> np.ndarray:
-        """Return the score of each document, float32 [queries, documents]."""
-        return np.stack([self._index.get_scores(tokens) for tokens in self._tokens(queries)])
-
-
 def by_words(pairs: Sequence[Pair]) -> Callable[[slice], np.ndarray]:
-    """Return the `score` of BM25."""
-    lexical = Lexical([pair.document for pair in pairs])
-    return lambda block: lexical.scores([pair.query for pair in pairs[block]])
+    """Return the `score` of BM25 (Robertson and Zaragoza 2009) as Lucene computes it; needs the [search] extra."""
+    bm25s = extra("search", "bm25s", "bm25s is needed")
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    tokens = partial(bm25s.tokenize, stopwords="en", return_ids=False, show_progress=False)
+    index = bm25s.BM25()
+    index.index(tokens([pair.document for pair in pairs]), show_progress=False)
+    return lambda block: np.stack([index.get_scores(each) for each in tokens([pair.query for pair in pairs[block]])])
 
 
 def hard_negatives(pairs: Sequence[Pair], number: int) -> list[list[int]]:
     """Return for each pair the indices of the `number` documents of other queries that BM25 ranks first for its own."""
     if not number:
         return [[]] * len(pairs)
-    lexical, queries, found = Lexical([pair.document for pair in pairs]), _numbered(pairs), []
+    score, queries, found = by_words(pairs), _numbered(pairs), []
     for start in range(0, len(pairs), _QUERIES):
         block = slice(start, start + _QUERIES)
-        scores = lexical.scores([pair.query for pair in pairs[block]])
+        scores = score(block)
         scores[queries[block, None] == queries] = -np.inf
         found += np.argsort(-scores, -1, kind="stable")[:, :number].tolist()
     return found

@@ -7,7 +7,6 @@ part-00000.jsonl      format jsonl: {"id", "title", "embedding"} a line
 index.faiss           a faiss index of the normalized embeddings, in the order of the parts
 """
 
-import importlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
@@ -16,6 +15,7 @@ import numpy as np
 
 from biomamba_jax.config.embed import Format, Pooling
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 from biomamba_jax.files import read_array, read_json, read_json_lines, replacing, write_json, write_json_lines
 from biomamba_jax.tasks.documents import Document
 
@@ -112,7 +112,7 @@ class EmbeddingFolder:
         """Write a part, whole or not at all."""
         path = self._part(number)
         if self._format == "parquet":
-            pa, parquet = library("pyarrow", "parquet"), library("pyarrow.parquet", "parquet")
+            pa, parquet = (extra("parquet", each, "pyarrow is needed") for each in ("pyarrow", "pyarrow.parquet"))
             flat = pa.array(part.vectors.ravel())
             rows = pa.FixedSizeListArray.from_arrays(flat, part.vectors.shape[1])
             with replacing(path) as temporary:
@@ -145,7 +145,7 @@ class EmbeddingFolder:
 
     def _read(self, path: Path, number: int) -> Part:
         if self._format == "parquet":
-            table = library("pyarrow.parquet", "parquet").read_table(path)
+            table = extra("parquet", "pyarrow.parquet", "pyarrow is needed").read_table(path)
             rows = table["embedding"].combine_chunks()
             vectors = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
             return Part(table["id"].to_pylist(), table["title"].to_pylist(), vectors)
@@ -157,7 +157,7 @@ class EmbeddingFolder:
 
     def build_index(self, parts: int, kind: str) -> None:
         """Write an index of the normalized embeddings of all parts."""
-        faiss = library("faiss", "search")
+        faiss = extra("search", "faiss", "faiss is needed")
         index: Any = None
         for number in range(parts):
             vectors = normalized(np.asarray(self.read(number).vectors, np.float32))
@@ -173,7 +173,7 @@ class EmbeddingFolder:
         Raises:
           UserError: the folder has no index, or one that faiss does not read.
         """
-        faiss, path = library("faiss", "search"), self.path / INDEX
+        faiss, path = extra("search", "faiss", "faiss is needed"), self.path / INDEX
         if not path.exists():
             raise UserError(f"{path}: no such file; run `embed` again with --index exact")
         try:
@@ -223,15 +223,3 @@ def same_vector(first: Any, second: Any) -> bool:
     """Return True if two embeddings of a text are the same but for the rounding of another machine or dtype."""
     first, second = np.asarray(first), np.asarray(second)
     return first.shape == second.shape and np.abs(first - second).max() <= 0.02 * np.abs(first).max()
-
-
-def library(name: str, extra: str) -> Any:
-    """Import a module of an extra.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"{name.partition('.')[0]} is needed: pip install 'biomamba-jax[{extra}]'") from None

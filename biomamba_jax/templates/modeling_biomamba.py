@@ -2,14 +2,9 @@
 
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Mamba2Model, Mamba2PreTrainedModel, MambaModel, MambaPreTrainedModel
-from transformers.modeling_outputs import (
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs as outputs
 from transformers.utils import cached_file
 
 
@@ -89,14 +84,9 @@ class SequenceHead(_Head):
         logits = torch.stack([each[-1] for each in self._logits(input_ids, attention_mask, False)])
         loss = None
         if labels is not None:
-            kind, scores = self.config.problem_type, logits.float()
-            if kind == "regression":
-                loss = mse_loss(scores.squeeze(-1), labels.float())
-            elif kind == "multi_label_classification":
-                loss = binary_cross_entropy_with_logits(scores, labels.float())
-            else:
-                loss = cross_entropy(scores, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+            wanted = labels if self.config.problem_type == "single_label_classification" else labels.float()
+            loss = self.loss_function(labels=wanted, pooled_logits=logits.float(), config=self.config)
+        return outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class TokenHead(_Head):
@@ -105,8 +95,8 @@ class TokenHead(_Head):
     def forward(self, input_ids, attention_mask=None, labels=None, return_dict=None, **_):
         """Return the logits of the tags."""
         logits = self._of_tokens(input_ids, attention_mask)
-        loss = None if labels is None else cross_entropy(logits.float().transpose(1, 2), labels)
-        return TokenClassifierOutput(loss=loss, logits=logits)
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, config=self.config)
+        return outputs.TokenClassifierOutput(loss=loss, logits=logits)
 
 
 class AnswerHead(_Head):
@@ -115,7 +105,7 @@ class AnswerHead(_Head):
     def forward(self, input_ids, attention_mask=None, return_dict=None, **_):
         """Return the logits of an answer's first word and of its last one, at the last token of each."""
         start, end = self._of_tokens(input_ids, attention_mask).unbind(-1)
-        return QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
+        return outputs.QuestionAnsweringModelOutput(start_logits=start, end_logits=end)
 
 
 class MambaForSequenceClassification(SequenceHead, MambaPreTrainedModel):

@@ -8,7 +8,6 @@ document of a row:
     targets   q ... q       d ... d          n ... n              number of the document x kinds + kind of text
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -42,28 +41,14 @@ QUERY, DOCUMENT = 0, 1
 """Kinds of text; those from 2 on are negatives."""
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodedPairs:
-    """Pairs as examples to pack."""
-
-    examples: EncodedExamples
-    """A query, its document and its negatives each."""
-    kinds: int
-    """Texts of an example."""
-
-    def per_row(self, sequence_length: int) -> int:
-        """Return an upper bound of the examples in a row."""
-        return sequence_length // int(self.examples.lengths.min())
-
-
 def encode_pairs(
     queries: Sequence[str],
     documents: Sequence[str],
     negatives: Sequence[Sequence[int]],
     tokenizer: Tokenizer,
     sequence_length: int,
-) -> EncodedPairs:
-    """Tokenize pairs.
+) -> EncodedExamples:
+    """Tokenize pairs: an example is a query, its document and its negatives.
 
     A query is cut at a quarter of a row, then documents at equal shares of the rest; `shortened` counts the examples.
 
@@ -84,25 +69,26 @@ def encode_pairs(
     encoded, shortened = [], 0
     of_queries, of_documents = tokenizer.encode_batch(queries), tokenizer.encode_batch(documents)
     for index, (query, others) in enumerate(zip(of_queries, negatives, strict=True)):
-        parts = [query[: sequence_length // 4 - 1]]
         numbers = [index, index, *others]
-        parts += [of_documents[number][: share - 1] for number in numbers[1:]]
-        whole = [query, *(of_documents[number] for number in numbers[1:])]
-        shortened += any(len(part) < len(text) for part, text in zip(parts, whole, strict=True))
+        texts = [of_documents[number] for number in numbers[1:]]
+        parts = [query[: sequence_length // 4 - 1], *(text[: share - 1] for text in texts)]
+        shortened += parts != [query, *texts]
         inputs = [token for part in parts for token in (start, *part)]
         marks = np.repeat([n * kinds + kind for kind, n in enumerate(numbers)], [len(part) + 1 for part in parts])
         encoded.append(Encoded(np.array(inputs, np.int32), marks.astype(np.int32)))
-    return EncodedPairs(EncodedExamples("pairs", encoded, shortened), kinds)
+    return EncodedExamples("pairs", encoded, shortened)
 
 
-def train_embeddings(config: ContrastiveConfig, weights: Weights, train: EncodedPairs, held_out: EncodedPairs) -> bool:
+def train_embeddings(
+    config: ContrastiveConfig, weights: Weights, train: EncodedExamples, held_out: EncodedExamples
+) -> bool:
     """Train as `config` says, from the newest checkpoint in its run directory where there is one.
 
     Args:
       config: the run, with the model of `weights`.
       weights: what to start from.
-      train: pairs to train on.
-      held_out: pairs for the held-out loss.
+      train: what `encode_pairs` made of the pairs to train on.
+      held_out: what it made of those for the held-out loss.
 
     Returns:
       True if the run is complete; False after SIGTERM or Ctrl-C.
@@ -115,22 +101,21 @@ def train_embeddings(config: ContrastiveConfig, weights: Weights, train: Encoded
     if mesh.shape["tensor"] * mesh.shape["sequence"] > 1:
         raise UserError("mesh.tensor and mesh.sequence: must be 1 for contrastive training")
 
-    def loss(pairs: EncodedPairs) -> LossFunction:
-        per_row = pairs.per_row(rows.sequence_length)
-        options = (config.pooling, config.temperature, pairs.kinds, per_row)
+    def loss(pairs: EncodedExamples) -> LossFunction:
+        kinds, per_row = 2 + rows.hard_negatives, rows.sequence_length // int(pairs.lengths.min())
         axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1)
-        return contrastive_loss(graph, *options, layout.collectives, axes)
+        return contrastive_loss(graph, config.pooling, config.temperature, kinds, per_row, layout.collectives, axes)
 
-    plan = RowPlan(train.examples.lengths, rows.sequence_length, seed=config.train.seed)
+    plan = RowPlan(train.lengths, rows.sequence_length, seed=config.train.seed)
     epoch_steps = plan.rows_in_epoch() / rows.batch_size
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
     program = train_program(
         config, graph, layout, loss(train), steps, params=weights.params, weight_decay_mask=_decay_mask
     )
     of_host: dict[str, Any] = {"sequence_length": rows.sequence_length, **host_batch(rows.batch_size, mesh)}
-    batches = partial(evaluation_batches, held_out.examples, **of_host)
-    cut = train.examples.shortened + held_out.examples.shortened
-    messages = [f"{len(train.examples):,} pairs to train on, {len(held_out.examples):,} held out"]
+    batches = partial(evaluation_batches, held_out, **of_host)
+    cut = train.shortened + held_out.shortened
+    messages = [f"{len(train):,} pairs to train on, {len(held_out):,} held out"]
     messages += [f"{cut:,} pairs do not fit into their share of a row and lose their ends"] if cut else []
     training = TrainingRun(
         config=config,
@@ -138,7 +123,7 @@ def train_embeddings(config: ContrastiveConfig, weights: Weights, train: Encoded
         steps=steps,
         epoch_steps=epoch_steps,
         evaluate=LossEvaluator(loss(held_out), layout, batches, _metrics),
-        documents=train.examples,
+        documents=train,
         tokenizer=weights.tokenizer_file,
         messages=messages,
     )

@@ -59,10 +59,10 @@ def expected(model, pooling):
 def test_loss_is_that_of_texts_embedded_one_by_one(folder, pooling):
     model, weights = biomamba_jax.load(folder), read_model(folder)
     pairs = encode_pairs(QUERIES, DOCUMENTS, NEGATIVES, model.tokenizer, 192)
-    assert (pairs.kinds, pairs.examples.shortened) == (3, 0)
-    per_row = pairs.per_row(192)
-    (batch,) = evaluation_batches(pairs.examples, sequence_length=192, batch_size=4)
-    loss = contrastive_loss(graph_of(weights), pooling, TEMPERATURE, pairs.kinds, per_row)
+    assert pairs.shortened == 0
+    per_row = 192 // int(pairs.lengths.min())
+    (batch,) = evaluation_batches(pairs, sequence_length=192, batch_size=4)
+    loss = contrastive_loss(graph_of(weights), pooling, TEMPERATURE, 3, per_row)
     total, sums = jax.jit(loss)(jax.tree.map(jnp.asarray, weights.params), batch)
     nats, accuracy = expected(model, pooling)
     assert float(sums.weight) == 5
@@ -73,8 +73,8 @@ def test_loss_is_that_of_texts_embedded_one_by_one(folder, pooling):
 def test_texts_that_do_not_fit_lose_their_ends_and_are_counted(folder):
     tokenizer = biomamba_jax.load(folder).tokenizer
     pairs = encode_pairs(["insulin " * 99], ["glucose " * 99], [[]], tokenizer, 64)
-    inputs, targets = pairs.examples[0]
-    assert pairs.examples.shortened == 1
+    inputs, targets = pairs[0]
+    assert pairs.shortened == 1
     assert np.bincount(targets).tolist() == [16, 48]
     assert [index for index, token in enumerate(inputs) if token == tokenizer.start_id] == [0, 16]
     with pytest.raises(UserError, match="sequence_length"):

@@ -18,7 +18,7 @@ from biomamba_jax.interop.heads import split
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.heads import reversed_order
-from biomamba_jax.tasks.annotate import HeadModel
+from biomamba_jax.tasks.annotate import NativeHeadModel
 from biomamba_jax.tasks.mining_measures import measure
 from biomamba_jax.train.supervised import head_loss
 
@@ -59,7 +59,7 @@ def whole(examples, *numbers):
 
 def predictor(config, params, head, tokenizer, **settings):
     params, found = split(params, head)
-    return HeadModel("made-up", InferenceModel.from_params(config, params), found, tokenizer, **settings)
+    return NativeHeadModel("made-up", InferenceModel.from_params(config, params), found, tokenizer, **settings)
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
