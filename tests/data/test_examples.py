@@ -103,6 +103,15 @@ def test_a_classifiers_one_target_stands_behind_the_prompt(tokenizer):
     assert example.targets.tolist() == [-1] * len(prompt) + [1]
 
 
+@pytest.mark.parametrize("reading", ["once", "echo"])
+def test_the_class_of_an_empty_text_is_a_target_of_its_start_symbol(tokenizer, reading):
+    head = HeadConfig("classifier", ("yes", "no"), reading)
+    [example] = encode_texts([AnnotatedText("", "", labels=("no",))], tokenizer, 64, head, source="")._examples
+    count = 2 if reading == "echo" else 1
+    assert example.inputs.tolist() == [tokenizer.start_id] * count
+    assert example.targets.tolist() == [-1] * (count - 1) + [1]
+
+
 def test_a_prompt_that_does_not_fit_loses_its_beginning_and_is_counted(tokenizer):
     examples = encode(tokenizer, Example(PROMPT, " diabetes"), Example("the", " diabetes"), length=8)
     prompt, answer = tokenizer.encode_batch([PROMPT, " diabetes"])
