@@ -46,9 +46,8 @@ def start(config: FinetuneConfig) -> EncoderHeadModel:
     for key, only in _ONLY.items():
         value = attrgetter(key)(config)
         check(value == only, key, value, f"must be {only} for an encoder")
-    for module in ("accelerate", "transformers"):
-        extra("hf", module, f"init_from: encoders need {module}")
-    importlib.import_module("transformers").set_seed(config.train.seed)
+    _, transformers = (extra("hf", name, f"init_from: encoders need {name}") for name in ("accelerate", "transformers"))
+    transformers.set_seed(config.train.seed)
     folder = local_folder((config.init_from or "").removeprefix(TRANSFORMERS_PREFIX))
     return EncoderHeadModel("init_from", folder, head, "float32")
 

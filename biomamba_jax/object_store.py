@@ -43,7 +43,7 @@ class _Remote(NamedTuple):
 
 
 class _Listing(NamedTuple):
-    """What a URL's folder holds."""
+    """Content of a URL's folder at one moment."""
 
     store: Any
     files: dict[str, _Remote]

@@ -12,7 +12,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Bucket:
-    """What the stand-in holds and saw."""
+    """Content of the stand-in, and the requests that it saw."""
 
     def __init__(self, name: str):
         self.name = name

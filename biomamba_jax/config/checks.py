@@ -28,7 +28,7 @@ class Limit(NamedTuple):
 PositiveInt = Annotated[int, Limit("at least 1, below 2^31", lambda x: 1 <= x < 2**31)]
 NonNegativeInt = Annotated[int, Limit("0 or more, below 2^31", lambda x: 0 <= x < 2**31)]
 Amount = Annotated[int, Limit("at least 1", lambda x: x >= 1)]
-"""Of bytes or tokens that are only counted, however many."""
+"""Number of bytes or tokens that are only counted, however many."""
 Seed = Annotated[int, Limit("in 0..2^32 - 1", lambda x: 0 <= x < 2**32)]
 PositiveFloat = Annotated[float, Limit("above 0, and finite", lambda x: 0 < x < math.inf)]
 Duration = Annotated[float, Limit("above 0 s, and at most a day (86400)", lambda x: 0 < x <= 86400)]

@@ -56,7 +56,7 @@ class HeadModel(ABC):
         self.head = head
         """Kind, labels and reading of the head."""
         self.tokenizer = tokenizer
-        """What encodes texts."""
+        """Encoder of texts."""
         self._name = name
 
     @abstractmethod

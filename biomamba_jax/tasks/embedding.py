@@ -14,14 +14,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from biomamba_jax.config.embed import EmbeddingConfig, Pooling
-from biomamba_jax.data.packing import fill_row
+from biomamba_jax.data.packing import Piece
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
-from biomamba_jax.tasks.padding import bucket_length, bucket_rows, packed_batches
+from biomamba_jax.tasks.padding import bucket_length, bucket_rows, filled_rows, packed_batches
 
 
 class Embedder:
@@ -56,7 +56,7 @@ class Embedder:
 
     def of_ids(self, rows: Sequence[list[int]]) -> Float[np.ndarray, "texts D"]:
         """Return the embedding of each list of ids, float32; the first id of each is the start token."""
-        model, pooling = self._model, self._config.pooling
+        model = self._model
         arrays = [np.asarray(row, np.int32) for row in rows]
         lengths = np.array([row.size for row in arrays], np.int64)
         vectors = np.zeros((len(rows), model.config.d_model))
@@ -65,21 +65,25 @@ class Embedder:
             count = min(self._rows, rows_of(bucket_rows(len(batches[0])), self._mesh))
             states: LayerStates = (empty_state(model.config, count, model.dtype),) * model.config.n_layers
             for batch in batches:
-                texts = bucket_rows(max(map(len, batch)))
-                inputs, segment_ids = np.zeros((2, count, width), np.int32)
-                weights = np.zeros((count, texts, width), np.float32)
-                for row, pieces in enumerate(batch):
-                    filled = fill_row(pieces, width, lambda index: (arrays[index], arrays[index]))
-                    inputs[row], segment_ids[row] = filled["inputs"], filled["segment_ids"]
-                    for text, piece in enumerate(pieces):
-                        of_text = pooling_weights(pooling, int(lengths[piece.document]), piece.start, piece.stop)
-                        weights[row, text, segment_ids[row] == text + 1] = of_text
-                read = {"inputs": inputs, "segment_ids": segment_ids, "weights": weights}
-                sums, states = _weighted_sums(model, read, states, self._mesh)
+                inputs = filled_rows(batch, count, width, lambda index: (arrays[index], arrays[index]))
+                inputs["weights"] = self._weights(batch, lengths, inputs["segment_ids"])
+                sums, states = _weighted_sums(model, inputs, states, self._mesh)
                 for pieces, of_row in zip(batch, np.asarray(sums), strict=False):
                     for piece, of_text in zip(pieces, of_row, strict=False):
                         vectors[piece.document] += of_text
         return vectors.astype(np.float32)
+
+    def _weights(
+        self, batch: Sequence[Sequence[Piece]], lengths: np.ndarray, segment_ids: np.ndarray
+    ) -> Float[np.ndarray, "B T L"]:
+        """Return the weights of each state of a row in the vector of each of its texts, float32."""
+        rows, width = segment_ids.shape
+        weights = np.zeros((rows, bucket_rows(max(map(len, batch))), width), np.float32)
+        for row, pieces in enumerate(batch):
+            for text, (document, start, stop) in enumerate(pieces):
+                of_text = pooling_weights(self._config.pooling, int(lengths[document]), start, stop)
+                weights[row, text, segment_ids[row] == text + 1] = of_text
+        return weights
 
 
 def pooling_weights(pooling: Pooling, length: int, start: int, stop: int) -> Float[np.ndarray, " positions"]:

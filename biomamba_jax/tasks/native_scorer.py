@@ -15,14 +15,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from biomamba_jax.config.generate import Sampling
-from biomamba_jax.data.packing import fill_row
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.generation import Generator, prefill
-from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, packed_batches, pad_left, pad_right
+from biomamba_jax.tasks.padding import (
+    batched,
+    bucket_length,
+    bucket_rows,
+    filled_rows,
+    packed_batches,
+    pad_left,
+    pad_right,
+)
 from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
 
 _BLOCK = 2048
@@ -93,11 +100,7 @@ class NativeScorer:
             states: LayerStates = (empty_state(model.config, self._rows, model.dtype),) * model.config.n_layers
             parts: dict[int, list[np.ndarray]] = defaultdict(list)
             for batch in batches:
-                padded = [*batch, *[[]] * (self._rows - len(batch))]
-                filled = [
-                    fill_row(pieces, width, lambda index: (arrays[index], arrays[index][1:])) for pieces in padded
-                ]
-                inputs = {name: np.stack([row[name] for row in filled]) for name in filled[0]}
+                inputs = filled_rows(batch, self._rows, width, lambda index: (arrays[index], arrays[index][1:]))
                 nats, states = _row_nats(model, inputs, states, self._generator.vocab_size, self._mesh)
                 for row, pieces in zip(np.asarray(nats, np.float64), batch, strict=False):
                     ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()

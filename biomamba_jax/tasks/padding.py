@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from biomamba_jax.data.packing import Piece, best_fit_decreasing
+from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
 
 T = TypeVar("T")
 Row = TypeVar("Row", bound=Sized)
@@ -84,3 +84,18 @@ def packed_batches(lengths: np.ndarray, width: int, rows: int) -> Iterator[list[
             ]
             for start in range(0, ends[-1], width)
         ]
+
+
+def filled_rows(
+    batch: Sequence[Sequence[Piece]], rows: int, width: int, read: Callable[[int], tuple[np.ndarray, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """Return the rows of a batch as arrays, int32 [rows width] each, of which those beyond it are padding.
+
+    Args:
+      batch: pieces of each row.
+      rows: number of rows.
+      width: tokens of a row.
+      read: see `fill_row`, which fills each of them.
+    """
+    filled = [fill_row(pieces, width, read) for pieces in [*batch, *[[]] * (rows - len(batch))]]
+    return {name: np.stack([row[name] for row in filled]) for name in filled[0]}

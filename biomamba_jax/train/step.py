@@ -135,7 +135,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, (sums, grads)), None
 
         microbatches = jax.tree.map(lambda x: x.reshape(accumulation, -1, x.shape[-1]), batch)
-        zeros = (LossSums(*[jnp.zeros((), jnp.float32)] * 4), jax.tree.map(jnp.zeros_like, params))
+        zeros = (LossSums.zeros(), jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add_microbatch, zeros, microbatches)[0]
 
     if layout is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Hub:
-    """What the stand-in holds and saw."""
+    """Content of the stand-in, and the requests that it saw."""
 
     def __init__(self):
         self.revisions: dict[str, dict[str, bytes]] = {}

@@ -30,7 +30,7 @@ class Stage:
     folder: Path
 
     def answer(self, *rules: tuple[str, Sequence[tuple[int, str]]]) -> None:
-        """What the stand-ins say, by pattern; see stand_in.py."""
+        """Answers of the stand-ins, by pattern; see stand_in.py."""
         (self.folder / "answers.json").write_text(json.dumps(rules))
 
     def settings(self, more: str = "") -> None:

@@ -74,7 +74,7 @@ DOCUMENTS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 1)
 
 
 def packed_and_alone():
-    """One row that holds all documents one after the other, its segment ids, each in a row of its own, and where."""
+    """Return a row of all documents, its segment ids, each document in its own row, and where those hold tokens."""
     documents = [tokens(1, length, 3 + i) for i, length in enumerate(DOCUMENTS)]
     segment_ids = jnp.concatenate([jnp.full((1, length), i + 1) for i, length in enumerate(DOCUMENTS)], 1)
     # What follows a document does not reach it; rows of one length are one program.

@@ -3,6 +3,9 @@
 import math
 from typing import NamedTuple
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
 from biomamba_jax.ops.array_typing import Array, Float
 
 
@@ -32,6 +35,11 @@ class LossSums(NamedTuple):
     """Tokens whose target has the largest logit."""
     weight: Float[Array, ""]
     """The weights themselves: divide by it for a mean."""
+
+    @classmethod
+    def zeros(cls, dtype: DTypeLike = jnp.float32) -> "LossSums":
+        """Return the sums over no token."""
+        return cls(*(jnp.zeros((), dtype) for _ in cls._fields))
 
 
 def perplexity(nats: float) -> float:

@@ -164,7 +164,7 @@ def _run(hidden: Array, weight: Array, targets: Array, weights: Array, options: 
         d_hidden = jnp.einsum("tv,vd->td", d_logits, head, preferred_element_type=dtype)
         return (sums, d_weight), d_hidden.astype(hidden.dtype)
 
-    zero_sums = LossSums(*(jnp.zeros((), dtype) for _ in LossSums._fields))
+    zero_sums = LossSums.zeros(dtype)
     first = zero_sums, jnp.zeros(weight.shape, dtype) if gradients else None
     (sums, d_weight), d_hidden = jax.lax.scan(body, first, _chunks(_Tokens(hidden, targets, weights), options))
     return sums, d_hidden, d_weight
