@@ -43,6 +43,8 @@ class Chip:
     """TensorCores that act as this one device and share its figures evenly."""
     clock: float | None = None
     """Hz of a TensorCore, derived from its peak FLOP/s; None where no static profile needs it."""
+    sparse_cores: bool = False
+    """True if the compiler can run collectives on its SparseCores, beside the TensorCore."""
 
 
 def _chip(name: str, device_kind: str, teraflops: Mapping[str, float], gib: float, gbps: float, **tpu: Any) -> Chip:
@@ -50,8 +52,8 @@ def _chip(name: str, device_kind: str, teraflops: Mapping[str, float], gib: floa
     return Chip(name, device_kind, flops, int(gib * GIB), gbps * 1e9, **tpu)
 
 
-def _tpu(name: str, device_kind: str, teraflops: float, gib: float, gbps: float, **cores_and_clock: Any) -> Chip:
-    return _chip(name, device_kind, {"bfloat16": teraflops, "float32": teraflops}, gib, gbps, **cores_and_clock)
+def _tpu(name: str, device_kind: str, teraflops: float, gib: float, gbps: float, **cores: Any) -> Chip:
+    return _chip(name, device_kind, {"bfloat16": teraflops, "float32": teraflops}, gib, gbps, **cores)
 
 
 def _gpu(name: str, device_kind: str, half: float, single: float, gib: float, gbps: float) -> Chip:
@@ -73,9 +75,9 @@ def _volta(name: str, device_kind: str, half: float, single: float, gib: float) 
 CHIPS = (
     _tpu("TPU v4", r"TPU v4", 275, 30.75, 1228, cores=2),
     _tpu("TPU v5e", r"TPU v5 lite|TPU v5e", 197, 15.75, 819, clock=1.5e9),
-    _tpu("TPU v5p", r"TPU v5p?", 459, 95.73, 2765, cores=2, clock=1.75e9),
-    _tpu("TPU v6e", r"TPU v6 lite|TPU v6e", 918, 31.24, 1638, clock=1.75e9),
-    _tpu("TPU7x (one core)", r"TPU7x", 2307 / 2, 94.74, 7380 / 2),
+    _tpu("TPU v5p", r"TPU v5p?", 459, 95.73, 2765, cores=2, clock=1.75e9, sparse_cores=True),
+    _tpu("TPU v6e", r"TPU v6 lite|TPU v6e", 918, 31.24, 1638, clock=1.75e9, sparse_cores=True),
+    _tpu("TPU7x (one core)", r"TPU7x", 2307 / 2, 94.74, 7380 / 2, sparse_cores=True),
     _volta("V100 SXM2 16 GB", r"Tesla V100-SXM2-16GB", 125, 15.7, 16),
     _volta("V100 SXM2 32 GB", r"Tesla V100-SXM[23]-32GB", 125, 15.7, 32),
     _volta("V100 PCIe 16 GB", r"Tesla V100-PCIE-16GB", 112, 14, 16),

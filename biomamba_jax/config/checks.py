@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -90,7 +91,8 @@ def leaves(hint: Any) -> Iterator[Any]:
             yield from leaves(part)
 
 
-def field_types(schema: Any) -> dict[str, Any]:
+@functools.cache
+def field_types(schema: Any) -> Mapping[str, Any]:
     """Return the type of each field of a dataclass, with its metadata."""
     hints = get_type_hints(schema, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}

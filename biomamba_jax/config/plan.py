@@ -1,7 +1,7 @@
 """Settings of `plan`."""
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
 
 from biomamba_jax.config.checks import Duration, Limit, PositiveInt
 from biomamba_jax.config.train import PretrainConfig
@@ -12,7 +12,7 @@ class PlanConfig(PretrainConfig):
     """A pretraining config and the machine that it is planned for."""
 
     basic: ClassVar[str] = (
-        "topology slices tokens search auto_remat json model.kind model.d_model model.n_layers model.remat "
+        "topology slices tokens search vary auto_remat json model.kind model.d_model model.n_layers model.remat "
         "data.batch_size data.sequence_length mesh.data mesh.fsdp mesh.tensor"
     )
 
@@ -25,7 +25,10 @@ class PlanConfig(PretrainConfig):
     auto_remat: bool = False
     """Instead of model.remat take the policy that recomputes least among those that fit the device's memory."""
     search: bool = False
-    """Rank meshes and remat policies."""
+    """Rank meshes, remat policies, accumulation and offloaded collectives by estimated speed."""
+    vary: list[Literal["train.reduce_dtype", "data.batch_size"]] = field(default_factory=list)
+    """Settings that change the results of training and that a search may change too; the table marks where it did:
+    bfloat16 reduce-scatters, batches of up to 8 times the size."""
     tries: PositiveInt = 8
     """Maximum number of programs to compile, in a search or for the nearest settings that fit."""
     json: bool = False

@@ -86,6 +86,8 @@ class TrainConfig(Settings, section="train"):
     reduce_dtype: DType = "float32"
     """Dtype in which gradients of weights sharded over fsdp are reduce-scattered; bfloat16 halves what is sent, and its
     sums are rounded. They are accumulated in float32."""
+    offload_collectives: bool = False
+    """Run all-gathers and reduce-scatters on the SparseCores of v5p, v6e and TPU7x, beside the products."""
     seed: checks.Seed = 0
     """Seed of the initial weights and of the order of documents."""
     log_every: checks.PositiveInt = 10
@@ -101,7 +103,7 @@ class TrainConfig(Settings, section="train"):
     profile_steps: _StepRange = field(default_factory=list)
     """First and last step to trace with JAX's profiler into profile/ of the run directory; default: none."""
     compiler_options: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; docs/plans.md has two for TPUs."""
+    """Options of XLA for the training step by name, as {xla_dump_to: FOLDER}; they win over offload_collectives."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,10 @@ _RECIPE = ("data", "optimizer", "schedule", "loss", "train", "lora")
 _SECTIONS = ("data", "checkpoint", "lora")
 _IN_RECIPE = ("batch_size", "sequence_length")  # of "data"
 # Settings that change speed or output, but no weight; and the value at which a setting has no effect.
-_NO_EFFECT = ("chunk_size", "log_every", "eval_every", "eval_batches", "max_skipped_steps", "compiler_options")
+_NO_EFFECT = (
+    *("chunk_size", "log_every", "eval_every", "eval_batches", "max_skipped_steps"),
+    *("compiler_options", "offload_collectives"),
+)
 _OFF: dict[str, Any] = {"weight_decay": 0, "clip": 0, "layer_decay": 1, "ema": 0, "label_smoothing": 0, "z_loss": 0}
 _OFF |= {"warmup_fraction": 0, "accumulation": 1, "dropout": 0, "patience": None}
 

@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from biomamba_jax.config import ModelConfig
+from biomamba_jax.config import MeshConfig, ModelConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.data.shards import MANIFEST_NAME, Manifest
 from biomamba_jax.errors import UserError
@@ -15,7 +16,15 @@ from biomamba_jax.planning.ahead_of_time import require_compiler
 from biomamba_jax.planning.compile import Compiled, compile_step
 from biomamba_jax.planning.kernels import kernel_rates
 from biomamba_jax.planning.schedule import Collective, one_call
-from biomamba_jax.planning.search import nearest_fit, remat_policies, resolved_mesh, search_settings
+from biomamba_jax.planning.search import (
+    describe,
+    guessed_memory,
+    nearest_fit,
+    remat_policies,
+    resolved_mesh,
+    search_settings,
+    with_mesh,
+)
 from biomamba_jax.planning.times import Times, step_times
 from biomamba_jax.planning.topology import Topology, parse_topology
 from biomamba_jax.train.setup import total_steps, with_vocabulary
@@ -92,7 +101,7 @@ class Plan:
             "mesh": compiled.mesh,
             "remat": self.config.model.remat,
             **{key: getattr(self.config.data, key) for key in ("batch_size", "sequence_length")},
-            "accumulation": self.config.train.accumulation,
+            **{key: getattr(self.config.train, key) for key in ("accumulation", "reduce_dtype", "offload_collectives")},
             "fits": compiled.fits,
             "refused": compiled.refused,
             "needed_bytes": compiled.needed,
@@ -149,17 +158,34 @@ def make_plan(config: PlanConfig) -> Answer:
             break
     config = asked.config
     if config.search:
-        settings = search_settings(config, topology)[: config.tries]
-        same = resolved_mesh(config, topology.devices), config.model.remat
-        others = [plan(s) for s in settings if (s.mesh, s.model.remat) != same]
-        ranking = sorted([asked, *others], key=lambda p: (not p.compiled.fits, p.times.step if p.times else 0.0))
-        return Answer(asked, ranking=tuple(ranking))
+        ranking = [asked, *_others(asked, plan)]
+        return Answer(asked, ranking=tuple(sorted(ranking, key=lambda p: -(p.tokens_per_second or 0.0))))
     if asked.compiled.refused:
         raise UserError(f"{topology}: {asked.compiled.refused}")
     if asked.compiled.fits:
         return Answer(asked)
     nearest = nearest_fit(config, topology, compile_step, config.tries)
     return Answer(asked, None if nearest is None else plan(*nearest))
+
+
+def _others(asked: Plan, plan: Callable[[PlanConfig], Plan]) -> list[Plan]:
+    """Return the plans of the most promising settings other than `asked`, at most `asked.config.tries`.
+
+    What needs more memory than a setting of the same mesh that did not fit is left out.
+    """
+    config, topology = asked.config, asked.topology
+    as_configured = with_mesh(config, resolved_mesh(config, topology.devices))
+    found: list[Plan] = []
+    too_large: dict[MeshConfig, float] = {}
+    for setting in search_settings(config, topology):
+        memory = guessed_memory(setting, topology)
+        if describe(setting, as_configured) and memory < too_large.get(setting.mesh, math.inf):
+            found.append(plan(setting))
+            if found[-1].compiled.needed is not None:
+                too_large[setting.mesh] = memory
+        if len(found) == config.tries:
+            break
+    return found
 
 
 def product_dtype(model: ModelConfig) -> str:

@@ -30,9 +30,23 @@ _SHAPE = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,]*)\](\{[^{}]*\})?")
 
 
 def shape_bytes(text: str, everywhere: bool = False) -> int:
-    """Return the bytes of all arrays in a shape, tuples included; arrays in on-chip memory only if `everywhere`."""
+    """Return the bytes of all arrays in a shape, tuples included; arrays in on-chip memory only if `everywhere`.
+
+    Arrays of TPUs with the padding of their tiles, which is stored and sent like the rest.
+    """
     arrays = (array for array in _SHAPE.finditer(text) if everywhere or not re.search(r"S\([1-9]", array[3] or ""))
-    return sum(math.prod(_dimensions(array[0])) * _bits(array[1]) // 8 for array in arrays)
+    return sum(math.prod(_tiled(_dimensions(array[0]), array[3] or "")) * _bits(array[1]) // 8 for array in arrays)
+
+
+def _tiled(sizes: list[int], layout: str) -> list[int]:
+    """Return the sizes of an array padded to whole tiles: `layout` is {minor to major:T(sizes of a tile)...}."""
+    order, tile = (re.search(pattern, layout) for pattern in (r"\{([\d,]+)", r":T\(([\d,]+)\)"))
+    if not order or not tile:
+        return sizes
+    padded = list(sizes)
+    for axis, size in zip(map(int, order[1].split(",")), map(int, reversed(tile[1].split(","))), strict=False):
+        padded[axis] = -(-sizes[axis] // size) * size
+    return padded
 
 
 def _bits(dtype: str) -> int:

@@ -7,7 +7,7 @@ from biomamba_jax.hardware import GIB
 from biomamba_jax.model.flops import matrix_parameters
 from biomamba_jax.planning.plan import Answer, Plan
 from biomamba_jax.planning.schedule import one_call
-from biomamba_jax.planning.search import describe
+from biomamba_jax.planning.search import CHANGES_RESULTS, changed, describe
 from biomamba_jax.planning.times import Times
 from biomamba_jax.tables import summary_table
 
@@ -118,10 +118,15 @@ def _show_ranking(answer: Answer) -> None:
         if plan.times is not None:
             memory, step = f"{plan.compiled.memory.total / GIB:.2f}", f"{plan.times.step * 1e3:,.1f}"
             tokens, share = f"{plan.tokens_per_second:,.0f}", f"{plan.share_of_peak:.0%}"
-        changed = describe(plan.config, answer.plan.config) or "as configured"
-        mesh = " x ".join(str(size) for size in plan.compiled.mesh.values()) or None
-        rows.append((changed, plan.config.model.remat, mesh, memory, step, tokens, share))
-    columns = ("setting", "remat", "data x fsdp x tensor x sequence", "GiB", "step, ms", "tokens/s", "of peak")
+        flags = describe(plan.config, answer.plan.config) or "as configured"
+        results = "differ" if changed(plan.config, answer.plan.config, CHANGES_RESULTS) else "same"
+        rows.append((flags, memory, step, tokens, share, results))
+    columns = ("setting", "GiB", "step, ms", "tokens/s", "of peak", "results")
     summary_table(f"{len(rows)} settings compiled, fastest first", columns, rows)
     best = answer.ranking[0]
-    print(summary(best) if best.compiled.fits else "no setting fits: raise --tries or use more chips")
+    if not best.compiled.fits:
+        print("no setting fits: raise --tries or use more chips")
+        return
+    print(summary(best))
+    if flags := describe(best.config, answer.plan.config):
+        print(f"the fastest: {flags}")

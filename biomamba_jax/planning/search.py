@@ -1,4 +1,4 @@
-"""Searches settings of a config: the nearest that fits a machine; meshes and remat policies, ranked."""
+"""Searches settings of a config: the nearest that fits a machine; the fastest on it."""
 
 import dataclasses
 import itertools
@@ -12,18 +12,27 @@ from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.model.flops import matrix_parameters, training_flops_per_token
 from biomamba_jax.parallel.mesh import AXES
 from biomamba_jax.planning.compile import Compiled
-from biomamba_jax.planning.topology import Topology
+from biomamba_jax.planning.topology import HOP, Topology
 
 POLICIES = ("none", "dots", "full")
 """Remat policies, the one that recomputes least first."""
-_CHANGED = ("model.remat", "train.accumulation", "data.batch_size", *(f"mesh.{axis}" for axis in AXES))
+CHANGES_RESULTS = ("train.reduce_dtype", "data.batch_size")
+"""Keys of settings that change what a step computes."""
+_CHANGED = (
+    *("model.remat", "train.accumulation", "train.offload_collectives", *CHANGES_RESULTS),
+    *(f"mesh.{axis}" for axis in AXES),
+)
 _LARGEST_AXIS = 8  # of tensor and sequence in a search: larger axes are bound by the links inside a slice
 
 
 def describe(config: PlanConfig, base: PlanConfig) -> str:
     """Return the flags that turn `base` into `config`."""
-    values = ((key, operator.attrgetter(key)) for key in _CHANGED)
-    return " ".join(f"--{key} {get(config)}" for key, get in values if get(config) != get(base))
+    return " ".join(f"--{key} {operator.attrgetter(key)(config)}".lower() for key in changed(config, base))
+
+
+def changed(config: PlanConfig, base: PlanConfig, keys: Sequence[str] = _CHANGED) -> list[str]:
+    """Return those of `keys` whose values differ."""
+    return [key for key in keys if operator.attrgetter(key)(config) != operator.attrgetter(key)(base)]
 
 
 def resolved_mesh(config: PlanConfig, devices: int) -> MeshConfig:
@@ -114,25 +123,57 @@ def nearest_fit(
     return found
 
 
-# --- Meshes and remat policies worth comparing -----------------------------------------------------------------------
+# --- Settings worth comparing ----------------------------------------------------------------------------------------
+
+_LARGEST_BATCH = 8  # times the configured one
+_ROWS = 8  # of a tile of an array on TPU
+# Read from compiled steps of Mamba-2 130m and 2.7b for v5e: HBM traffic of everything but matrix products, kernels
+# included; passes over a device's shard of the float32 weights in the update.
+_TRAFFIC = 100  # bytes per token, layer and channel
+_UPDATE_PASSES = 10
+_GATHERED = 5  # matrices of a layer
 
 
 def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
-    """Return all meshes and remat policies that the batch and the machine allow, the most promising first.
+    """Return the settings that batch and machine allow, the most promising first.
 
-    The order comes from rough formulas; it only decides what is compiled.
+    They differ in mesh, remat policy, accumulation and offloaded collectives; in the batch and the dtype that gradients
+    are reduced in only if `config.vary` names them. The order comes from rough formulas; it only decides what is
+    compiled.
     """
+    rows = config.data.batch_size
+    batches = _doublings(rows, _LARGEST_BATCH * rows) if "data.batch_size" in config.vary else [rows]
+    dtypes = dict.fromkeys([config.train.reduce_dtype, *(["bfloat16"] if "train.reduce_dtype" in config.vary else [])])
+    found: list[PlanConfig] = []
+    for mesh, batch in itertools.product(_meshes(config, topology), batches):
+        across = mesh.data * mesh.fsdp
+        data = dataclasses.replace(config.data, batch_size=batch)
+        offload = config.train.offload_collectives or (topology.chip.sparse_cores and mesh.fsdp > 1)
+        for parts, dtype in itertools.product(_doublings(1, batch // across), dtypes):
+            if batch % (parts * across) or (dtype != config.train.reduce_dtype and mesh.fsdp == 1):
+                continue
+            train = dataclasses.replace(
+                config.train, accumulation=parts, reduce_dtype=dtype, offload_collectives=offload
+            )
+            setting = dataclasses.replace(config, mesh=mesh, data=data, train=train)
+            found += [with_mesh(setting, mesh, remat=policy) for policy in POLICIES]
+
+    def seconds_per_token(setting: PlanConfig) -> float:
+        return guessed_seconds(setting, topology) / setting.data.batch_size
+
+    return sorted(_hopeful(found, topology), key=seconds_per_token)
+
+
+def _meshes(config: PlanConfig, topology: Topology) -> list[MeshConfig]:
     sizes = [n for n in _doublings(1, topology.devices) if topology.devices % n == 0]
-    found = [
-        with_mesh(config, MeshConfig(data, fsdp, tensor, sequence), remat=policy)
+    return [
+        MeshConfig(data, fsdp, tensor, sequence)
         for tensor, sequence, fsdp in itertools.product(sizes, repeat=3)
         if max(tensor, sequence) <= _LARGEST_AXIS and topology.devices % (tensor * sequence * fsdp) == 0
         if (data := topology.devices // (tensor * sequence * fsdp)) % topology.slices == 0
-        if config.data.batch_size % (data * fsdp * config.train.accumulation) == 0
+        if config.data.batch_size % (data * fsdp) == 0
         if config.data.sequence_length % sequence == 0 and config.model.d_inner % tensor == 0
-        for policy in POLICIES
     ]
-    return sorted(_hopeful(found, topology), key=lambda setting: guessed_seconds(setting, topology))
 
 
 def _hopeful(settings: Sequence[PlanConfig], topology: Topology) -> list[PlanConfig]:
@@ -151,29 +192,51 @@ def guessed_memory(config: PlanConfig, topology: Topology) -> float:
 
 
 def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
-    """Return a rough time of one step, to rank settings before they are compiled."""
-    mesh, model = resolved_mesh(config, topology.devices), config.model
+    """Return a rough time of one step, to rank settings before they are compiled.
+
+    Products, memory traffic and collectives one after the other; all-gathers that XLA overlaps (on v5e, and where
+    SparseCores run them, there with the reduce-scatters) count only as far as they take longer than the rest.
+    """
+    mesh, model, chip = resolved_mesh(config, topology.devices), config.model, topology.chip
     tokens = config.data.batch_size * config.data.sequence_length / topology.devices
-    again = {"none": 1.0, "dots": 1.1, "full": 4 / 3}[model.remat]
-    compute = again * tokens * training_flops_per_token(model) / topology.chip.flops["bfloat16"]
     weights = matrix_parameters(model) / mesh.tensor
+    again = {"none": 0.0, "dots": 0.1, "full": 1.0}[model.remat]
+    work = tokens * training_flops_per_token(model) * (3 + again) / 3 / chip.flops["bfloat16"]
+    work += tokens * model.n_layers * model.d_inner * _TRAFFIC / chip.bandwidth
+    work += 4 * weights / mesh.fsdp * _UPDATE_PASSES / chip.bandwidth
 
-    def exchange(sent: float, devices: int) -> float:
-        """Return the seconds of `sent` bytes among so many devices, which have the links of one axis or of several."""
-        axes = len(topology.shape) * math.log(devices, max(topology.devices // topology.slices, 2))
-        return sent / (topology.kind.link * (2 * max(round(axes), 1) if topology.is_tpu else 1))
+    def exchange(sent: float, devices: int, calls: float = 0) -> float:
+        """Return the seconds of `sent` bytes among so many devices: two links along a whole axis, one along a part."""
+        if not topology.is_tpu:
+            return sent / topology.kind.link
+        links, hops, left = 0, 0.0, devices
+        for size in sorted(topology.shape, reverse=True):
+            if left >= size > 1:
+                links, hops, left = links + 2, hops + size / 2, left // size
+        if left > 1 or not links:
+            links, hops = links + 1, hops + left - 1
+        return sent / (topology.kind.link * links) + calls * hops * HOP
 
-    seconds = compute
+    exposed = hidden = 0.0
     if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
-        seconds += exchange(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
+        exposed += exchange(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
     if mesh.fsdp > 1:
-        seconds += exchange((2 + 2 + 4) * weights * config.train.accumulation, mesh.fsdp)
+        calls = config.train.accumulation * model.n_layers * _GATHERED
+        sent = config.train.accumulation * weights
+        gather = exchange(4 * sent, mesh.fsdp, 2 * calls)  # bfloat16, in both passes
+        # A shard that is not whole tiles is all-reduced instead of reduce-scattered.
+        whole = 1 if not topology.is_tpu or model.d_model % (_ROWS * mesh.fsdp) == 0 else 2
+        reduce = exchange(whole * (2 if config.train.reduce_dtype == "bfloat16" else 4) * sent, mesh.fsdp, calls)
+        offloaded = config.train.offload_collectives
+        hidden += gather if offloaded or topology.generation == "v5e" else 0
+        hidden += reduce if offloaded else 0
+        exposed += gather + reduce
     if mesh.tensor > 1:  # two all-reduces of the residual stream per pass, on every device of the group
-        seconds += exchange(4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model, mesh.tensor)
+        exposed += exchange(4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model, mesh.tensor)
     if mesh.sequence > 1:  # each row's state, in both passes, in log2 steps
         rows = config.data.batch_size / (mesh.data * mesh.fsdp)
         state = 4 * model.d_inner * model.state_size / mesh.tensor
-        seconds += exchange(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
+        exposed += exchange(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
     if topology.slices > 1:
-        seconds += 8 * weights / mesh.fsdp / topology.kind.network
-    return seconds
+        exposed += 8 * weights / mesh.fsdp / topology.kind.network
+    return max(work, hidden) + exposed - hidden

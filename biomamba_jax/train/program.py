@@ -11,8 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
+from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig, TrainConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.hardware import find_chip
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.model.sharding import sharding_rules
 from biomamba_jax.parallel.layout import Layout
@@ -90,7 +91,7 @@ def train_program(
     shape = (data.batch_size, data.sequence_length)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     return TrainProgram(
-        step=_jit(step, config.train.compiler_options, mesh),
+        step=_jit(step, config.train, mesh),
         init=jax.jit(init, out_shardings=shardings),
         state=jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings),
         batch=dict.fromkeys(("inputs", "targets", "segment_ids"), tokens),
@@ -122,12 +123,23 @@ def initial_state(
     return TrainState(params=params, optimizer=optimizer.init(params), key=jax.random.key_data(key), **counters)
 
 
-def _jit(step: Callable[..., Any], options: dict[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
-    """Return the step jitted with `options` of XLA for the devices of `mesh`.
+_OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_{}"  # options of libtpu
+
+
+def _jit(step: Callable[..., Any], config: TrainConfig, mesh: Mesh) -> jax.stages.Wrapped:
+    """Return the step jitted with the options of XLA that `config` asks for, for the devices of `mesh`.
 
     Raises:
-      UserError: their compiler refuses an option or its value.
+      UserError: their compiler refuses an option or its value, or they have no SparseCores to offload collectives to.
     """
+    options: dict[str, Any] = {}
+    if config.offload_collectives:
+        kind = mesh.devices.flat[0].device_kind
+        chip = find_chip(kind)
+        if chip is None or not chip.sparse_cores:
+            raise UserError(f"train.offload_collectives: {kind} has no SparseCores that run collectives")
+        options = {_OFFLOAD.format(name): True for name in ("all_gather", "reduce_scatter")}
+    options |= config.compiler_options
     if options:  # before anything else is compiled, or written
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
         try:

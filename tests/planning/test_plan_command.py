@@ -1,8 +1,10 @@
 """`python -m biomamba_jax.plan`, with results of the compiler that are written by hand and with the real compiler."""
 
+import collections
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -25,6 +27,8 @@ from biomamba_jax.planning.compile import Compiled, Memory
 from biomamba_jax.planning.costs import Costs, Operation
 from biomamba_jax.planning.links import Route
 from biomamba_jax.planning.schedule import Collective
+from biomamba_jax.planning.search import guessed_memory
+from biomamba_jax.planning.topology import parse_topology
 from tests.compilers import needs_libtpu
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -126,13 +130,48 @@ def test_auto_remat_takes_the_least_recomputation_that_fits(compiler, printed, m
     assert tried == ["full"]  # the others are too large by the formula
 
 
-def test_a_search_ranks_what_it_compiled(compiler, printed):
+def test_a_search_ranks_what_it_compiled_and_names_the_fastest_by_its_flags(compiler, printed):
     slow = dataclasses.replace(FOUND, costs=Costs(flops=197e12))
-    compiler[:] = [slow, FOUND, Compiled(mesh=FOUND.mesh, needed=1)]
+    compiler[:] = [slow, slow, FOUND, Compiled(mesh=FOUND.mesh, needed=1)]
     ranking = printed("--search", "--tries", "3", "--json")["ranking"]
-    assert [entry["fits"] for entry in ranking] == [True, True, *[False] * (len(ranking) - 2)]
-    assert ranking[0]["seconds"]["step"] < ranking[1]["seconds"]["step"]
-    assert "fastest first" in printed("--search", "--tries", "3")
+    assert [entry["fits"] for entry in ranking] == [True, True, True, False]
+    steps = [entry["seconds"]["step"] for entry in ranking[:3]]
+    assert steps == sorted(steps) and steps[0] < steps[1]
+    compiler[:] = [slow, FOUND, slow]
+    text = printed(*"--search --tries 2 --mesh.data 1 --mesh.fsdp 4 --model.remat full".split())
+    assert "3 settings compiled, fastest first" in text
+    assert text.splitlines()[-1] == "the fastest: --model.remat none"
+
+
+def test_a_search_leaves_out_what_needs_more_memory_than_a_setting_of_its_mesh_that_did_not_fit(
+    compiler, printed, monkeypatch
+):
+    tried = []
+
+    def compile_step(config):
+        tried.append(config)
+        return Compiled(mesh=FOUND.mesh, needed=1)
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    text = printed("--search", "--tries", "30", "--data.batch_size", "4")
+    assert "no setting fits" in text
+    memory = collections.defaultdict(list)
+    for config in tried[1:]:
+        memory[config.mesh].append(guessed_memory(config, parse_topology("v5e-4")))
+    assert max(map(len, memory.values())) > 1
+    assert all(a > b for sizes in memory.values() for a, b in itertools.pairwise(sizes))
+
+
+def test_a_search_changes_the_results_of_training_only_where_asked_and_marks_it(compiler, printed):
+    words = "--search --tries 40 --mesh.data 1 --mesh.fsdp 4".split()
+    plain = printed(*words, "--json")["ranking"]
+    assert {(entry["reduce_dtype"], entry["batch_size"]) for entry in plain} == {("float32", 8)}
+    varied = printed(*words, "--json", "--vary", "train.reduce_dtype", "data.batch_size")["ranking"]
+    assert {entry["reduce_dtype"] for entry in varied} == {"float32", "bfloat16"}
+    assert {entry["batch_size"] for entry in varied} > {8, 64}
+    lines = printed(*words, "--vary", "train.reduce_dtype").splitlines()
+    marks = [("bfloat16" in line, line.split("│")[-2].strip()) for line in lines if "│" in line]
+    assert set(marks) == {(True, "differ"), (False, "same")}
 
 
 def test_a_batch_that_does_not_divide_is_refused(compiler):
@@ -243,10 +282,8 @@ def test_the_trace_and_the_compiled_program_agree_on_the_arithmetic():
 @pytest.mark.ahead_of_time
 @needs_libtpu
 def test_collectives_offloaded_to_sparse_cores_overlap_with_the_products():
-    name = "xla_tpu_enable_sparse_core_collective_offload_{}"
-    options = {name.format(kind): True for kind in ("all_gather", "reduce_scatter")}
-    words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.compiler_options".split()
-    config = parse(PlanConfig, [*SMALL, *words, json.dumps(options)])
+    words = "--topology v6e-8 --model.d_model 1024 --mesh.data 1 --mesh.fsdp 8 --train.offload_collectives".split()
+    config = parse(PlanConfig, [*SMALL, *words])
     kernel = 1024 * 2048  # elements of the smallest of a layer's large matrices
     collectives = [c for c in compiling.compile_step(config).collectives if c.bytes >= 2 * kernel]
     assert {c.kind for c in collectives} >= {"all-gather", "reduce-scatter"}

@@ -78,12 +78,12 @@ def test_groups_that_span_slices_are_distinguished():
 
 
 def test_what_hosts_send_between_slices_is_a_collective_of_slices():
-    send = "%send = (f32[512]{0}, u32[], token[]) send(%here, %token), channel_id=2, is_host_transfer=true, "
+    send = "%send = (f32[8,128]{1,0}, u32[], token[]) send(%here, %token), channel_id=2, is_host_transfer=true, "
     send += 'frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.9_0"}'
-    text = STEP.replace("  %b = ", f"  {send}\n  %b = ").replace("%here = f32[1024,1024]", "%here = f32[512,1]")
-    (sent,) = [c for c in Program(text, devices=8, slices=2).collectives if c.bytes == 4 * 512]
+    text = STEP.replace("  %b = ", f"  {send}\n  %b = ").replace("%here = f32[1024,1024]", "%here = f32[8,128]")
+    (sent,) = [c for c in Program(text, devices=8, slices=2).collectives if c.bytes == 4 * 1024]
     assert (sent.kind, sent.group, sent.route.axes, sent.overlaps) == ("all-reduce", 2, "network", True)
-    assert sent.sent == 4 * 512
+    assert sent.sent == 4 * 1024
 
 
 def test_collectives_that_overlap_count_once_and_all_reduces_that_are_sliced_are_reduce_scatters():
@@ -149,7 +149,11 @@ def test_all_notations_of_groups_are_read(text, groups):
     ("text", "size"),
     [
         ("bf16[2,1024,512]{2,1,0:T(8,128)(2,1)}", 2 * 2 * 1024 * 512),
-        ("(f32[4]{0:T(128)}, s32[]{:T(128)}, /*index=2*/pred[3]{0})", 16 + 4 + 3),
+        ("(f32[4]{0}, s32[]{:T(128)}, /*index=2*/pred[3]{0})", 16 + 4 + 3),
+        ("f32[4]{0:T(128)}", 4 * 128),
+        ("f32[2,10,300]{2,1,0:T(8,128)}", 4 * 2 * 16 * 384),  # whole tiles of 8 rows and 128 columns
+        ("f32[2,10,300]{1,2,0:T(8,128)}", 4 * 2 * 128 * 304),  # columns are rows here
+        ("bf16[1,2560,5120]{2,0,1:T(2,128)(2,1)}", 2 * 2 * 2560 * 5120),  # a tile of two rows, of which one is empty
         ("f32[4]{0:T(128)S(1)}", 0),
         ("f8e4m3fn[16]{0}", 16),
         ("u4[16]{0}", 8),

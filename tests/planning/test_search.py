@@ -114,12 +114,63 @@ def test_a_small_batch_needs_devices_that_share_rows():
     assert all(s.mesh.data * s.mesh.fsdp <= 4 for s in search_settings(config, V5E))
 
 
-def test_weights_sharded_over_both_axes_of_a_pod_are_guessed_to_take_half_as_long_as_over_one():
-    pod = parse_topology("v5e-256")
-    config = dataclasses.replace(CONFIG, data=DataConfig(batch_size=256, sequence_length=2048))
+def test_collectives_are_offloaded_where_a_chip_has_sparse_cores_and_weights_are_gathered():
+    assert not any(s.train.offload_collectives for s in search_settings(CONFIG, V5E))
+    settings = search_settings(CONFIG, parse_topology("v5p-32"))
+    assert all(s.train.offload_collectives == (s.mesh.fsdp > 1) for s in settings)
+    assert {s.mesh.fsdp > 1 for s in settings} == {True, False}
 
-    def seconds(data, fsdp):
-        return search.guessed_seconds(dataclasses.replace(config, mesh=MeshConfig(data, fsdp)), pod)
 
-    compute = seconds(256, 1) - 8 * matrix_parameters(CONFIG.model) / 200e9  # all-reduce over four links of 50 GB/s
-    assert (seconds(16, 16) - compute) / (seconds(1, 256) - compute) == pytest.approx(2, rel=0.1)
+def test_a_search_covers_every_accumulation_that_divides_the_batch_and_a_larger_batch_only_where_it_may():
+    found = {(s.mesh.data * s.mesh.fsdp, s.train.accumulation) for s in search_settings(CONFIG, V5E)}
+    assert {parts for across, parts in found if across == 16} == {1, 2, 4}
+    varied = dataclasses.replace(CONFIG, vary=["data.batch_size", "train.reduce_dtype"])
+    settings = search_settings(varied, V5E)
+    assert {s.data.batch_size for s in settings} == {64, 128, 256, 512}
+    rounded = {s.train.reduce_dtype == "bfloat16" for s in settings if s.mesh.fsdp == 1}
+    assert rounded <= {False}  # without fsdp nothing is reduce-scattered
+
+
+# --- The rough formula, by hand -------------------------------------------------------------------------------------
+
+POD = parse_topology("v5e-256")
+WIDE = dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, d_model=4096, remat="none"),  # 16 rows for each of 256 devices
+    data=DataConfig(batch_size=256, sequence_length=2048),
+)
+
+
+def seconds(config, data, fsdp, topology=POD, **train):
+    setting = dataclasses.replace(config, mesh=MeshConfig(data, fsdp), train=dataclasses.replace(config.train, **train))
+    return search.guessed_seconds(setting, topology)
+
+
+def saved_by_bfloat16(config, data, fsdp, topology=POD, **train):
+    """Seconds of half of the float32 gradients."""
+    rounded = seconds(config, data, fsdp, topology, reduce_dtype="bfloat16", **train)
+    return seconds(config, data, fsdp, topology, **train) - rounded
+
+
+def test_gradients_take_half_as_long_over_both_axes_of_a_pod_as_over_one():
+    half = 2 * matrix_parameters(WIDE.model)
+    assert saved_by_bfloat16(WIDE, 16, 16) == pytest.approx(half / 100e9)  # two links of 50 GB/s
+    assert saved_by_bfloat16(WIDE, 1, 256) == pytest.approx(half / 200e9)
+    assert saved_by_bfloat16(WIDE, 4, 64) == pytest.approx(half / 150e9)  # an axis, and a quarter of the other
+
+
+def test_a_shard_that_is_no_whole_tile_is_all_reduced():
+    half = 2 * matrix_parameters(CONFIG.model)  # 2,560 rows over 256 devices: 10, and a tile has 8
+    config = dataclasses.replace(CONFIG, data=WIDE.data)
+    assert saved_by_bfloat16(config, 1, 256) == pytest.approx(2 * half / 200e9)
+    assert saved_by_bfloat16(config, 16, 16) == pytest.approx(half / 100e9)
+
+
+def test_what_sparse_cores_run_counts_only_as_far_as_it_takes_longer_than_the_rest():
+    v6e = parse_topology("v6e-256")
+    few = dataclasses.replace(WIDE, data=DataConfig(batch_size=256, sequence_length=8))
+    half = 2 * matrix_parameters(WIDE.model) / 200e9
+    assert saved_by_bfloat16(WIDE, 16, 16, v6e) == pytest.approx(half)
+    assert saved_by_bfloat16(few, 16, 16, v6e, offload_collectives=True) == pytest.approx(half)
+    many = dataclasses.replace(WIDE, data=DataConfig(batch_size=256, sequence_length=16384))
+    assert saved_by_bfloat16(many, 16, 16, v6e, offload_collectives=True) == 0
