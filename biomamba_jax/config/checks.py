@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -91,10 +91,12 @@ def leaves(hint: Any) -> Iterator[Any]:
             yield from leaves(part)
 
 
-@functools.cache
-def field_types(schema: Any) -> Mapping[str, Any]:
+_type_hints = functools.cache(functools.partial(get_type_hints, include_extras=True))  # which takes milliseconds
+
+
+def field_types(schema: Any) -> dict[str, Any]:
     """Return the type of each field of a dataclass, with its metadata."""
-    hints = get_type_hints(schema, include_extras=True)
+    hints = _type_hints(schema)
     return {field.name: hints[field.name] for field in dataclasses.fields(schema)}
 
 
