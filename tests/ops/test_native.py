@@ -114,7 +114,7 @@ def test_the_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
         "LD_PRELOAD": " ".join(path.strip() for path in found),
         "ASAN_OPTIONS": "detect_leaks=0",
     }
-    tests = [f"tests/ops/test_{op}.py" for op in ("selective_scan", "causal_conv1d", "mixed_matmul")]
+    tests = [f"tests/ops/test_{op}.py" for op in ("selective_scan", "causal_conv1d", "ssd", "mixed_matmul")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not extreme", *tests]
     root = Path(__file__).resolve().parents[2]
     ran = subprocess.run(command, cwd=root, env=os.environ | sanitized, capture_output=True, text=True)

@@ -28,7 +28,7 @@ from biomamba_jax.folders import cache_folder
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread")
 _FUNCTIONS = (
     *("selective_scan_forward", "selective_scan_backward", "causal_conv1d_forward", "causal_conv1d_backward"),
-    "mixed_matmul",
+    *("ssd_forward", "ssd_backward", "mixed_matmul"),
 )
 _TIMEOUT = 300  # seconds; it takes about 10
 

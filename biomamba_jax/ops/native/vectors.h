@@ -70,9 +70,28 @@ inline void store_columns(const V* from, int64_t N, int count, float* to) {
 }
 
 inline float sum(V v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps(v);
+#elif defined(__AVX__)
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+#else
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += v[i];
   return total;
+#endif
+}
+
+// The sums of 8 vectors.
+inline void sum8(const V* v, float* to) {
+#if defined(__AVX__) && !defined(__AVX512F__)
+  const V a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  const V b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  store((V)_mm256_permute2f128_ps(a, b, 0x20) + (V)_mm256_permute2f128_ps(a, b, 0x31), to);
+#else
+  for (int i = 0; i < 8; ++i) to[i] = sum(v[i]);
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504f, LOG2_E_REST = 1.92596303e-8f;

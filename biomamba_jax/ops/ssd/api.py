@@ -9,12 +9,14 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.ssd import reference, triton, xla
+from biomamba_jax.ops.native import call
+from biomamba_jax.ops.ssd import native, reference, triton, xla
 from biomamba_jax.ops.ssd.inputs import Inputs
 
 _FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
     "xla": xla.ssd,
+    "native": native.ssd,
     "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "ssd"),
     "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "ssd"),
     "triton": triton.ssd,
@@ -71,7 +73,8 @@ def ssd(
       return_final_state: also return the state after the last token.
       chunk_size: tokens per chunk of the chunked implementations; None is the platform's best. Any L is allowed. It
         affects speed and memory, not the result.
-      implementation: "xla", "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the platform's fastest.
+      implementation: "xla", "native" (CPU), "pallas_tpu", "pallas_gpu", "triton", "reference", or None for the
+        platform's fastest.
 
     Returns:
       y [B L H P] of x's dtype; with `return_final_state` a pair (y, state [B H P N] in float32).
@@ -99,6 +102,7 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
     unsupported: dict[str, Callable[[], str | None]] = {
+        "native": partial(call.unsupported_reason, x),
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, B, chunk_size),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, dt, B, chunk_size),
         "triton": partial(triton.unsupported_reason, x, chunk_size),
@@ -107,7 +111,7 @@ def ssd(
     if dispatch.platform() == "tpu":
         xla_is_faster = dispatch.late(f"{_FOLDER}.pallas_tpu", "xla_is_faster")(x, dt, B)
     else:
-        xla_is_faster = length < triton.CHUNK
+        xla_is_faster = length < (2 if dispatch.platform() == "cpu" else triton.CHUNK)
     prefer: dispatch.Implementation | None = "xla" if xla_is_faster else None
     measured = dispatch.platform() == "gpu" and x.dtype == jnp.bfloat16 and dt is not None
     if prefer is None and measured and batch * heads <= _FEW_STREAMS:
