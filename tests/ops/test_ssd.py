@@ -245,6 +245,12 @@ def test_the_chunk_size_changes_nothing(implementation, chunk):
     assert_matches_recurrence(implementation, random_inputs(shape, chunk), segment_ids, dtype, chunk)
 
 
+def test_heads_that_one_thread_takes_add_up(implementation):
+    shape = Shape(rows=4, length=9, heads=8, headdim=2, d_state=3, groups=2, chunk=8)
+    segment_ids = np.repeat([[0, 1]], [4, 5], axis=1).repeat(4, axis=0)
+    assert_matches_recurrence(implementation, random_inputs(shape, 13), segment_ids, "float32", 8)
+
+
 def test_what_is_left_out_counts_as_zero_and_as_one_segment():
     inputs = in_dtype(random_inputs(SHAPES[0], 1), "float32")
     x, dt, A, B, C = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
