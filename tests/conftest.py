@@ -8,6 +8,7 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jaxtyping
@@ -16,12 +17,13 @@ import pytest
 # Compilers for other chips may be installed too (`make test-long`): they are no devices.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# Compiling takes most of the time of most tests; unoptimized machine code, without the fusion emitters where jaxlib
-# still has the choice, compiles in a quarter of it and gives the same values. XLA_FLAGS= (empty) tests what users run.
-# jaxlib ends the process at a flag that it does not know.
+# Compiling takes most of the time of most tests; unoptimized machine code by one thread, without LLVM's expensive
+# passes and the fusion emitters, compiles in a fifth of it and gives the same values. XLA_FLAGS= (empty) tests what
+# users run. jaxlib ends the process at a flag that it does not know: those of a version are given to that one alone.
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_llvm_disable_expensive_passes=true"]
+    _FLAGS += ["--xla_cpu_parallel_codegen_split_count=1"]
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # JAX makes many small objects that live long, which are looked through again and again.
@@ -34,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 _COMPILED = tempfile.mkdtemp(prefix="biomamba-compiled-") if "JAX_COMPILATION_CACHE_DIR" not in os.environ else None
 if _COMPILED:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _COMPILED  # read by jax, imported later, and handed down to workers
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.15")
 
 import flax.struct  # noqa: E402  (JAX reads the variables above when it is imported)
 
@@ -73,6 +75,42 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def shared_programs() -> Iterator[None]:
+    """Pretraining runs of equal settings share their programs and draw no curves: what is tested is what a run does."""
+    from markupsafe import Markup
+
+    from biomamba_jax import html
+    from biomamba_jax.train import loop
+
+    make, evaluator = loop.pretrain_program, loop.held_out_evaluator
+
+    def program(config, mesh, steps):
+        constant = config.schedule.kind == "constant" and not config.schedule.warmup_fraction
+        train, rows = config.train, (config.data.batch_size, config.data.sequence_length)
+        options = (train.seed, train.accumulation, train.reduce_dtype, train.compiler_options)
+        of_program = (config.model, config.loss, config.optimizer, config.schedule, None if constant else steps)
+        key = repr((*of_program, rows, options, mesh))
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = make(config, mesh, steps)
+        return _PROGRAMS[key]
+
+    def held_out_evaluator(graph, data, layout, count):
+        made = evaluator(graph, data, layout, count)
+        made._sums = _SUMS.setdefault(id(layout), made._sums)  # the layout is kept, with its program
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "pretrain_program", program)
+        patch.setattr(loop, "held_out_evaluator", held_out_evaluator)
+        patch.setattr(html, "plot", lambda title, draw: html.Plot(title, Markup("")))
+        yield
+
+
+_PROGRAMS: dict[str, Any] = {}
+_SUMS: dict[int, Any] = {}
 
 
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

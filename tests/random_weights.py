@@ -5,14 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.folders import DIGESTS
 from biomamba_jax.interop import Weights, write_model
 from biomamba_jax.interop.configs import portable
 from biomamba_jax.interop.names import flatten, native_shapes
+from biomamba_jax.model import LanguageModel
 
 # Mean and spread by a parameter's last name; matrices are spread by the root of their inputs instead.
 _MOMENTS = {"A_log": (1.0, 0.5), "D": (1.0, 0.2), "dt_bias": (-4.0, 1.0), "bias": (0.0, 0.1), "embedding": (0.0, 0.3)}
@@ -33,6 +38,12 @@ def random_weights(config: ModelConfig, seed: int = 0) -> Weights:
 
     params = {path: values(path, shape) for path, shape in native_shapes(config).items()}
     return Weights(portable(config), unflatten_dict(params, sep="/"))
+
+
+def random_model(config: ModelConfig, *, dtype: DTypeLike | None = None) -> LanguageModel:
+    """A model of random weights. Compiling the package's own initializers takes longer than most tests."""
+    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, dtype=dtype, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, random_weights(config).params))
 
 
 def write_undigested(weights: Weights, folder: Path, dialect: str) -> None:

@@ -1,8 +1,10 @@
 """The pretrain command from text to a finished run directory, in this process and at a small size."""
 
 import errno
+import itertools
 import json
 import os
+import signal
 from pathlib import Path
 
 import lxml.html
@@ -20,8 +22,10 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.folders import locked
 from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.pretrain import main, write_baselines
+from biomamba_jax.train import loop
 from biomamba_jax.train.metrics import read_metrics
 
+pytestmark = pytest.mark.usefixtures("shared_programs")
 SMALL = (
     "--model.d_model=16 --model.n_layers=2 --model.headdim=8 --model.d_state=4 --data.sequence_length=32 "
     "--data.batch_size=4 --data.num_workers=0 --train.log_every=2 --train.eval_every=4 --optimizer.learning_rate=1e-2 "
@@ -278,6 +282,36 @@ def test_the_learning_rate_of_a_metrics_line_is_that_of_its_update_though_others
     assert [line["learning_rate"] for line in lines] == [pytest.approx(1e30)] * 4  # the only one that was applied
 
 
+@pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_request_saves_and_returns(shards, monkeypatch, capsys, request_to_stop):
+    batches, shard_batch = itertools.count(1), loop.shard_batch
+
+    def note(batch, mesh):
+        if next(batches) == 3:
+            signal.raise_signal(request_to_stop)
+        return shard_batch(batch, mesh)
+
+    monkeypatch.setattr(loop, "shard_batch", note)
+    pretrain("--train.steps=5000", "--train.eval_every=0", "--checkpoint.every=5000")
+    (step,) = [int(path.name) for path in Path("run/checkpoints").iterdir()]
+    assert 3 <= step < 5000
+    assert f"{request_to_stop.name}: saving step {step:,}; run the same command to resume" in capsys.readouterr().err
+
+
+def test_a_data_worker_that_dies_leaves_the_newest_state_saved(shards, monkeypatch):
+    take, alive = loop.TrainIterator.__next__, iter([True] * 3)
+
+    def dying(batches):
+        if not next(alive, False):
+            raise UserError("a data worker was killed")
+        return take(batches)
+
+    monkeypatch.setattr(loop.TrainIterator, "__next__", dying)
+    with pytest.raises(UserError, match="a data worker was killed; step 3 is saved: run the same command to resume"):
+        pretrain("--train.steps=8", "--checkpoint.every=8")
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["3"]
+
+
 def test_the_averaged_weights_are_the_evaluated_ones(shards):
     metrics = pretrain("--train.steps=4", "--optimizer.ema=0.999999")  # an average that stays at the start
     first, last = (line["loss"] for line in metrics if line["split"] == "validation")
@@ -295,12 +329,6 @@ def test_compiler_options_reach_the_program_of_the_step(shards, tmp_path):
 def test_options_that_the_compiler_does_not_know_are_refused_before_the_run_begins(option, shards, tmp_path):
     with pytest.raises(UserError, match=rf"train\.compiler_options: .*{option.partition(':')[0]}"):
         pretrain("--train.steps=2", f"--train.compiler_options={{{option}}}")
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
-def test_collectives_are_offloaded_only_to_devices_with_sparse_cores(shards, tmp_path):
-    with pytest.raises(UserError, match=r"train\.offload_collectives: cpu has no SparseCores"):
-        pretrain("--train.steps=2", "--train.offload_collectives")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 

@@ -5,8 +5,9 @@ as (C, 1, K), and joins projections that are separate here; native parameters ar
 Sources: `mamba_ssm.modules` of state-spaces/mamba at e9594ce, `transformers.models.{mamba,mamba2}`.
 """
 
+import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
@@ -148,8 +149,14 @@ class Tensor:
 
 def native_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return the shape of every native parameter, by path."""
+    return dict(_traced_shapes(config))
+
+
+@functools.lru_cache(maxsize=32)  # a tenth of a second; reading a folder asks four times
+def _traced_shapes(config: ModelConfig) -> Mapping[str, Shape]:
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    return {path: leaf.shape for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
+    shapes = flatten(nnx.to_pure_dict(nnx.state(model)))
+    return {path: leaf.shape for path, leaf in shapes.items()}
 
 
 def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ layers are unrolled, at the cost of a compile time that grows with their number.
 matrices, which have the dtype that they are read in: float32, bfloat16, or int8 with a scale for each output.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -158,6 +159,7 @@ def _compute_dtype(config: ModelConfig, weight_dtype: jnp.dtype) -> jnp.dtype:
     return compute_dtype(config) if weight_dtype == jnp.int8 else weight_dtype
 
 
+@functools.lru_cache(maxsize=32)
 def _graphs(config: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef, nnx.GraphDef]:
     """Return the graph definitions of a block and of the final norm."""
     block = nnx.eval_shape(lambda: Block(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -31,7 +31,7 @@ def random_adapters(params, targets, rank):
     """Adapters whose B is not zero."""
     adapters = init_adapters(params, targets, rank, jax.random.key(0))
     random = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(0.3 * random.standard_normal(x.shape), x.dtype), adapters)
+    return jax.tree.map(lambda x: (0.3 * random.standard_normal(x.shape)).astype(x.dtype), adapters)
 
 
 def model_of(config, params):
@@ -78,18 +78,22 @@ def test_merged_and_unmerged_logits_agree(kind):
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, 32, (2, 21)))
 
     graph = nnx.graphdef(nnx.eval_shape(lambda: Block(config, dtype=jnp.float32, rngs=nnx.Rngs(0))))
-    h = jnp.asarray(params["embedding"])[tokens]
-    for layer in range(config.n_layers):
-        block = nnx.merge(graph, jax.tree.map(lambda x, layer=layer: jnp.asarray(x[layer]), params["layers"]))
-        for name in ALL[kind]:
-            linear, pair = getattr(block.mixer, name), adapters["layers"]["mixer"][name]["kernel"]
-            setattr(block.mixer, name, Unmerged(linear, pair["a"][layer], pair["b"][layer]))
-        h, _ = block(h, None, None)
-    model = model_of(config, params)
-    unmerged = model.norm_f(h) @ params["embedding"].T
 
-    merged, _ = model_of(config, merge(params, adapters, SCALE))(tokens)
-    plain, _ = model(tokens)
+    @jax.jit
+    def run_layer(params, adapters, h):
+        block = nnx.merge(graph, params)
+        for name in ALL[kind]:
+            linear, pair = getattr(block.mixer, name), adapters["mixer"][name]["kernel"]
+            setattr(block.mixer, name, Unmerged(linear, pair["a"], pair["b"]))
+        return block(h, None, None)[0]
+
+    h = params["embedding"][tokens]
+    for layer in range(config.n_layers):
+        h = run_layer(*(jax.tree.map(lambda x, i=layer: x[i], tree["layers"]) for tree in (params, adapters)), h)
+    unmerged = model_of(config, params).norm_f(h) @ params["embedding"].T
+
+    run = jax.jit(lambda params: model_of(config, params)(tokens)[0])
+    merged, plain = run(merge(params, adapters, SCALE)), run(params)
     np.testing.assert_allclose(merged, unmerged, atol=1e-5, rtol=1e-5)
     assert np.abs(merged - plain).max() > 0.1
 

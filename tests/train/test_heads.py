@@ -31,6 +31,7 @@ CASES = [  # each head once, each reading with both kinds of models
     ("regression", "bidirectional", "mamba2"),
     ("span", "echo", "mamba1"),
 ]
+LEARNT = [("token_classifier", "bidirectional", "mamba1"), ("regression", "once", "mamba1")]
 READINGS = ("once", "echo", "bidirectional")
 EVERY_CASE = [(head, reading, kind) for head in LABELS for reading in READINGS for kind in CONFIGS]
 
@@ -50,7 +51,7 @@ def rows_of(examples, rows):
         return examples[index].inputs, examples[index].targets
 
     filled = [fill_row(row, LENGTH, read) for row in rows]
-    return {name: jnp.asarray(np.stack([row[name] for row in filled])) for name in filled[0]}
+    return {name: np.stack([row[name] for row in filled]) for name in filled[0]}
 
 
 def whole(examples, *numbers):
@@ -131,7 +132,7 @@ def test_the_loss_of_a_packed_row_is_that_of_each_text_by_hand_and_so_are_its_gr
     (packed, sums), packed_gradient = gradient(params, rows_of(examples, packed_rows))
     np.testing.assert_allclose(packed, expected, rtol=1e-5)
     assert sums.weight == (sum((e.targets >= 0).sum() for e in examples._examples) if kind == "token_classifier" else 4)
-    single = [gradient(params, rows_of(examples, [whole(examples, i), []])) for i in range(4)]
+    single = jax.device_get([gradient(params, rows_of(examples, [whole(examples, i), []])) for i in range(4)])
     np.testing.assert_allclose(packed, sum(value for (value, _), _ in single), rtol=1e-5)
     assert sums.correct == sum(each.correct for (_, each), _ in single)
     summed = jax.tree.map(lambda *parts: sum(parts), *(part for _, part in single))
@@ -146,7 +147,7 @@ def test_the_loss_of_a_packed_row_is_that_of_each_text_by_hand_and_so_are_its_gr
 
 @pytest.mark.parametrize(
     ("kind", "reading", "model"),
-    [pytest.param(*case, marks=[] if case in CASES[2::2] else pytest.mark.long) for case in EVERY_CASE],
+    [pytest.param(*case, marks=[] if case in LEARNT else pytest.mark.long) for case in EVERY_CASE],
 )
 def test_fifty_sentences_are_learnt_by_heart(tokenizer, kind, reading, model):
     head = head_of(kind, reading)
@@ -154,7 +155,7 @@ def test_fifty_sentences_are_learnt_by_heart(tokenizer, kind, reading, model):
     gold = annotated_for(kind, texts(50))
     examples = encode_texts(gold, tokenizer, LENGTH, head, source="made-up")
     plan = RowPlan(examples.lengths, LENGTH, seed=None)
-    batch = rows_of(examples, [plan[row] for row in range(plan.rows_in_epoch())])
+    batch = jax.tree.map(jnp.asarray, rows_of(examples, [plan[row] for row in range(plan.rows_in_epoch())]))
     loss, optimizer = loss_of(config, head), optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
 
     @partial(jax.jit, donate_argnums=(0, 1))

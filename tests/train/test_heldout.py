@@ -5,12 +5,11 @@ import math
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from random_weights import random_weights
 from synthetic import write_shards
 
 from biomamba_jax.config import DataConfig, ModelConfig
 from biomamba_jax.data.shards import Manifest
-from biomamba_jax.model import LanguageModel
 from biomamba_jax.parallel.mesh import make_mesh
 from biomamba_jax.train.heldout import held_out_evaluator
 from biomamba_jax.train.program import abstract_model
@@ -27,7 +26,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize("count", [None, 1])
 def test_a_model_that_knows_nothing_needs_log_v_nats_per_token_and_log2_v_bits(data, count):
     graph, layout = abstract_model(MODEL, make_mesh(devices=jax.devices()[:1]))
-    params = nnx.to_pure_dict(nnx.state(LanguageModel(MODEL, rngs=nnx.Rngs(0))))
+    params = random_weights(MODEL).params
     params["embedding"] = np.zeros((32, 16), np.float32)  # the head too: all logits are 0
     found = held_out_evaluator(graph, data, layout, count)(params)
     info = Manifest.load(data.path).splits["validation"]

@@ -1,15 +1,13 @@
 """AdamW's update of each kind of parameter, and the learning rate over a run."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from random_weights import random_weights
 
 from biomamba_jax.config import ModelConfig, OptimizerConfig, ScheduleConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.model import LanguageModel
 from biomamba_jax.parallel.sharding import leaves_by_path
 from biomamba_jax.train.optimizer import decay_mask, evaluation_weights, make_optimizer, scale_by_layer_decay
 from biomamba_jax.train.schedule import learning_rate
@@ -17,7 +15,16 @@ from biomamba_jax.train.schedule import learning_rate
 
 def model_and_params(kind: str = "mamba2", **changes):
     config = ModelConfig(kind=kind, d_model=16, n_layers=3, vocab_size=32, headdim=8, d_state=4, **changes)
-    return config, nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=nnx.Rngs(0))))
+    return config, random_weights(config).params
+
+
+def advance(optimizer, grads, state, params):
+    """The updates of one step, by one program."""
+    return jax.jit(optimizer.update)(grads, state, params)
+
+
+def full(params, value):
+    return jax.tree.map(lambda x: np.full_like(x, value), params)
 
 
 @pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
@@ -42,8 +49,7 @@ def test_one_update_is_the_textbooks_adamw():
     config = OptimizerConfig(learning_rate=0.1, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=0.5, clip=0)
     model, params = model_and_params()
     optimizer = make_optimizer(config, model, optax.constant_schedule(0.1))
-    grads = jax.tree.map(lambda x: jnp.full_like(x, 0.3), params)
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = advance(optimizer, full(params, 0.3), optimizer.init(params), params)
     # After one step the bias-corrected moments are g and g^2: the step is -lr * (sign(g) + decay * w).
     embedding = np.asarray(params["embedding"])
     np.testing.assert_allclose(updates["embedding"], -0.1 * (1 + 0.5 * embedding), rtol=1e-5)
@@ -54,17 +60,16 @@ def test_the_defaults_are_the_recipe_of_the_mamba_paper():
     """Gu and Dao 2023, appendix E.2.1: AdamW with beta = (0.9, 0.95), weight decay 0.1, gradients clipped to norm 1."""
     model, params = model_and_params()
     optimizer = make_optimizer(OptimizerConfig(), model, optax.constant_schedule(0.1))
-    state, weights = optimizer.init(params), params
+    state, weights, advance = optimizer.init(params), params, jax.jit(optimizer.update)
     embedding, mean, square = np.asarray(params["embedding"], np.float64), 0.0, 0.0
     for step, size in enumerate((3.0, 0.001), 1):
-        grads = jax.tree.map(lambda x, size=size: jnp.full_like(x, size), params)
         norm = size * sum(x.size for x in jax.tree.leaves(params)) ** 0.5
         gradient = size / max(norm, 1)
         mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient**2
         direction = mean / (1 - 0.9**step) / ((square / (1 - 0.95**step)) ** 0.5 + 1e-8)
         embedding = embedding - 0.1 * (direction + 0.1 * embedding)
-        updates, state = optimizer.update(grads, state, weights)
-        weights = optax.apply_updates(weights, updates)
+        updates, state = advance(full(params, size), state, weights)
+        weights = jax.tree.map(np.add, weights, updates)
     np.testing.assert_allclose(weights["embedding"], embedding, atol=2e-5)
     assert evaluation_weights(weights, state) is weights  # no moving average
 
@@ -73,8 +78,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     config = OptimizerConfig(clip=1.0, weight_decay=0.0)
     model, params = model_and_params()
     optimizer = make_optimizer(config, model, optax.constant_schedule(1.0))
-    grads = jax.tree.map(lambda x: jnp.full_like(x, 100.0), params)
-    _, state = optimizer.update(grads, optimizer.init(params), params)
+    _, state = advance(optimizer, full(params, 100.0), optimizer.init(params), params)
     first_moments = next(s.mu for s in state if hasattr(s, "mu"))
     np.testing.assert_allclose(optax.global_norm(first_moments), 0.1 * 1.0, rtol=1e-4)
 
@@ -83,7 +87,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 def test_layers_learn_more_slowly_the_lower_they_lie(embedding_rate, expected):
     config, params = model_and_params()
     scale = scale_by_layer_decay(config, 0.5, embedding_rate)
-    updates, _ = scale.update(jax.tree.map(jnp.ones_like, params), scale.init(params))
+    updates, _ = advance(scale, full(params, 1.0), scale.init(params), params)
     np.testing.assert_allclose(updates["layers"]["mixer"]["D"][:, 0], [0.5**3, 0.5**2, 0.5])
     np.testing.assert_allclose(updates["embedding"], expected)
     np.testing.assert_allclose(updates["norm_f"]["weight"], 1)
@@ -92,10 +96,10 @@ def test_layers_learn_more_slowly_the_lower_they_lie(embedding_rate, expected):
 def test_the_average_follows_the_weights_and_is_what_is_evaluated():
     config, params = model_and_params()
     optimizer = make_optimizer(OptimizerConfig(ema=0.9), config, optax.constant_schedule(0.1))
-    state, weights, expected = optimizer.init(params), params, params
+    state, weights, expected, advance = optimizer.init(params), params, params, jax.jit(optimizer.update)
     for _ in range(3):
-        updates, state = optimizer.update(jax.tree.map(jnp.ones_like, params), state, weights)
-        weights = optax.apply_updates(weights, updates)
+        updates, state = advance(full(params, 1.0), state, weights)
+        weights = jax.tree.map(np.add, weights, updates)
         expected = jax.tree.map(lambda average, new: 0.9 * average + 0.1 * new, expected, weights)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), evaluation_weights(weights, state), expected)
 

@@ -5,14 +5,13 @@ import json
 
 import pytest
 from synthetic import write_shards
+from test_pretrain import SMALL
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.pretrain import main
 
-TINY = (
-    "--model.d_model=16 --model.n_layers=1 --model.headdim=8 --model.d_state=4 --data.sequence_length=16 "
-    "--data.batch_size=2 --data.num_workers=0 --train.steps=5 --train.eval_batches=1 --tensorboard=false"
-).split()
+pytestmark = pytest.mark.usefixtures("shared_programs")
+TINY = [*SMALL, "--train.steps=5", "--train.eval_batches=1", "--tensorboard=false"]
 
 
 @pytest.mark.slow

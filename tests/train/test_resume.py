@@ -33,7 +33,7 @@ def test_a_run_killed_at_random_moments_gives_the_same_parameters_and_metrics(tm
     same_bits(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_pretrain.py does the same in its own process
 @pytest.mark.parametrize("request_to_stop", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_request_saves_and_exits_cleanly(tmp_path, request_to_stop):
     write_config(tmp_path, "mamba2")
@@ -45,7 +45,7 @@ def test_a_stop_request_saves_and_exits_cleanly(tmp_path, request_to_stop):
     assert 10 <= max(int(path.name) for path in checkpoints.iterdir()) < ENDLESS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_data_worker_leaves_the_newest_state_saved(tmp_path):
     write_config(tmp_path, "mamba2")
     process = start(tmp_path, "run", f"--train.steps={ENDLESS}", "--checkpoint.every=500000")

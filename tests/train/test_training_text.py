@@ -13,6 +13,7 @@ from biomamba_jax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    ScheduleConfig,
     TrainConfig,
 )
 from biomamba_jax.config.data import MixtureConfig, SourceConfig
@@ -22,8 +23,8 @@ from biomamba_jax.train.loop import train
 from biomamba_jax.train.metrics import read_metrics
 from biomamba_jax.train.setup import total_steps
 
-pytestmark = pytest.mark.slow
-STEPS = 8
+pytestmark = pytest.mark.usefixtures("shared_programs")
+STEPS = 16
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,14 @@ def config(tmp_path_factory):
         "wikipedia": SourceConfig(str(write_shards(folder / "wikipedia", documents=60, seed=1)), weight=20),
     }
     data = DataConfig(
-        path=sources["pubmed"].path, sequence_length=64, batch_size=8, num_workers=0, mixture=MixtureConfig(sources)
+        path=sources["pubmed"].path, sequence_length=32, batch_size=4, num_workers=0, mixture=MixtureConfig(sources)
     )
     return PretrainConfig(
         run_dir=str(folder / "whole"),
-        model=ModelConfig(d_model=16, n_layers=1, d_state=4, headdim=8),
+        model=ModelConfig(d_model=16, n_layers=2, d_state=4, headdim=8),  # the program of test_pretrain.py
         data=data,
-        optimizer=OptimizerConfig(learning_rate=1e-3),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        schedule=ScheduleConfig(kind="constant", warmup_fraction=0),  # one program for any number of steps
         train=TrainConfig(steps=STEPS, log_every=2, eval_every=0, eval_batches=1),
         checkpoint=CheckpointConfig(every=2),
         tensorboard=False,
@@ -73,7 +75,7 @@ def test_a_run_in_two_parts_writes_the_same_lines(config, lines):
 def test_epochs_are_those_of_the_main_source(config):
     of_epochs = dataclasses.replace(config, train=TrainConfig(epochs=2.0))
     manifest = Manifest.load(config.data.path)
-    assert total_steps(of_epochs, manifest) == -(-2 * round(manifest.splits["train"].tokens / 0.8) // (64 * 8))
+    assert total_steps(of_epochs, manifest) == -(-2 * round(manifest.splits["train"].tokens / 0.8) // (32 * 4))
 
 
 def test_a_manifest_of_another_vocabulary_than_its_tokenizer_is_refused(config, tmp_path):
