@@ -77,7 +77,7 @@ def test_extreme_steps_and_decays_stay_finite_and_right():
     assert_matches_recurrence(GROUPS, inputs, segment_ids, "bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_all_heads_of_a_published_model_match_the_recurrence():
     segment_ids = np.repeat([[7, 3, 7]], [20, 108, 22], axis=1).astype(np.int32)
     assert_matches_recurrence(PUBLISHED, random_inputs(PUBLISHED, 2), segment_ids, "bfloat16")
