@@ -24,14 +24,12 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.finetuning import PREDICTIONS, RESULTS, read_weights, train_and_answer
 from biomamba_jax.interop.run_dir import read_settings
 from biomamba_jax.tables import Table, print_tables
-from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
+from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.mining_measures import by_group
 
 _SPLITS = {"files": "train", "development": "dev", "test": "test"}
 """Part of the names of each split's files, in any case."""
-_RECIPE = (
-    "--optimizer.weight_decay=0.01 --schedule.kind=linear --schedule.final_fraction=0 --train.eval_every=40".split()
-)
+_RECIPE = "--optimizer.weight_decay=0.01 --schedule.kind=linear --schedule.final_fraction=0 --train.eval_every=40"
 
 
 class Set(NamedTuple):
@@ -82,12 +80,18 @@ def evaluate_blurb(config: EvaluateConfig) -> Path:
     output, here = Path(config.output), {name: data for name, each in SETS.items() if (data := _data(config, each))}
     if not here:
         raise UserError(f"blurb.data = {config.blurb.data!r}: has none of {', '.join(s.folder for s in SETS.values())}")
-    results: dict[str, dict[str, list[Measures]]] = {name: {model: [] for model in config.models} for name in here}
-    for name, model in ((name, model) for name in here for model in config.models):
-        for seed in range(config.blurb.seeds or SETS[name].seeds):
-            run_dir = output / "runs" / model / f"{name.replace(' ', '_')}-{seed}"
-            words = [f"--init_from={config.models[model]}", f"--run_dir={run_dir}", f"--train.seed={seed}", *here[name]]
-            results[name][model].append(_measures(config, SETS[name], words))
+    given = config.blurb
+    recipe = f"--data.batch_size={given.batch_size} --optimizer.learning_rate={given.learning_rate} {_RECIPE}".split()
+    recipe += [f"--train.epochs={given.epochs}", f"--train.steps={'null' if given.steps is None else given.steps}"]
+
+    def measures(name: str, model: str, seed: int) -> Measures:
+        path, run_dir = config.models[model], output / "runs" / model / f"{name.replace(' ', '_')}-{seed}"
+        words = [f"--init_from={path}", f"--run_dir={run_dir}", f"--train.seed={seed}", *here[name], *recipe]
+        reading = "once" if path.startswith(TRANSFORMERS_PREFIX) else given.reading
+        return _measures(SETS[name], [*words, f"--reading={reading}"])
+
+    seeds = {name: range(given.seeds or SETS[name].seeds) for name in here}
+    results = {name: {m: [measures(name, m, seed) for seed in seeds[name]] for m in config.models} for name in here}
     report = report_of(results, [name for name in SETS if name not in here])
     files.write_text(output / "config.yaml", to_yaml(config))
     files.write_json(output / "report.json", report)
@@ -105,17 +109,9 @@ def _data(config: EvaluateConfig, each: Set) -> list[str]:
     return options if found["files"] and found["test"] else []
 
 
-def _measures(config: EvaluateConfig, each: Set, words: Sequence[str]) -> Measures:
+def _measures(each: Set, words: Sequence[str]) -> Measures:
     """Return the measures of a run on the test split; one that has results is not trained again."""
-    given = config.blurb
-    settings = parse(FinetuneConfig, [*_RECIPE, *words, f"--head={each.head}", *each.setting.split()])
-    settings = dataclasses.replace(
-        settings,
-        reading="once" if str(settings.init_from).startswith(TRANSFORMERS_PREFIX) else given.reading,
-        data=dataclasses.replace(settings.data, batch_size=given.batch_size),
-        optimizer=dataclasses.replace(settings.optimizer, learning_rate=given.learning_rate),
-        train=dataclasses.replace(settings.train, epochs=given.epochs, steps=given.steps),
-    )
+    settings = parse(FinetuneConfig, [*words, f"--head={each.head}", *each.setting.split()])
     run_dir = Path(settings.run_dir)
     results: dict[str, Any] | None
     if (run_dir / RESULTS).exists():
@@ -175,10 +171,11 @@ def report_of(results: Mapping[str, Mapping[str, Sequence[Measures]]], missing: 
             figures[model] = {"mean": mean, "low": min(values), "high": max(values), "runs": runs}
             averages.setdefault(model, {}).setdefault(each.type, []).append(mean)
         sets[name] = {"measure": each.measure, "size": size, "published_size": each.size, "models": figures}
-    differ = {name: "not there" for name in missing}
-    for name, found in sets.items():
-        if found["size"] != found["published_size"]:
-            differ[name] = f"its test split has {found['size']:,} items, the published one {found['published_size']:,}"
+    differ = {name: "not there" for name in missing} | {
+        name: f"its test split has {found['size']:,} items, the published one {found['published_size']:,}"
+        for name, found in sets.items()
+        if found["size"] != found["published_size"]
+    }
     return {
         "average": f"mean by type over these {len(sets)} sets: not the BLURB score" if differ else "BLURB score",
         "averages": {m: float(np.mean([np.mean(x) for x in of_type.values()])) for m, of_type in averages.items()},

@@ -32,7 +32,6 @@ _AT_ONCE = 512
 """Texts whose tokens are in memory at a time."""
 _PROBE = "Insulin lowers the glucose concentration of plasma."
 """Text whose embedding identifies a model."""
-_TRANSFORMERS = "hf:"
 _FREE = ("output", "index", "batch_size", "chunk", "dtype", "model")
 """Settings that do not decide the embeddings; the model is identified by what it makes of `_PROBE`."""
 
@@ -147,6 +146,7 @@ def retrieval(argv: Sequence[str], prog: str) -> None:
     from biomamba_jax.interop.hub import local_folder
     from biomamba_jax.tables import Table, print_tables
     from biomamba_jax.tasks import retrieval as task
+    from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
     from biomamba_jax.tasks.evaluation_report import estimates_row
     from biomamba_jax.tasks.model import load
     from biomamba_jax.tasks.pretrained import Encoder
@@ -157,8 +157,8 @@ def retrieval(argv: Sequence[str], prog: str) -> None:
     found: dict[str, dict[str, Estimate]] = {}
     cut: dict[str, str] = {}
     for name, path in config.models.items():
-        if path.startswith(_TRANSFORMERS):
-            encode: Any = Encoder(name, local_folder(path.removeprefix(_TRANSFORMERS)), config)
+        if path.startswith(TRANSFORMERS_PREFIX):
+            encode: Any = Encoder(name, local_folder(path.removeprefix(TRANSFORMERS_PREFIX)), config)
         else:
             encode = load(path, config.dtype).embedder(config)
         found[name] = task.measure(pairs, task.by_cosine(pairs, encode), resampling)

@@ -19,8 +19,8 @@ from biomamba_jax.data.examples import NOT_COUNTED, Encoded, EncodedExamples
 from biomamba_jax.errors import UserError
 from biomamba_jax.extras import extra
 from biomamba_jax.interop.hub import local_folder
+from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.encoders import EncoderHeadModel
-from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
 from biomamba_jax.train import setup
 from biomamba_jax.train.metrics import MetricsWriter
 from biomamba_jax.train.report import write_report

@@ -4,24 +4,25 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import jax
 
 from biomamba_jax import encoder_training, files, folders
 from biomamba_jax.config import FinetuneConfig
+from biomamba_jax.config.finetune import FOLDS
 from biomamba_jax.data.examples import EncodedExamples, encode_examples, encode_texts
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
 from biomamba_jax.tasks import mining_measures
 from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.answers import Prediction, label_predictions
-from biomamba_jax.tasks.load_scorer import TRANSFORMERS_PREFIX
+from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.model import Model, load, load_head
-from biomamba_jax.tasks.pubmedqa import FOLDS
 from biomamba_jax.tasks.relations import predicted_relations
 from biomamba_jax.tasks.statistics import Resampling
-from biomamba_jax.tasks.supervision import Task, head_labels, measure, most_frequent, predict, read_tasks
+from biomamba_jax.tasks.supervision import Task, head_labels, measure, predict, read_tasks
 from biomamba_jax.train.setup import with_execution_settings
 from biomamba_jax.train.supervised import finetune
 
@@ -91,7 +92,7 @@ def _answer(
 ) -> tuple[list[Any], Any]:
     """Return predictions as JSON values, and their measures."""
     if isinstance(model, Model):
-        majority = most_frequent(example.label for example in task.train) if task.answers else None
+        majority = mode(example.label for example in task.train) if task.answers else None
         predictions = predict(model, task, examples, config.data)
         return [dataclasses.asdict(each) for each in predictions], measure(predictions, majority)
     found = model.annotate(examples)
@@ -108,7 +109,7 @@ def _answer(
     truth, labels = ([text.labels[0] for text in texts] for texts in (examples, found))
     scores = [text.scores for text in found]
     predictions = label_predictions([text.key for text in examples], truth, labels, scores=scores)
-    majority = most_frequent(text.labels[0] for text in task.train)
+    majority = mode(text.labels[0] for text in task.train)
     return [dataclasses.asdict(each) for each in predictions], measures | measure(predictions, majority)
 
 

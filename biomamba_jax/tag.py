@@ -10,16 +10,18 @@ the next.
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from biomamba_jax.command_line import parse, run_command
 from biomamba_jax.config.checks import Settings, check
 from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from biomamba_jax.data.annotations import Span
 
 _AT_ONCE = 64
 """Texts read, tagged and written at a time."""
@@ -61,26 +63,24 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
       UserError: the model has no head for words, or a text cannot be read.
     """
     from biomamba_jax import files, html
+    from biomamba_jax.data.annotations import pieces
     from biomamba_jax.tasks.model import load_head
     from biomamba_jax.tasks.padding import batched
 
     model = load_head(config.model, config.dtype)
 
-    def tagged() -> Iterator[dict[str, Any]]:
+    def tagged() -> Iterator[tuple[dict[str, Any], tuple["Span", ...]]]:
         for batch in batched(_read(config, source), _AT_ONCE):
-            texts = [record["text"] for record in batch]
-            for record, text, spans in zip(batch, texts, model.tag(texts), strict=True):
-                found = [{"start": a, "end": b, "type": kind, "text": text[a:b]} for a, b, kind, _ in spans]
-                yield record | {"spans": found}
+            yield from zip(batch, model.tag([record["text"] for record in batch]), strict=True)
 
     if config.to == "html":
-        records = list(tagged())
-        types = sorted({span["type"] for record in records for span in record["spans"]})
-        shown = [(record["key"], _parts(record)) for record in records]
+        found = list(tagged())
+        types = sorted({span.type for _, spans in found for span in spans})
+        shown = [(record["key"], list(pieces(record["text"], spans))) for record, spans in found]
         html.write(Path(config.output or ""), "tagged", title="Entities", texts=shown, types=types, model=config.model)
         return
-    written: Callable[[Any], str] = _as_pubtator if config.to == "pubtator" else partial(json.dumps, ensure_ascii=False)
-    lines = (written(record) + "\n" for record in tagged())
+    written = _as_pubtator if config.to == "pubtator" else _as_json
+    lines = (written(record, spans) + "\n" for record, spans in tagged())
     if config.output is None:
         for line in lines:
             out.write(line)
@@ -118,23 +118,20 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
             yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _as_pubtator(record: dict[str, Any]) -> str:
+def _as_json(record: dict[str, Any], spans: Sequence["Span"]) -> str:
+    text = record["text"]
+    found = [{"start": a, "end": b, "type": kind, "text": text[a:b]} for a, b, kind, _ in spans]
+    return json.dumps(record | {"spans": found}, ensure_ascii=False)
+
+
+def _as_pubtator(record: dict[str, Any], spans: Sequence["Span"]) -> str:
     """Return a record of PubTator, whose title is the text's first line."""
     key, (title, _, abstract) = str(record["key"]), record["text"].partition("\n")
     lines = [f"{key}|t|{title}", f"{key}|a|{abstract.replace(chr(10), ' ')}"]
-    for span in record["spans"]:
-        spelled = " ".join(span["text"].splitlines())
-        lines.append(f"{key}\t{span['start']}\t{span['end']}\t{spelled}\t{span['type']}")
+    for start, end, kind, _ in spans:
+        spelled = " ".join(record["text"][start:end].splitlines())
+        lines.append(f"{key}\t{start}\t{end}\t{spelled}\t{kind}")
     return "\n".join([*lines, ""])
-
-
-def _parts(record: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the text in pieces, each with the type of its span or ""."""
-    parts, place = [], 0
-    for span in record["spans"]:
-        parts += [(record["text"][place : span["start"]], ""), (span["text"], span["type"])]
-        place = span["end"]
-    return [*parts, (record["text"][place:], "")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -47,10 +47,6 @@ def read_annotated(path: str, config: ExamplesConfig) -> list[AnnotatedText]:
     return texts
 
 
-def _kept(spans: Sequence[Span], config: ExamplesConfig) -> tuple[Span, ...]:
-    return tuple(span for span in spans if not config.types or span.type in config.types)
-
-
 def _blocks(path: str, borders: Sequence[Sequence[str]]) -> Iterator[list[tuple[int, str]]]:
     """Yield the runs of lines, each with its number, between lines whose first word ([]: none) is one of `borders`."""
     for border, block in groupby(enumerate(read_lines(path), 1), lambda line: line[1].split()[:1] in borders):
@@ -71,7 +67,8 @@ def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             place += len(columns[0]) + 1
         spans = from_tags(offsets, [columns[-1] for _, columns in rows])
         text = " ".join(columns[0] for _, columns in rows)
-        yield AnnotatedText(f"{Path(path).name}:{rows[0][0]}", text, _kept(spans, config))
+        stated = [(span, None) for span in spans]
+        yield AnnotatedText(f"{Path(path).name}:{rows[0][0]}", text, _checked(text, stated, path, config.types))
 
 
 def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
@@ -93,14 +90,14 @@ def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             else:
                 raise UserError(f"{path}, line {number}: is no title, abstract, mention or relation of PubTator")
         text = AnnotatedText(key, "\n".join(parts), relations=tuple(relations))
-        yield replace(text, spans=_kept(_checked(text.text, spans, f"{path}, PMID {key}"), config))
+        yield replace(text, spans=_checked(text.text, spans, f"{path}, PMID {key}", config.types))
 
 
-def _checked(text: str, spans: Sequence[_Stated], where: str) -> list[Span]:
-    """Return spans.
+def _checked(text: str, spans: Sequence[_Stated], where: str, types: Sequence[str] = ()) -> tuple[Span, ...]:
+    """Return the spans of some types, by default of all.
 
     Raises:
-      UserError: one does not fit the text; names `where`.
+      UserError: a span of any type does not fit the text; names `where`.
     """
     for span, mention in spans:
         if not 0 <= span.start < span.end <= len(text):
@@ -111,7 +108,7 @@ def _checked(text: str, spans: Sequence[_Stated], where: str) -> list[Span]:
                 f"{where}: characters {span.start}-{span.end} are {found!r}, not {mention!r}; are the offsets bytes, "
                 "or of another version of the text?"
             )
-    return [span for span, _ in spans]
+    return tuple(span for span, _ in spans if not types or span.type in types)
 
 
 def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
@@ -147,7 +144,7 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
             raise UserError(f"{where}: has an offset that is no number or not in the text ({error})") from None
-        kept = _kept(_checked(text, spans, where), config)
+        kept = _checked(text, spans, where, config.types)
         yield AnnotatedText(document.findtext("id") or "", text, kept, relations=tuple(relations))
 
 
@@ -198,7 +195,7 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
         stated = list(zip(spans, mentions, strict=True))
-        yield replace(text, spans=_kept(_checked(text.text, stated, where), config))
+        yield replace(text, spans=_checked(text.text, stated, where, config.types))
 
 
 def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
@@ -222,7 +219,7 @@ def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             for qa in paragraph["qas"]:
                 places = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
                 answers = [(Span(start, start + len(text), "answer"), text) for start, text in places]
-                spans = tuple(_checked(context, answers, f"{path}, question {qa['id']}"))
+                spans = _checked(context, answers, f"{path}, question {qa['id']}")
                 yield AnnotatedText(str(qa["id"]), context, spans, question=str(qa["question"]))
     except UserError:
         raise

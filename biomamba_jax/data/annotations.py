@@ -8,7 +8,7 @@ of the whole text. A word's label sits on its last token, where a causal model h
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -111,6 +111,16 @@ def outermost(spans: Sequence[Span]) -> list[Span]:
         if not kept or span.start >= kept[-1].end:
             kept.append(span)
     return kept
+
+
+def pieces(text: str, spans: Sequence[Span]) -> Iterator[tuple[str, Span | None]]:
+    """Yield the parts of a text in and between spans, each with its span or None; `spans` are as of `outermost`."""
+    place = 0
+    for span in spans:
+        yield text[place : span.start], None
+        yield text[span.start : span.end], span
+        place = span.end
+    yield text[place:], None
 
 
 def to_tags(words: Sequence[tuple[int, int]], spans: Sequence[Span]) -> list[str]:

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.heads import HeadConfig, HeadKind
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop import names
+from biomamba_jax.interop import names, tensors
 from biomamba_jax.model.heads import REVERSED
 
 FILE, EARLIER = "head.safetensors", "classifier.safetensors"
@@ -75,11 +74,11 @@ def split(params: dict[str, Any], config: HeadConfig) -> tuple[dict[str, Any], H
 
 def write(head: Head, folder: Path, model: ModelConfig) -> None:
     """Write head.safetensors into `folder`."""
-    tensors = {"weight": np.ascontiguousarray(head.weight, np.float32), "bias": head.bias.astype(np.float32)}
+    arrays = {"weight": np.ascontiguousarray(head.weight, np.float32), "bias": head.bias.astype(np.float32)}
     if head.reversed is not None:
         flat = names.flatten(head.reversed)
-        tensors |= {tensor.key: np.ascontiguousarray(tensor.build(flat)) for tensor in _reversed_tensors(model)}
-    save_file(tensors, folder / FILE, {"format": "pt", "head": json.dumps(dataclasses.asdict(head.config))})
+        arrays |= {tensor.key: np.ascontiguousarray(tensor.build(flat)) for tensor in _reversed_tensors(model)}
+    save_file(arrays, folder / FILE, {"format": "pt", "head": json.dumps(dataclasses.asdict(head.config))})
 
 
 def _reversed_tensors(model: ModelConfig) -> Iterator[names.Tensor]:
@@ -130,25 +129,26 @@ def find(folder: Path, model: ModelConfig) -> Head | None:
     path = next((folder / name for name in (FILE, EARLIER) if (folder / name).exists()), None)
     if path is None:
         return None
+    source = tensors.open_safetensors([path])
     try:
-        with safe_open(path, "numpy") as file:
-            found = {key: np.asarray(file.get_tensor(key), np.float32) for key in file.keys()}  # noqa: SIM118
-            stated = file.metadata()
+        stated = source.metadata
         raw = json.loads(stated["head"]) if "head" in stated else {"labels": json.loads(stated["labels"])}
         config = HeadConfig(**raw | {"labels": tuple(raw["labels"])})
-        weight, bias = found["weight"], found.setdefault("bias", np.zeros(len(found["weight"]), np.float32))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not a head ({error}); export it again, or remove the file") from None
-    tensors = list(_reversed_tensors(model)) if config.reading == "bidirectional" else []
+    found = {key: source.read(key) for key in source.shapes}
+    if path.name == EARLIER:  # which has no bias
+        found["bias"] = np.zeros(len(config.labels), np.float32)
+    backwards = list(_reversed_tensors(model)) if config.reading == "bidirectional" else []
     expected = shapes(config, model)
     wanted = {"weight": expected.pop("head/weight"), "bias": expected.pop("head/bias")}
-    wanted |= {tensor.key: tensor.shape for tensor in tensors}
+    wanted |= {tensor.key: tensor.shape for tensor in backwards}
     for key, shape in wanted.items():
         value = found.get(key)
         if value is None or value.shape != shape:
             has = "lacks" if value is None else f"has shape {list(value.shape)} for"
             raise UserError(f"{path}: {has} {key}, its labels and this model need {list(shape)}; export it again")
     reversed_params = {path.removeprefix("reversed/"): np.zeros(shape, np.float32) for path, shape in expected.items()}
-    for tensor in tensors:
+    for tensor in backwards:
         tensor.read_into(reversed_params, found[tensor.key])
-    return Head(config, weight, bias, unflatten_dict(reversed_params, sep="/") if tensors else None)
+    return Head(config, found["weight"], found["bias"], unflatten_dict(reversed_params, sep="/") if backwards else None)

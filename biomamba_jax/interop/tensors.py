@@ -37,7 +37,12 @@ class TensorSource:
     """Returns one tensor as float32."""
 
 
-def _safetensors(files: list[Path]) -> TensorSource:
+def open_safetensors(files: list[Path]) -> TensorSource:
+    """Open safetensors files, which together hold each tensor once.
+
+    Raises:
+      UserError: a file is damaged, a tensor is in two of them, or one is not of floating-point numbers.
+    """
     home: dict[str, Path] = {}
     source = TensorSource({}, {}, lambda key: _read_tensor(home[key], key))
     for path in files:
@@ -96,13 +101,13 @@ def open_tensors(folder: Path) -> TensorSource:
       UserError: there are none, or a file is damaged or would run code.
     """
     if (folder / SAFETENSORS).exists():
-        return _safetensors([folder / SAFETENSORS])
+        return open_safetensors([folder / SAFETENSORS])
     if (index := folder / INDEX).exists():
         weight_map = read_json(index).get("weight_map")
         names: list[Any] = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(name, str) and Path(name).name == name not in ("", "..") for name in names):
             raise UserError(f"{index}: weight_map must map tensors to files of this folder; download it again")
-        return _safetensors([folder / name for name in sorted(set(names))])
+        return open_safetensors([folder / name for name in sorted(set(names))])
     if (folder / BIN).exists():
         return _torch_bin(folder / BIN)
     raise UserError(f"{folder}: holds no weights: {SAFETENSORS}, {INDEX} with its files, or {BIN}")

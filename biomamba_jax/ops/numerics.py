@@ -36,6 +36,12 @@ def segment_starts(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def segment_firsts(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """Return the index of the first token of each token's segment in the row."""
+    index = jnp.arange(segment_ids.shape[1])
+    return jax.lax.cummax(jnp.where(segment_starts(segment_ids), index, 0), axis=1)
+
+
 def next_in_segment(
     v: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None, after_last: Float[Array, "B C"] | None = None
 ) -> Float[Array, "B L C"]:

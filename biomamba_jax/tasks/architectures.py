@@ -6,6 +6,8 @@ from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 
+TRANSFORMERS_PREFIX = "hf:"
+"""Start of the name of a model that transformers is to run."""
 SPANS = "ForQuestionAnswering"
 """End of the architecture's name of a model that marks an answer's span, see `span_reader`."""
 _OTHER_USES = {

@@ -49,10 +49,7 @@ class Embedder:
         """
         ids = self._tokenizer.encode_batch(texts)
         self.tokens += sum(map(len, ids))
-        vectors = self.of_ids([[self._tokenizer.start_id, *each] for each in ids])
-        if not np.isfinite(vectors).all():
-            raise UserError(f"{self._name}: its hidden states are NaN or infinite: damaged weights, or an overflow")
-        return vectors
+        return finite(self.of_ids([[self._tokenizer.start_id, *each] for each in ids]), self._name)
 
     def of_ids(self, rows: Sequence[list[int]]) -> Float[np.ndarray, "texts D"]:
         """Return the embedding of each list of ids, float32; the first id of each is the start token."""
@@ -84,6 +81,17 @@ class Embedder:
                 of_text = pooling_weights(self._config.pooling, int(lengths[document]), start, stop)
                 weights[row, text, segment_ids[row] == text + 1] = of_text
         return weights
+
+
+def finite(vectors: np.ndarray, name: str) -> np.ndarray:
+    """Return the embeddings of the model `name`.
+
+    Raises:
+      UserError: one is NaN or infinite.
+    """
+    if not np.isfinite(vectors).all():
+        raise UserError(f"{name}: its hidden states are NaN or infinite: damaged weights, or an overflow")
+    return vectors
 
 
 def pooling_weights(pooling: Pooling, length: int, start: int, stop: int) -> Float[np.ndarray, " positions"]:

@@ -78,18 +78,17 @@ class EncoderHeadModel(HeadModel):
     ):
         kind = head.kind if head else stated_kind(folder)
         assert kind is not None
+
+        def needs(model: Any, weight: str) -> bool:
+            """Return True for a weight of the encoder: a new head is drawn at random, and what leads to it."""
+            return head is None or (UNUSED not in weight and weight.startswith(f"{model.base_model_prefix}."))
+
         settings = transformers_settings(head) if head else {}
-        self.torch, self.model, library, missing = load_pretrained(
-            key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, **settings
+        self.torch, self.model, library = load_pretrained(
+            key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, needs=needs, **settings
         )
-        of_encoder = f"{self.model.base_model_prefix}."
-        if head:  # which is drawn at random, and with it what lies between it and the hidden states
-            missing = [name for name in missing if UNUSED not in name and name.startswith(of_encoder)]
-        if lost := missing:
-            raise UserError(f"{key}: {folder} lacks {lost[0]}, which would be drawn at random")
-        labels = (
-            ("start", "end") if kind == "span" else tuple(dict(sorted(self.model.config.id2label.items())).values())
-        )
+        names = self.model.config.id2label
+        labels = ("start", "end") if kind == "span" else tuple(names[index] for index in sorted(names))
         super().__init__(key, head or HeadConfig(kind, labels), EncoderTokenizer(key, library))
         self._rows = rows
         self.limit = int(self.model.config.max_position_embeddings - reserved_positions(self.model))

@@ -10,12 +10,11 @@ from biomamba_jax.files import read_json
 from biomamba_jax.interop import dialect_of
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.tasks import span_reader, transformers_scorer
-from biomamba_jax.tasks.architectures import SPANS, check_architecture
+from biomamba_jax.tasks.architectures import SPANS, TRANSFORMERS_PREFIX, check_architecture
 from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.scoring import Scorer
 
-TRANSFORMERS_PREFIX = "hf:"
 _OUR_TYPES = ("mamba", "mamba2", "mamba3")
 
 

@@ -92,11 +92,10 @@ def by_group(
 def auroc(truth: Sequence[bool], scores: Sequence[float]) -> float | None:
     """Return the probability that a true item has a higher score than a false one; None without both kinds."""
     positive = np.asarray(truth, bool)
-    true, false = int(positive.sum()), int((~positive).sum())
-    if not true or not false:
+    true, false = np.asarray(scores)[positive], np.asarray(scores)[~positive]
+    if not true.size or not false.size:
         return None
-    ranks = stats.rankdata(scores)
-    return float((ranks[positive].sum() - true * (true + 1) / 2) / (true * false))
+    return float(stats.mannwhitneyu(true, false, method="asymptotic").statistic / (true.size * false.size))
 
 
 def correlations(truth: Sequence[float], predicted: Sequence[float], resampling: Resampling) -> dict[str, float | None]:

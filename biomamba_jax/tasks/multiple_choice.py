@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,6 @@ from biomamba_jax.tasks.scoring import Request, Scorer, check_finite
 from biomamba_jax.tasks.statistics import Resampling, wilson
 
 LETTERS = "ABCDEFGHIJ"
-NO_ANSWER, EMPTY, EQUAL, UNSAMPLED = "without an answer", "with an empty option", "with equal options", "unsampled"
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> Questions:
     if not asked:
         raise UserError(f"multiple_choice.{name}: {', '.join(config.path)} holds no question with an answer")
     number = min(config.max_questions or len(asked), len(asked))
-    left_out[UNSAMPLED] = len(asked) - number
+    left_out["not in the sample"] = len(asked) - number
     chosen = sorted(random.Random(seed).sample(range(len(asked)), number))
     known = {normalized_digest(question.question) for question in asked}
     train = [q for path in config.train for q in _read(Path(path), config, Counter())]
@@ -94,8 +94,7 @@ def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> Questions:
             f"multiple_choice.{name}.shots = {config.shots}: multiple_choice.{name}.train holds {len(train)} questions "
             "that are not asked; give more files or fewer shots"
         )
-    counts = {reason: count for reason, count in left_out.items() if count}
-    return Questions([asked[index] for index in chosen], train, counts)
+    return Questions([asked[index] for index in chosen], train, dict(+left_out))
 
 
 def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> Iterator[Question]:
@@ -108,34 +107,24 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
             raise UserError(f"{path}: its cop may count options from 0 or from 1; say which with first_option")
     subject = re.sub("_(test|dev|val|train)$", "", Path(uncompressed_name(path)).stem) if _is_csv(path) else ""
     for where, row in rows:
-        try:
-            question, (labels, options) = row.get("question"), _options(row)
-            if (
-                not isinstance(question, str)
-                or not question.strip()
-                or not all(isinstance(each, str) for each in options)
-            ):
-                raise TypeError
-            if not 2 <= len(options) <= len(LETTERS):
-                raise ValueError
-            answer = _answer(row, labels, options, first or 0, where)
-        except UserError:
-            raise
-        except (TypeError, ValueError, OverflowError):
+        question, (keys, options) = row.get("question") or "", _options(row)
+        texts = all(isinstance(each, str) for each in (question, *options))
+        if not texts or not question.strip() or not 2 <= len(options) <= len(LETTERS):
             raise UserError(
                 f"{where}: has no question with 2 to {len(LETTERS)} options and an answer; give MedQA, MedMCQA or MMLU "
                 "as published"
-            ) from None
+            )
+        answer = _answer(row, keys, options, first or 0, where)
         if answer is None:
-            left_out[NO_ANSWER] += 1
+            left_out["without an answer"] += 1
         elif not all(option.strip() for option in options):
-            left_out[EMPTY] += 1
+            left_out["with an empty option"] += 1
         elif len(set(options)) < len(options):
-            left_out[EQUAL] += 1
+            left_out["with equal options"] += 1
         else:
             of = str(row.get("subject") or row.get("subject_name") or subject)
-            texts = tuple(option.strip() for option in options)
-            yield Question(str(row.get("id") or where), question.strip(), texts, LETTERS[answer], of)
+            stripped = tuple(option.strip() for option in options)
+            yield Question(str(row.get("id") or where), question.strip(), stripped, LETTERS[answer], of)
 
 
 def _is_csv(path: Path) -> bool:
@@ -160,28 +149,27 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _options(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Return the keys of the options, letters where they have none, and their texts."""
+    """Return the keys of the options, letters where they have none, and their texts; nothing of another layout."""
     given = row.get("options") or row.get("choices") or [row[f"op{x}"] for x in "abcd" if f"op{x}" in row]
     if isinstance(given, dict):
         given = [{"key": key, "value": given[key]} for key in sorted(given)]
-    if not isinstance(given, list):
-        raise TypeError
-    pairs = [(each.get("key"), each.get("value")) if isinstance(each, dict) else (None, each) for each in given]
+    listed = given if isinstance(given, list) else []
+    pairs = [(each.get("key"), each.get("value")) if isinstance(each, dict) else (None, each) for each in listed]
     return [key or letter for (key, _), letter in zip(pairs, LETTERS, strict=False)], [text for _, text in pairs]
 
 
-def _answer(row: dict[str, Any], labels: Sequence[str], options: Sequence[str], first: int, where: str) -> int | None:
+def _answer(row: dict[str, Any], keys: Sequence[str], options: Sequence[str], first: int, where: str) -> int | None:
     """Return the index of the correct option, None if the row names none."""
-    if "cop" in row:
-        value = None if str(row["cop"]) in ("-1", "None", "") else int(row["cop"]) - first
-    else:
-        named = (row[key] for key in ("answer_idx", "correct_option", "answer") if row.get(key) not in (None, ""))
-        value = next(named, None)
-    if isinstance(value, str):
-        known = next((each for each in (labels, [*LETTERS], options) if value in each), [])
-        value = known.index(value) if known else -1
+    named = (row[key] for key in ("cop", "answer_idx", "correct_option", "answer") if row.get(key) not in (None, ""))
+    value = next(named, None)
     if isinstance(value, float) and value.is_integer():  # as Parquet has them where some are missing
         value = int(value)
+    columns: tuple[Sequence[str], ...] = (keys, LETTERS, options)
+    if "cop" in row:
+        value = None if str(value) in ("-1", "None") else str(value)
+        columns = ([str(first + index) for index in range(len(options))],)
+    if isinstance(value, str):
+        value = next((list(column).index(value) for column in columns if value in list(column)), -1)
     if value is not None and (type(value) is not int or not 0 <= value < len(options)):
         raise UserError(f"{where}: its answer is none of its {len(options)} options; correct it or leave it out")
     return value
@@ -234,8 +222,7 @@ def majority(questions: Questions, resampling: Resampling) -> TaskResult | None:
     """Return the result of always giving the most frequent letter of the training questions; None without any."""
     if not questions.train:
         return None
-    ((letter, _),) = Counter(question.answer for question in questions.train).most_common(1)
-    chosen = {"accuracy": [letter] * len(questions.asked)}
+    chosen = {"accuracy": [mode(question.answer for question in questions.train)] * len(questions.asked)}
     return _result(questions.asked, chosen, None, resampling, 0.0)
 
 

@@ -14,7 +14,8 @@ from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.extras import extra
 from biomamba_jax.files import read_json
-from biomamba_jax.tasks.architectures import check_dtype
+from biomamba_jax.tasks.architectures import architecture_of, check_dtype
+from biomamba_jax.tasks.embedding import finite
 from biomamba_jax.tasks.padding import by_length
 
 _MOST_LAYERS = 2000
@@ -24,8 +25,15 @@ UNUSED = "pooler"
 
 
 def load_pretrained(
-    key: str, folder: Path, kind: Callable[[], str], dtype: str | None, **settings: Any
-) -> tuple[Any, Any, Any, list[str]]:
+    key: str,
+    folder: Path,
+    kind: Callable[[], str],
+    dtype: str | None,
+    *,
+    holds: str = "trained weights",
+    needs: Callable[[Any, str], bool] = lambda model, weight: True,
+    **settings: Any,
+) -> tuple[Any, Any, Any]:
     """Load a Hugging Face folder with its tokenizer.
 
     Args:
@@ -33,14 +41,16 @@ def load_pretrained(
       folder: the model's folder.
       kind: returns the class of transformers that loads it; called once transformers is imported.
       dtype: compute dtype; None: bfloat16 on a GPU, float32 on CPU.
+      holds: what the folder must hold, for messages.
+      needs: returns True if the folder must hold a weight of the model; transformers draws the others at random.
       **settings: of its `from_pretrained`, such as other values of the folder's config.
 
     Returns:
-      The module torch, the model, its tokenizer, and the names of the weights that the folder lacks, or has in another
-      shape.
+      The module torch, the model and its tokenizer.
 
     Raises:
-      UserError: the extra is not installed, transformers cannot load the folder, or it has more layers than its config.
+      UserError: the extra is not installed, transformers cannot load the folder, it has more layers than its config, or
+        it lacks a weight or has one of another shape.
     """
     check_dtype(key, folder, dtype)
     for name, value in read_json(folder / "config.json").items():
@@ -67,7 +77,13 @@ def load_pretrained(
         if {_DIGITS.sub("*", each) for each in (name, prefix + name, name.removeprefix(prefix))} & patterns:
             raise UserError(f"{key}: {folder} holds {name}, for which its config.json has no place; correct the sizes")
     reshaped = {f"{name} of shape {list(wanted)}" for name, _, wanted in found["mismatched_keys"]}
-    return torch, model.to(device).eval(), tokenizer, sorted({*found["missing_keys"], *reshaped})
+    if missing := sorted(name for name in {*found["missing_keys"], *reshaped} if needs(model, name)):
+        rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
+        raise UserError(
+            f"{key}: {folder} ({architecture_of(folder) or 'of no stated architecture'}) lacks {missing[0]}{rest} of a "
+            f"{type(model).__name__}, which would be drawn at random; give a folder with {holds}"
+        )
+    return torch, model.to(device).eval(), tokenizer
 
 
 def reserved_positions(model: Any) -> int:
@@ -96,11 +112,9 @@ class Encoder:
         if config.pooling != "mean":
             raise UserError(f"models.{name}: an encoder's embedding is the mean; leave out pooling {config.pooling}")
         self._key = f"models.{name}"
-        self._torch, self._model, self._tokenizer, missing = load_pretrained(
-            self._key, folder, lambda: "AutoModel", config.dtype
+        self._torch, self._model, self._tokenizer = load_pretrained(
+            self._key, folder, lambda: "AutoModel", config.dtype, needs=lambda model, weight: UNUSED not in weight
         )
-        if missing := [weight for weight in missing if UNUSED not in weight]:
-            raise UserError(f"models.{name}: {folder} lacks {missing[0]}, which would be drawn at random")
         self._batch_size = config.batch_size
         positions = self._model.config.max_position_embeddings - reserved_positions(self._model)
         self.limit = int(min(self._tokenizer.model_max_length, positions))
@@ -110,10 +124,7 @@ class Encoder:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Return the embedding of each text, float32 [texts D]."""
-        vectors = np.array(by_length(texts, self._batch_size, self._of_batch))
-        if not np.isfinite(vectors).all():
-            raise UserError(f"{self._key}: its hidden states are NaN or infinite: damaged weights, or an overflow")
-        return vectors
+        return finite(np.array(by_length(texts, self._batch_size, self._of_batch)), self._key)
 
     def _of_batch(self, texts: Sequence[str]) -> np.ndarray:
         self.cut += sum(len(row) > self.limit for row in self._tokenizer(texts, verbose=False)["input_ids"])

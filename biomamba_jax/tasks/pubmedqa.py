@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from biomamba_jax.config.evaluate import YES_NO_MAYBE, PubMedQAConfig
+from biomamba_jax.config.finetune import FOLDS
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 
-FOLDS = 10
 _SEED = 0
 
 

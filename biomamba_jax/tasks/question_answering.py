@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import mode
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -145,7 +146,7 @@ def read_pubmedqa(config: PubMedQAConfig, seed: int) -> tuple[pubmedqa.Split, di
 
 def pubmedqa_majority(split: pubmedqa.Split, resampling: Resampling) -> TaskResult:
     """Return the result of always giving the most frequent answer of the development questions."""
-    ((label, _),) = Counter(question.answer for question in split.development).most_common(1)
+    label = mode(question.answer for question in split.development)
     return labelled_result(split.test, [label] * len(split.test), resampling, details={"answer": label})
 
 

@@ -3,10 +3,10 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
-from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, outermost
+from biomamba_jax.data.annotations import AnnotatedText, Relation, outermost, pieces
 
 NO_RELATION = "none"
-_MARKS = (("<< ", " >>"), ("[[ ", " ]]"))
+_MARKS = ("<< {} >>", "[[ {} ]]")
 
 
 def candidates(document: AnnotatedText, relation: str, pair: Sequence[str]) -> Iterator[AnnotatedText]:
@@ -25,21 +25,15 @@ def candidates(document: AnnotatedText, relation: str, pair: Sequence[str]) -> I
     for head, tail in itertools.product(*concepts):
         claim = Relation(relation, head, tail)
         label = relation if claim in document.relations else NO_RELATION
-        marked = [
-            (span, marks)
-            for span in outermost(document.spans)
-            for kind, concept, marks in zip(pair, (head, tail), _MARKS, strict=True)
-            if span.type == kind and concept in span.ids
-        ]
-        yield AnnotatedText(document.key, _marked(document.text, marked), labels=(label,), relations=(claim,))
-
-
-def _marked(text: str, spans: Sequence[tuple[Span, tuple[str, str]]]) -> str:
-    parts, place = [], 0
-    for span, (before, after) in spans:
-        parts += [text[place : span.start], before, text[span.start : span.end], after]
-        place = span.end
-    return "".join([*parts, text[place:]])
+        parts = []
+        for part, span in pieces(document.text, outermost(document.spans)):
+            marks = (
+                mark
+                for mark, kind, concept in zip(_MARKS, pair, (head, tail), strict=True)
+                if span is not None and span.type == kind and concept in span.ids
+            )
+            parts.append(next(marks, "{}").format(part))
+        yield AnnotatedText(document.key, "".join(parts), labels=(label,), relations=(claim,))
 
 
 def predicted_relations(predicted: Sequence[AnnotatedText]) -> dict[str, set[Relation]]:

@@ -7,7 +7,7 @@ scores the relevant documents are ranked last, so a model that scores all alike 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,16 +27,16 @@ _SAMPLE_SEED = 0
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts -> vectors [texts D]."""
+Score = Callable[[slice], np.ndarray]
+"""Slice of the queries -> score of each document for each of them, [queries, documents]."""
 
 
 @dataclass(frozen=True)
 class Pair:
     """A query and the document that it must find."""
 
-    key: str
-    """Id of the text."""
     query: str
-    """Its first line."""
+    """First line of a text."""
     document: str
     """The rest of it."""
 
@@ -51,7 +51,7 @@ def read_pairs(paths: Iterable[str], split: str, fields: TextFields, left_out: C
     for document in read_documents(paths, split, left_out, fields):
         first, _, rest = document.text.partition("\n")
         if first.strip() and rest.strip():
-            pairs.append(Pair(document.key, first, rest))
+            pairs.append(Pair(first, rest))
         else:
             left_out["of one line"] += 1
     if not pairs:
@@ -82,35 +82,36 @@ def query_measures(scores: np.ndarray, relevance: np.ndarray) -> dict[str, np.nd
     return found
 
 
-def measure(pairs: Sequence[Pair], score: Callable[[slice], np.ndarray], resampling: Resampling) -> dict[str, Estimate]:
+def measure(pairs: Sequence[Pair], score: Score, resampling: Resampling) -> dict[str, Estimate]:
     """Return the mean of each measure over all queries, with its bootstrap interval.
 
     Args:
       pairs: queries and documents; documents of equal queries are all relevant.
-      score: returns the scores [queries, documents] of a slice of the queries.
+      score: of a model.
       resampling: of the intervals.
     """
-    queries = _numbered(pairs)
-    blocks = [slice(start, start + _QUERIES) for start in range(0, len(pairs), _QUERIES)]
-    parts = [query_measures(score(block), queries[block, None] == queries) for block in blocks]
+    parts = [query_measures(scores, relevant) for scores, relevant in _scored(pairs, score)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return {name: bootstrap(np.mean, values, resampling=resampling) for name, values in found.items()}
 
 
-def _numbered(pairs: Sequence[Pair]) -> np.ndarray:
-    """Return a number for each query, integers [pairs]; equal queries have the same one."""
-    number = {query: index for index, query in enumerate(dict.fromkeys(pair.query for pair in pairs))}
-    return np.array([number[pair.query] for pair in pairs])
+def _scored(pairs: Sequence[Pair], score: Score) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield scores and relevance, bool, of all documents [queries, documents] for a few queries at a time."""
+    number: dict[str, int] = {}
+    queries = np.array([number.setdefault(pair.query, len(number)) for pair in pairs])
+    for start in range(0, len(pairs), _QUERIES):
+        block = slice(start, start + _QUERIES)
+        yield score(block), queries[block, None] == queries
 
 
-def by_cosine(pairs: Sequence[Pair], encode: Encode) -> Callable[[slice], np.ndarray]:
+def by_cosine(pairs: Sequence[Pair], encode: Encode) -> Score:
     """Return the `score` of a model: the cosine of the embeddings of query and document."""
     queries = normalized(encode([pair.query for pair in pairs]))
     documents = normalized(encode([pair.document for pair in pairs]))
     return lambda block: queries[block] @ documents.T
 
 
-def by_words(pairs: Sequence[Pair]) -> Callable[[slice], np.ndarray]:
+def by_words(pairs: Sequence[Pair]) -> Score:
     """Return the `score` of BM25 (Robertson and Zaragoza 2009) as Lucene computes it; needs the [search] extra."""
     bm25s = extra("search", "bm25s", "bm25s is needed")
     logging.getLogger("bm25s").setLevel(logging.WARNING)
@@ -124,10 +125,8 @@ def hard_negatives(pairs: Sequence[Pair], number: int) -> list[list[int]]:
     """Return for each pair the indices of the `number` documents of other queries that BM25 ranks first for its own."""
     if not number:
         return [[]] * len(pairs)
-    score, queries, found = by_words(pairs), _numbered(pairs), []
-    for start in range(0, len(pairs), _QUERIES):
-        block = slice(start, start + _QUERIES)
-        scores = score(block)
-        scores[queries[block, None] == queries] = -np.inf
-        found += np.argsort(-scores, -1, kind="stable")[:, :number].tolist()
+    found = []
+    for scores, relevant in _scored(pairs, by_words(pairs)):
+        ranked = np.where(relevant, -np.inf, scores)
+        found += np.argsort(-ranked, -1, kind="stable")[:, :number].tolist()
     return found

@@ -15,8 +15,9 @@ from scipy.special import softmax
 
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.pretrained import load_pretrained
 from biomamba_jax.tasks.scoring import check_finite
-from biomamba_jax.tasks.transformers_scorer import TransformersModel, load_folder
+from biomamba_jax.tasks.transformers_scorer import TransformersModel
 
 _ANSWERS = 5
 _SPAN_TOKENS = 30
@@ -33,10 +34,10 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Any:
       config: batch size and dtype.
 
     Raises:
-      UserError: see `transformers_scorer.load_folder`, or the tokenizer does not give the places of its tokens.
+      UserError: see `load_pretrained`, or the tokenizer does not give the places of its tokens.
     """
-    head = "trained weights for question answering"
-    loaded = load_folder(name, folder, config, lambda: "AutoModelForQuestionAnswering", head)
+    kind, head = "AutoModelForQuestionAnswering", "trained weights for question answering"
+    loaded = load_pretrained(f"models.{name}", folder, lambda: kind, config.dtype, holds=head)
     return SpanReader(name, folder, *loaded, config.batch_size)
 
 

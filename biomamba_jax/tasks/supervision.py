@@ -5,23 +5,27 @@ Each task is split into examples to train on, to stop early by (development) and
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig, RowsConfig
+from biomamba_jax.config.checks import check
+from biomamba_jax.config.evaluate import Kind
 from biomamba_jax.data.annotation_files import read_annotated
 from biomamba_jax.data.annotations import AnnotatedText, Relation, check_splits, describe, tag_names
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
-from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
 from biomamba_jax.tasks.measures import classification
 from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
+from biomamba_jax.tasks.question_answering import read_bioasq
 from biomamba_jax.tasks.relations import candidates
 
 _MAX_NEW_TOKENS = 64
+_PROMPT = attrgetter("prompt")
 
 
 @dataclass(frozen=True)
@@ -95,18 +99,13 @@ def _annotated(config: ExamplesConfig) -> Task:
     return Task(config.format, train, development, test, relations=relations, messages=messages)
 
 
-def prompt(example: Example) -> str:
-    """Return the prompt of an example."""
-    return example.prompt
-
-
 def _json_lines(config: ExamplesConfig) -> Task:
     def read(files: Sequence[str]) -> list[Example]:
         return [example for path in files for example in read_examples(path, config.prompt, config.answer)]
 
     train, development = read(config.files), read(config.development)
     if not config.development:
-        train, development = held_out_share(train, config.development_fraction, prompt)
+        train, development = held_out_share(train, config.development_fraction, _PROMPT)
     return Task("examples", train, development, read(config.test))
 
 
@@ -123,7 +122,7 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
 
     questions = pubmedqa.read_questions(config.path)
     if not any(question.answer == "maybe" for question in questions):
-        train, development = held_out_share(examples(questions), development_fraction, prompt)
+        train, development = held_out_share(examples(questions), development_fraction, _PROMPT)
         return Task("pubmedqa", train, development, answers=config.answers)
     split = pubmedqa.official_split(questions, config.test_ids, config.path)
     rest = [question for index, part in enumerate(split.folds) if index != fold for question in part]
@@ -138,35 +137,27 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
         text = config.answers[label] if question.kind == "yesno" else f" {label}"
         return Example(question.prompt(config), text, label, question.key)
 
-    asked, held_out = (
-        [question for path in files for question in bioasq.read_questions(path)]
-        for files in (config.path, config.development)
-    )
-    tasks, usable = [], [kind for kind in config.types if kind != "summary"]
+    types: list[Kind] = [kind for kind in config.types if kind != "summary"]
+    check(types, "bioasq.types", config.types, "give yesno, factoid or list; summaries are not trained on")
+    config = dataclasses.replace(config, types=types)
+    asked, left_out = read_bioasq(config, config.path)
+    held_out, others = read_bioasq(config, config.development) if config.development else ([], {})
+    tasks = []
     for name, kinds, answers in (
         ("bioasq-yesno", ("yesno",), config.answers),
         ("bioasq-names", ("factoid", "list"), {}),
     ):
-        chosen = [kind for kind in kinds if kind in usable]
         train, development = (
-            [example(each) for each in questions if each.kind in chosen and each.golden]
-            for questions in (asked, held_out)
+            [example(each) for each in questions if each.kind in kinds] for questions in (asked, held_out)
         )
         if not config.development:
-            train, development = held_out_share(train, development_fraction, prompt)
+            train, development = held_out_share(train, development_fraction, _PROMPT)
         if train or development:
             tasks.append(Task(name, train, development, answers=answers))
-    if not tasks:
-        raise UserError(
-            f"{', '.join(config.path)}: no question of {', '.join(usable)} with a golden answer; give others"
-        )
-    left_out = Counter(
-        "without a golden answer" if each.kind in usable else each.kind
-        for each in [*asked, *held_out]
-        if each.kind not in usable or not each.golden
-    )
-    message = f"bioasq: questions left out: {', '.join(f'{n:,} {why}' for why, n in left_out.items())}"
-    return [dataclasses.replace(tasks[0], messages=[message] if left_out else []), *tasks[1:]]
+    if counts := Counter(left_out) + Counter(others):
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
+        tasks[0] = dataclasses.replace(tasks[0], messages=[f"bioasq: questions left out: {reasons}"])
+    return tasks
 
 
 def predict(model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig) -> list[Prediction]:
@@ -210,11 +201,6 @@ def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str
             "majority_macro_f1": always.macro_f1,
         }
     return values
-
-
-def most_frequent(labels: Iterable[str]) -> str:
-    """Return the most frequent label, the first of equally frequent ones."""
-    return Counter(labels).most_common(1)[0][0]
 
 
 def head_labels(config: FinetuneConfig, tasks: Sequence[Task]) -> list[str]:

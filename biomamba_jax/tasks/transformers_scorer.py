@@ -14,7 +14,7 @@ refused.
 import importlib
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
-from biomamba_jax.tasks.architectures import architecture_of, check_architecture
+from biomamba_jax.tasks.architectures import check_architecture
 from biomamba_jax.tasks.generation import truncate_at_stop
 from biomamba_jax.tasks.padding import batched
 from biomamba_jax.tasks.pretrained import load_pretrained, reserved_positions
@@ -73,33 +73,9 @@ def load(name: str, folder: Path, config: EvaluateConfig) -> Scorer:
     def kind() -> str:
         return "AutoModelForMaskedLM" if is_masked() else "AutoModelForCausalLM"
 
-    loaded = load_folder(name, folder, config, kind, "a trained language-model head")
+    head = "a trained language-model head"
+    loaded = load_pretrained(f"models.{name}", folder, kind, config.dtype, holds=head)
     return (_Masked if is_masked() else _Causal)(name, folder, *loaded, config.batch_size)
-
-
-def load_folder(
-    name: str, folder: Path, config: EvaluateConfig, kind: Callable[[], str], head: str
-) -> tuple[Any, Any, Any]:
-    """Return PyTorch, the model and the tokenizer of a Hugging Face folder.
-
-    Args:
-      name: the model's name in the config.
-      folder: the model's folder.
-      config: dtype.
-      kind: see `load_pretrained`.
-      head: what the folder must hold, for messages.
-
-    Raises:
-      UserError: the extra is not installed, transformers cannot load the folder, or it lacks a weight.
-    """
-    torch, model, tokenizer, missing = load_pretrained(f"models.{name}", folder, kind, config.dtype)
-    if missing:
-        rest = f" and {len(missing) - 1} more weights" if missing[1:] else ""
-        raise UserError(
-            f"models.{name}: {folder} ({architecture_of(folder) or 'of no stated architecture'}) lacks {missing[0]}"
-            f"{rest} of a {type(model).__name__}, which would be drawn at random; give a folder with {head}"
-        )
-    return torch, model, tokenizer
 
 
 class TransformersModel:

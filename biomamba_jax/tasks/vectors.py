@@ -134,7 +134,16 @@ class EmbeddingFolder:
         """
         path = self._part(number)
         try:
-            part = self._read(path, number)
+            if self._format == "parquet":
+                table = extra("parquet", "pyarrow.parquet", "pyarrow is needed").read_table(path)
+                rows = table["embedding"].combine_chunks()
+                vectors = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
+                part = Part(table["id"].to_pylist(), table["title"].to_pylist(), vectors)
+            else:
+                lines = [line for _, line in read_json_lines(self._part(number, "jsonl"))]
+                stored = self._format == "npy"
+                vectors = read_array(path) if stored else np.array([x["embedding"] for x in lines], np.float32)
+                part = Part([line["id"] for line in lines], [line["title"] for line in lines], vectors)
             if part.vectors.ndim != 2 or not len(part.ids) == len(part.titles) == len(part.vectors):
                 raise ValueError("ids and embeddings do not go together")
             return part
@@ -142,18 +151,6 @@ class EmbeddingFolder:
             raise
         except Exception as error:  # of pyarrow or NumPy, or of what a line lacks
             raise UserError(f"{path}: cannot be read ({error!r:.200}); remove it and run `embed` again") from None
-
-    def _read(self, path: Path, number: int) -> Part:
-        if self._format == "parquet":
-            table = extra("parquet", "pyarrow.parquet", "pyarrow is needed").read_table(path)
-            rows = table["embedding"].combine_chunks()
-            vectors = rows.flatten().to_numpy(zero_copy_only=False).reshape(len(rows), -1)
-            return Part(table["id"].to_pylist(), table["title"].to_pylist(), vectors)
-        lines = [line for _, line in read_json_lines(self._part(number, "jsonl"))]
-        vectors = (
-            read_array(path) if self._format == "npy" else np.array([line["embedding"] for line in lines], np.float32)
-        )
-        return Part([line["id"] for line in lines], [line["title"] for line in lines], vectors)
 
     def build_index(self, parts: int, kind: str) -> None:
         """Write an index of the normalized embeddings of all parts."""

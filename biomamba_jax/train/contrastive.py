@@ -8,9 +8,7 @@ document of a row:
     targets   q ... q       d ... d          n ... n              number of the document x kinds + kind of text
 """
 
-import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,20 +18,20 @@ from flax import nnx
 
 from biomamba_jax.config.embed import ContrastiveConfig, Pooling
 from biomamba_jax.data.examples import Encoded, EncodedExamples
-from biomamba_jax.data.packing import RowPlan
-from biomamba_jax.data.pipeline import evaluation_batches
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.model import LanguageModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
+from biomamba_jax.ops.numerics import segment_firsts, segment_starts
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
-from biomamba_jax.parallel.mesh import host_batch, make_mesh
-from biomamba_jax.train.heldout import LossEvaluator, Metrics
+from biomamba_jax.parallel.mesh import make_mesh
+from biomamba_jax.train.heldout import examples_evaluator
 from biomamba_jax.train.loop import TrainingRun, run
 from biomamba_jax.train.optimizer import Params, decay_mask
 from biomamba_jax.train.program import abstract_model, train_program
+from biomamba_jax.train.setup import example_steps
 from biomamba_jax.train.step import Batch, LossFunction
 
 ROW_AXES = ("data", "fsdp")
@@ -96,7 +94,7 @@ def train_embeddings(
     Raises:
       UserError: config, weights and checkpoint do not fit together, or gradients stayed non-finite.
     """
-    graph, layout = abstract_model(config.model, make_mesh(config.mesh))
+    graph, layout = abstract_model(config.model, make_mesh(config.mesh), config.train.reduce_dtype)
     mesh, rows = layout.mesh, config.data
     if mesh.shape["tensor"] * mesh.shape["sequence"] > 1:
         raise UserError("mesh.tensor and mesh.sequence: must be 1 for contrastive training")
@@ -106,14 +104,10 @@ def train_embeddings(
         axes = tuple(axis for axis in ROW_AXES if mesh.shape[axis] > 1)
         return contrastive_loss(graph, config.pooling, config.temperature, kinds, per_row, layout.collectives, axes)
 
-    plan = RowPlan(train.lengths, rows.sequence_length, seed=config.train.seed)
-    epoch_steps = plan.rows_in_epoch() / rows.batch_size
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
+    steps, epoch_steps = example_steps(config, train)
     program = train_program(
         config, graph, layout, loss(train), steps, params=weights.params, weight_decay_mask=_decay_mask
     )
-    of_host: dict[str, Any] = {"sequence_length": rows.sequence_length, **host_batch(rows.batch_size, mesh)}
-    batches = partial(evaluation_batches, held_out, **of_host)
     cut = train.shortened + held_out.shortened
     messages = [f"{len(train):,} pairs to train on, {len(held_out):,} held out"]
     messages += [f"{cut:,} pairs do not fit into their share of a row and lose their ends"] if cut else []
@@ -122,17 +116,12 @@ def train_embeddings(
         program=program,
         steps=steps,
         epoch_steps=epoch_steps,
-        evaluate=LossEvaluator(loss(held_out), layout, batches, _metrics),
+        evaluate=examples_evaluator(loss(held_out), layout, held_out, config.data, "pairs"),
         documents=train,
         tokenizer=weights.tokenizer_file,
         messages=messages,
     )
     return run(training, weights.params)
-
-
-def _metrics(sums: Metrics) -> Metrics:
-    count = sums["weight"]
-    return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "pairs": int(count)}
 
 
 def _decay_mask(params: Params) -> Params:
@@ -206,10 +195,7 @@ def _pooling_weights(pooling: Pooling, texts: Int[Array, "B L"]) -> Float[Array,
       pooling: see `EmbeddingConfig`.
       texts: number of the text that each token belongs to; neighbours differ.
     """
-    changes = texts[:, 1:] != texts[:, :-1]
-    index = jnp.arange(texts.shape[1])
-    begins = jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
-    position = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
-    ends = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=True)
+    position = jnp.arange(texts.shape[1]) - segment_firsts(texts)
+    ends = jnp.pad(segment_starts(texts)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
     weights = {"mean": position > 0, "weighted": position, "last": ends}
     return weights[pooling].astype(jnp.float32)

@@ -3,12 +3,14 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
-from biomamba_jax.config import DataConfig, LossConfig
+from biomamba_jax.config import DataConfig, LossConfig, RowsConfig
+from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.pipeline import Batch, evaluation_batches
 from biomamba_jax.data.shards import open_split
 from biomamba_jax.errors import UserError
@@ -85,3 +87,31 @@ def held_out_evaluator(graph: nnx.GraphDef, data: DataConfig, layout: Layout, co
         }
 
     return LossEvaluator(language_model_loss(graph, LossConfig(), layout.collectives), layout, batches, metrics)
+
+
+def examples_evaluator(
+    loss: LossFunction,
+    layout: Layout,
+    examples: EncodedExamples,
+    rows: RowsConfig,
+    unit: str,
+    frozen: tuple[Any, ...] = (),
+) -> LossEvaluator:
+    """Return an evaluator of the mean loss and accuracy of examples.
+
+    Args:
+      loss: see `LossEvaluator`.
+      layout: devices, and the sharding of parameters.
+      examples: the held-out examples.
+      rows: shape of a batch.
+      unit: name of what the loss counts; its number is a metric.
+      frozen: further arguments of the loss.
+    """
+    of_host = host_batch(rows.batch_size, layout.mesh)
+    batches = partial(evaluation_batches, examples, sequence_length=rows.sequence_length, **of_host)
+
+    def metrics(sums: Metrics) -> Metrics:
+        count = sums["weight"]
+        return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, unit: int(count)}
+
+    return LossEvaluator(loss, layout, batches, metrics, frozen)

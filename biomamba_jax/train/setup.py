@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
+from biomamba_jax.data.examples import EncodedExamples
 from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
+from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.pipeline import Documents, PaddedDocuments
 from biomamba_jax.data.shards import Manifest, open_split, tokenizer_file
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -103,6 +105,13 @@ def total_steps(config: PretrainConfig, manifest: Manifest) -> int:
         return config.train.steps
     tokens_a_step = config.data.batch_size * config.data.sequence_length
     return max(1, math.ceil(config.train.epochs * epoch_tokens(config.data, manifest) / tokens_a_step))
+
+
+def example_steps(config: RunConfig, examples: EncodedExamples) -> tuple[int, float]:
+    """Return the optimizer steps of a run on examples, and those of one pass over them."""
+    plan = RowPlan(examples.lengths, config.data.sequence_length, seed=config.train.seed)
+    epoch_steps = plan.rows_in_epoch() / config.data.batch_size
+    return config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps)), epoch_steps
 
 
 def changed_settings(config: RunConfig, start: int | None) -> list[str]:

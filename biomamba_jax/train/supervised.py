@@ -5,7 +5,6 @@ what the targets are (the examples say), and what predicts them (the language mo
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,8 +19,6 @@ from biomamba_jax.config import FinetuneConfig, LoraConfig, LossConfig
 from biomamba_jax.config.checks import check
 from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.data.examples import EncodedExamples
-from biomamba_jax.data.packing import RowPlan
-from biomamba_jax.data.pipeline import evaluation_batches
 from biomamba_jax.data.tokenizer import load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
@@ -33,12 +30,13 @@ from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.cross_entropy import LossSums
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.layout import Layout
-from biomamba_jax.parallel.mesh import host_batch, make_mesh, replicated
+from biomamba_jax.parallel.mesh import make_mesh, replicated
 from biomamba_jax.parallel.sharding import leaves_by_path
-from biomamba_jax.train.heldout import LossEvaluator, Metrics
+from biomamba_jax.train.heldout import examples_evaluator
 from biomamba_jax.train.loop import TrainingRun, run
 from biomamba_jax.train.optimizer import Params, decay_mask
 from biomamba_jax.train.program import abstract_model, train_program
+from biomamba_jax.train.setup import example_steps
 from biomamba_jax.train.step import Batch, LossFunction, TrainState, cross_entropy_sums, language_model_loss
 
 CHECKED_STEP = 3
@@ -63,7 +61,7 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
         none.
     """
     graph, layout = abstract_model(config.model, make_mesh(config.mesh), config.train.reduce_dtype)
-    mesh, rows, lora = layout.mesh, config.data, config.lora
+    mesh, lora = layout.mesh, config.lora
     adapters, head = bool(lora.rank), config.head_config
     base = weights.params
     if head is not None and head.reading == "bidirectional":
@@ -84,20 +82,16 @@ def finetune(config: FinetuneConfig, weights: Weights, train: EncodedExamples, d
             function = head_loss(graph, head, loss_config, layout.collectives)
         return adapted(function, lora) if adapters else function
 
-    plan = RowPlan(train.lengths, rows.sequence_length, seed=config.train.seed)
-    epoch_steps = plan.rows_in_epoch() / rows.batch_size
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * epoch_steps))
+    steps, epoch_steps = example_steps(config, train)
     trained, held_out = loss(config.loss, lora), loss(LossConfig(), dataclasses.replace(lora, dropout=0.0))
     mask = partial(jax.tree.map, lambda _: True) if adapters else _decay_mask
     program = train_program(config, graph, layout, trained, steps, params=params, weight_decay_mask=mask)
-    of_host: dict[str, Any] = {"sequence_length": rows.sequence_length, **host_batch(rows.batch_size, mesh)}
-    development_batches = partial(evaluation_batches, development, **of_host)
     training = TrainingRun(
         config=config,
         program=program,
         steps=steps,
         epoch_steps=epoch_steps,
-        evaluate=LossEvaluator(held_out, layout, development_batches, _metrics, frozen),
+        evaluate=examples_evaluator(held_out, layout, development, config.data, "targets", frozen),
         documents=train,
         frozen=frozen,
         tokenizer=weights.tokenizer_file,
@@ -121,12 +115,6 @@ def _trained_params(config: FinetuneConfig, weights: Weights, base: Params) -> P
             weight = initializers.linear(width)(key, (count, width))
             params["head"] = {"weight": weight, "bias": jnp.zeros(count)}
     return params
-
-
-def _metrics(sums: Metrics) -> Metrics:
-    """Return loss in nats, accuracy of the most probable token or class, and the number of targets."""
-    count = sums["weight"]
-    return {"loss": sums["nll"] / count, "accuracy": sums["correct"] / count, "targets": int(count)}
 
 
 def _decay_mask(params: Params) -> Params:

@@ -75,7 +75,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path):
     rows = [MEDMCQA | {"cop": 4}, MEDMCQA | {"cop": -1}, twins, blank, *[MEDMCQA] * 3]
     found = read(write(tmp_path / "q.jsonl", *rows), max_questions=2)
     assert len(found.asked) == 2
-    counts = {"without an answer": 1, "with an empty option": 1, "with equal options": 1, "unsampled": 2}
+    counts = {"without an answer": 1, "with an empty option": 1, "with equal options": 1, "not in the sample": 2}
     assert found.left_out == counts
 
 

@@ -14,10 +14,10 @@ from biomamba_jax.tasks.statistics import Resampling
 
 QUICK = Resampling(resamples=20)
 PAIRS = [
-    Pair("1", "insulin in mice", "Mice were given insulin and their glucose fell."),
-    Pair("2", "aspirin and stroke", "Aspirin prevents stroke; insulin does not."),
-    Pair("3", "letter", "We read the article on warfarin."),
-    Pair("4", "letter", "A reply on warfarin."),
+    Pair("insulin in mice", "Mice were given insulin and their glucose fell."),
+    Pair("aspirin and stroke", "Aspirin prevents stroke; insulin does not."),
+    Pair("letter", "We read the article on warfarin."),
+    Pair("letter", "A reply on warfarin."),
 ]
 
 
@@ -63,7 +63,7 @@ def test_pairs_are_first_lines_and_the_rest_and_others_are_counted(tmp_path):
     path.write_text('{"q": "insulin", "d": "glucose fell", "pmid": 7}\n{"d": "no query"}\n')
     left_out = Counter()
     pairs = retrieval.read_pairs([str(path)], "-", TextFields(text="d", title="q"), left_out)
-    assert pairs == [Pair("7", "insulin", "glucose fell")]
+    assert pairs == [Pair("insulin", "glucose fell")]
     assert left_out == {"of one line": 1}
     path.write_text('{"d": "no query"}\n')
     with pytest.raises(UserError, match="--title"):

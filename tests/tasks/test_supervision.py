@@ -55,5 +55,5 @@ def test_questions_of_bioasq_that_are_not_learnt_are_counted(tmp_path):
     first, second = read_tasks(FinetuneConfig(init_from="unused", bioasq=asked))
     assert first.messages == ["bioasq: questions left out: 1 without a golden answer, 1 summary"]
     assert not second.messages
-    with pytest.raises(UserError, match=r"b\.json: no question of list with a golden answer"):
+    with pytest.raises(UserError, match=r"b\.json: no question of bioasq.types \(list\) with a golden answer"):
         read_tasks(FinetuneConfig(init_from="unused", bioasq=dataclasses.replace(asked, types=["list"])))
