@@ -45,7 +45,7 @@ def transformers_model(model: ModelConfig) -> Any:
         "eos_token_id": 0,
     }
     if model.kind == "mamba1":
-        config = transformers.MambaConfig(**common, time_step_rank=model.rank, use_mambapy=True)
+        config = transformers.MambaConfig(**common, time_step_rank=model.dt_size, use_mambapy=True)
         return transformers.MambaForCausalLM(config)
     config = transformers.Mamba2Config(
         **common, num_heads=model.n_heads, head_dim=model.headdim, n_groups=model.n_groups, chunk_size=256

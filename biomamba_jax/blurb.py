@@ -68,7 +68,7 @@ SETS = {
     "PubMedQA": Set("questions", "pubmedqa", "classifier", "pubmedqa", "accuracy", 500, 10),
     "BioASQ": Set("questions", "bioasq", "classifier", "spans", "accuracy", 140, 10),
 }
-Measures = Mapping[str, Any]
+RunMeasures = Mapping[str, Any]
 
 
 def evaluate_blurb(config: EvaluateConfig) -> Path:
@@ -84,7 +84,7 @@ def evaluate_blurb(config: EvaluateConfig) -> Path:
     recipe = f"--data.batch_size={given.batch_size} --optimizer.learning_rate={given.learning_rate} {_RECIPE}".split()
     recipe += [f"--train.epochs={given.epochs}", f"--train.steps={'null' if given.steps is None else given.steps}"]
 
-    def measures(name: str, model: str, seed: int) -> Measures:
+    def measures(name: str, model: str, seed: int) -> RunMeasures:
         path, run_dir = config.models[model], output / "runs" / model / f"{name.replace(' ', '_')}-{seed}"
         words = [f"--init_from={path}", f"--run_dir={run_dir}", f"--train.seed={seed}", *here[name], *recipe]
         reading = "once" if path.startswith(TRANSFORMERS_PREFIX) else given.reading
@@ -109,7 +109,7 @@ def _data(config: EvaluateConfig, each: Set) -> list[str]:
     return options if found["files"] and found["test"] else []
 
 
-def _measures(each: Set, words: Sequence[str]) -> Measures:
+def _measures(each: Set, words: Sequence[str]) -> RunMeasures:
     """Return the measures of a run on the test split; one that has results is not trained again."""
     settings = parse(FinetuneConfig, [*words, f"--head={each.head}", *each.setting.split()])
     run_dir = Path(settings.run_dir)
@@ -152,7 +152,7 @@ def macro_word_f1(lines: Sequence[Mapping[str, Any]]) -> float:
     return float(np.mean([measures["f1"] for measures in of_types.values()]))
 
 
-def report_of(results: Mapping[str, Mapping[str, Sequence[Measures]]], missing: Sequence[str]) -> dict[str, Any]:
+def report_of(results: Mapping[str, Mapping[str, Sequence[RunMeasures]]], missing: Sequence[str]) -> dict[str, Any]:
     """Return what report.json holds: each set's figures, what is missing or of another size, and averages.
 
     Args:

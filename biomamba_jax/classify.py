@@ -50,8 +50,8 @@ def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None
       UserError: the model has no classifier, or a line lacks a key of the template.
     """
     from biomamba_jax.data.examples import fill_template
+    from biomamba_jax.data.records import batched
     from biomamba_jax.tasks.model import load_head
-    from biomamba_jax.tasks.padding import batched
 
     model = load_head(config.model, config.dtype)
     name = config.file or "standard input"

@@ -46,13 +46,13 @@ def embed(config: EmbedConfig) -> None:
 
     from biomamba_jax import files
     from biomamba_jax.data.input_files import identity
+    from biomamba_jax.data.records import batched
     from biomamba_jax.data.shards import MANIFEST_NAME
     from biomamba_jax.object_store import local_copy
     from biomamba_jax.tables import summary_table
     from biomamba_jax.tasks import vectors
     from biomamba_jax.tasks.documents import read_documents
     from biomamba_jax.tasks.model import load
-    from biomamba_jax.tasks.padding import batched
 
     embedder = load(config.model, config.dtype).embedder(config)
     output, left_out, sizes = Path(config.output), Counter[str](), list[int]()

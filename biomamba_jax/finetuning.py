@@ -22,7 +22,7 @@ from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.model import Model, load, load_head
 from biomamba_jax.tasks.relations import predicted_relations
 from biomamba_jax.tasks.statistics import Resampling
-from biomamba_jax.tasks.supervision import Task, head_labels, measure, predict, read_tasks
+from biomamba_jax.tasks.supervision import SupervisedTask, head_labels, measure, predict, read_tasks
 from biomamba_jax.train.setup import with_execution_settings
 from biomamba_jax.train.supervised import finetune
 
@@ -73,7 +73,7 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
     return answer(config, tasks) if jax.process_count() == 1 else {}
 
 
-def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
+def answer(config: FinetuneConfig, tasks: Sequence[SupervisedTask]) -> dict[str, Any]:
     """Predict with the run's best weights, write predictions/ and results.json, and return the measures."""
     run_dir = Path(config.run_dir)
     model = load(run_dir) if config.head_config is None else load_head(run_dir)
@@ -88,7 +88,7 @@ def answer(config: FinetuneConfig, tasks: Sequence[Task]) -> dict[str, Any]:
 
 
 def _answer(
-    config: FinetuneConfig, model: Model | HeadModel, task: Task, examples: Sequence[Any]
+    config: FinetuneConfig, model: Model | HeadModel, task: SupervisedTask, examples: Sequence[Any]
 ) -> tuple[list[Any], Any]:
     """Return predictions as JSON values, and their measures."""
     if isinstance(model, Model):

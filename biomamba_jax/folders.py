@@ -15,7 +15,7 @@ from typing import IO, Any
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import naming_errors, write_text
 
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 DIGESTS = "SHA256SUMS"
 """Name of a folder's file of digests, which `sha256sum --check` reads."""
 
@@ -144,8 +144,8 @@ def lock_file(file: IO[Any], name: Path, owner: str = "", *, wait: bool = False)
         by = f" ({owner})" if owner else ""
         if not wait:
             raise UserError(f"{name}: another run uses it{by}; wait for it or name another") from None
-        log.info(f"{name}: waiting for another run that uses it{by}")
+        _LOG.info(f"{name}: waiting for another run that uses it{by}")
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
         reason = f"{name}: cannot be locked on this file system ({error.strerror})"
-        log.warning(f"{reason}; see to it that only one run at a time uses it")
+        _LOG.warning(f"{reason}; see to it that only one run at a time uses it")

@@ -26,7 +26,7 @@ _VERSION = ("generation", "md5Hash", "crc32c", "etag", "ETag", "mtime", "created
 """Properties by which stores identify a file's content; each has some of them."""
 _AT_ONCE = 8
 """Files that are fetched together, each in memory in part."""
-log = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 class _Remote(NamedTuple):
@@ -128,7 +128,7 @@ def _fetch(url: str, store: Any, files: Iterable[_Remote], folder: Path) -> None
     if size > free:
         raise OSError(f"its {size:,} bytes do not fit into the {free:,} of {folder}; free space or set BIOMAMBA_CACHE")
     if missing:
-        log.info(f"{url}: fetching {len(missing):,} files, {size:,} bytes, into {folder.parent}")
+        _LOG.info(f"{url}: fetching {len(missing):,} files, {size:,} bytes, into {folder.parent}")
     for start in range(0, len(missing), _AT_ONCE):
         batch = missing[start : start + _AT_ONCE]
         with ExitStack() as stack:

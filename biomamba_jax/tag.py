@@ -64,8 +64,8 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
     """
     from biomamba_jax import files, html
     from biomamba_jax.data.annotations import pieces
+    from biomamba_jax.data.records import batched
     from biomamba_jax.tasks.model import load_head
-    from biomamba_jax.tasks.padding import batched
 
     model = load_head(config.model, config.dtype)
 

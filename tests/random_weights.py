@@ -16,8 +16,9 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.folders import DIGESTS
 from biomamba_jax.interop import Weights, write_model
 from biomamba_jax.interop.configs import portable
-from biomamba_jax.interop.names import flatten, native_shapes
+from biomamba_jax.interop.names import native_shapes
 from biomamba_jax.model import LanguageModel
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 # Mean and spread by a parameter's last name; matrices are spread by the root of their inputs instead.
 _MOMENTS = {"A_log": (1.0, 0.5), "D": (1.0, 0.2), "dt_bias": (-4.0, 1.0), "bias": (0.0, 0.1), "embedding": (0.0, 0.3)}
@@ -55,7 +56,9 @@ def write_undigested(weights: Weights, folder: Path, dialect: str) -> None:
 def same_weights(left: Weights, right: Weights) -> bool:
     """True if two models are the same to the bit: sizes, parameters and head."""
     a, b = (
-        flatten(each.params | ({"head": {"weight": each.head.weight, "bias": each.head.bias}} if each.head else {}))
+        leaves_by_path(
+            each.params | ({"head": {"weight": each.head.weight, "bias": each.head.bias}} if each.head else {})
+        )
         for each in (left, right)
     )
     return left.config == right.config and a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)

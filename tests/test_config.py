@@ -45,7 +45,7 @@ def parameters(model: ModelConfig) -> int:
     """From the shapes of the released weights."""
     d, e, n, k = model.d_model, model.d_inner, model.state_size, model.d_conv
     if model.kind == "mamba1":
-        mixer = 2 * d * e + e * k + e + e * (model.rank + 2 * n) + model.rank * e + e + e * n + e + e * d
+        mixer = 2 * d * e + e * k + e + e * (model.dt_size + 2 * n) + model.dt_size * e + e + e * n + e + e * d
     else:
         c = e + 2 * model.n_groups * n
         mixer = d * (2 * e + 2 * model.n_groups * n + model.n_heads) + c * k + c + 3 * model.n_heads + e + e * d

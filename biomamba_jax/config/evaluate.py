@@ -13,7 +13,7 @@ YES_NO_MAYBE = ("yes", "no", "maybe")
 
 Method = Literal["likelihood", "generation"]
 Thresholds = Literal["none", "accuracy", "macro_f1"]
-Kind = Literal["yesno", "factoid", "list", "summary"]
+QuestionKind = Literal["yesno", "factoid", "list", "summary"]
 
 
 def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
@@ -90,7 +90,7 @@ class BioASQConfig(Settings, section="bioasq"):
     """Golden files, one per batch; default: no BioASQ."""
     development: list[str] = field(default_factory=list)
     """Golden files of earlier years, to fit thresholds on."""
-    types: Annotated[list[Kind], Limit("a list of yesno, factoid, list or summary", bool)] = field(
+    types: Annotated[list[QuestionKind], Limit("a list of yesno, factoid, list or summary", bool)] = field(
         default_factory=lambda: ["yesno", "factoid", "list"]
     )
     """Kinds of questions to answer; the others are counted as left out. summary: sentences, scored by ROUGE."""
@@ -117,7 +117,7 @@ class BioASQConfig(Settings, section="bioasq"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for kind in get_args(Kind):
+        for kind in get_args(QuestionKind):
             check_template(f"bioasq.{kind}_prompt", getattr(self, f"{kind}_prompt"), ("question", "context"))
         given = tuple(self.answers) == ("yes", "no") and all(self.answers.values())
         check(given, "bioasq.answers", self.answers, "must have a text for each of yes and no, in this order")

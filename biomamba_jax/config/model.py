@@ -107,8 +107,8 @@ class ModelConfig(Settings, section="model"):
         return self.d_state or (16 if self.kind == "mamba1" else 128)
 
     @property
-    def rank(self) -> int:
-        """R, dt_rank or its published default."""
+    def dt_size(self) -> int:
+        """Width of Mamba-1's projection to dt, dt_rank or its published default."""
         return self.dt_rank or -(-self.d_model // 16)
 
     @property
@@ -123,7 +123,7 @@ class ModelConfig(Settings, section="model"):
         return {"mamba1": self.d_inner, "mamba2": both, "mamba3": 0}[self.kind]
 
     @property
-    def ranks(self) -> int:
+    def n_ranks(self) -> int:
         """R, inputs and outputs of a state of Mamba-3: `mimo_rank`, or 1."""
         return self.mimo_rank or 1
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from biomamba_jax.data.readers import is_rows, read_rows
-from biomamba_jax.data.records import CODE, KEPT, Candidate, Overlap, blocks
+from biomamba_jax.data.records import CODE, KEPT, Candidate, Overlap, batched
 from biomamba_jax.data.shingles import shingles
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json, read_lines, uncompressed_name
@@ -44,7 +44,7 @@ class Item(NamedTuple):
     """PMIDs of its source articles."""
 
 
-class Evaluation(NamedTuple):
+class EvaluationText(NamedTuple):
     """Evaluation text, indexed by its runs of words."""
 
     pmids: np.ndarray
@@ -100,13 +100,13 @@ class Evaluation(NamedTuple):
 
 
 @lru_cache(1)
-def load_evaluation(path: str) -> Evaluation:
-    """Load what `Evaluation.save` wrote; cached in each process."""
+def load_evaluation(path: str) -> EvaluationText:
+    """Load what `EvaluationText.save` wrote; cached in each process."""
     with np.load(path) as saved:
-        return Evaluation(**saved)
+        return EvaluationText(**saved)
 
 
-def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least: float) -> Iterator[Candidate]:
+def decontaminate(candidates: Iterable[Candidate], evaluation: EvaluationText, least: float) -> Iterator[Candidate]:
     """Yield the candidates with source articles of `evaluation`, and texts that overlap it, marked as left out.
 
     Args:
@@ -114,7 +114,7 @@ def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least
       evaluation: the evaluation text.
       least: share of runs of words at which a document counts as evaluation text.
     """
-    for block in blocks(candidates, _BLOCK_ROWS):
+    for block in batched(candidates, _BLOCK_ROWS):
         for place, record in enumerate(block):
             if record.status == KEPT and record.pmid and evaluation.holds_pmid(record.pmid):
                 block[place] = replace(record, status=CODE["evaluation_article"])
@@ -125,7 +125,7 @@ def decontaminate(candidates: Iterable[Candidate], evaluation: Evaluation, least
         yield from block
 
 
-def read_evaluation(paths: Iterable[str]) -> Evaluation:
+def read_evaluation(paths: Iterable[str]) -> EvaluationText:
     """Read evaluation files: all strings of JSON of any layout, of JSON lines and of tables, or the lines of a text.
 
     Raises:
@@ -138,7 +138,7 @@ def read_evaluation(paths: Iterable[str]) -> Evaluation:
     sizes = np.array([len(part) for part in each], np.int64)
     flat, owner = np.concatenate(each), np.repeat(np.arange(len(each), dtype=np.int32), sizes)
     order = np.argsort(flat, kind="stable")
-    return Evaluation(pmids, flat[order], owner[order], sizes, np.array([item.name for item in items], np.str_))
+    return EvaluationText(pmids, flat[order], owner[order], sizes, np.array([item.name for item in items], np.str_))
 
 
 def _items(path: Path) -> list[Item]:

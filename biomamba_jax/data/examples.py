@@ -160,7 +160,7 @@ def encode_texts(
     if not texts:
         raise UserError(f"{source}: holds no example; give more, or another split")
     readings = 2 if head.reading == "echo" else 1
-    room = max(1, sequence_length // readings - 1)  # the start symbol precedes each reading
+    room = max(1, sequence_length // readings - 1)  # the start token precedes each reading
     encoded, shortened, left_out = [], 0, 0
     for ids, (of_start, *targets) in _tokens_and_targets(texts, tokenizer, head, source):
         shortened += len(ids) > room
@@ -189,7 +189,7 @@ def windows(length: int, room: int, head: HeadConfig) -> list[slice]:
 def _tokens_and_targets(
     texts: Sequence[AnnotatedText], tokenizer: Tokenizer, head: HeadConfig, source: str
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the ids of each text, and the targets of the start symbol and of each id."""
+    """Yield the ids of each text, and the targets of the start token and of each id."""
     if not head.of_words:
         for text, ids in zip(texts, tokenizer.encode_batch([text.text for text in texts]), strict=True):
             yield ids, [NOT_COUNTED] * len(ids) + [text_target(text, head, source)]

@@ -116,8 +116,8 @@ class Candidate:
     """Why it counts as evaluation text."""
 
 
-def blocks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """Yield consecutive items as lists of `size`; the last one may be shorter."""
-    iterator = iter(items)
-    while block := list(islice(iterator, size)):
-        yield block
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch

@@ -13,7 +13,7 @@ import numpy as np
 
 from biomamba_jax.data.input_files import Checksums, check_md5
 from biomamba_jax.data.near_duplicates import Bands, band_values
-from biomamba_jax.data.records import KEPT, Candidate, Overlap, blocks
+from biomamba_jax.data.records import KEPT, Candidate, Overlap, batched
 from biomamba_jax.data.source import INDEX, Spool
 from biomamba_jax.data.text import normalized_digest, split_position
 from biomamba_jax.files import read_array, read_json, write_json
@@ -61,7 +61,7 @@ def write_spool(
     with open(f"{stem}.text", "ab") as texts:
         lock_file(texts, path)
         texts.truncate(0)
-        for block in blocks(candidates, _BLOCK_ROWS):
+        for block in batched(candidates, _BLOCK_ROWS):
             kept = [record for record in block if record.status == KEPT]
             texts.write("".join(f"{record.text}{record.id}" for record in kept).encode())
             index.append(np.array([_row(record) for record in block], INDEX))

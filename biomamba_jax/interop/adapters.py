@@ -8,9 +8,10 @@ import jax
 import numpy as np
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop.names import Params, flatten
+from biomamba_jax.interop.names import Params
 from biomamba_jax.model import lora
 from biomamba_jax.model.heads import with_reversed
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Base:
 def fingerprint(params: Params) -> str:
     """Return the sha256 of weights, over every path, shape and float32 value: the same in every format."""
     digest = hashlib.sha256()
-    for path, value in sorted(flatten(params).items()):
+    for path, value in sorted(leaves_by_path(params).items()):
         value = np.ascontiguousarray(value, "<f4")
         digest.update(f"{path}{list(value.shape)}".encode())
         digest.update(value.data)

@@ -84,7 +84,7 @@ def portable(config: ModelConfig) -> ModelConfig:
         "mamba3": ("dt_rank", "d_conv", "conv_bias"),
     }[config.kind]
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.rank}
+    fields: dict[str, Any] = {"d_state": config.state_size, "dt_rank": config.dt_size}
     fields |= {name: defaults[name] for name in (*EXECUTION, *unused)}
     return dataclasses.replace(config, **fields)
 
@@ -191,7 +191,12 @@ def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict
         classes = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
         own = {"auto_map": {auto: f"modeling_mamba3.Mamba3{name}" for auto, name in classes.items()}}
     else:
-        own = {"num_heads": config.n_heads, "time_step_rank": config.rank, "rms_norm": True, "norm_before_gate": False}
+        own = {
+            "num_heads": config.n_heads,
+            "time_step_rank": config.dt_size,
+            "rms_norm": True,
+            "norm_before_gate": False,
+        }
         own |= {"time_step_limit": [0.0, _NO_BOUND]}
     model_type = {kind: name for name, kind in _HF_TYPES.items()}[config.kind]
     return {
@@ -242,6 +247,6 @@ def write_mamba_ssm(config: ModelConfig) -> dict[str, Any]:
 
 def _written(config: ModelConfig, names: dict[str, str], chunk_size: int | None = None) -> dict[str, Any]:
     """Return a file's keys from fields of ModelConfig, without those that are None."""
-    fields = dataclasses.asdict(portable(config)) | {"dt_rank": config.rank}
+    fields = dataclasses.asdict(portable(config)) | {"dt_rank": config.dt_size}
     fields["chunk_size"] = config.chunk_size or chunk_size
     return {key: fields[field] for key, field in names.items() if fields[field] is not None}

@@ -14,6 +14,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import configs, heads, names, sizes, tensors, tokenizers, vocabulary
 from biomamba_jax.interop.weights import Weights
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 
 def read(folder: Path, dialect: str) -> Weights:
@@ -78,7 +79,7 @@ def write(weights: Weights, folder: Path, dialect: str, dtype: str) -> None:
     else:
         raw = configs.write_mamba_ssm(config)
     write_json(folder / "config.json", raw)
-    table, flat = list(names.foreign_tensors(config, dialect)), names.flatten(weights.params)
+    table, flat = list(names.foreign_tensors(config, dialect)), leaves_by_path(weights.params)
     recorded = {"tokenizer": vocabulary.identity(load_tokenizer(source))} if source else {}
     about = weights.about | recorded
     metadata = {tensors.METADATA: json.dumps(about)} if about else {}

@@ -18,6 +18,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.extras import extra
 from biomamba_jax.interop import names
 from biomamba_jax.interop.weights import Weights
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 _TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
 _FILE_TYPES = {"float32": "ALL_F32", "float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
@@ -74,7 +75,7 @@ def write(weights: Weights, path: Path, dtype: str) -> None:
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _add_sizes(writer, config)
     _add_tokenizer(gguf, writer, config, load_tokenizer(weights.tokenizer_file))
-    flat = names.flatten(weights.params)
+    flat = leaves_by_path(weights.params)
     for name, shape, _ in _tensors(config):
         kind = _type(gguf, name, shape, dtype)
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -133,7 +134,7 @@ def _add_sizes(writer: Any, config: ModelConfig) -> None:
     writer.add_ssm_conv_kernel(config.d_conv)
     writer.add_ssm_inner_size(config.d_inner)
     writer.add_ssm_state_size(config.state_size)
-    writer.add_ssm_time_step_rank(config.rank if config.kind == "mamba1" else config.n_heads)
+    writer.add_ssm_time_step_rank(config.dt_size if config.kind == "mamba1" else config.n_heads)
     if config.kind == "mamba2":
         writer.add_ssm_group_count(config.n_groups)
 

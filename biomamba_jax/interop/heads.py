@@ -25,6 +25,7 @@ from biomamba_jax.config.heads import HeadConfig, HeadKind
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import names, tensors
 from biomamba_jax.model.heads import REVERSED
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 FILE, EARLIER = "head.safetensors", "classifier.safetensors"
 CODE = {
@@ -76,7 +77,7 @@ def write(head: Head, folder: Path, model: ModelConfig) -> None:
     """Write head.safetensors into `folder`."""
     arrays = {"weight": np.ascontiguousarray(head.weight, np.float32), "bias": head.bias.astype(np.float32)}
     if head.reversed is not None:
-        flat = names.flatten(head.reversed)
+        flat = leaves_by_path(head.reversed)
         arrays |= {tensor.key: np.ascontiguousarray(tensor.build(flat)) for tensor in _reversed_tensors(model)}
     save_file(arrays, folder / FILE, {"format": "pt", "head": json.dumps(dataclasses.asdict(head.config))})
 

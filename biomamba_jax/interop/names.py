@@ -12,19 +12,19 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
-import jax
 import numpy as np
 from flax import nnx
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import LanguageModel
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 Shape = tuple[int, ...]
 Params = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Layout:
+class TensorLayout:
     """Layout of one native parameter of one layer in a foreign tensor; concatenation is along rows, axis 0."""
 
     to_foreign: Callable[[np.ndarray], np.ndarray]
@@ -35,12 +35,12 @@ class Layout:
     """Returns the foreign shape of a native shape."""
 
 
-SAME = Layout(lambda x: x, lambda x: x, lambda s: s)
-LINEAR = Layout(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])  # (in, out) <-> (out, in)
-CONV = Layout(lambda x: x[:, None, :], lambda x: x[:, 0, :], lambda s: (s[0], 1, s[1]))  # [C K] <-> (C, 1, K)
+SAME = TensorLayout(lambda x: x, lambda x: x, lambda s: s)
+LINEAR = TensorLayout(lambda x: x.T, lambda x: x.T, lambda s: s[::-1])  # (in, out) <-> (out, in)
+CONV = TensorLayout(lambda x: x[:, None, :], lambda x: x[:, 0, :], lambda s: (s[0], 1, s[1]))  # [C K] <-> (C, 1, K)
 
 
-def neighbours(layout: Layout, d_state: int) -> Layout:
+def neighbours(layout: TensorLayout, d_state: int) -> TensorLayout:
     """Return `layout` after a reordering of the state's dimensions, axis -1 of the native parameter.
 
     Dimensions n and n + d_state / 2, a rotating pair in native parameters, are neighbours in foreign ones.
@@ -52,12 +52,12 @@ def neighbours(layout: Layout, d_state: int) -> Layout:
     def separate(x: np.ndarray) -> np.ndarray:
         return x.reshape(*x.shape[:-1], -1, d_state // 2, 2).swapaxes(-1, -2).reshape(x.shape)
 
-    return Layout(
+    return TensorLayout(
         lambda x: layout.to_foreign(interleave(x)), lambda x: separate(layout.to_native(x)), shape=layout.shape
     )
 
 
-Row = tuple[str, tuple[str, ...], Layout]
+Row = tuple[str, tuple[str, ...], TensorLayout]
 
 MIXERS: dict[str, tuple[Row, ...]] = {
     "mamba1": (
@@ -121,7 +121,7 @@ class Tensor:
     """Paths of the native parameters."""
     part_shapes: tuple[Shape, ...]
     """Native shape of each part, of one layer."""
-    layouts: tuple[Layout, ...]
+    layouts: tuple[TensorLayout, ...]
     """Layout of each part."""
     index: int | slice | EllipsisType = ...
     """Layer, or rows of the vocabulary, of the native parameters."""
@@ -155,8 +155,7 @@ def native_shapes(config: ModelConfig) -> dict[str, Shape]:
 @functools.lru_cache(maxsize=32)  # a tenth of a second; reading a folder asks four times
 def _traced_shapes(config: ModelConfig) -> Mapping[str, Shape]:
     model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    shapes = flatten(nnx.to_pure_dict(nnx.state(model)))
-    return {path: leaf.shape for path, leaf in shapes.items()}
+    return {path: leaf.shape for path, leaf in leaves_by_path(nnx.to_pure_dict(nnx.state(model))).items()}
 
 
 def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterator[Tensor]:
@@ -176,7 +175,7 @@ def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterato
     def vocabulary(key: str, path: str) -> Tensor:
         return Tensor(key, (path,), ((rows, config.d_model),), (SAME,), slice(rows))
 
-    def layout_of(path: str, layout: Layout) -> Layout:
+    def layout_of(path: str, layout: TensorLayout) -> TensorLayout:
         siso = config.kind == "mamba3" and config.mimo_rank is None
         return neighbours(layout, config.state_size) if siso and _ROTATING.fullmatch(path) else layout
 
@@ -192,14 +191,3 @@ def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterato
     yield Tensor("backbone.norm_f.weight", ("norm_f/weight",), (shapes["norm_f/weight"],), (SAME,))
     if not config.tie_embeddings or dialect == "mamba_ssm":
         yield vocabulary(HEAD, "embedding" if config.tie_embeddings else "lm_head")
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """Return a path of `jax.tree_util` as "layers/norm/weight"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def flatten(tree: Params) -> dict[str, Any]:
-    """Return {"layers/norm/weight": leaf, ...} of a nested dict."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in paths}

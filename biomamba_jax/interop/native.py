@@ -30,8 +30,9 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json, write_json
 from biomamba_jax.interop import heads, tokenizers, vocabulary
 from biomamba_jax.interop.configs import EXECUTION, portable
-from biomamba_jax.interop.names import Shape, flatten, native_shapes, path_name
+from biomamba_jax.interop.names import Shape, native_shapes
 from biomamba_jax.interop.weights import Weights
+from biomamba_jax.parallel.sharding import leaves_by_path, path_name
 
 MODEL_JSON, PARAMS = "model.json", "params"
 FORMAT_VERSION = 2
@@ -112,7 +113,7 @@ def naming_errors(checkpoint: Path) -> Iterator[None]:
 def saved_shapes(checkpoint: Path) -> dict[str, Shape]:
     """Return the shape of every array of an orbax checkpoint, by path."""
     with naming_errors(checkpoint), closing(ocp.PyTreeCheckpointHandler()) as handler:
-        return {path: tuple(leaf.shape) for path, leaf in flatten(_metadata(handler, checkpoint)).items()}
+        return {path: tuple(leaf.shape) for path, leaf in leaves_by_path(_metadata(handler, checkpoint)).items()}
 
 
 def restore(checkpoint: Path, prefix: str, expected: dict[str, Shape]) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def _restore_one(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path, tree: A
     )
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
     options = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
-    return flatten(handler.restore(epath.Path(checkpoint.absolute()), args=options))[wanted]
+    return leaves_by_path(handler.restore(epath.Path(checkpoint.absolute()), args=options))[wanted]
 
 
 def _metadata(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path) -> Any:

@@ -41,7 +41,7 @@ def with_reversed(params: Params, known: Params | None = None) -> dict[str, Any]
 def reversed_order(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """Return the index of the token at each place once every segment, but for its first token, is reversed.
 
-    The first token is the start symbol, with which both directions begin. The order is its own inverse.
+    The first token is the start token, with which both directions begin. The order is its own inverse.
     """
     place, first = jnp.arange(segment_ids.shape[1]), segment_firsts(segment_ids)
     ends = jnp.pad(segment_starts(segment_ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
@@ -63,7 +63,7 @@ def head_hidden(
       graph: the language model's graph definition.
       params: of the language model, and "reversed" for a bidirectional head.
       head: its kind and reading.
-      tokens: token ids; each segment begins with the start symbol.
+      tokens: token ids; each segment begins with the start token.
       segment_ids: text of each token.
       collectives: of the devices that the model is sharded over.
     """

@@ -20,7 +20,7 @@ class Mamba1Mixer(nnx.Module):
     """x, z = in(u); x = silu(conv(x)); dt, B, C = proj(x); y = selective_scan(x, dt, A, B, C, D, z); out(y)."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, rank, d_state = config.d_inner, config.rank, config.state_size
+        width, rank, d_state = config.d_inner, config.dt_size, config.state_size
         self.in_x = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
         self.in_z = dense(config.d_model, width, bias=config.bias, dtype=dtype, rngs=rngs)
         self.conv = CausalConv1d(width, config, dtype=dtype, rngs=rngs)

@@ -33,7 +33,7 @@ class Mamba3Mixer(nnx.Module):
     """z, x, B, C, dt, A, trap, angle = in(u); B, C = rotate(norm(B, C) + bias, angle); out(ssd(x, B, C) * silu(z))."""
 
     def __init__(self, config: ModelConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        width, heads, ranks, d_state = config.d_inner, config.n_heads, config.ranks, config.state_size
+        width, heads, ranks, d_state = config.d_inner, config.n_heads, config.n_ranks, config.state_size
         self.in_z = dense(config.d_model, width, dtype=dtype, rngs=rngs)
         self.in_x = dense(config.d_model, width, dtype=dtype, rngs=rngs)
         self.in_bc = dense(config.d_model, 2 * ranks * config.n_groups * d_state, dtype=dtype, rngs=rngs)

@@ -13,7 +13,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.parallel.sharding import Rules
 
 # The first axis of parameters in "layers" is the layer.
-_BOTH: Rules = (
+_COMMON: Rules = (
     (r"embedding|lm_head", PartitionSpec("tensor", "fsdp")),
     (r"layers/norm2?/weight|norm_f/weight|layers/mixer/out/bias", PartitionSpec()),
     (r"layers/(mixer/in_(x|z|dt|A|trap)|mlp/(up|gate))/kernel", PartitionSpec(None, "fsdp", "tensor")),
@@ -24,17 +24,17 @@ _BOTH: Rules = (
     ),
 )
 _MAMBA1: Rules = (
-    *_BOTH,
+    *_COMMON,
     (r"layers/mixer/x_proj/kernel", PartitionSpec(None, ("tensor", "fsdp"))),
     (r"layers/mixer/dt_proj/kernel", PartitionSpec(None, None, ("tensor", "fsdp"))),
 )
 _MAMBA2: Rules = (
-    *_BOTH,
+    *_COMMON,
     (r"layers/mixer/in_bc/kernel", PartitionSpec(None, "fsdp")),
     (r"layers/mixer/(in_bc/bias|conv_bc/(weight|bias))", PartitionSpec()),
 )
 _MAMBA3: Rules = (
-    *_BOTH,
+    *_COMMON,
     (r"layers/mixer/in_(bc|angle)/kernel", PartitionSpec(None, "fsdp")),
     (r"layers/mixer/norm_[BC]/weight", PartitionSpec()),
 )

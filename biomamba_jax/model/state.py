@@ -53,8 +53,8 @@ def empty_state(config: ModelConfig, rows: int, dtype: DTypeLike) -> MixerState:
         return MixerState(
             ssm,
             angle=jnp.zeros((rows, heads, config.n_angles), accumulator_dtype(dtype)),
-            last_x=jnp.zeros((rows, config.ranks, *channels), dtype),
-            last_B=jnp.zeros((rows, config.ranks, heads, d_state), dtype),
+            last_x=jnp.zeros((rows, config.n_ranks, *channels), dtype),
+            last_B=jnp.zeros((rows, config.n_ranks, heads, d_state), dtype),
         )
     conv_bc = None if config.kind == "mamba1" else jnp.zeros((*past, 2 * config.n_groups * d_state), dtype)
     return MixerState(ssm, jnp.zeros((*past, config.d_inner), dtype), conv_bc)

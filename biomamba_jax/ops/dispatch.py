@@ -38,7 +38,7 @@ _JAX_TRITON = (
     ((0, 11), (0, 12), (0, 4, 1), (0, 5)),
 )
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 _target: contextvars.ContextVar[tuple[Platform, int | None] | None] = contextvars.ContextVar("target", default=None)
 
 
@@ -185,4 +185,4 @@ def choose(
 
 @functools.cache
 def _log_once(op: str, name: str, platform_name: str, reasons: str) -> None:
-    logger.info("%s: using implementation %r on %s%s", op, name, platform_name, f" ({reasons})" if reasons else "")
+    _LOG.info("%s: using implementation %r on %s%s", op, name, platform_name, f" ({reasons})" if reasons else "")

@@ -20,16 +20,19 @@ Specs = Mapping[str, PartitionSpec]
 """PartitionSpec of each parameter, by path."""
 
 
+def path_name(path: tuple[Any, ...]) -> str:
+    """Return a path of `jax.tree_util` as text, such as "layers/norm/weight"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def path_names(tree: Any) -> Any:
     """Return a tree of the same structure that holds each leaf's path, such as "layers/norm/weight"."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path, simple=True, separator="/"), tree
-    )
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
 
 
 def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree by path, such as "layers/norm/weight"."""
-    return dict(zip(jax.tree.leaves(path_names(tree)), jax.tree.leaves(tree), strict=True))
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def mesh_axes(spec: PartitionSpec) -> list[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from biomamba_jax.config import BioASQConfig
-from biomamba_jax.config.evaluate import Kind
+from biomamba_jax.config.evaluate import QuestionKind
 from biomamba_jax.data.text import clean_document
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json
 from biomamba_jax.tasks import measures
 
-_KINDS: tuple[Kind, ...] = get_args(Kind)
+_KINDS: tuple[QuestionKind, ...] = get_args(QuestionKind)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Question:
 
     key: str
     """BioASQ's id, or the question's number in its file."""
-    kind: Kind
+    kind: QuestionKind
     """Type of the question."""
     question: str
     """The question."""
@@ -100,7 +100,7 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(map(str, texts))
 
 
-def _golden(kind: Kind, answer: Any) -> tuple[tuple[str, ...], ...]:
+def _golden(kind: QuestionKind, answer: Any) -> tuple[tuple[str, ...], ...]:
     """Return an exact answer of any year as a tuple of tuples of synonyms."""
     if answer is None or answer == [] or answer == "" or kind == "summary":
         return ()

@@ -19,11 +19,12 @@ import numpy as np
 from flax import struct
 
 from biomamba_jax.config.generate import Sampling
+from biomamba_jax.data.records import batched
 from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.ops.array_typing import Array, Float, Int, UInt
-from biomamba_jax.tasks.padding import batched, bucket_length, bucket_rows, pad_left
+from biomamba_jax.tasks.padding import bucket_length, bucket_rows, pad_left
 from biomamba_jax.tasks.sampling import Steps, Values, next_tokens
 
 FinishReason = Literal["eos", "stop", "length"]

@@ -47,7 +47,7 @@ class HarnessMethods:
         return results
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
-        """Return the log-likelihood of each whole text after the start symbol, in nats; its end is not predicted."""
+        """Return the log-likelihood of each whole text after the start token, in nats; its end is not predicted."""
         results = [0.0] * len(requests)
         for index, nats in self.scorer.documents([request.args[0] for request in requests]):
             check_finite(self.scorer, nats)

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from biomamba_jax.config.generate import Sampling
+from biomamba_jax.data.records import batched
 from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
@@ -22,7 +23,6 @@ from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.generation import Generator, prefill
 from biomamba_jax.tasks.padding import (
-    batched,
     bucket_length,
     bucket_rows,
     filled_rows,

@@ -2,22 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 
 from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
+from biomamba_jax.data.records import batched
 
 T = TypeVar("T")
 Row = TypeVar("Row", bound=Sized)
-
-
-def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield consecutive lists of up to `size` items."""
-    remaining = iter(items)
-    while batch := list(islice(remaining, size)):
-        yield batch
 
 
 def by_length(rows: Sequence[Row], size: int, compute: Callable[[list[Row]], Iterable[T]]) -> list[T]:

@@ -3,7 +3,7 @@
 Only for comparison with published figures. After LeoYML/BioMamba at e61db22:
 
 * Perplexity is exp of the mean of batch means of 16 rows: a batch of short documents weighs as much as one of long
-  ones. Rows are truncated at 1,024 tokens; there is no start symbol, so the first token is not predicted, and no end.
+  ones. Rows are truncated at 1,024 tokens; there is no start token, so the first token is not predicted, and no end.
   General text is one stream split into full rows, at most 1,000 of them.
 * PubMedQA is 200 random questions of the 1,000, official test questions among them. An answer's score is the first
   token of its most likely spelling. When the best two are close, the answer is maybe; how close is tuned on these same

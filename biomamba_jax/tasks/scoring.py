@@ -79,7 +79,7 @@ class Scorer(Protocol):
         """Score whole documents, in any order.
 
         Args:
-          texts: the documents. The first token of each is predicted from the start symbol.
+          texts: the documents. The first token of each is predicted from the start token.
 
         Yields:
           The index of a text, and the negative log-likelihood in nats of each of its tokens, its end included, as

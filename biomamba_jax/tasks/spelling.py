@@ -6,8 +6,8 @@ half the bits per byte, so figures are compared only where nearly all of the tex
 
 from collections.abc import Sequence
 
+from biomamba_jax.data.records import batched
 from biomamba_jax.data.text import unspelled
-from biomamba_jax.tasks.padding import batched
 from biomamba_jax.tasks.scoring import Scorer
 
 _BLOCK = 1024

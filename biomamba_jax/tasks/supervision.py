@@ -12,7 +12,7 @@ from typing import Any
 
 from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig, RowsConfig
 from biomamba_jax.config.checks import check
-from biomamba_jax.config.evaluate import Kind
+from biomamba_jax.config.evaluate import QuestionKind
 from biomamba_jax.data.annotation_files import read_annotated
 from biomamba_jax.data.annotations import AnnotatedText, Relation, check_splits, describe, tag_names
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
@@ -29,7 +29,7 @@ _PROMPT = attrgetter("prompt")
 
 
 @dataclass(frozen=True)
-class Task:
+class SupervisedTask:
     """Examples of one source."""
 
     name: str
@@ -48,7 +48,7 @@ class Task:
     """Lines about the data for the log."""
 
 
-def read_tasks(config: FinetuneConfig) -> list[Task]:
+def read_tasks(config: FinetuneConfig) -> list[SupervisedTask]:
     """Read the tasks that `config` names.
 
     Raises:
@@ -63,7 +63,7 @@ def read_tasks(config: FinetuneConfig) -> list[Task]:
     return [task if annotated else _for_head(task) for task in tasks] + [_for_head(task) for task in of_questions]
 
 
-def _for_head(task: Task) -> Task:
+def _for_head(task: SupervisedTask) -> SupervisedTask:
     """Return the task with its prompts as texts, whose class is the label."""
 
     def texts(examples: Sequence[Example]) -> list[AnnotatedText]:
@@ -74,7 +74,7 @@ def _for_head(task: Task) -> Task:
     )
 
 
-def _annotated(config: ExamplesConfig) -> Task:
+def _annotated(config: ExamplesConfig) -> SupervisedTask:
     """Read annotated texts, say what cannot be learnt of them, and make candidates of documents with relations."""
     files = {"train": config.files, "development": config.development, "test": config.test}
     texts = {split: [text for path in paths for text in read_annotated(path, config)] for split, paths in files.items()}
@@ -96,20 +96,20 @@ def _annotated(config: ExamplesConfig) -> Task:
         ]
         texts = pairs
     train, development, test = texts.values()
-    return Task(config.format, train, development, test, relations=relations, messages=messages)
+    return SupervisedTask(config.format, train, development, test, relations=relations, messages=messages)
 
 
-def _json_lines(config: ExamplesConfig) -> Task:
+def _json_lines(config: ExamplesConfig) -> SupervisedTask:
     def read(files: Sequence[str]) -> list[Example]:
         return [example for path in files for example in read_examples(path, config.prompt, config.answer)]
 
     train, development = read(config.files), read(config.development)
     if not config.development:
         train, development = held_out_share(train, config.development_fraction, _PROMPT)
-    return Task("examples", train, development, read(config.test))
+    return SupervisedTask("examples", train, development, read(config.test))
 
 
-def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) -> Task:
+def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) -> SupervisedTask:
     """Split PubMedQA.
 
     The labelled questions (PQA-L) have the authors' folds and test set. The artificial ones (PQA-A: ori_pqaa.json),
@@ -123,13 +123,13 @@ def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) ->
     questions = pubmedqa.read_questions(config.path)
     if not any(question.answer == "maybe" for question in questions):
         train, development = held_out_share(examples(questions), development_fraction, _PROMPT)
-        return Task("pubmedqa", train, development, answers=config.answers)
+        return SupervisedTask("pubmedqa", train, development, answers=config.answers)
     split = pubmedqa.official_split(questions, config.test_ids, config.path)
     rest = [question for index, part in enumerate(split.folds) if index != fold for question in part]
-    return Task("pubmedqa", examples(rest), examples(split.folds[fold]), examples(split.test), config.answers)
+    return SupervisedTask("pubmedqa", examples(rest), examples(split.folds[fold]), examples(split.test), config.answers)
 
 
-def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
+def _bioasq(config: BioASQConfig, development_fraction: float) -> list[SupervisedTask]:
     """Return a task of yes/no questions and one of all others, whose answers are the first synonym of each name."""
 
     def example(question: bioasq.Question) -> Example:
@@ -137,7 +137,7 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
         text = config.answers[label] if question.kind == "yesno" else f" {label}"
         return Example(question.prompt(config), text, label, question.key)
 
-    types: list[Kind] = [kind for kind in config.types if kind != "summary"]
+    types: list[QuestionKind] = [kind for kind in config.types if kind != "summary"]
     check(types, "bioasq.types", config.types, "give yesno, factoid or list; summaries are not trained on")
     config = dataclasses.replace(config, types=types)
     asked, left_out = read_bioasq(config, config.path)
@@ -153,14 +153,14 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Task]:
         if not config.development:
             train, development = held_out_share(train, development_fraction, _PROMPT)
         if train or development:
-            tasks.append(Task(name, train, development, answers=answers))
+            tasks.append(SupervisedTask(name, train, development, answers=answers))
     if counts := Counter(left_out) + Counter(others):
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
         tasks[0] = dataclasses.replace(tasks[0], messages=[f"bioasq: questions left out: {reasons}"])
     return tasks
 
 
-def predict(model: Model, task: Task, examples: Sequence[Example], rows: RowsConfig) -> list[Prediction]:
+def predict(model: Model, task: SupervisedTask, examples: Sequence[Example], rows: RowsConfig) -> list[Prediction]:
     """Predict the answer of each example: the most likely one of the task, or text up to a line end if it is free.
 
     Args:
@@ -203,7 +203,7 @@ def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str
     return values
 
 
-def head_labels(config: FinetuneConfig, tasks: Sequence[Task]) -> list[str]:
+def head_labels(config: FinetuneConfig, tasks: Sequence[SupervisedTask]) -> list[str]:
     """Return the names of the rows of the head that `config` names: its labels, or those that occur in the tasks."""
     if config.labels or config.head == "language_model":
         return config.labels

@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 
 from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.data.records import batched
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.tasks.architectures import check_architecture
 from biomamba_jax.tasks.generation import truncate_at_stop
-from biomamba_jax.tasks.padding import batched
 from biomamba_jax.tasks.pretrained import load_pretrained, reserved_positions
 from biomamba_jax.tasks.scoring import (
     Continuation,
@@ -323,7 +323,7 @@ class _Masked(TransformersModel):
 
 
 def _windows(length: int, limit: int) -> Iterator[tuple[int, int, int]]:
-    """Yield (begin, first new token, end) of overlapping windows over a document with its start symbol.
+    """Yield (begin, first new token, end) of overlapping windows over a document with its start token.
 
     Every token but the first is new in exactly one window, and is predicted there from at least half a window or from
     all tokens before it.

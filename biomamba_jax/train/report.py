@@ -28,7 +28,7 @@ from biomamba_jax.tables import Table
 from biomamba_jax.train.metrics import Record, read_metrics, read_timing
 
 ENVIRONMENT, BASELINES = "environment.json", "baselines.json"
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -59,7 +59,7 @@ def record_start(run_dir: str | os.PathLike[str], step: int) -> None:
     try:
         earlier = _environment(run_dir).get("starts", []) if step else []
     except UserError as error:
-        logger.warning(f"{error}; the starts before this one are forgotten")
+        _LOG.warning(f"{error}; the starts before this one are forgotten")
         earlier = []
     start = {"step": step} | {key: now[key] for key in ("time", "host", "devices", "command")}
     files.write_json(path, now | {"starts": [*earlier, start]})

@@ -17,7 +17,8 @@ import sys, threading, time
 import torch, orbax.checkpoint, safetensors.torch
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.interop import read_model, write_model
-from biomamba_jax.interop.names import flatten, native_shapes
+from biomamba_jax.interop.names import native_shapes
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 def anonymous():
     lines = open("/proc/self/status").read().splitlines()
@@ -36,7 +37,7 @@ weights = read_model(sys.argv[1])
 write_model(weights, sys.argv[2], sys.argv[3])
 done = True
 watcher.join()
-print(peak[0] / sum(x.nbytes for x in flatten(weights.params).values()))
+print(peak[0] / sum(x.nbytes for x in leaves_by_path(weights.params).values()))
 """
 
 

@@ -14,8 +14,9 @@ from random_weights import random_weights
 
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.interop import Weights, write_model
-from biomamba_jax.interop.names import flatten, foreign_tensors
+from biomamba_jax.interop.names import foreign_tensors
 from biomamba_jax.model import LanguageModel
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 torch = pytest.importorskip("torch", reason="the oracle is transformers on torch")
 transformers = pytest.importorskip("transformers", reason="the oracle is transformers on torch")
@@ -99,7 +100,7 @@ def test_gradients_of_the_loss_equal_those_of_transformers(config, tmp_path):
         log_p = jax.nn.log_softmax(logits[:, :-1])
         return -jnp.take_along_axis(log_p, jnp.asarray(text)[:, 1:, None], -1).mean()
 
-    ours = flatten(gradients(jax.tree.map(jnp.asarray, weights.params)))
+    ours = leaves_by_path(gradients(jax.tree.map(jnp.asarray, weights.params)))
     model = export(weights, tmp_path / "hf")
     labels = torch.as_tensor(text, dtype=torch.long)
     model(labels, labels=labels).loss.backward()

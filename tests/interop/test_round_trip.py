@@ -14,7 +14,7 @@ from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, dialect_of, read_model, write_model
-from biomamba_jax.interop.names import flatten
+from biomamba_jax.parallel.sharding import leaves_by_path
 
 MODELS = {
     "mamba1": ModelConfig(kind="mamba1", d_model=32, n_layers=2, vocab_size=61, pad_vocab_multiple=8),
@@ -46,7 +46,7 @@ def weights(request) -> Weights:
 def assert_equal(ours: Weights, theirs: Weights) -> None:
     assert ours.config == theirs.config
     assert ours.about == theirs.about
-    left, right = flatten(ours.params), flatten(theirs.params)
+    left, right = leaves_by_path(ours.params), leaves_by_path(theirs.params)
     assert left.keys() == right.keys()
     for path in left:
         assert right[path].dtype == np.float32
@@ -85,7 +85,7 @@ def test_a_half_precision_file_is_upcast_and_written_back_unchanged(weights, dty
 
 
 def test_a_value_beyond_float16_is_refused_by_name(weights, tmp_path):
-    flatten(weights.params)["layers/mixer/D"][1, 0] = 1e6
+    leaves_by_path(weights.params)["layers/mixer/D"][1, 0] = 1e6
     with pytest.raises(UserError, match=r"backbone\.layers\.1\.mixer\.D .*float16"):
         write_model(weights, tmp_path / "out", "hf", "float16")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from biomamba_jax.data.tokenizer import train_sentencepiece
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import dialect_of, read_model, write_model
 from biomamba_jax.interop.adapters import fingerprint
-from biomamba_jax.interop.names import flatten
+from biomamba_jax.parallel.sharding import leaves_by_path
 from biomamba_jax.train.checkpoints import Checkpoints
 from biomamba_jax.train.optimizer import evaluation_weights, make_optimizer
 from biomamba_jax.train.step import TrainState
@@ -49,10 +49,10 @@ def write_run(folder, ema: float, best: int | None = None):
 
 @pytest.mark.parametrize("ema", [0.0, 0.9], ids=["weights", "average"])
 def test_the_newest_checkpoint_gives_the_weights_that_were_evaluated(tmp_path, ema):
-    expected = flatten(write_run(tmp_path / "run", ema))
+    expected = leaves_by_path(write_run(tmp_path / "run", ema))
     assert dialect_of(tmp_path / "run") == "run"
     weights = read_model(tmp_path / "run")
-    found = flatten(weights.params)
+    found = leaves_by_path(weights.params)
     assert found.keys() == expected.keys()
     for path in expected:
         np.testing.assert_array_equal(found[path], expected[path])
@@ -85,7 +85,7 @@ def test_adapters_are_merged_with_alpha_over_rank_into_their_base(tmp_path):
         "init_from": str(tmp_path / "base"),
     }
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
-    found, expected = flatten(read_model(tmp_path / "run").params), flatten(base.params)
+    found, expected = leaves_by_path(read_model(tmp_path / "run").params), leaves_by_path(base.params)
     expected["layers/mixer/out/kernel"] = expected["layers/mixer/out/kernel"] + 1.5 * (a @ b)
     for path in expected:
         np.testing.assert_allclose(found[path], expected[path], rtol=1e-5, atol=1e-5, err_msg=path)

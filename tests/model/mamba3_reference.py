@@ -34,7 +34,7 @@ def _rotated(v: np.ndarray, angle: np.ndarray, *, neighbours: bool) -> np.ndarra
 def mixer(config: ModelConfig, w: Tensors, inputs: np.ndarray) -> np.ndarray:
     """The mixer's output [L D] for one sequence [L D]; `w` holds the tensors below `mixer.`."""
     w = {name: np.asarray(tensor, np.float64) for name, tensor in w.items()}
-    width, heads, ranks, n, groups = config.d_inner, config.n_heads, config.ranks, config.state_size, config.n_groups
+    width, heads, ranks, n, groups = config.d_inner, config.n_heads, config.n_ranks, config.state_size, config.n_groups
     channels = width // heads
     ones = np.ones((heads, ranks, channels))
     sizes = [width, width, ranks * groups * n, ranks * groups * n, heads, heads, heads]

@@ -123,7 +123,7 @@ def test_the_loss_of_a_packed_row_is_that_of_each_text_by_hand_and_so_are_its_gr
     examples = encode_texts(annotated_for(kind, texts(4)), tokenizer, LENGTH, head, source="made-up")
     inference, expected = predictor(config, params, head, tokenizer), 0.0
     for example in examples._examples:
-        # One reading without the start symbol: what `logits` returns a row for.
+        # One reading without the start token: what `logits` returns a row for.
         count = len(example.inputs) // (2 if reading == "echo" else 1) - 1
         [logits] = inference.logits([example.inputs[1 : count + 1].tolist()])
         expected += by_hand(kind, logits, example.targets[-count:])

@@ -21,8 +21,8 @@ from biomamba_jax.data.packing import Piece, fill_row
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import read_model
 from biomamba_jax.interop.adapters import fingerprint
-from biomamba_jax.interop.names import flatten
 from biomamba_jax.model import LanguageModel, lora
+from biomamba_jax.parallel.sharding import leaves_by_path
 from biomamba_jax.train import supervised
 from biomamba_jax.train.metrics import read_metrics
 from biomamba_jax.train.step import language_model_loss
@@ -159,7 +159,7 @@ def test_every_adapter_has_a_gradient_once_b_has_moved(weights, tokenizer):
     batch = batch_of(encoded(tokenizer), [0, 1, 2], [3, 4])
     for moved in (False, True):  # A has none while B is zero, B has one from the start
         found, _ = gradient(adapters, batch, weights.params)
-        for path, values in flatten(found).items():
+        for path, values in leaves_by_path(found).items():
             norms = np.linalg.norm(np.asarray(values).reshape(values.shape[0], -1), axis=-1)
             assert np.all(norms > 0) == (moved or path.endswith("b")), path
         adapters = jax.tree.map(lambda x, g: x - 0.01 * g, adapters, found)
@@ -200,7 +200,7 @@ def test_checkpoints_hold_adapters_alone_and_name_the_weights_they_belong_to(mam
         saved = manager.restore(
             step, args=ocp.args.Composite(state=ocp.args.StandardRestore(), loop=ocp.args.JsonRestore())
         )
-    paths = flatten(saved["state"]["params"])
+    paths = leaves_by_path(saved["state"]["params"])
     assert len(paths) == 2 * len("in_x in_z x_proj dt_proj out".split())
     assert all(path.endswith(("/kernel/a", "/kernel/b")) for path in paths)
     of_model = sum(x.size for x in jax.tree.leaves(mamba1.params))

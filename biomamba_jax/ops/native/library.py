@@ -32,7 +32,7 @@ _FUNCTIONS = (
 )
 _TIMEOUT = 300  # seconds; it takes about 10
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def build() -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     path = cache_folder() / "native" / f"{name}.so"
     if not path.exists():
-        logger.info("compiling the native ops into %s; this is done once", path)
+        _LOG.info("compiling the native ops into %s; this is done once", path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             compiled = Path(folder) / path.name
