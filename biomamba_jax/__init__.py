@@ -1,4 +1,4 @@
-"""Mamba-1 and Mamba-2 language models for biomedical text in JAX, on CPU, GPU and TPU."""
+"""Mamba-1, Mamba-2 and Mamba-3 language models for biomedical text in JAX, on CPU, GPU and TPU."""
 
 from typing import TYPE_CHECKING, Any
 

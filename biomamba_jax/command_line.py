@@ -7,6 +7,7 @@ unknown and ill-typed keys by name. It imports nothing heavy: a command imports 
 import dataclasses
 import errno
 import io
+import logging
 import os
 import select
 import sys
@@ -238,6 +239,12 @@ def _shortage(error: Exception) -> str | None:
     if memory or any(mark in reason for mark in _OUT_OF_MEMORY):
         return f"memory ran out ({reason}); give a smaller batch_size or shorter rows"
     return reason if _NO_BACKEND in reason else None
+
+
+def log_to_stderr() -> None:
+    """Print the package's log, a line a message, on stderr."""
+    logging.basicConfig(format="%(message)s", force=True)
+    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
 
 
 def keep_compiled_programs() -> None:

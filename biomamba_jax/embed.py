@@ -13,7 +13,6 @@ of a text by its first line.
 """
 
 import dataclasses
-import logging
 import os
 import sys
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax import folders
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import log_to_stderr, parse, run_command
 from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalConfig, SearchConfig
 from biomamba_jax.errors import UserError
 
@@ -107,8 +106,7 @@ def search(argv: Sequence[str], prog: str) -> None:
 
 def train(argv: Sequence[str], prog: str) -> None:
     """Train a model so that a text's first line, such as a title, is near the rest of it (InfoNCE)."""
-    logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
+    log_to_stderr()
     config = parse(ContrastiveConfig, argv, f"{prog}\n\n{train.__doc__}")
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 

@@ -1,4 +1,4 @@
-"""Fine-tuning of encoders of others, such as BioBERT's kind, by transformers' Trainer on our data and splits."""
+"""Fine-tuning of third-party encoders, such as BioBERT, by transformers' Trainer on our data and splits."""
 
 import importlib
 import logging
@@ -31,14 +31,14 @@ _LOG = logging.getLogger(__name__)
 _IGNORED = -100
 """Label that the losses of transformers leave out."""
 _ONLY = {"reading": "once", "lora.rank": 0, "loss.z_loss": 0, "optimizer.layer_decay": 1, "optimizer.ema": 0}
-"""Settings of our models, and the values by which they have no effect."""
+"""Settings that apply to our models alone, and the values at which they have no effect."""
 
 
 def start(config: FinetuneConfig) -> EncoderHeadModel:
-    """Load the encoder of `config.init_from` with a new head; its random numbers are of the run's seed.
+    """Load the encoder of `config.init_from` with a new head, whose random numbers come from the run's seed.
 
     Raises:
-      UserError: it cannot be loaded, or a setting is of our models alone.
+      UserError: it cannot be loaded, or a setting applies to our models alone.
     """
     head = config.head_config
     check(head is not None, "head", config.head, f"{config.init_from} is an encoder: give a head such as classifier")
@@ -57,7 +57,7 @@ def train(
 ) -> None:
     """Train an encoder and write it into the run directory: the weights with the lowest development loss.
 
-    A run that was interrupted goes on from its newest checkpoint; a finished one is left as it is.
+    A run that was interrupted resumes from its newest checkpoint; a finished one is left as it is.
 
     Args:
       config: the run; a batch is of `data.batch_size` examples, not of packed rows.
@@ -130,7 +130,7 @@ def train(
 
 
 def labels(targets: np.ndarray, head: HeadConfig, length: int) -> dict[str, Any]:
-    """Return an example's targets, see `model.heads`, as transformers' heads take them for a row of `length` tokens."""
+    """Return an example's targets (see `model.heads`) as transformers' heads take them, for rows of `length` tokens."""
     if head.kind == "token_classifier":
         known = np.where(targets == NOT_COUNTED, _IGNORED, targets).tolist()
         return {"labels": [*known, *[_IGNORED] * (length - len(known))]}

@@ -1,4 +1,4 @@
-"""Evaluate models side by side: perplexity and bits per byte of text domains, PubMedQA and BioASQ.
+"""Evaluate models side by side: perplexity and bits per byte of text domains, PubMedQA, BioASQ and multiple choice.
 
 python -m biomamba_jax.evaluate --config configs/evaluate.yaml [--models.NAME FOLDER ...] [--output FOLDER]
 

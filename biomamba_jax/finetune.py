@@ -8,16 +8,15 @@ results.json in the run directory, and a table; for questions next to a baseline
 answer. Every command takes the run directory as a model, adapters merged.
 
 --head predicts from hidden states instead: classes, labels or a score of a text, entities, or the answer in a text.
-With it --init_from hf:DIR is an encoder of others, such as BERT's or RoBERTa's kind, which transformers trains (the
-[hf] extra).
+With it --init_from hf:DIR is a third-party encoder, such as BERT or RoBERTa, which transformers trains (the [hf]
+extra).
 """
 
-import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 
 from biomamba_jax import folders
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import log_to_stderr, parse, run_command
 from biomamba_jax.config import FinetuneConfig
 
 _COLUMNS = {
@@ -45,8 +44,7 @@ _COLUMNS = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
+    log_to_stderr()
     config = parse(FinetuneConfig, argv, __doc__)
     import jax
 

@@ -31,7 +31,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def read_weights(config: FinetuneConfig) -> Weights | None:
-    """Return the weights of `config.init_from`; None for an encoder of others, which transformers loads."""
+    """Return the weights of `config.init_from`; None for a third-party encoder, which transformers loads."""
     name = config.init_from or ""
     return None if name.startswith(TRANSFORMERS_PREFIX) else read_model(name)
 

@@ -33,7 +33,9 @@ class _Remote(NamedTuple):
     """A file of a store."""
 
     path: str
+    """Path in the store."""
     size: int
+    """Bytes."""
     digest: str
     """Digest of its name, size and version."""
 
@@ -46,6 +48,7 @@ class _Listing(NamedTuple):
     """Content of a URL's folder at one moment."""
 
     store: Any
+    """The file system of fsspec."""
     files: dict[str, _Remote]
     """Files by their names below the folder."""
     state: str

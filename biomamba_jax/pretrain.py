@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax import files, folders
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import log_to_stderr, parse, run_command
 from biomamba_jax.config import PretrainConfig
 from biomamba_jax.errors import UserError
 
 # Neither `--help` nor the data workers, which import this module again, need jax: it is imported inside functions.
 
+_LOG = logging.getLogger(__name__)
 _LARGEST_BASELINE = 100_000_000
 """Training tokens up to which n-gram models are counted, which takes seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    logging.basicConfig(format="%(message)s", force=True)
-    logging.getLogger("biomamba_jax").setLevel(logging.INFO)
+    log_to_stderr()
     config = parse(PretrainConfig, argv, __doc__)
     from biomamba_jax.parallel import distributed
 
@@ -98,15 +98,14 @@ def for_shards(weights: Any, config: PretrainConfig) -> Any:
     from biomamba_jax.data.tokenizer import load_tokenizer
     from biomamba_jax.interop import vocabulary
 
-    log = logging.getLogger(__name__)
     file = tokenizer_file(config.data.path)
     if weights.tokenizer_file is None or not file.is_file():
-        log.warning(f"{config.init_from}: has no tokenizer; the shards' ids are taken to be its rows, unchecked")
+        _LOG.warning(f"{config.init_from}: has no tokenizer; the shards' ids are taken to be its rows, unchecked")
         return weights
     ours, theirs = load_tokenizer(weights.tokenizer_file), load_tokenizer(file)
     if config.new_tokenizer and ours.vocabulary_sha256 != theirs.vocabulary_sha256:
         weights, drawn = vocabulary.with_tokenizer(weights, theirs)
-        log.info(f"new tokenizer: {theirs.vocab_size - drawn:,} of {theirs.vocab_size:,} tokens keep their embeddings")
+        _LOG.info(f"new tokenizer: {theirs.vocab_size - drawn:,} of {theirs.vocab_size:,} tokens keep their embeddings")
     elif not config.new_tokenizer:
         remedy = "prepare the text with that, or give --new_tokenizer to take this one and draw its other rows anew"
         vocabulary.require_same(ours, theirs, config.data.path, remedy)
@@ -143,7 +142,7 @@ def write_baselines(config: PretrainConfig) -> None:
             read_baselines(config.run_dir)
             return
     except UserError as error:
-        logging.getLogger(__name__).warning(f"{error}; counted again")
+        _LOG.warning(f"{error}; counted again")
     _, held_out = open_split(config.data.path, "validation")
     if not len(held_out):
         return

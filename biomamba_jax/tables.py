@@ -13,6 +13,7 @@ class Table(NamedTuple):
     """Rows of cells under column names: shown by `print_tables`, and on pages by the macro `table`."""
 
     columns: Sequence[str]
+    """Column names."""
     rows: Sequence[Sequence[Any]]
     """Cells, see `shown`. On a page a row of one cell is a heading."""
     title: str = ""
@@ -37,7 +38,7 @@ def summary_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
 
 def print_tables(tables: Iterable[Table]) -> None:
     """Print tables to stdout."""
-    # Where stdout is no terminal rich would squeeze a table into 80 columns.
+    # Where stdout is not a terminal, rich would squeeze a table into 80 columns.
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
     for table in tables:
         console.print(_as_rich(table))

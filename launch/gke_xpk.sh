@@ -136,7 +136,7 @@ main() {
     status) run xpk workload list --cluster="$CLUSTER" "${WHERE[@]}" ;;
     delete) run xpk workload delete --workload="$NAME" --cluster="$CLUSTER" "${WHERE[@]}" --force ;;
     delete-cluster) delete_cluster ;;
-    *) die "${WORDS[0]}: unknown; say one of: cluster, run, submit, follow, status, delete, delete-cluster" ;;
+    *) die "${WORDS[0]}: unknown; give one of: cluster, run, submit, follow, status, delete, delete-cluster" ;;
   esac
 }
 

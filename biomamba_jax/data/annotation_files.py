@@ -1,4 +1,4 @@
-"""Files of annotated texts in the field's formats.
+"""Readers of annotated texts in the formats of published corpora.
 
     conll       a word and its tag a line, the tag last; IOB or IOBES; an empty line ends a sentence
     pubtator    PMID|t|title, PMID|a|abstract, then lines of mentions and of relations
@@ -88,7 +88,7 @@ def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                 concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
                 spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
             else:
-                raise UserError(f"{path}, line {number}: is no title, abstract, mention or relation of PubTator")
+                raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
         text = AnnotatedText(key, "\n".join(parts), relations=tuple(relations))
         yield replace(text, spans=_checked(text.text, spans, f"{path}, PMID {key}", config.types))
 
@@ -143,7 +143,7 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                         spans.append((Span(start, end, facts.get("type", ""), ids), annotation.findtext("text")))
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
-            raise UserError(f"{where}: has an offset that is no number or not in the text ({error})") from None
+            raise UserError(f"{where}: has an offset that is not a number, or not in the text ({error})") from None
         kept = _checked(text, spans, where, config.types)
         yield AnnotatedText(document.findtext("id") or "", text, kept, relations=tuple(relations))
 
@@ -178,15 +178,15 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             texts = line["text"], line.get("question", ""), str(line.get("key", line.get("id", where)))
             labels = [line["label"]] if "label" in line else line.get("labels", [])
             if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
-                raise TypeError("labels that are no list of texts or numbers")
+                raise TypeError("labels that are not a list of texts or numbers")
             raw, score = line.get("spans", ()), line.get("score")
             spans = tuple(Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw)
             mentions = [s.get("text") for s in raw]
             relations = tuple(Relation(*map(str, each)) for each in line.get("relations", ()))
             if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *filter(None, mentions))):
-                raise TypeError("a text, question, type or mention that is no text")
+                raise TypeError("a text, question, type or mention that is not text")
             if not all(type(place) is int for span in spans for place in span[:2]):
-                raise TypeError("a start or end that is no whole number")
+                raise TypeError("a start or end that is not a whole number")
             text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, question=texts[1])
             if score is not None:
                 text = replace(text, score=float(score))
@@ -215,7 +215,7 @@ def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         for paragraph in (each for article in read_any_json(path)["data"] for each in article["paragraphs"]):
             context = paragraph["context"]
             if not isinstance(context, str):
-                raise TypeError("a context that is no text")
+                raise TypeError("a context that is not text")
             for qa in paragraph["qas"]:
                 places = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
                 answers = [(Span(start, start + len(text), "answer"), text) for start, text in places]

@@ -62,9 +62,11 @@ class FileTask:
     """An input file to spool."""
 
     path: Path
+    """The file."""
     folder: Path
     """Folder of the spools."""
     config: PrepareConfig
+    """Settings of the run."""
     evaluation: str = ""
     """Digest of the evaluation text, which is in `folder`; "": none."""
 
@@ -143,7 +145,7 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
     paths = _paths(config)
     if (config.tokenizer is None) == (config.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
-    given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # so is a wrong tokenizer
+    given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # refused now, not hours later
     kept = None if config.spools is None else Path(config.spools)
     with work_folder(Path(config.output), kept) as work, start_workers(config.workers) as pool:
         tasks = _file_tasks(paths, work.spools, config)

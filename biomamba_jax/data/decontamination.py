@@ -40,6 +40,7 @@ class Item(NamedTuple):
     name: str
     """FILE: KEY."""
     text: str
+    """The text."""
     pmids: tuple[int, ...] = ()
     """PMIDs of its source articles."""
 

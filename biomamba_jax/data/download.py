@@ -46,7 +46,9 @@ class Remote(NamedTuple):
     """A file on the server."""
 
     name: str
+    """Name of the file."""
     url: str
+    """Its address."""
 
 
 class _HeadersInTime:

@@ -32,6 +32,7 @@ class ShardPart:
     number: int
     """Index of the source in the manifest."""
     source: Source
+    """The source."""
     rows: np.ndarray
     """uint32 [documents], ascending."""
 
@@ -45,7 +46,9 @@ class ShardTask:
     tokenizer: str
     """The tokenizer's file."""
     tokenizer_sha256: str
+    """Digest of the tokenizer's file."""
     token_dtype: str
+    """Type of stored ids: uint16 or uint32."""
     parts: tuple[ShardPart, ...]
     """Its documents, in order."""
 

@@ -32,6 +32,7 @@ class Example:
     """A prompt and its answer."""
 
     prompt: str
+    """The text before the answer."""
     answer: str
     """The text that follows the prompt, including a leading space."""
     label: str = ""

@@ -21,8 +21,11 @@ class Checksums:
     """Size in bytes and hexadecimal digests of a file on disk; 0 and "" for a part of a hub's dataset."""
 
     size: int
+    """Bytes."""
     md5: str
+    """Hexadecimal MD5."""
     sha256: str
+    """Hexadecimal SHA-256."""
 
 
 def checksums(path: str | Path) -> Checksums:

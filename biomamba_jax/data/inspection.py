@@ -35,6 +35,7 @@ class Sample(NamedTuple):
     name: str
     """PMID or index, and source."""
     tokens: int
+    """Tokens of the document."""
     before: str
     """The record's XML; "" where its file was not given."""
     after: str
@@ -55,18 +56,24 @@ class Markup(NamedTuple):
     """Numbers of documents with markup left in their text."""
 
     checked: int
+    """Documents that were searched."""
     tags: int
+    """Those with HTML tags."""
     entities: int
+    """Those with HTML entities."""
 
 
 class SourceShare(NamedTuple):
     """A source's share of the preview of a mixture."""
 
     name: str
+    """Name of the source."""
     tokens: int
+    """Tokens drawn from it."""
     share: float
     """Share of the preview's tokens, 0 to 1."""
     documents: int
+    """Documents drawn from it."""
     epochs: float
     """Passes over the source."""
 
@@ -78,17 +85,23 @@ class Inspection:
     name: str
     """Name of the folder of shards."""
     manifest: Manifest
+    """The folder's manifest."""
     split: str
+    """Name of the split."""
     lengths: np.ndarray
     """Tokens of each document, EOS included: uint32 [documents]."""
     sequence_length: int
+    """Tokens of a row."""
     packed: float
     """Share of tokens, not padding, in packed rows of `sequence_length`, 0 to 1."""
     markup: Markup
+    """Markup left in the text."""
     samples: list[Sample]
+    """Some documents."""
     removed: dict[str, int]
     """Number of entries of each reason in `removed.jsonl`."""
     mixture: list[SourceShare]
+    """Preview of the mixture; [] without one."""
 
 
 def inspect(config: InspectConfig) -> Inspection:

@@ -36,7 +36,9 @@ class NearDuplicate(NamedTuple):
     """A document that repeats an earlier one; both by their index among all documents."""
 
     place: int
+    """The document."""
     earlier: int
+    """The document that it repeats."""
     similarity: float
     """Jaccard similarity."""
 

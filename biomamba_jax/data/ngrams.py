@@ -23,6 +23,7 @@ class Baseline:
     """A baseline's result on held-out text."""
 
     name: str
+    """Kind of model and its k."""
     perplexity: float
     """Per token."""
     bits_per_byte: float

@@ -28,8 +28,11 @@ class Piece(NamedTuple):
     """Tokens [start, stop) of a document; start > 0 only in documents longer than a row."""
 
     document: int
+    """Index of the document."""
     start: int
+    """Index of the first token."""
     stop: int
+    """Index after the last token."""
 
 
 class WindowStart(NamedTuple):

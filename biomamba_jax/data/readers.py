@@ -84,7 +84,7 @@ def files_in(path: str) -> list[Path]:
     if not Path(path).is_dir():
         return [Path(path)]
     known = (each for each in sorted(Path(path).iterdir()) if _kind(each) in (*_ROWS, *_RECORDS) and each.is_file())
-    found = [each for each in known if not each.name.lower().startswith("readme")]  # NLM's README.txt is no input
+    found = [each for each in known if not each.name.lower().startswith("readme")]  # such as NLM's README.txt
     if not found:
         raise UserError(f"{path}: holds no file of a known kind; --input takes {KINDS}")
     return found

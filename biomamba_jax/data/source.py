@@ -60,6 +60,7 @@ class Source:
     """A spool and the final status of its records."""
 
     spool: Spool
+    """The spool."""
     status: np.ndarray
     """uint8 [records]: KEPT, DELETION or the CODE of a reason."""
 

@@ -1,4 +1,4 @@
-"""Special tokens: which ones begin, end and pad a text, as the files beside a tokenizer state it.
+"""Special tokens: which ones begin, end and pad a text, as the files next to a tokenizer state it.
 
 tokenizer_config.json counts first, then config.json, then generation_config.json; only an end-of-text token that none
 of them states is found by its name.
@@ -69,7 +69,7 @@ def token_ids(path: Path, raw: Any, vocab_size: int) -> dict[str, Any]:
 def read_stated(
     file: Path, vocab_size: int, token_id: Callable[[str], int | None], token: Callable[[int], str]
 ) -> tuple[dict[str, Any], dict[str, int]]:
-    """Read what the files beside a tokenizer state.
+    """Read what the files next to a tokenizer state.
 
     Args:
       file: the tokenizer.

@@ -65,7 +65,7 @@ def html_entities(text: str) -> int:
 
 
 def remaining_markup(text: str) -> tuple[bool, bool]:
-    """Return whether a text has (tags, entities) left: two known faults of PubMed corpora."""
+    """Return (True if a text has tags left, True if it has entities left): two known faults of PubMed corpora."""
     return _ESCAPED_TAG.search(text) is not None, any(
         name[1] == "#" or name[1:] in html.entities.html5 for name in _ESCAPED.findall(text)
     )

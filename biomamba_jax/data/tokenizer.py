@@ -47,9 +47,9 @@ class Tokenizer(ABC):
         self.unknown_id: int | None = None
         """Id of the token that stands for text that has no other token; None if there is no such token."""
         self.config: dict[str, Any] = {}
-        """tokenizer_config.json beside the file, with the special tokens that config.json states by id."""
+        """tokenizer_config.json next to the file, with the special tokens that config.json states by id."""
         stated: dict[str, int] = {}
-        if path.name == self.filename:  # else one of several tokenizers: the files beside it may be another's
+        if path.name == self.filename:  # else one of several tokenizers: the files next to it may be another's
             self.config, stated = read_stated(path, vocab_size, self.token_id, self.token)
         eos = stated.get("eos", default_eos)
         if eos is None:
@@ -129,7 +129,7 @@ class Tokenizer(ABC):
         return self.decode_batch([[i for i in ids if i != self.unknown_id] for ids in self.encode_batch(texts)])
 
     def save_to(self, folder: str | os.PathLike[str]) -> Path:
-        """Copy the tokenizer's file into `folder` under its usual name, with what was stated beside it.
+        """Copy the tokenizer's file into `folder` under its usual name, with what was stated next to it.
 
         Returns:
           The path of the copy.
@@ -236,7 +236,7 @@ class _SentencePiece(Tokenizer):
         pass  # it makes no control piece of text
 
     def token_id(self, text: str) -> int | None:
-        found = self._processor.piece_to_id(text)  # that of the unknown token for a text that is no piece
+        found = self._processor.piece_to_id(text)  # that of the unknown token for a text that is not a piece
         return found if self.token(found) == text else None
 
     def token(self, token_id: int) -> str:

@@ -25,15 +25,19 @@ class Comparison(NamedTuple):
     """Results of a tokenizer."""
 
     name: str
+    """The tokenizer's name."""
     vocab_size: int
+    """Number of ids."""
     tokens: int
     """Tokens of the whole text, without EOS."""
     bytes_per_token: float
+    """UTF-8 bytes of the text per token."""
     tokens_per_word: float
     """Words are separated by white space."""
     single_terms: float
     """Fraction of the terms that are one token after a space."""
     tokens_per_term: float
+    """Mean tokens of a term after a space."""
     unspelled: float
     """Share of the text's bytes that the tokens do not spell, white space aside; what is lost takes no tokens."""
 

@@ -127,7 +127,7 @@ def describe(folder: Path, settings: dict[str, Any], step: int, manifest: Manife
     Returns:
       {"steps", "tokens" (of those steps, padding included), "recipe": {section: settings that had an effect} of the
       last of them, with {"until step N": {key: value}} for the settings that were changed then, "init_from" or, if it
-      is no folder, "base_model" (a hub name), "evaluation": the last held-out line up to `step`, "text": {"sources",
+      is not a folder, "base_model" (a hub name), "evaluation": the last held-out line up to `step`, "text": {"sources",
       "splits", "tokenizer"} of the shards' manifest}; the last two only if metrics.jsonl and the shards exist.
     """
     changes = run_dir.settings_by_step(folder, step)

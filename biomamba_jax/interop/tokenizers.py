@@ -52,7 +52,7 @@ def write_for_transformers(file: Path, folder: Path, token_ids: dict[str, Any]) 
         from_sentencepiece(file).save(str(folder / TOKENIZER_JSON))
         settings = tokenizer.config | settings
     else:
-        if "tokenizer_class" in tokenizer.config:  # as a model of others states it, whose prompts may spell them
+        if "tokenizer_class" in tokenizer.config:  # as another project's model states it; its prompts may spell them
             del settings["split_special_tokens"]
         settings |= tokenizer.config
         library = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON))

@@ -1,4 +1,4 @@
-"""Mamba-1 and Mamba-2 language models and their recurrent state."""
+"""Mamba-1, Mamba-2 and Mamba-3 language models and their recurrent state."""
 
 from biomamba_jax.model.language_model import LanguageModel
 from biomamba_jax.model.state import MixerState, ModelState

@@ -1,6 +1,6 @@
-"""Heads on a backbone: hidden states from one or two directions, and the losses that are no softmax over the labels.
+"""Heads on a backbone: hidden states from one or two directions, and losses other than a softmax over labels.
 
-Parameters beside those of the language model: "head", {"weight": [K D], "bias": [K]}, and, for a bidirectional head,
+Parameters in addition to the language model's: "head", {"weight": [K D], "bias": [K]}, and, for a bidirectional head,
 "reversed", the layers and final norm of the backbone that reads from right to left; D is then twice d_model. Targets
 are int32 like tokens: an index, a set of labels as bits, the bits of a float32 that is not negative, or, for spans, 1
 for the first word of the answer plus 2 for its last one. Negative targets do not count.
@@ -92,7 +92,7 @@ def multi_label_sums(logits: Float[Array, "B L K"], targets: Int[Array, "B L"], 
 
 
 def regression_sums(logits: Float[Array, "B L 1"], targets: Int[Array, "B L"], valid: Bool[Array, "B L"]) -> LossSums:
-    """Return sums of the squared error, in the place of a log-likelihood."""
+    """Return sums of the squared error, in place of a log-likelihood."""
     # The bits of a target that does not count are a NaN, whose gradient would be one too.
     error = logits[..., 0] - jax.lax.bitcast_convert_type(jnp.maximum(targets, 0), jnp.float32)
     return _sums(error**2, jnp.abs(error) <= TOLERANCE, valid)

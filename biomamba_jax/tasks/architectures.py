@@ -1,4 +1,4 @@
-"""Questions that a model of others can answer, by the architecture that its folder states."""
+"""Questions that a third-party model can answer, by the architecture that its folder states."""
 
 from pathlib import Path
 

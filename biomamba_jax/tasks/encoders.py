@@ -1,4 +1,4 @@
-"""Heads on encoders of others, such as BioBERT's kind: asked like our own, computed by transformers.
+"""Heads on third-party encoders, such as BioBERT: used like our own, computed by transformers.
 
 Texts are tokenized word by word as for our models, and a word's label sits on its last token. A text that is longer
 than an encoder's positions is read in windows for entities; else it is cut, as in training.
@@ -28,7 +28,7 @@ _NEVER = -1e30
 
 
 def stated_kind(folder: Path) -> HeadKind | None:
-    """Return the kind of head of an encoder's folder; None if it has none, or is no folder of others."""
+    """Return the kind of head of an encoder's folder; None if it has none, or is one of our models."""
     path = folder / "config.json"
     raw = read_json(path) if path.exists() else {}
     if str(raw.get("model_type", "mamba")) in CODE:
@@ -40,7 +40,7 @@ def stated_kind(folder: Path) -> HeadKind | None:
 
 
 class EncoderTokenizer:
-    """A tokenizer of transformers, as the readers of annotated texts use ours."""
+    """A tokenizer of transformers with the methods that annotated texts are encoded by."""
 
     def __init__(self, key: str, tokenizer: Any):
         around = tokenizer("")["input_ids"]
@@ -60,7 +60,7 @@ class EncoderTokenizer:
 
 
 class EncoderHeadModel(HeadModel):
-    """An encoder of others with a head.
+    """A third-party encoder with a head.
 
     Args:
       key: the model's name in errors.

@@ -214,8 +214,11 @@ class _DecodeState:
     keys: Array
     """[B] random keys; that of the n-th token is folded with n."""
     states: LayerStates
+    """Recurrent states after the last token."""
     eos_id: Int[Array, ""]
+    """Token that ends a row; -1: none."""
     vocab_size: Int[Array, ""]
+    """Ids from here on are never generated."""
 
 
 @jax.jit

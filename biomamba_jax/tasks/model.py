@@ -80,7 +80,7 @@ def load(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> "
 
 
 def load_head(path: str | os.PathLike[str], dtype: InferenceDType | None = None) -> HeadModel:
-    """Load a model with the head that it was fine-tuned with: ours, or an encoder of others.
+    """Load a model with the head that it was fine-tuned with: ours, or a third-party encoder.
 
     Args:
       path: see `load`; or the Hugging Face folder of an encoder for tags, classes or answers (the [hf] extra).

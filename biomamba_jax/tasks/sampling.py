@@ -18,8 +18,11 @@ class Steps(NamedTuple):
     """Steps that a `Sampling` needs; static under jit, so that a disabled one costs nothing."""
 
     draw: bool
+    """Sample; False: greedy."""
     top_k: bool
+    """Apply top-k."""
     top_p: bool
+    """Apply top-p."""
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Steps":

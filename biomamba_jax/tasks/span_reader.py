@@ -1,4 +1,4 @@
-"""Answers BioASQ's factoid questions with extractive models of others, which mark an answer's span in a passage.
+"""Answers BioASQ's factoid questions with third-party extractive models, which mark an answer in a passage.
 
 Each snippet is read together with the question, in overlapping windows if it is long. A span's probability is that of
 its first token times that of its last one, each among the snippet's tokens in the window and the first token, which

@@ -160,8 +160,8 @@ class _Causal(TransformersModel):
         if float(changed[:-1].max()) > _CAUSAL * float(changed[-1]):
             kind = type(self._model).__name__
             raise UserError(
-                f"models.{self._name}: {self._folder} sees the tokens that it is to predict ({kind} is no causal model "
-                "as configured), so it gives no likelihood of a text; leave it out"
+                f"models.{self._name}: {self._folder} sees the tokens that it is to predict ({kind} is not a causal "
+                "model as configured), so it gives no likelihood of a text; leave it out"
             )
 
     def _encode_context(self, texts: Sequence[str]) -> list[Tokens]:

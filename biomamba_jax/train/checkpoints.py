@@ -2,7 +2,7 @@
 
 A checkpoint holds the train state (parameters, optimizer state, moving average, step, random key, counters) and, as
 JSON, what the loop needs to resume exactly: the data iterator's state and the sums of the metrics line in progress.
-Before it gets its name, the sha256 of each of its files is written beside them.
+Before it gets its name, the sha256 of each of its files is written next to them.
 """
 
 import asyncio

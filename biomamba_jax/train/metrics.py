@@ -30,6 +30,7 @@ import jax
 from biomamba_jax import files
 from biomamba_jax.config import RunConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.extras import extra
 
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
@@ -38,7 +39,7 @@ SKIPPED = "skipped.jsonl"
 Record = dict[str, Any]
 
 _NEEDED = {METRICS: ("split",), TIMING: ("time",)}
-"""Keys that every line of a file has besides its step."""
+"""Keys that every line of a file has in addition to its step."""
 # JSON has no such numbers, and a diverged run's lines must still be readable by every JSON parser.
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
@@ -85,7 +86,7 @@ class MetricsWriter:
 
         Args:
           step: optimizer steps done so far.
-          split: "train", "validation" or "test".
+          split: "train", "validation", or "evaluate/" and the name of a task.
           values: name -> integer or float (Python, NumPy or JAX scalar), in the order of the line.
         """
         self._write(METRICS, {"step": int(step), "split": split}, split, values)
@@ -156,13 +157,7 @@ class _Events:
 
 def _wandb_run(config: RunConfig, *, resumed: bool) -> Any:
     """Return a new Weights & Biases run, or the one of the resumed run, whose id the folder keeps."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(
-            "wandb_project is set but wandb is not installed: pip install 'biomamba-jax[wandb]', "
-            "or leave wandb_project out"
-        ) from None
+    wandb = extra("wandb", "wandb", "wandb_project: wandb is not installed; leave wandb_project out, or")
     folder = Path(config.run_dir)
     id_file = folder / "wandb_id.txt"
     if not resumed or not id_file.exists():
@@ -201,7 +196,7 @@ def _records(path: Path) -> Iterator[tuple[bytes, Record]]:
         record = {key: _NOT_FINITE.get(x, x) if isinstance(x, str) else x for key, x in record.items()}
         needed = {key: record.get(key) for key in (*_NEEDED[path.name], *record)} if path.name in _NEEDED else {}
         if not all(isinstance(x, str if key == "split" else int | float) for key, x in needed.items()):
-            raise UserError(f"{path}, line {number}: lacks a value, or holds one that is no number; delete it")
+            raise UserError(f"{path}, line {number}: lacks a value, or holds one that is not a number; delete it")
         yield line, record
 
 
