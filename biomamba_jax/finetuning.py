@@ -95,12 +95,12 @@ def _answer(
         majority = mode(example.label for example in task.train) if task.answers else None
         predictions = predict(model, task, examples, config.data)
         return [dataclasses.asdict(each) for each in predictions], measure(predictions, majority)
-    found = model.annotate(examples)
-    measures = mining_measures.measure(model.head, examples, found, negative=config.data.negative)
+    found, resampling = model.annotate(examples), Resampling()
+    measures = mining_measures.measure(model.head, examples, found, resampling, negative=config.data.negative)
     if config.data.relation:
         pairs, keys = predicted_relations(found), list(dict.fromkeys(text.key for text in examples))
         gold, named = [task.relations[key] for key in keys], [pairs.get(key, set()) for key in keys]
-        measures |= {"texts": len(keys)} | mining_measures.micro(gold, named, Resampling())
+        measures |= {"texts": len(keys)} | mining_measures.micro(gold, named, resampling)
     if config.head != "classifier":
         return [
             dataclasses.asdict(each) | {"gold": dataclasses.asdict(text)}

@@ -179,7 +179,9 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             labels = [line["label"]] if "label" in line else line.get("labels", [])
             if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
                 raise TypeError("labels that are not a list of texts or numbers")
-            raw, score = line.get("spans", ()), line.get("score")
+            raw, score = line.get("spans", ()), None if line.get("score") is None else float(line["score"])
+            if score is not None and not math.isfinite(score):
+                raise ValueError(f"a score of {score}")
             spans = tuple(Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw)
             mentions = [s.get("text") for s in raw]
             relations = tuple(Relation(*map(str, each)) for each in line.get("relations", ()))
@@ -187,11 +189,7 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                 raise TypeError("a text, question, type or mention that is not text")
             if not all(type(place) is int for span in spans for place in span[:2]):
                 raise TypeError("a start or end that is not a whole number")
-            text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, question=texts[1])
-            if score is not None:
-                text = replace(text, score=float(score))
-                if not math.isfinite(float(score)):
-                    raise ValueError(f"a score of {score}")
+            text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, score, texts[1])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
         stated = list(zip(spans, mentions, strict=True))

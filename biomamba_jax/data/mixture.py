@@ -73,7 +73,7 @@ def open_mixture(mixture: MixtureConfig, split: str = "train", *, tokenizer_sha2
     return MixedDocuments(mixture, [open_split(path, split, tokenizer_sha256=tokenizer_sha256)[1] for path in paths])
 
 
-def tokens_an_epoch(mixture: MixtureConfig, split: str = "train") -> int:
+def mixture_epoch_tokens(mixture: MixtureConfig, split: str = "train") -> int:
     """Return the tokens of all sources drawn during one epoch of the source with the greatest weight."""
     infos = {name: Manifest.load(source.path).splits[split] for name, source in mixture.sources.items()}
     drawn = dict(mixture.weights)

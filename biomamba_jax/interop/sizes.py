@@ -93,7 +93,7 @@ def _refuse_absurd(path: Path, stated: dict[str, Any], shapes: dict[str, Shape])
     bounds = {"n_layers": len(shapes), "pad_vocab_multiple": 1 << 16, "chunk_size": 1 << 31}
     for name, value in stated.items():
         if type(value) is int and value > bounds.get(name, max(largest, 1)):
-            raise UserError(f"{path}: {name} = {value!r:.100}: more than the tensors beside it can have")
+            raise UserError(f"{path}: {name} = {value!r:.100}: more than the tensors next to it can have")
 
 
 def _vocabulary(

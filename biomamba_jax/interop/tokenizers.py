@@ -57,7 +57,8 @@ def write_for_transformers(file: Path, folder: Path, token_ids: dict[str, Any]) 
         settings |= tokenizer.config
         library = hf.Tokenizer.from_file(str(folder / TOKENIZER_JSON))
         if tokenizer.special.adds_start and library.encode("").ids[:1] != [tokenizer.start_id]:
-            library.post_processor = _start_template(tokenizer)  # transformers does not read add_bos_token beside it
+            # transformers ignores add_bos_token where there is a tokenizer.json.
+            library.post_processor = _start_template(tokenizer)
             library.save(str(folder / TOKENIZER_JSON))
     eos = tokenizer.token(tokenizer.eos_id)
     for name in ("bos", "eos", "pad", "unk"):

@@ -17,7 +17,7 @@ from biomamba_jax.config.heads import HeadConfig
 from biomamba_jax.model.language_model import LanguageModel
 from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
-from biomamba_jax.ops.numerics import segment_firsts, segment_starts, softplus
+from biomamba_jax.ops.numerics import segment_ends, segment_firsts, softplus
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 
 Params = Mapping[str, Any]
@@ -44,8 +44,7 @@ def reversed_order(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
     The first token is the start token, with which both directions begin. The order is its own inverse.
     """
     place, first = jnp.arange(segment_ids.shape[1]), segment_firsts(segment_ids)
-    ends = jnp.pad(segment_starts(segment_ids)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    last = jax.lax.cummin(jnp.where(ends, place, len(place)), axis=1, reverse=True)
+    last = jax.lax.cummin(jnp.where(segment_ends(segment_ids), place, len(place)), axis=1, reverse=True)
     return jnp.where(place == first, place, first + 1 + last - place)
 
 

@@ -36,6 +36,11 @@ def segment_starts(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
 
+def segment_ends(segment_ids: Int[Array, "B L"]) -> Bool[Array, "B L"]:
+    """Return where a segment ends, the last one of a row at its last token."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+
+
 def segment_firsts(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """Return the index of the first token of each token's segment in the row."""
     index = jnp.arange(segment_ids.shape[1])

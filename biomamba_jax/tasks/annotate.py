@@ -4,11 +4,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from scipy.special import expit, softmax
 
 from biomamba_jax.config.heads import HeadConfig
@@ -18,8 +20,10 @@ from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop.heads import Head
 from biomamba_jax.model.decode import InferenceModel, LayerStates
-from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.tasks.padding import bucket_length, bucket_rows, by_length, pad_right
+from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
+from biomamba_jax.tasks.embedding import finite
+from biomamba_jax.tasks.packed import by_document, run_packed
 
 WINDOW = 1024
 """Tokens that are computed at once; a longer text continues with the recurrent state."""
@@ -96,10 +100,7 @@ class HeadModel(ABC):
         return [self._with_labels(text, each) for text, each in zip(texts, last, strict=True)]
 
     def _finite_logits(self, texts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-        for logits in self.logits(texts):
-            if not np.isfinite(logits).all():
-                raise UserError(f"{self._name}: its predictions are NaN: damaged weights, or an overflow")
-            yield logits
+        return (finite(logits, self._name, "predictions") for logits in self.logits(texts))
 
     def _with_spans(self, text: AnnotatedText, logits: np.ndarray, words: Sequence[tuple[int, int]]) -> AnnotatedText:
         """Return a text with the answers or entities that the logits [words K] of its words predict."""
@@ -135,7 +136,8 @@ class NativeHeadModel(HeadModel):
         self, name: str, model: InferenceModel, head: Head, tokenizer: Tokenizer, *, rows: int = 8, window: int = WINDOW
     ):
         super().__init__(name, head.config, tokenizer)
-        self._rows, self._window = rows, window
+        self._window, self._mesh = window, row_mesh()
+        self._rows = rows_of(rows, self._mesh)
         width = model.config.d_model
         self._backbones = [(model, jnp.asarray(head.weight[:, :width]))]
         if head.reversed is not None:
@@ -162,31 +164,25 @@ class NativeHeadModel(HeadModel):
             results.append(total)
         return results
 
-    def _run(self, model: InferenceModel, weight: Array, rows: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """Return float32 weight @ hidden state [tokens K] of each row."""
-
-        def of_batch(batch: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
-            longest, parts = max(map(len, batch)), []
-            states: LayerStates | None = None
-            for begin in range(0, longest, self._window):
-                # Padding follows a row's end, never a window that the row goes on after.
-                left = longest - begin
-                length = self._window if left > self._window else bucket_length(left)
-                window = [row[begin : begin + self._window] for row in batch]
-                logits, states = _logits(model, weight, pad_right(window, (bucket_rows(len(batch)), length)), states)
-                parts.append(np.asarray(logits))
-            whole = np.concatenate(parts, 1)
-            return (own[: len(row)] for own, row in zip(whole, batch, strict=False))
-
-        return by_length(rows, self._rows, of_batch)
+    def _run(self, model: InferenceModel, weight: Array, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return float32 weight @ hidden state [tokens K] of each text, none of which is empty."""
+        inputs = [np.asarray(ids, np.int32) for ids in texts]
+        logits = partial(_row_logits, (model, weight), self._mesh)
+        batches = run_packed(model, inputs, logits, self._window, self._rows, self._mesh)
+        found = dict(by_document(batches, inputs))
+        return [found[index] for index in range(len(texts))]
 
 
-@jax.jit
-def _logits(
-    model: InferenceModel, weight: Float[Array, "K D"], tokens: Int[Array, "B L"], states: LayerStates | None
+@partial(jax.jit, static_argnames=("mesh",))
+def _row_logits(
+    head: tuple[InferenceModel, Float[Array, "K D"]], mesh: Mesh, rows: dict[str, Array], states: LayerStates
 ) -> tuple[Float[Array, "B L K"], LayerStates]:
-    hidden, states = model.hidden(tokens, states)
-    return jnp.matmul(hidden.astype(jnp.float32), weight.T, precision=jax.lax.Precision.HIGHEST), states
+    def local(head: Any, rows: dict[str, Array], states: LayerStates) -> tuple[Array, LayerStates]:
+        model, weight = head
+        hidden, after = model.hidden(rows["inputs"], states, rows["segment_ids"])
+        return jnp.matmul(hidden.astype(jnp.float32), weight.T, precision=jax.lax.Precision.HIGHEST), after
+
+    return over_rows(local, mesh)(head, rows, states)
 
 
 def _answers(logits: np.ndarray, words: Sequence[tuple[int, int]]) -> list[Span]:

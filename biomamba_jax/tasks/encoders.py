@@ -19,7 +19,7 @@ from biomamba_jax.interop.heads import CODE, PROBLEM_TYPES, auto_class, transfor
 from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.architectures import architecture_of
 from biomamba_jax.tasks.padding import by_length
-from biomamba_jax.tasks.pretrained import UNUSED, load_pretrained, reserved_positions
+from biomamba_jax.tasks.pretrained import UNUSED, load_pretrained, padded_inputs, reserved_positions
 
 _KINDS: tuple[HeadKind, ...] = ("token_classifier", "span", "classifier")
 """Kinds of heads, of which `auto_class` gives the ending of an architecture."""
@@ -96,12 +96,9 @@ class EncoderHeadModel(HeadModel):
 
     def inputs(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         """Return the model's inputs for rows of ids, padded on the right."""
-        longest, tokenizer = max(map(len, rows)), self.tokenizer
-        ids = self.torch.tensor([[*row, *[tokenizer.padding_id] * (longest - len(row))] for row in rows])
-        mask = self.torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        found = {"input_ids": ids, "attention_mask": mask}
-        if self.head.kind == "span" and "token_type_ids" in tokenizer.library.model_input_names:
-            ends = (ids == tokenizer.end_id).long()
+        found = padded_inputs(self.torch, rows, self.tokenizer.padding_id)
+        if self.head.kind == "span" and "token_type_ids" in self.tokenizer.library.model_input_names:
+            ends = (found["input_ids"] == self.tokenizer.end_id).long()
             found["token_type_ids"] = ((ends.cumsum(1) - ends) > 0).long()  # 0 up to the end of the question
         return found
 

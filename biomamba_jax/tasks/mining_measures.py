@@ -56,7 +56,6 @@ def entities(
     """Return strict measures of spans: micro, and by type under "types"."""
     true, found = ([{(s.start, s.end, s.type) for s in text.spans} for text in texts] for texts in (gold, predicted))
     types = sorted({kind for spans in [*true, *found] for _, _, kind in spans})
-
     return micro(true, found, resampling) | {"types": by_group(types, true, found, itemgetter(2))}
 
 
@@ -162,9 +161,9 @@ def measure(
     head: HeadConfig,
     gold: Sequence[AnnotatedText],
     predicted: Sequence[AnnotatedText],
+    resampling: Resampling,
     *,
     negative: str = "",
-    resampling: Resampling | None = None,
 ) -> dict[str, Any]:
     """Return the measures of a head's predictions.
 
@@ -172,10 +171,9 @@ def measure(
       head: what was predicted.
       gold: texts as they are annotated; at least one.
       predicted: the same texts as `HeadModel.annotate` returns them.
-      negative: class that stands for none, which F1 leaves out.
       resampling: of the intervals.
+      negative: class that stands for none, which F1 leaves out.
     """
-    resampling = resampling or Resampling()
     results: dict[str, Any] = {"texts": len(gold)}
     if head.kind == "token_classifier":
         return results | entities(gold, predicted, resampling)

@@ -5,7 +5,6 @@ state, so that every token is predicted from the whole document before it. A con
 continuations it has. Rows of documents are sharded over the devices of this host.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -17,19 +16,12 @@ from jax.sharding import Mesh
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.data.records import batched
 from biomamba_jax.model.decode import InferenceModel, LayerStates
-from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import token_negative_log_likelihoods
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.generation import Generator, prefill
-from biomamba_jax.tasks.padding import (
-    bucket_length,
-    bucket_rows,
-    filled_rows,
-    packed_batches,
-    pad_left,
-    pad_right,
-)
+from biomamba_jax.tasks.packed import by_document, run_packed
+from biomamba_jax.tasks.padding import bucket_length, bucket_rows, pad_left, pad_right
 from biomamba_jax.tasks.scoring import Continuation, DocumentsScore, ModelFacts, Request, Tokens, encode_requests
 
 _BLOCK = 2048
@@ -92,23 +84,15 @@ class NativeScorer:
 
     def rows(self, rows: Sequence[Tokens]) -> Iterator[tuple[int, np.ndarray]]:
         """See `scoring.Scorer`."""
-        lengths = np.array([len(row) - 1 for row in rows], np.int64)  # predicted tokens
         arrays = [np.asarray(row, np.int32) for row in rows]
-        width = min(self._window, bucket_length(int(lengths.sum())))
-        model = self._model
-        for batches in packed_batches(lengths, width, self._rows):
-            states: LayerStates = (empty_state(model.config, self._rows, model.dtype),) * model.config.n_layers
-            parts: dict[int, list[np.ndarray]] = defaultdict(list)
-            for batch in batches:
-                inputs = filled_rows(batch, self._rows, width, lambda index: (arrays[index], arrays[index][1:]))
-                nats, states = _row_nats(model, inputs, states, self._generator.vocab_size, self._mesh)
-                for row, pieces in zip(np.asarray(nats, np.float64), batch, strict=False):
-                    ends = np.cumsum([piece.stop - piece.start for piece in pieces]).tolist()
-                    for piece, end in zip(pieces, ends, strict=True):
-                        parts[piece.document].append(row[end - piece.stop + piece.start : end])
-            for index, of_parts in parts.items():
-                yield index, np.concatenate(of_parts)
-        yield from ((index, np.zeros(0)) for index in np.flatnonzero(lengths <= 0).tolist())
+        inputs, targets = [row[:-1] for row in arrays], [row[1:] for row in arrays]
+        nats = partial(_row_nats, self._model, self._generator.vocab_size, self._mesh)
+        # One shape of batches: an evaluation has many, of which few are not full.
+        shape = self._window, self._rows, self._mesh
+        batches = run_packed(self._model, inputs, nats, *shape, targets=targets, shrink=False)
+        for index, found in by_document(batches, inputs):
+            yield index, found.astype(np.float64)
+        yield from ((index, np.zeros(0)) for index, own in enumerate(inputs) if not own.size)
 
     # --- Continuations ---
 
@@ -162,7 +146,7 @@ class NativeScorer:
 
 @partial(jax.jit, static_argnames=("vocab_size", "mesh"))
 def _row_nats(
-    model: InferenceModel, rows: dict[str, Array], states: LayerStates, vocab_size: int, mesh: Mesh
+    model: InferenceModel, vocab_size: int, mesh: Mesh, rows: dict[str, Array], states: LayerStates
 ) -> tuple[Float[Array, "B L"], LayerStates]:
     """Return the nats of every target and the states."""
 

@@ -1,12 +1,10 @@
-"""Batches of ragged rows, packed or padded to one of a few sizes so that few shapes are compiled."""
+"""Batches of ragged rows, padded to one of a few sizes so that few shapes are compiled."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from typing import TypeVar
 
 import numpy as np
 
-from biomamba_jax.data.packing import Piece, best_fit_decreasing, fill_row
 from biomamba_jax.data.records import batched
 
 T = TypeVar("T")
@@ -48,47 +46,3 @@ def pad_left(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     for row, prompt in enumerate(prompts):
         tokens[row, -len(prompt) :], segment_ids[row, -len(prompt) :] = prompt, 1
     return tokens, segment_ids
-
-
-def packed_batches(lengths: np.ndarray, width: int, rows: int) -> Iterator[list[list[list[Piece]]]]:
-    """Yield lists of batches of rows of pieces; the recurrent states carry from batch to batch of a list.
-
-    First the documents that fit into a row, packed, one batch a list; then the longer ones, each in a row of its own
-    over as many batches as it needs. Documents without tokens are in none.
-
-    Args:
-      lengths: tokens of each document, integers [documents].
-      width: tokens of a row.
-      rows: rows of a batch; the last batch of either kind has fewer.
-    """
-    short = np.flatnonzero((lengths > 0) & (lengths <= width))
-    packed: dict[int, list[Piece]] = defaultdict(list)
-    for document, row in zip(short.tolist(), best_fit_decreasing(lengths[short], width).tolist(), strict=True):
-        packed[row].append(Piece(document, 0, int(lengths[document])))
-    yield from ([batch] for batch in batched(packed.values(), rows))
-    long = np.flatnonzero(lengths > width)
-    ascending = long[np.argsort(lengths[long], kind="stable")]  # documents of a batch end at about the same time
-    for batch in batched(ascending.tolist(), rows):
-        ends = lengths[batch].tolist()
-        yield [
-            [
-                [Piece(document, start, min(start + width, end))] if start < end else []
-                for document, end in zip(batch, ends, strict=True)
-            ]
-            for start in range(0, ends[-1], width)
-        ]
-
-
-def filled_rows(
-    batch: Sequence[Sequence[Piece]], rows: int, width: int, read: Callable[[int], tuple[np.ndarray, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """Return the rows of a batch as arrays, int32 [rows width] each, of which those beyond it are padding.
-
-    Args:
-      batch: pieces of each row.
-      rows: number of rows.
-      width: tokens of a row.
-      read: see `fill_row`, which fills each of them.
-    """
-    filled = [fill_row(pieces, width, read) for pieces in [*batch, *[[]] * (rows - len(batch))]]
-    return {name: np.stack([row[name] for row in filled]) for name in filled[0]}

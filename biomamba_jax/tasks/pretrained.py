@@ -5,6 +5,7 @@ The only module of the package that imports PyTorch, and only when such a model 
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,13 @@ def load_pretrained(
             f"{type(model).__name__}, which would be drawn at random; give a folder with {holds}"
         )
     return torch, model.to(device).eval(), tokenizer
+
+
+def padded_inputs(torch: Any, rows: Sequence[Sequence[int]], padding_id: int) -> dict[str, Any]:
+    """Return a model's inputs "input_ids" and "attention_mask" [B L] for rows of ids, padded on the right."""
+    pad, ids = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True), [torch.tensor(row).long() for row in rows]
+    read = [torch.ones_like(row) for row in ids]
+    return {"input_ids": pad(ids, padding_value=padding_id), "attention_mask": pad(read)}
 
 
 def reserved_positions(model: Any) -> int:

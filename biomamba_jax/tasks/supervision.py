@@ -169,17 +169,14 @@ def predict(model: Model, task: SupervisedTask, examples: Sequence[Example], row
       examples: what to predict.
       rows: shape of the batches.
     """
-    prompts, labels = [example.prompt for example in examples], list(task.answers)
-    scorer = NativeScorer(task.name, model.generator, task.name, rows.sequence_length, rows.batch_size)
-    texts: list[str] | None = None
-    scores: list[dict[str, float]] | None = None
-    if labels:
-        scores = score_table(labels, likelihood_scores(scorer, prompts, list(task.answers.values())))
-    else:
-        texts = scorer.generate(prompts, _MAX_NEW_TOKENS, ["\n"])
-    predicted = [text.strip() for text in texts or []] or [max(row, key=row.__getitem__) for row in scores or []]
+    prompts = [example.prompt for example in examples]
     keys, truth = [example.key for example in examples], [example.label for example in examples]
-    return label_predictions(keys, truth, predicted, scores=scores, text=texts)
+    scorer = NativeScorer(task.name, model.generator, task.name, rows.sequence_length, rows.batch_size)
+    if not task.answers:
+        texts = scorer.generate(prompts, _MAX_NEW_TOKENS, ["\n"])
+        return label_predictions(keys, truth, [text.strip() for text in texts], text=texts)
+    scores = score_table(list(task.answers), likelihood_scores(scorer, prompts, list(task.answers.values())))
+    return label_predictions(keys, truth, [max(row, key=row.__getitem__) for row in scores], scores=scores)
 
 
 def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.tasks.architectures import check_architecture
 from biomamba_jax.tasks.generation import truncate_at_stop
-from biomamba_jax.tasks.pretrained import load_pretrained, reserved_positions
+from biomamba_jax.tasks.pretrained import load_pretrained, padded_inputs, reserved_positions
 from biomamba_jax.tasks.scoring import (
     Continuation,
     DocumentsScore,
@@ -123,13 +123,9 @@ class TransformersModel:
     def _logits(self, rows: Sequence[Sequence[int]]) -> Iterator[Any]:
         """Yield the float32 logits [tokens, ids] of each row of at most `limit` tokens; batches are right-padded."""
         for batch in batched(rows, self._batch_size):
-            longest = max(map(len, batch))
-            padding = [longest - len(row) for row in batch]
-            ids = self._torch.tensor([[*row, *[self.padding_id] * n] for row, n in zip(batch, padding, strict=True)])
-            mask = self._torch.tensor([[1] * (longest - n) + [0] * n for n in padding])
-            device = self._model.device
+            inputs = padded_inputs(self._torch, batch, self.padding_id)
             with self._torch.inference_mode():
-                logits = self._model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                logits = self._model(**{name: value.to(self._model.device) for name, value in inputs.items()}).logits
             for row, values in zip(batch, logits, strict=True):
                 yield values[: len(row), : self._vocabulary].float()
 

@@ -155,12 +155,10 @@ class EmbeddingFolder:
     def build_index(self, parts: int, kind: str) -> None:
         """Write an index of the normalized embeddings of all parts."""
         faiss = extra("search", "faiss", "faiss is needed")
-        index: Any = None
+        width = len(_read_about(self.path)["probe"])
+        index = faiss.index_factory(width, _INDEX_KINDS[kind], faiss.METRIC_INNER_PRODUCT)
         for number in range(parts):
-            vectors = normalized(np.asarray(self.read(number).vectors, np.float32))
-            if index is None:
-                index = faiss.index_factory(vectors.shape[1], _INDEX_KINDS[kind], faiss.METRIC_INNER_PRODUCT)
-            index.add(vectors)
+            index.add(normalized(np.asarray(self.read(number).vectors, np.float32)))
         with replacing(self.path / INDEX) as temporary:
             faiss.write_index(index, str(temporary))
 

@@ -22,9 +22,10 @@ from biomamba_jax.data.tokenizer import Tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights
 from biomamba_jax.model import LanguageModel
-from biomamba_jax.ops.array_typing import Array, Float, Int
+from biomamba_jax.model.pooling import pooling_weights
+from biomamba_jax.ops.array_typing import Array
 from biomamba_jax.ops.cross_entropy import LossSums
-from biomamba_jax.ops.numerics import segment_firsts, segment_starts
+from biomamba_jax.ops.numerics import segment_ends, segment_firsts
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.mesh import make_mesh
 from biomamba_jax.train.heldout import examples_evaluator
@@ -160,7 +161,9 @@ def contrastive_loss(
         rows = jnp.arange(segments.shape[0])[:, None]
         unused = segments.shape[0] * per_row * kinds
         slot = jnp.where(segments != 0, (rows * per_row + segments - 1) * kinds + kind, unused).reshape(-1)
-        weighted = _pooling_weights(pooling, texts)[..., None] * hidden.astype(jnp.float32)
+        position = jnp.arange(texts.shape[1]) - segment_firsts(texts)
+        weights = pooling_weights(pooling, position, segment_ends(texts))
+        weighted = weights[..., None] * hidden.astype(jnp.float32)
 
         def by_text(reduce: Any, values: Array) -> Array:
             return reduce(values, slot, unused + 1)[:-1].reshape(-1, kinds, *values.shape[1:])
@@ -186,16 +189,3 @@ def contrastive_loss(
         return nats, LossSums(nats, nats, correct, valid.sum().astype(jnp.float32))
 
     return loss
-
-
-def _pooling_weights(pooling: Pooling, texts: Int[Array, "B L"]) -> Float[Array, "B L"]:
-    """Return the weight of each state in the direction of its text's embedding, as `tasks.embedding` pools.
-
-    Args:
-      pooling: see `EmbeddingConfig`.
-      texts: number of the text that each token belongs to; neighbours differ.
-    """
-    position = jnp.arange(texts.shape[1]) - segment_firsts(texts)
-    ends = jnp.pad(segment_starts(texts)[:, 1:], ((0, 0), (0, 1)), constant_values=True)
-    weights = {"mean": position > 0, "weighted": position, "last": ends}
-    return weights[pooling].astype(jnp.float32)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.examples import EncodedExamples
-from biomamba_jax.data.mixture import MixedDocuments, open_mixture, tokens_an_epoch
+from biomamba_jax.data.mixture import MixedDocuments, mixture_epoch_tokens, open_mixture
 from biomamba_jax.data.packing import RowPlan
 from biomamba_jax.data.pipeline import Documents, PaddedDocuments
 from biomamba_jax.data.shards import Manifest, open_split, tokenizer_file
@@ -87,7 +87,7 @@ def epoch_tokens(data: DataConfig, manifest: Manifest) -> int:
       data: shards or mixture.
       manifest: that of data.path.
     """
-    return max(tokens_an_epoch(data.mixture) if data.mixture.sources else manifest.splits["train"].tokens, 1)
+    return max(mixture_epoch_tokens(data.mixture) if data.mixture.sources else manifest.splits["train"].tokens, 1)
 
 
 def require_same_shards(data: DataConfig) -> None:

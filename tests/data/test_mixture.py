@@ -9,7 +9,7 @@ import pytest
 
 from biomamba_jax.config import DataConfig
 from biomamba_jax.config.data import MixtureConfig, SourceConfig
-from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, open_mixture, tokens_an_epoch
+from biomamba_jax.data.mixture import MixedDocuments, MixedRowPlan, mixture_epoch_tokens, open_mixture
 from biomamba_jax.data.pipeline import TrainIterator
 from biomamba_jax.data.shards import Document, Manifest, TokenizerInfo, write_documents
 from biomamba_jax.errors import UserError
@@ -201,7 +201,7 @@ def test_an_epoch_of_the_published_mixture_has_a_tenth_as_many_documents_of_each
     mixed = MixtureConfig({name: SourceConfig(str(folders / name)) for name in SIZES}, preset="biomamba_v3")
     info = {name: Manifest.load(folders / name).splits["train"] for name in SIZES}
     others = sum(SIZES["pubmed"] / 10 * info[name].tokens / SIZES[name] for name in ("c4", "wikipedia"))
-    assert tokens_an_epoch(mixed) == round(info["pubmed"].tokens + others)
+    assert mixture_epoch_tokens(mixed) == round(info["pubmed"].tokens + others)
 
 
 def test_the_published_mixture_is_a_preset_by_document(folders):

@@ -78,7 +78,7 @@ def test_sets_of_labels_are_measured_as_by_scikit_learn():
         AnnotatedText("", "", labels=tuple(own), scores=dict(zip(labels, row, strict=True)))
         for own, row in zip(sets[1], scores.tolist(), strict=True)
     ]
-    ours = measure(HeadConfig("multi_label", labels), texts, found, resampling=FEW)
+    ours = measure(HeadConfig("multi_label", labels), texts, found, FEW)
     for average in ("micro", "macro"):
         expected = metrics.f1_score(truth, scores > 0.5, average=average, zero_division=0)
         assert ours["f1" if average == "micro" else "macro_f1"] == pytest.approx(expected)
@@ -93,7 +93,7 @@ def test_relations_are_measured_without_the_negative_class():
     random = np.random.default_rng(0)
     truth, guess = (random.choice(["none", "up", "down"], 90) for _ in range(2))
     texts, found = ([AnnotatedText("", "", labels=(str(each),)) for each in column] for column in (truth, guess))
-    ours = measure(HeadConfig("classifier", ("down", "none", "up")), texts, found, negative="none", resampling=FEW)
+    ours = measure(HeadConfig("classifier", ("down", "none", "up")), texts, found, FEW, negative="none")
     expected = metrics.f1_score(truth, guess, labels=["up", "down"], average="micro")
     assert ours["f1"] == pytest.approx(expected) and set(ours["classes"]) == {"up", "down"}
 
