@@ -31,7 +31,7 @@ class EmbedBenchmark(Settings):
     texts: PositiveInt = 64
     """Texts of a run, whose lengths are drawn around 300 tokens, half of them between 220 and 400."""
     batch_size: PositiveInt = 8
-    """Rows of a batch of either contender; both compute texts of similar length together."""
+    """Rows of a batch: ours of packed texts, transformers' of one text each, sorted by length."""
     rounds: PositiveInt = 5
     """Pairs of runs."""
     allocator: Literal["default", "huge-pages"] = "huge-pages"

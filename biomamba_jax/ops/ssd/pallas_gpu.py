@@ -27,8 +27,8 @@ class _Arrays(NamedTuple):
     """Inputs padded in length and d_state."""
 
     x: Float[Array, "B L H P"]
-    dt: Float[Array, "B L H"]  # after the softplus, or 1 where log-decays are given
-    exponent: Float[Array, "B L H"]  # log2(e) dt A, or the given one's
+    weight: Float[Array, "B L H"]  # of x: the step size after the softplus, or 1 where log-decays are given
+    exponent: Float[Array, "B L H"]  # in base 2: log2(e) times the log-decay
     B: Float[Array, "B L G N"]
     C: Float[Array, "B L G N"]
     D: Float[Array, " H"]
@@ -59,7 +59,7 @@ def ssd(inputs: Inputs, chunk_size: int | None, *, interpret: Any = None) -> tup
         resets = jnp.cumsum(starts.astype(f32).reshape(batch, -1, CHUNK), axis=-1)
     arrays = _Arrays(
         x=pad(x, (batch, padded, *x.shape[2:])),
-        dt=weight,
+        weight=weight,
         exponent=jnp.maximum(exponent, LOWEST_EXPONENT),
         B=pad(B, narrow),
         C=pad(C, narrow),
@@ -114,7 +114,7 @@ def _sum_until(v: Array, resets: Array | None, *, backwards: bool = False) -> Ar
 def _vectors(inputs: _Arrays) -> Array:
     """Return [B chunks H 4 l], see `tiles.Vectors`."""
     s = _sum_until(_chunked(inputs.exponent), inputs.resets)
-    g = s - jnp.log2(jnp.maximum(_chunked(inputs.dt), TINY))
+    g = s - jnp.log2(jnp.maximum(_chunked(inputs.weight), TINY))
     from_start = jnp.exp2(s)
     to_end = jnp.exp2(jnp.minimum(s[..., -1:] - g, LARGEST_EXPONENT))
     if inputs.resets is not None:
@@ -166,7 +166,7 @@ def _backward(inputs: _Arrays, states: Array, cotangents, interpret: Any) -> _Ar
     dx, d_D = out.x, jnp.sum(out.sums[:, :, :, SUMS.diagonal], (0, 1, 3))
     if outside is not None:
         dx, d_D = dx + outside[:, None] * dy, jnp.sum(dy * inputs.x, (0, 1, 3))
-    d_dt, d_exponent = _step_gradients(inputs, vectors, out)
+    d_weight, d_exponent = _step_gradients(inputs, vectors, out)
 
     def of_group(v: Array, like: Array) -> Array:
         """Sum the gradient of B or C over a group's blocks of heads."""
@@ -175,7 +175,7 @@ def _backward(inputs: _Arrays, states: Array, cotangents, interpret: Any) -> _Ar
 
     return _Arrays(
         x=dx,
-        dt=d_dt,
+        weight=d_weight,
         exponent=d_exponent,
         B=of_group(out.B, inputs.B),
         C=of_group(out.C, inputs.C),
@@ -189,7 +189,7 @@ _ssd = differentiable(_run, _backward)
 
 
 def _step_gradients(inputs: _Arrays, vectors: Array, out: pallas_gpu_backward.Gradients) -> tuple[Array, Array]:
-    """Return the gradients of dt, as the weight of x, and of the exponents, from sums over paths.
+    """Return the gradients of the weights of x and of the exponents, from sums over paths.
 
     The gradient of step k's log-decay is the sum of all paths j -> t with j < k <= t of the same segment: [paths that
     end at t >= k] - [paths that begin at j >= k]. Rounding cancels in the difference because both sides have the same
@@ -204,5 +204,5 @@ def _step_gradients(inputs: _Arrays, vectors: Array, out: pallas_gpu_backward.Gr
     if inputs.resets is not None:
         before = jnp.pad(inputs.resets[..., :-1], ((0, 0), (0, 0), (1, 0)))
         d_exponent = jnp.where((inputs.resets == before)[:, :, None], d_exponent, 0.0)
-    d_dt = begins / jnp.maximum(_chunked(inputs.dt), TINY)
-    return _unchunked(d_dt), _unchunked(d_exponent)
+    d_weight = begins / jnp.maximum(_chunked(inputs.weight), TINY)
+    return _unchunked(d_weight), _unchunked(d_exponent)
