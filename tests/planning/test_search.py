@@ -174,3 +174,19 @@ def test_what_sparse_cores_run_counts_only_as_far_as_it_takes_longer_than_the_re
     assert saved_by_bfloat16(few, 16, 16, v6e, offload_collectives=True) == pytest.approx(half)
     many = dataclasses.replace(WIDE, data=DataConfig(batch_size=256, sequence_length=16384))
     assert saved_by_bfloat16(many, 16, 16, v6e, offload_collectives=True) == 0
+
+
+@pytest.mark.parametrize(
+    ("d_model", "n_layers", "remat", "topology", "mesh", "compiled"),
+    [
+        (2560, 64, "full", "v5e-256", (16, 16), 457e-3),
+        (2560, 64, "none", "v5e-256", (4, 64), 368e-3),
+        (2560, 64, "none", "v5e-256", (1, 256), 411e-3),
+        (2560, 64, "full", "v6e-256", (16, 16), 222e-3),
+        (768, 24, "dots", "v5e-256", (256, 1), 26.7e-3),
+    ],
+)
+def test_the_formula_is_near_what_was_read_from_compiled_steps(d_model, n_layers, remat, topology, mesh, compiled):
+    model = ModelConfig(d_model=d_model, n_layers=n_layers, vocab_size=50277, remat=remat)
+    config = dataclasses.replace(CONFIG, model=model, data=WIDE.data)
+    assert seconds(config, *mesh, parse_topology(topology)) == pytest.approx(compiled, rel=0.15)
