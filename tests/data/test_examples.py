@@ -1,6 +1,7 @@
 """Supervised examples: which tokens are learnt, what becomes of long ones, and how templates are filled."""
 
 import json
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from biomamba_jax.data.examples import (
     read_examples,
 )
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks.supervision import prompt
 
 PROMPT = "the patients were given insulin"
 
@@ -170,10 +170,10 @@ def test_a_template_that_is_none_is_refused(tmp_path):
 
 def test_the_development_share_depends_on_each_prompt_alone():
     examples = [Example(f"question {index % 500}", " yes", key=str(index)) for index in range(1000)]
-    train, development = held_out_share(examples, 0.2, prompt)
+    train, development = held_out_share(examples, 0.2, attrgetter("prompt"))
     assert len(train) + len(development) == 1000 and 140 < len(development) < 260
     assert not {e.prompt for e in train} & {e.prompt for e in development}
-    again = held_out_share(examples[::-1][:300], 0.2, prompt)[1]
+    again = held_out_share(examples[::-1][:300], 0.2, attrgetter("prompt"))[1]
     assert {e.key for e in again} == {e.key for e in development if int(e.key) >= 700}
 
 

@@ -5,7 +5,7 @@ The TPUs are not there: libtpu compiles for them on any machine.
 
 import pytest
 
-from benchmarks import kernels
+from biomamba_jax.planning import kernels
 from biomamba_jax.planning.ahead_of_time import Request, estimates
 from tests.compilers import needs_libtpu
 
