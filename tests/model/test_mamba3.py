@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from random_weights import random_weights
+from random_weights import random_model, random_weights
 from safetensors.numpy import load_file
 
 import biomamba_jax
@@ -16,12 +16,10 @@ from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.interop import write_model
-from biomamba_jax.interop.names import foreign_tensors
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.interop.names import flatten, foreign_tensors
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.numerics import segment_cumsum
-from biomamba_jax.parallel.sharding import leaves_by_path
 from tests.model import mamba3_reference
 
 SISO = ModelConfig(
@@ -43,28 +41,28 @@ CONFIGS = {
 def test_the_logits_are_those_of_the_plain_loop(name):
     config = CONFIGS[name]
     weights = random_weights(config)
-    flat = leaves_by_path(weights.params)
+    flat = flatten(weights.params)
     released = {tensor.key: tensor.build(flat) for tensor in foreign_tensors(config, "mamba_ssm")}
     text = np.random.default_rng(0).integers(0, 64, 21)
     want = mamba3_reference.language_model(config, released, text)
     with jax.enable_x64(True):
-        model = LanguageModel(config, dtype=jnp.float64, rngs=nnx.Rngs(0))
-        nnx.update(model, jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), weights.params))
-        logits = nnx.jit(lambda model, tokens: model(tokens)[0])(model, jnp.asarray(text[None], jnp.int32))
+        graph = nnx.graphdef(random_model(config, dtype=jnp.float64))
+        params = jax.tree.map(lambda x: x.astype(np.float64), weights.params)
+        logits, _ = jax.jit(lambda params: nnx.merge(graph, params)(jnp.asarray(text[None], jnp.int32)))(params)
     assert np.max(np.abs(logits[0] - want)) <= 1e-6 * np.max(np.abs(want))
 
 
 @pytest.mark.parametrize("name", ["siso", "mimo"])
 def test_nothing_at_all_crosses_the_end_of_a_document(name):
     """Not even a rounding error: the terms of the next document's first token and the angles of the last one."""
-    model = LanguageModel(CONFIGS[name], rngs=nnx.Rngs(0))
-    segment_ids = jnp.repeat(jnp.asarray([[1, 2]]), jnp.asarray([10, 14]), axis=1, total_repeat_length=24)
-    texts = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
+    model = random_model(CONFIGS[name])
+    segment_ids = jnp.asarray(np.repeat([[1, 2]], [10, 14], axis=1))
+    texts = np.random.default_rng(1).integers(0, 64, (2, 24), np.int32)
     call = nnx.jit(lambda model, text: model(text[None], None, segment_ids)[0][0])
     first, second = texts[0], texts[1]
     whole = call(model, first)
-    for inside in (jnp.arange(24) < 10, jnp.arange(24) >= 10):
-        changed = call(model, jnp.where(inside, first, second))
+    for inside in (np.arange(24) < 10, np.arange(24) >= 10):
+        changed = call(model, np.where(inside, first, second))
         np.testing.assert_array_equal(whole[inside], changed[inside])
 
 
@@ -80,9 +78,8 @@ def test_a_running_sum_keeps_its_digits_over_a_long_row():
 def test_decoding_with_a_state_gives_the_logits_of_the_whole_text(name):
     config = CONFIGS[name]
     weights = random_weights(config)
-    text = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 12)), jnp.int32)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0))))
-    want, _ = jax.jit(lambda p: nnx.merge(graph, p)(text))(jax.tree.map(jnp.asarray, weights.params))
+    text = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 12), np.int32))
+    want, _ = nnx.jit(lambda model: model(text))(random_model(config))
     model = InferenceModel.from_params(config, weights.params)
     call = jax.jit(lambda model, tokens, states: model.hidden(tokens, states))
     hidden, states = call(model, text[:, :9], (empty_state(config, 2, jnp.float32),) * config.n_layers)
@@ -90,7 +87,7 @@ def test_decoding_with_a_state_gives_the_logits_of_the_whole_text(name):
     for t in range(9, 12):
         hidden, states = call(model, text[:, t : t + 1], states)
         parts.append(hidden)
-    got = model.logits(jnp.concatenate(parts, axis=1))
+    got = model.logits(jnp.asarray(np.concatenate(parts, axis=1)))
     assert np.max(np.abs(got - want)) <= 1e-5 * np.max(np.abs(want))
 
 
