@@ -64,7 +64,7 @@ class LossConfig(Settings, section="loss"):
     z_loss: checks.NonNegativeFloat = 0.0
     """Weight of the squared log-partition, which keeps logits from drifting."""
     chunk_size: checks.PositiveInt | None = None
-    """Tokens whose logits are materialised at a time; default: the fastest for the platform."""
+    """Tokens whose logits XLA's form materialises at a time; default: the fastest for the platform."""
 
 
 _StepRange = Annotated[

@@ -12,8 +12,10 @@ from biomamba_jax.ops.cross_entropy import reference, xla
 from biomamba_jax.ops.cross_entropy.loss import LossOptions, LossSums
 from biomamba_jax.ops.kernel_arrays import check_shapes
 
+_FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., LossSums]] = {
     "xla": xla.linear_cross_entropy,
+    "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "linear_cross_entropy"),
     "reference": reference.linear_cross_entropy,
 }
 
@@ -31,7 +33,7 @@ def linear_cross_entropy(
     axis: str | None = None,
     implementation: dispatch.Implementation | None = None,
 ) -> LossSums:
-    """Compute the cross-entropy of softmax(hidden weight^T) in chunks of tokens, without the logits of the whole batch.
+    """Compute the cross-entropy of softmax(hidden weight^T) without the logits of the whole batch.
 
     Per token, with logits z over the valid ids: (1 - s) nll + s mean_v(-log p_v) + z_loss logsumexp(z)^2, where s is
     `label_smoothing`. Products are computed in hidden's dtype with float32 accumulation; logits, the loss and the sum
@@ -48,10 +50,10 @@ def linear_cross_entropy(
       valid_vocab_size: ids from here on are padding of the vocabulary and excluded from the softmax; None is V.
       label_smoothing: share of the target distribution that is uniform over the valid ids, in [0, 1].
       z_loss: weight of the squared log-partition.
-      chunk_size: tokens whose logits exist at once; None is the platform's best. Any T is allowed.
+      chunk_size: tokens whose logits "xla" has at once; None is the platform's best. Any T is allowed.
       axis: mesh axis that the vocabulary is sharded over: weight holds this device's V rows, hidden, targets and
         weights are replicated, and so are the sums. The gradient of hidden is this device's partial sum.
-      implementation: "xla", "reference", or None for the platform's fastest.
+      implementation: "xla", "pallas_tpu" (TPU), "reference", or None for the platform's fastest.
 
     Returns:
       Sums, not means, differentiable in hidden and weight through `loss`.
@@ -66,9 +68,13 @@ def linear_cross_entropy(
     check_shapes("linear_cross_entropy", {"weights": weights}, weights=targets.shape)
     if not 0 <= label_smoothing <= 1:
         raise UserError(f"linear_cross_entropy: label_smoothing must be in [0, 1], not {label_smoothing}")
-    if axis is not None and implementation not in (None, "xla"):
-        raise UserError(f"linear_cross_entropy: {implementation!r} cannot shard the vocabulary; use 'xla'")
-    compute = dispatch.choose("linear_cross_entropy", implementation, _IMPLEMENTATIONS)
+    unsupported: dict[str, Callable[[], str | None]] = {
+        "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", hidden),
+        "reference": lambda: "it cannot shard the vocabulary" if axis else None,
+    }
+    # The TPU kernels are taken by name only: they have not been compared with `xla` on every generation.
+    prefer: dispatch.Implementation | None = "xla" if dispatch.platform() == "tpu" else None
+    compute = dispatch.choose("linear_cross_entropy", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     options = LossOptions(valid_vocab_size, label_smoothing, z_loss, chunk_size, axis)
     return compute(hidden, weight, targets, weights, options)
 

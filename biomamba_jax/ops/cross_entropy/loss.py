@@ -1,12 +1,14 @@
-"""The options of the loss and the sums that it returns."""
+"""The options of the loss, the sums that it returns, and what its implementations share."""
 
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from biomamba_jax.ops.array_typing import Array, Float
+from biomamba_jax.ops.numerics import sum_leading
 
 
 class LossOptions(NamedTuple):
@@ -48,3 +50,45 @@ def perplexity(nats: float) -> float:
         return math.exp(nats)
     except OverflowError:
         return math.inf
+
+
+class Statistics(NamedTuple):
+    """Statistics of each token's logits over the valid ids of the whole vocabulary."""
+
+    log_partition: Array
+    """Log of the sum of exp(logits) [T]."""
+    target: Array
+    """Logit of the target [T]."""
+    largest: Array
+    """Largest logit [T]."""
+
+
+def token_sums(
+    hidden: Array, weights: Array, statistics: Statistics, mean_row: Array | None, options: LossOptions
+) -> LossSums:
+    """Return the sums; `mean_row` [D], `mean_valid_row` of the whole vocabulary, yields the mean logit."""
+    log_partition, target, largest = statistics
+    nll = log_partition - target
+    loss = nll + options.z_loss * log_partition**2
+    if mean_row is not None:
+        mean_logit = jnp.dot(hidden.astype(nll.dtype), mean_row, precision="highest")
+        loss += options.label_smoothing * (target - mean_logit)
+    sums = (jnp.sum(weights * v) for v in (loss, nll, target >= largest, jnp.ones_like(nll)))
+    return LossSums(*sums)
+
+
+def vocabulary_ids(rows: int, axis: str | None) -> Array:
+    """Return the vocabulary ids of this device's rows of the weight."""
+    ids = jnp.arange(rows)
+    return ids if axis is None else ids + jax.lax.axis_index(axis) * rows
+
+
+def mean_valid_row(head: Array, options: LossOptions, dtype: DTypeLike) -> Array | None:
+    """Return the sum of this device's valid rows over the number of valid ids [D]; None without label smoothing."""
+    valid, axis = options.valid_vocab_size, options.axis
+    if not options.label_smoothing:
+        return None
+    rows = head[:valid].astype(dtype)
+    if axis is not None:
+        rows = jnp.where((vocabulary_ids(head.shape[0], axis) < valid)[:, None], head.astype(dtype), 0)
+    return sum_leading(rows) / valid

@@ -13,9 +13,16 @@ import jax.numpy as jnp
 
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array
-from biomamba_jax.ops.cross_entropy.loss import LossOptions, LossSums
+from biomamba_jax.ops.cross_entropy.loss import (
+    LossOptions,
+    LossSums,
+    Statistics,
+    mean_valid_row,
+    token_sums,
+    vocabulary_ids,
+)
 from biomamba_jax.ops.kernel_arrays import cdiv
-from biomamba_jax.ops.numerics import accumulator_dtype, sum_leading
+from biomamba_jax.ops.numerics import accumulator_dtype
 
 # Each chunk reads and writes the gradient of the weight once, so it should be long; its logits take 4 V bytes a token.
 _CHUNK_SIZE: dict[dispatch.Platform, int] = {"cpu": 512, "gpu": 2048, "tpu": 2048}
@@ -39,12 +46,8 @@ class _Softmax(NamedTuple):
     target: Array  # [t], logit of the target
 
     @property
-    def log_partition(self) -> Array:
-        return self.largest + jnp.log(self.total)
-
-    @property
-    def nll(self) -> Array:
-        return self.log_partition - self.target
+    def statistics(self) -> Statistics:
+        return Statistics(self.largest + jnp.log(self.total), self.target, self.largest)
 
 
 def linear_cross_entropy(
@@ -62,8 +65,8 @@ def token_negative_log_likelihoods(
     head = weight.astype(hidden.dtype)
     options = LossOptions(valid_vocab_size, chunk_size=chunk_size)
     chunks = _chunks(_Tokens(hidden, targets, jnp.ones(targets.shape)), options)
-    nll = jax.lax.map(lambda part: _softmax(part, head, options).nll, chunks)
-    return _unchunk(nll, targets.size)
+    statistics = jax.lax.map(lambda part: _softmax(part, head, options).statistics, chunks)
+    return _unchunk(statistics.log_partition - statistics.target, targets.size)
 
 
 def _chunks(tokens: _Tokens, options: LossOptions) -> _Tokens:
@@ -86,17 +89,11 @@ def _unchunk(v: Array, tokens: int) -> Array:
     return v.swapaxes(0, 1).reshape(-1, *v.shape[2:])[:tokens]
 
 
-def _ids(rows: int, axis: str | None) -> Array:
-    """Return the vocabulary ids of this device's rows of the weight."""
-    ids = jnp.arange(rows)
-    return ids if axis is None else ids + jax.lax.axis_index(axis) * rows
-
-
 def _softmax(part: _Tokens, head: Array, options: LossOptions) -> _Softmax:
     valid, axis = options.valid_vocab_size, options.axis
     dtype = accumulator_dtype(part.hidden.dtype)
     logits = jnp.einsum("td,vd->tv", part.hidden, head, preferred_element_type=dtype)
-    ids = _ids(logits.shape[1], axis)
+    ids = vocabulary_ids(logits.shape[1], axis)
     if axis is not None or valid < logits.shape[1]:
         logits = jnp.where(ids < valid, logits, -jnp.inf)
     largest = jnp.max(logits, axis=1)
@@ -111,22 +108,10 @@ def _softmax(part: _Tokens, head: Array, options: LossOptions) -> _Softmax:
     return _Softmax(logits, shifted, total, largest, target)
 
 
-def _chunk_sums(part: _Tokens, softmax: _Softmax, mean_row: Array, options: LossOptions) -> LossSums:
-    """Return the sums of a chunk; `mean_row` [D] is the mean of the weight's valid rows, and yields the mean logit."""
-    nll, log_partition = softmax.nll, softmax.log_partition
-    loss = nll + options.z_loss * log_partition**2
-    if options.label_smoothing:
-        mean_logit = jnp.dot(part.hidden.astype(nll.dtype), mean_row, precision="highest")
-        loss += options.label_smoothing * (softmax.target - mean_logit)
-    correct = softmax.target >= softmax.largest
-    w = part.weights
-    return LossSums(jnp.sum(w * loss), jnp.sum(w * nll), jnp.sum(w * correct), jnp.sum(w))
-
-
 def _d_logits(part: _Tokens, softmax: _Softmax, options: LossOptions) -> Array:
     """Return the gradient of the chunk's loss with respect to its logits [t V], in hidden's dtype."""
-    scale = part.weights * (1 + 2 * options.z_loss * softmax.log_partition)
-    ids = _ids(softmax.shifted.shape[1], options.axis)
+    scale = part.weights * (1 + 2 * options.z_loss * softmax.statistics.log_partition)
+    ids = vocabulary_ids(softmax.shifted.shape[1], options.axis)
     uniform = part.weights * (options.label_smoothing / options.valid_vocab_size)
     hit = part.weights * (1 - options.label_smoothing)
     gradient = softmax.shifted * (scale / softmax.total)[:, None]
@@ -136,27 +121,18 @@ def _d_logits(part: _Tokens, softmax: _Softmax, options: LossOptions) -> Array:
     return gradient.astype(part.hidden.dtype)
 
 
-def _mean_row(weight: Array, options: LossOptions, dtype: jnp.dtype) -> Array:
-    valid_vocab_size = options.valid_vocab_size
-    if not options.label_smoothing:
-        return jnp.zeros(weight.shape[1], dtype)  # unused
-    if options.axis is None:
-        return sum_leading(weight[:valid_vocab_size].astype(dtype)) / valid_vocab_size
-    valid = _ids(weight.shape[0], options.axis) < valid_vocab_size
-    rows = jnp.where(valid[:, None], weight.astype(dtype), 0)
-    return jax.lax.psum(sum_leading(rows), options.axis) / valid_vocab_size
-
-
 def _run(hidden: Array, weight: Array, targets: Array, weights: Array, options: LossOptions, *, gradients: bool):
     """Return the sums and, with `gradients`, those of loss with respect to hidden and weight, else None and None."""
     head = weight.astype(hidden.dtype)
     dtype = weights.dtype
-    mean_row = _mean_row(head, options, dtype)
+    mean_row = mean_valid_row(head, options, dtype)
+    if mean_row is not None and options.axis is not None:
+        mean_row = jax.lax.psum(mean_row, options.axis)
 
     def body(carry: tuple[LossSums, Array | None], part: _Tokens) -> tuple[tuple[LossSums, Array | None], Array | None]:
         sums, d_weight = carry
         softmax = _softmax(part, head, options)
-        sums = jax.tree.map(jnp.add, sums, _chunk_sums(part, softmax, mean_row, options))
+        sums = jax.tree.map(jnp.add, sums, token_sums(part.hidden, part.weights, softmax.statistics, mean_row, options))
         if d_weight is None:
             return (sums, None), None
         d_logits = _d_logits(part, softmax, options)
