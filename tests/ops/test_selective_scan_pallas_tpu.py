@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
@@ -15,7 +16,6 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch, selective_scan
 from biomamba_jax.ops.selective_scan import pallas_tpu
 from biomamba_jax.ops.selective_scan.inputs import Inputs
-from tests.devices import on_devices
 from tests.ops.oracles import assert_close, in_dtype, segment_layouts, with_one_small
 from tests.ops.test_selective_scan import (
     ACTIVATIONS,
@@ -128,7 +128,7 @@ def gradient_of_layers(scan, mesh=None, check_vma=False):
 
 
 @pytest.mark.slow
-@on_devices(4)
+@on_devices(8)
 def test_rows_and_channels_spread_over_a_mesh_under_remat_and_scan_over_layers_equal_one_device():
     inputs = in_dtype(random_inputs(Shape(rows=2, length=16, channels=256, d_state=8), 5), "float32", ACTIVATIONS)
     names = ("dt", "A", "B", "C", "D", "z", "dt_bias")

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from devices import on_devices
+from random_weights import random_weights
 
 from biomamba_jax.config import LossConfig, MeshConfig, ModelConfig, OptimizerConfig
 from biomamba_jax.parallel.mesh import AXES, make_mesh, shard_batch
@@ -52,8 +53,10 @@ def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1, re
     graph, layout = abstract_model(config, mesh, reduce_dtype)
     adam = make_optimizer(OptimizerConfig(ema=0.9), config, optax.constant_schedule(1e-3))
     optimizer = optax.chain(keep_gradients(), adam)
-    like = jax.eval_shape(lambda: initial_state(config, optimizer, 0))
-    state = jax.jit(lambda: initial_state(config, optimizer, 0), out_shardings=layout.shardings(like))()
+    # Mamba-1 draws its own, sharded, by initializers that take long to compile.
+    params = None if config.kind == "mamba1" else random_weights(config).params
+    like = jax.eval_shape(lambda: initial_state(config, optimizer, 0, params))
+    state = jax.jit(lambda: initial_state(config, optimizer, 0, params), out_shardings=layout.shardings(like))()
     loss = language_model_loss(graph, LossConfig(label_smoothing=0.1, z_loss=1e-4), layout.collectives)
     step = jax.jit(make_train_step(loss, optimizer, accumulation, layout), donate_argnums=0)
     batch, losses, gradients = shard_batch(packed_batch(), mesh), [], None

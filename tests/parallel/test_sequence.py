@@ -73,8 +73,8 @@ def inputs(op: str) -> dict[str, tuple[np.ndarray, PartitionSpec]]:
 
 @pytest.mark.parametrize("op", ["causal_conv1d", "selective_scan", "ssd"])
 @on_devices(DEVICES)
+@jax.enable_x64(True)
 def test_outputs_states_and_gradients_are_those_of_one_device(op):
-    jax.config.update("jax_enable_x64", True)
     mesh = make_mesh(MeshConfig(data=1, sequence=DEVICES))
     given = inputs(op)
     random = np.random.default_rng(2)

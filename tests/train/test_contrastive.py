@@ -81,7 +81,7 @@ def test_texts_that_do_not_fit_lose_their_ends_and_are_counted(folder):
         encode_pairs(["a"], ["b"], [[0] * 9], tokenizer, 16)
 
 
-@on_devices(4)
+@on_devices(8)
 def test_four_devices_find_the_negatives_of_one_and_have_its_gradient():
     weights = random_weights(dataclasses.replace(CONFIGS["mamba2"], vocab_size=310))
     draw = np.random.default_rng(0)
