@@ -72,7 +72,7 @@ def linear_cross_entropy(
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", hidden),
         "reference": lambda: "it cannot shard the vocabulary" if axis else None,
     }
-    # The TPU kernels are taken by name only: they have not been compared with `xla` on every generation.
+    # The TPU kernels save memory, not time: on v5e an estimated 16 ms against 12 to 18 of `xla` (docs/performance.md).
     prefer: dispatch.Implementation | None = "xla" if dispatch.platform() == "tpu" else None
     compute = dispatch.choose("linear_cross_entropy", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     options = LossOptions(valid_vocab_size, label_smoothing, z_loss, chunk_size, axis)
