@@ -90,9 +90,9 @@ def shared_programs() -> Iterator[None]:
     def program(config, mesh, steps):
         constant = config.schedule.kind == "constant" and not config.schedule.warmup_fraction
         train, rows = config.train, (config.data.batch_size, config.data.sequence_length)
-        options = (train.seed, train.accumulation, train.reduce_dtype, train.compiler_options)
+        options = (train.accumulation, train.reduce_dtype, train.offload_collectives, train.compiler_options)
         of_program = (config.model, config.loss, config.optimizer, config.schedule, None if constant else steps)
-        key = repr((*of_program, rows, options, mesh))
+        key = repr((*of_program, rows, train.seed, options, mesh))
         if key not in _PROGRAMS:
             _PROGRAMS[key] = make(config, mesh, steps)
         return _PROGRAMS[key]

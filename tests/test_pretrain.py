@@ -332,6 +332,12 @@ def test_options_that_the_compiler_does_not_know_are_refused_before_the_run_begi
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_collectives_are_offloaded_only_to_devices_with_sparse_cores(shards, tmp_path):
+    with pytest.raises(UserError, match=r"train\.offload_collectives: cpu has no SparseCores"):
+        pretrain("--train.steps=2", "--train.offload_collectives")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_shards_that_do_not_exist_are_refused_with_the_remedy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"biomamba_jax\.prepare"):

@@ -33,7 +33,7 @@ def trained(tmp_path_factory):
     """A folder with a run that has learnt fifty sentences, written as CoNLL's columns, with LoRA and two backbones."""
     here = tmp_path_factory.mktemp("mining")
     tokenizer = train_tokenizer(here)
-    write_tiny_model(here / "base", "mamba2", tokenizer, spread=1)
+    write_tiny_model(here / "base", "mamba1", tokenizer, spread=1)
     lines = []
     for text in texts(50):
         starts = {span.start: span.type for span in text.spans}

@@ -16,10 +16,11 @@ from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.interop import write_model
-from biomamba_jax.interop.names import flatten, foreign_tensors
+from biomamba_jax.interop.names import foreign_tensors
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.state import empty_state
 from biomamba_jax.ops.numerics import segment_cumsum
+from biomamba_jax.parallel.sharding import leaves_by_path
 from tests.model import mamba3_reference
 
 SISO = ModelConfig(
@@ -41,7 +42,7 @@ CONFIGS = {
 def test_the_logits_are_those_of_the_plain_loop(name):
     config = CONFIGS[name]
     weights = random_weights(config)
-    flat = flatten(weights.params)
+    flat = leaves_by_path(weights.params)
     released = {tensor.key: tensor.build(flat) for tensor in foreign_tensors(config, "mamba_ssm")}
     text = np.random.default_rng(0).integers(0, 64, 21)
     want = mamba3_reference.language_model(config, released, text)

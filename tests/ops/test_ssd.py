@@ -254,8 +254,8 @@ def test_heads_that_one_thread_takes_add_up(implementation):
 def test_what_is_left_out_counts_as_zero_and_as_one_segment():
     inputs = in_dtype(random_inputs(SHAPES[0], 1), "float32")
     x, dt, A, B, C = (inputs[name] for name in ("x", "dt", "A", "B", "C"))
-    y = ssd(x, dt, A, B, C, chunk_size=8)
-    explicit, _ = ssd(
+    y = jax.jit(partial(ssd, chunk_size=8))(x, dt, A, B, C)
+    explicit, _ = jax.jit(partial(ssd, return_final_state=True, chunk_size=8))(
         x,
         dt,
         A,
@@ -265,8 +265,6 @@ def test_what_is_left_out_counts_as_zero_and_as_one_segment():
         dt_bias=jnp.zeros_like(inputs["dt_bias"]),
         segment_ids=jnp.full(x.shape[:2], 7),
         initial_state=jnp.zeros_like(inputs["initial_state"]),
-        return_final_state=True,
-        chunk_size=8,
     )
     np.testing.assert_array_equal(y, explicit)
 
@@ -322,15 +320,18 @@ def test_a_packed_row_equals_its_documents_run_one_by_one(implementation):
 @pytest.mark.parametrize("cuts", [[10], [1, 2, 30], [8, 16], [36]])
 def test_calls_that_hand_on_the_state_equal_one_call(cuts):
     inputs = in_dtype(random_inputs(SHAPES[0], 5), "float32")
-    segment_ids = jnp.repeat(jnp.asarray([[1] * 20 + [2] * 17]), 2, axis=0)
+    segment_ids, call = (
+        np.array([[1] * 20 + [2] * 17] * 2),
+        jax.jit(partial(ssd, return_final_state=True, chunk_size=8)),
+    )
     fixed = {name: inputs[name] for name in ("A", "D", "dt_bias")}
 
     def run(start, stop, state):
-        parts = {name: inputs[name][:, start:stop] for name in ("x", "dt", "B", "C")}
+        parts = {name: np.array(inputs[name])[:, start:stop] for name in ("x", "dt", "B", "C")}
         ids = segment_ids[:, start:stop]
         if start and segment_ids[0, start] != segment_ids[0, start - 1]:
-            state = jnp.zeros_like(state)
-        return ssd(**parts, **fixed, segment_ids=ids, initial_state=state, return_final_state=True, chunk_size=8)
+            state = np.zeros_like(state)
+        return call(**parts, **fixed, segment_ids=ids, initial_state=state)
 
     whole, final_state = run(0, 37, inputs["initial_state"])
     state, pieces = inputs["initial_state"], []
@@ -352,7 +353,7 @@ def test_states_are_float32_and_outputs_in_the_inputs_type():
     arrays = [inputs[name] for name in ("x", "dt", "A", "B", "C")]
     for length in (37, 1):
         cut = [v[:, :length] if v.ndim > 1 else v for v in arrays]
-        y, state = ssd(*cut, return_final_state=True)
+        y, state = jax.eval_shape(partial(ssd, return_final_state=True), *cut)
         assert (y.dtype, state.dtype) == (jnp.bfloat16, jnp.float32)
 
 
