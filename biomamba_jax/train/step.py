@@ -10,7 +10,7 @@ from flax import nnx, struct
 
 from biomamba_jax.config import LossConfig
 from biomamba_jax.model import LanguageModel
-from biomamba_jax.ops import dispatch, linear_cross_entropy
+from biomamba_jax.ops import linear_cross_entropy
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.cross_entropy import LossSums
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
@@ -71,8 +71,7 @@ def language_model_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Co
         # Gathered in float32, the dtype in which its gradient is summed over tokens.
         head = collectives.all_gather(name, model.head[...], jnp.float32)
         hidden, vocab = collectives.copy_to_tensor_parallel(hidden), model.config.known_vocab
-        implementation = model.config.implementation
-        sums = cross_entropy_sums(hidden, head, vocab, batch, config, collectives.tensor_axis, implementation)
+        sums = cross_entropy_sums(hidden, head, vocab, batch, config, collectives.tensor_axis)
         return sums.loss, sums
 
     return loss
@@ -85,7 +84,6 @@ def cross_entropy_sums(
     batch: Batch,
     config: LossConfig,
     axis: str | None = None,
-    implementation: dispatch.Implementation | None = None,
 ) -> LossSums:
     """Return sums of the cross-entropy over the batch's targets; padding and negative targets do not count.
 
@@ -96,7 +94,6 @@ def cross_entropy_sums(
       batch: targets and segments of the hidden vectors.
       config: smoothing, z-loss and chunk size.
       axis: mesh axis that the head's rows are sharded over.
-      implementation: of the linear cross-entropy; None is the platform's fastest.
     """
     targets = batch["targets"].reshape(-1)
     return linear_cross_entropy(
@@ -109,7 +106,6 @@ def cross_entropy_sums(
         z_loss=config.z_loss,
         chunk_size=config.chunk_size,
         axis=axis,
-        implementation=implementation,
     )
 
 

@@ -145,12 +145,14 @@ def segment_layouts(draw, shape: Shape) -> np.ndarray:
     return np.array(rows, np.int32)
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [("xla", "float64"), ("xla", "float32"), ("xla", "bfloat16"), ("native", "float32"), ("native", "bfloat16")],
+    indirect=["implementation"],
+)
 @settings(max_examples=20)
 @given(data=st.data())
 def test_values_and_all_gradients_match_the_recurrence(implementation, dtype, data):
-    if (implementation, dtype) == ("native", "float64"):
-        dtype = "float32"  # the only type that it computes in
     shape = data.draw(st.sampled_from(SHAPES))
     inputs = random_inputs(shape, data.draw(st.integers(0, 2**16)))
     assert_matches_recurrence(implementation, inputs, data.draw(segment_layouts(shape)), dtype, shape.chunk)

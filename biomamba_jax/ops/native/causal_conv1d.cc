@@ -8,11 +8,6 @@
 namespace native {
 namespace {
 
-namespace ffi = xla::ffi;
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using Out = ffi::Result<F32>;
-
 struct Convolution {
   bool silu;
   int64_t range, rows, length, channels, width;  // width K, of which K - 1 inputs are past

@@ -5,9 +5,6 @@
 namespace native {
 namespace {
 
-namespace ffi = xla::ffi;
-using F32 = ffi::Buffer<ffi::F32>;
-
 constexpr int64_t TASK = 1 << 16;  // weights that a thread handles at a time
 constexpr int64_t AHEAD = 4096;    // bytes
 

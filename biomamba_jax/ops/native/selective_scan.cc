@@ -10,11 +10,6 @@
 namespace native {
 namespace {
 
-namespace ffi = xla::ffi;
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using Out = ffi::Result<F32>;
-
 struct Arrays {
   int64_t chunk, range;  // tokens between two kept states; channels that a thread handles at a time
   int64_t rows, length, channels, states;

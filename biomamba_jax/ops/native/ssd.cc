@@ -1,19 +1,14 @@
 // Mamba-2's recurrence on the CPU, forward and backward; decays and weights of the steps are given.
 //
-// A thread handles one head of a row at a time. Vectors are channels. A few states of one vector stay in registers while a chunk
-// of tokens passes, then the next ones. The forward pass keeps the state at the start of every chunk; the backward pass
-// recomputes a chunk's states from there, and they lie in the L1 cache until it has used them.
+// A thread handles one head of a row at a time. Vectors are channels. A few states of one vector stay in registers while
+// a chunk of tokens passes, then the next ones. The forward pass keeps the state at the start of every chunk; the
+// backward pass recomputes a chunk's states from there, and they lie in the L1 cache until it has used them.
 #include <vector>
 
 #include "vectors.h"
 
 namespace native {
 namespace {
-
-namespace ffi = xla::ffi;
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using Out = ffi::Result<F32>;
 
 constexpr int STATES = 8;  // states that stay in registers
 
@@ -47,7 +42,9 @@ struct Arrays {
 struct States : std::vector<V> {
   explicit States(const Arrays& in) : std::vector<V>(in.vectors() * in.blocks() * STATES) {}
 
-  V* of(const Arrays& in, int64_t vector, int64_t block = 0) { return data() + (vector * in.blocks() + block) * STATES; }
+  V* of(const Arrays& in, int64_t vector, int64_t block = 0) {
+    return data() + (vector * in.blocks() + block) * STATES;
+  }
   void load(const Arrays& in, int64_t row, int64_t head, const float* from) {
     for (int64_t v = 0; v < in.vectors(); ++v)
       load_columns(from + in.state(row, head, v), in.states, in.count(v), 1, of(in, v));
@@ -58,7 +55,8 @@ struct States : std::vector<V> {
   }
   // Kept states are [rows chunks heads] of these, each in the memory of [channels N] padded to multiples of 16 and 8.
   static int64_t kept(const Arrays& in, int64_t row, int64_t chunk, int64_t head) {
-    return ((row * cdiv(in.length, in.chunk) + chunk) * in.heads + head) * cdiv(in.channels, 16) * 16 * in.blocks() * STATES;
+    const int64_t size = cdiv(in.channels, 16) * 16 * in.blocks() * STATES;
+    return ((row * cdiv(in.length, in.chunk) + chunk) * in.heads + head) * size;
   }
 };
 
@@ -90,7 +88,8 @@ struct Chunk {
       ++runs.back().end;
       const int64_t from = in.projection(row, begin + t, head);
       for (int64_t block = 0; block < in.blocks(); ++block) {
-        const int64_t n = block * STATES, to = (block * length + t) * STATES, count = std::min<int64_t>(STATES, in.states - n);
+        const int64_t n = block * STATES, to = (block * length + t) * STATES;
+        const int64_t count = std::min<int64_t>(STATES, in.states - n);
         std::copy_n(in.B + from + n, count, &B[to]);
         std::copy_n(in.C + from + n, count, &C[to]);
       }
@@ -98,7 +97,8 @@ struct Chunk {
     load_channels(in, row, head, begin, in.x, x);
   }
 
-  void load_channels(const Arrays& in, int64_t row, int64_t head, int64_t begin, const float* from, std::vector<V>& to) {
+  void load_channels(const Arrays& in, int64_t row, int64_t head, int64_t begin, const float* from,
+                     std::vector<V>& to) {
     for (int64_t v = 0; v < in.vectors(); ++v)
       for (int64_t t = 0; t < steps; ++t)
         to[v * length + t] = native::load(from + in.at(row, begin + t, head, v), in.count(v));
@@ -258,9 +258,9 @@ ffi::Error run_forward(ffi::ThreadPool pool, int64_t chunk, F32 x, F32 weight, F
   return ffi::Error::Success();
 }
 
-ffi::Error run_backward(ffi::ThreadPool pool, int64_t chunk, int64_t share, F32 x, F32 weight, F32 decay, F32 B, F32 C, F32 D,
-                        S32 segment_ids, F32 starts, F32 dy, F32 d_final, Out dx, Out d_weight, Out d_decay, Out dB,
-                        Out dC, Out dD, Out d_initial) {
+ffi::Error run_backward(ffi::ThreadPool pool, int64_t chunk, int64_t share, F32 x, F32 weight, F32 decay, F32 B, F32 C,
+                        F32 D, S32 segment_ids, F32 starts, F32 dy, F32 d_final, Out dx, Out d_weight, Out d_decay,
+                        Out dB, Out dC, Out dD, Out d_initial) {
   const Arrays in(chunk, x, weight, decay, B, C, D, segment_ids);
   const Gradients g{share,
                     dx->typed_data(), d_weight->typed_data(), d_decay->typed_data(),   dB->typed_data(),

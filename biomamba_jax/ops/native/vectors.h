@@ -1,4 +1,4 @@
-// Vectors of the CPU that the compiler targets, their exponential and logarithm, and loops on XLA's threads.
+// XLA's buffers; vectors of the CPU that the compiler targets, their exponential and logarithm; loops on XLA's threads.
 //
 // GCC's and Clang's vector extensions work on every architecture; the compiler's flags choose AVX2, AVX-512 or others.
 #pragma once
@@ -18,6 +18,11 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace native {
+
+namespace ffi = xla::ffi;
+using F32 = ffi::Buffer<ffi::F32>;
+using S32 = ffi::Buffer<ffi::S32>;
+using Out = ffi::Result<F32>;
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
