@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -140,19 +141,20 @@ def measure_matmul_flops(seconds: float = 0.3, size: int = 1024) -> float:
 
 
 def measure_read_bandwidth(seconds: float = 0.5, megabytes: int = 256) -> float:
-    """Return the bytes/s at which all cores read memory that is not in their caches, in the fastest pass of `seconds`.
+    """Return the bytes/s at which all cores read memory that is not in their caches, in the median pass of `seconds`.
 
-    Generating a token reads every weight once, so this bounds the speed of decoding on a CPU.
+    Generating a token reads every weight once, so this bounds the speed of decoding on a CPU. Speeds of decoding are
+    medians too; the fastest pass of a virtual machine may be half as fast again as what lasts.
     """
     cores = os.cpu_count() or 1
     parts = np.array_split(np.ones(megabytes * 2**18, np.float32), cores)
-    fastest, end = float("inf"), time.perf_counter() + seconds
+    passes, end = list[float](), time.perf_counter() + seconds
     with ThreadPoolExecutor(cores) as pool:  # NumPy releases Python's lock
         while time.perf_counter() < end:
             start = time.perf_counter()
             list(pool.map(np.max, parts))
-            fastest = min(fastest, time.perf_counter() - start)
-    return megabytes * 2**20 / fastest
+            passes.append(time.perf_counter() - start)
+    return megabytes * 2**20 / statistics.median(passes)
 
 
 def peak_memory_bytes() -> int:
