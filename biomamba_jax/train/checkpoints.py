@@ -44,10 +44,14 @@ class _Best(policies.PreservationPolicy):
 class _WithDigests(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A checkpoint's folder before it gets its name."""
 
+    _checkpoint_metadata_store: Any
+
     async def finalize(self) -> None:
         """Write the digests of all files, and rename the folder."""
         if self.get_final().name.isdigit():  # the checkpoint, not one of its items
-            self._checkpoint_metadata_store = None  # or orbax would write its time once more, after the digests
+            store, self._checkpoint_metadata_store = self._checkpoint_metadata_store, None
+            if store:  # writes its file in a thread; without the store orbax does not write a time after the digests
+                await asyncio.to_thread(store.wait_until_finished)
             (self.get() / ocp.path.atomicity.COMMIT_SUCCESS_FILE).write_text(
                 f"Checkpoint commit was successful to {self.get_final()}"  # as orbax does, after the digests
             )

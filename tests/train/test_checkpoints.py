@@ -1,6 +1,7 @@
 """Checkpoints refuse what does not fit, by name, before anything is restored."""
 
 import os
+import time
 from unittest.mock import Mock
 
 import jax.numpy as jnp
@@ -77,6 +78,18 @@ def test_every_file_of_a_checkpoint_has_a_digest_when_it_gets_its_name(tmp_path)
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert listed == found - {"SHA256SUMS"}
     assert check_digests(folder)
+
+
+def test_a_checkpoint_waits_for_the_file_that_orbax_writes_in_a_thread(tmp_path, monkeypatch):
+    from orbax.checkpoint._src.metadata.checkpoint import _MetadataStoreImpl
+
+    def late(*arguments, write=_MetadataStoreImpl.write):
+        time.sleep(0.5)  # a loaded machine
+        write(*arguments)
+
+    monkeypatch.setattr(_MetadataStoreImpl, "write", late)
+    save(tmp_path, 3)
+    assert "  _CHECKPOINT_METADATA" in (tmp_path / "checkpoints" / "3" / "SHA256SUMS").read_text()
 
 
 @pytest.mark.parametrize("file", ["state/_METADATA", "loop/metadata", "_CHECKPOINT_METADATA", "SHA256SUMS"])
