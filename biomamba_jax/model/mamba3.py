@@ -13,6 +13,7 @@ Projections that are one matrix in the released weights are separate parameters 
 that rotate as a pair are N / 2 apart, also those that are neighbours in released SISO weights; `interop` reorders them.
 """
 
+import functools
 import math
 
 import jax
@@ -24,8 +25,9 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.model import initializers
 from biomamba_jax.model.layers import RMSNorm, dense, row_parallel
 from biomamba_jax.model.state import MixerState
+from biomamba_jax.ops import rotary_embedding
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.numerics import accumulator_dtype
+from biomamba_jax.ops.numerics import accumulator_dtype, broadcast_merged
 from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 
 
@@ -68,71 +70,78 @@ class Mamba3Mixer(nnx.Module):
         # Every device along tensor computes the angles and B and C of all groups; heads are sharded.
         bc, angle = self.in_bc(u), collectives.copy_to_tensor_parallel(self.in_angle(u))
         u = collectives.copy_to_tensor_parallel(u)
-        rows, length = u.shape[:2]
-        dtype = accumulator_dtype(u.dtype)
-        dt = jax.nn.softplus(self.in_dt(u).astype(dtype) + self.dt_bias[...].astype(dtype))
-        rate = jnp.maximum(_heavy_tail(self.in_A(u).astype(dtype)), self.a_floor)
-        trap = jax.nn.sigmoid(self.in_trap(u).astype(dtype))
-
-        turns = dt[..., None] * (math.pi * jnp.tanh(angle.astype(dtype)))[:, :, None]
-        past = None if state is None or state.angle is None else state.angle.reshape(rows, -1)
-        total = collectives.segment_cumsum(turns.reshape(rows, length, -1), segment_ids, past, 2 * math.pi)
-        total = total.reshape(turns.shape)
-        B, C = (
-            self._rotated(v, norm, bias, total, collectives).astype(u.dtype)
-            for v, norm, bias in zip(
-                jnp.split(bc, 2, axis=-1), (self.norm_B, self.norm_C), (self.B_bias, self.C_bias), strict=True
-            )
-        )
-        x = self.in_x(u).reshape(rows, length, 1, -1, self.headdim)
-        if self.mimo_x is not None:
-            x = (x * self._per_rank(self.mimo_x)).astype(u.dtype)
-        y, ssm = self._scan(x, dt, dt * -rate, trap, B, C, state, segment_ids, collectives)
-
-        z = self.in_z(u).reshape(rows, length, 1, -1, self.headdim).astype(y.dtype)
-        if self.norm is not None:
-            width = (rows, length, self.ranks, -1)
-            y = self.norm(y.reshape(width), collectives=collectives).reshape(y.shape)
-        if self.mimo_z is not None and self.mimo_o is not None:
-            z = z * self._per_rank(self.mimo_z)
-            y = y * self._per_rank(self.mimo_o)
-        y = jnp.sum(y * jax.nn.silu(z), axis=2).reshape(rows, length, -1).astype(u.dtype)
-        state = MixerState(ssm, angle=total[:, -1], last_x=x[:, -1], last_B=B[:, -1])
+        of_heads = self.in_z(u), self.in_x(u), self.in_dt(u), self.in_A(u), self.in_trap(u)
+        y, state = self.mix(*of_heads, bc, angle, state, segment_ids, collectives)
         return row_parallel(self.out, y, collectives), state
 
-    def _rotated(
-        self, v: Float[Array, "B L RGN"], norm: RMSNorm, bias: nnx.Param, angle: Array, collectives: Collectives
-    ) -> Float[Array, "B L R H N"]:
-        """Return B or C of each head: normalised, with the head's bias, rotated."""
-        rows, length, heads = angle.shape[:3]
+    def mix(
+        self,
+        z: Float[Array, "B L HP"],
+        x: Float[Array, "B L HP"],
+        dt: Float[Array, "B L H"],
+        A: Float[Array, "B L H"],
+        trap: Float[Array, "B L H"],
+        bc: Float[Array, "B L RGN2"],
+        angle: Float[Array, "B L S"],
+        state: MixerState | None,
+        segment_ids: Int[Array, "B L"] | None,
+        collectives: Collectives = UNSHARDED,
+    ) -> tuple[Float[Array, "B L HP"], MixerState]:
+        """Return what the output projection reads, from the input projections' results, and the state."""
+        rows, length, heads = dt.shape
+        compute_dtype, dtype = x.dtype, accumulator_dtype(x.dtype)
+        dt = jax.nn.softplus(dt.astype(dtype) + self.dt_bias[...].astype(dtype))
+        rate = jnp.maximum(_heavy_tail(A.astype(dtype)), self.a_floor)
+        trap = jax.nn.sigmoid(trap.astype(dtype))
+
+        angles, speed = angle.shape[2], math.pi * jnp.tanh(angle.astype(dtype))
+        turns = broadcast_merged(dt[..., None], heads, angles) * broadcast_merged(speed[:, :, None], heads, angles)
+        past = None if state is None or state.angle is None else state.angle.reshape(rows, -1)
+        total = collectives.segment_cumsum(turns, segment_ids, past, 2 * math.pi).reshape(rows, length, heads, angles)
+        B, C = (
+            self._of_groups(v, norm, collectives)
+            for v, norm in zip(jnp.split(bc, 2, axis=-1), (self.norm_B, self.norm_C), strict=True)
+        )
+        biases = self._per_rank(self.B_bias), self._per_rank(self.C_bias)
+        own = _own_products(B, C, *biases)
+        B, C = rotary_embedding(B, C, *biases, total, dtype=compute_dtype, implementation=self.implementation)
+        x, z = x[:, :, None], z[:, :, None].astype(dtype)
+        if self.mimo_x is not None:
+            x = (x * self._merged(self.mimo_x)).astype(compute_dtype)
+        y, ssm = self._scan(x, dt, dt * -rate, trap, B, C, own, state, segment_ids, collectives)
+
+        if self.norm is not None:
+            y = self.norm(y, collectives=collectives)
+        if self.mimo_z is not None and self.mimo_o is not None:
+            z = z * self._merged(self.mimo_z)
+            y = y * self._merged(self.mimo_o)
+        y = jnp.sum(y * jax.nn.silu(z), axis=2).astype(compute_dtype)
+        last_x = x[:, -1].reshape(rows, self.ranks, heads, -1)
+        return y, MixerState(ssm, angle=total[:, -1], last_x=last_x, last_B=B[:, -1])
+
+    def _of_groups(self, v: Float[Array, "B L RGN"], norm: RMSNorm, collectives: Collectives) -> Array:
+        """Return B or C [B L R G N] of this device's groups, normalized."""
+        rows, length = v.shape[:2]
         v = norm(v.reshape(rows, length * self.ranks, self.groups, -1))
         v = collectives.local_groups(collectives.copy_to_tensor_parallel(v))
-        v = v.reshape(rows, length, self.ranks, -1, 1, v.shape[-1])
-        v = jnp.broadcast_to(v, (*v.shape[:4], heads // v.shape[3], v.shape[5])).reshape(*v.shape[:3], heads, -1)
-        v = v + self._per_rank(bias)
-        pairs, rotating = v.shape[-1] // 2, angle.shape[-1]
-        left, right = v[..., :rotating], v[..., pairs : pairs + rotating]
-        cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
-        fixed = v[..., rotating:pairs], v[..., pairs + rotating :]
-        return jnp.concatenate(
-            [left * cos - right * sin, fixed[0], left * sin + right * cos, fixed[1]],
-            axis=-1,
-        )
+        return v.reshape(rows, length, self.ranks, *v.shape[2:])
 
     def _scan(
         self,
-        x: Float[Array, "B L R H P"],
+        x: Float[Array, "B L R HP"],
         dt: Float[Array, "B L H"],
         log_decay: Float[Array, "B L H"],
         trap: Float[Array, "B L H"],
         B: Float[Array, "B L R H N"],
         C: Float[Array, "B L R H N"],
+        own: Float[Array, "B L R R H"],
         state: MixerState | None,
         segment_ids: Int[Array, "B L"] | None,
         collectives: Collectives,
-    ) -> tuple[Float[Array, "B L R H P"], Float[Array, "B H P N"]]:
-        """Return y of the module's recurrence and the state after the last token."""
+    ) -> tuple[Float[Array, "B L R HP"], Float[Array, "B H P N"]]:
+        """Return y of the module's recurrence and the state after the last token; `own` is C_r . B_k of each token."""
         rows, length, ranks = x.shape[:3]
+        heads = dt.shape[2]
         here, from_last = trap * dt, (1 - trap) * dt
         weight = here + collectives.next_in_segment(from_last, segment_ids)
         initial = None
@@ -140,13 +149,16 @@ class Mamba3Mixer(nnx.Module):
             term = jnp.einsum("brhp,brhn->bhpn", state.last_x, state.last_B, preferred_element_type=dt.dtype)
             initial = state.ssm + from_last[:, 0, :, None, None] * term
 
+        def of_channels(v: Float[Array, "*batch H"]) -> Float[Array, "*batch HP"]:
+            return broadcast_merged(v[..., None], heads, self.headdim)
+
         def steps(v: Array) -> Array:  # the ranks of a token are steps one after the other
-            return v.reshape(rows, length * ranks, *v.shape[3:])
+            return v.reshape(rows, length * ranks, heads, -1)
 
         y, ssm = collectives.ssd(
-            steps((x * weight[:, :, None, :, None]).astype(x.dtype)),
+            steps((x * of_channels(weight)[:, :, None]).astype(x.dtype)),
             None,
-            steps(jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0)))),
+            jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0))).reshape(rows, -1, heads),
             steps(B),
             steps(C),
             segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, ranks, axis=1),
@@ -155,16 +167,39 @@ class Mamba3Mixer(nnx.Module):
             implementation=self.implementation,
         )
         # So far rank r has read its token's ranks up to r, with the next step's weight; it reads all, with this one's.
-        read = jnp.tril(jnp.ones((ranks, ranks), dt.dtype))
-        missing = here[..., None, None] - weight[..., None, None] * read
-        own = jnp.einsum("blrhn,blkhn->blhrk", C, B, preferred_element_type=dt.dtype) * missing
-        own += self.D[...].astype(dt.dtype)[:, None, None] * jnp.eye(ranks, dtype=dt.dtype)
-        return y.reshape(x.shape) + jnp.einsum("blhrk,blkhp->blrhp", own, x.astype(dt.dtype)), ssm
+        read = jnp.tril(jnp.ones((ranks, ranks), dt.dtype))[..., None]
+        own = own * (here[:, :, None, None] - weight[:, :, None, None] * read)
+        own += self.D[...].astype(dt.dtype) * jnp.eye(ranks, dtype=dt.dtype)[..., None]
+        y = y.reshape(x.shape).astype(dt.dtype)
+        for k in range(ranks):
+            y += of_channels(own[:, :, :, k]) * x[:, :, k : k + 1]
+        return y, ssm
 
     @staticmethod
     def _per_rank(parameter: nnx.Param) -> Float[Array, "R H C"]:
         """Return a parameter of each head and rank in the axes of activations."""
         return parameter[...].swapaxes(0, 1)
+
+    @classmethod
+    def _merged(cls, parameter: nnx.Param) -> Float[Array, "R HP"]:
+        """Return a parameter of each head, rank and channel likewise, with the axes of x."""
+        v = cls._per_rank(parameter)
+        return v.reshape(v.shape[0], -1)
+
+
+def _own_products(
+    B: Float[Array, "B L R G N"],
+    C: Float[Array, "B L R G N"],
+    B_bias: Float[Array, "R H N"],
+    C_bias: Float[Array, "R H N"],
+) -> Float[Array, "B L R R H"]:
+    """Return C_r . B_k of each token and head: the rotation, the same for both, leaves it unchanged."""
+    groups = B.shape[3]
+    b, c = (v.reshape(v.shape[0], groups, -1, v.shape[2]).astype(B.dtype) for v in (B_bias, C_bias))
+    dot = functools.partial(jnp.einsum, precision="highest")
+    own = dot("blrgn,blkgn->blrkg", C, B)[..., None] + dot("rghn,kghn->rkgh", c, b)
+    own += dot("blrgn,kghn->blrkgh", C, b) + dot("rghn,blkgn->blrkgh", c, B)
+    return own.reshape(*own.shape[:4], -1)
 
 
 def _heavy_tail(v: Array) -> Array:

@@ -82,20 +82,48 @@ def segment_cumsum(
     initial = jnp.zeros((batch, channels), v.dtype) if initial is None else initial.astype(v.dtype)
     chunk = min(chunk, length)
     padding = ((0, 0), (0, -length % chunk))
-    parts = jnp.pad(v, (*padding, (0, 0))).reshape(batch, -1, chunk, channels).swapaxes(0, 1)
-    starts = jnp.pad(starts, padding).reshape(batch, -1, chunk).swapaxes(0, 1)
-    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
+    parts = jnp.pad(v, (*padding, (0, 0))).reshape(batch, -1, chunk, channels)
+    segment = jnp.cumsum(jnp.pad(starts, padding).reshape(batch, -1, chunk), axis=2)
+    same = jnp.tril(jnp.ones((chunk, chunk), bool)) & (segment[..., :, None] == segment[..., None, :])
+    sums = jnp.einsum("bnts,bnsc->bntc", same.astype(v.dtype), parts, precision="highest")
 
-    def step(carry: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
-        terms, begins = part
-        segment = jnp.cumsum(begins, axis=1)
-        same = causal & (segment[:, :, None] == segment[:, None, :])
-        sums = jnp.einsum("bts,bsc->btc", same.astype(terms.dtype), terms, precision="highest")
-        sums += jnp.where(segment[..., None] == 0, carry[:, None], 0)
-        return sums[:, -1] - period * jnp.floor(sums[:, -1] / period), sums
+    def step(before: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
+        last, unbroken = part
+        after = last + jnp.where(unbroken[:, None], before, 0)
+        return after - period * jnp.floor(after / period), before
 
-    _, sums = jax.lax.scan(step, initial, (parts, starts))
-    return sums.swapaxes(0, 1).reshape(batch, -1, channels)[:, :length]
+    of_chunks = (sums[:, :, -1].swapaxes(0, 1), (segment[:, :, -1] == 0).swapaxes(0, 1))
+    before = jax.lax.scan(step, initial, of_chunks)[1].swapaxes(0, 1)
+    sums += jnp.where(segment[..., None] == 0, before[:, :, None], 0)
+    return sums.reshape(batch, -1, channels)[:, :length]
+
+
+def broadcast_merged(v: Float[Array, "*batch h p"], heads: int, channels: int) -> Float[Array, "*batch HP"]:
+    """Broadcast v to `heads` and `channels` of each, one of which is its own axis of 1, and merge the two axes.
+
+    On TPU as a product with a 0/1 matrix: there arrays [... H P] and [... H*P] are tiled differently, so that
+    the reshape would move all data once more.
+    """
+    batch, axes = v.shape[:-2], v.shape[-2:]
+    if dispatch.platform() != "tpu":
+        return jnp.broadcast_to(v, (*batch, heads, channels)).reshape(*batch, -1)
+    n = axes[0] * axes[1]
+    select = jnp.broadcast_to(jnp.eye(n, dtype=v.dtype).reshape(n, *axes), (n, heads, channels)).reshape(n, -1)
+    return _select(v.reshape(*batch, n), select)
+
+
+@jax.custom_vjp
+def _select(v: Float[Array, "*batch n"], select: Float[Array, "n C"]) -> Float[Array, "*batch C"]:
+    """Return v @ select for a 0/1 matrix, exactly, by one product in bfloat16: v is the sum of three such values."""
+    high = jax.lax.reduce_precision(v, 8, 7)
+    middle = jax.lax.reduce_precision(v - high, 8, 7)
+    pieces = jnp.concatenate([high, middle, v - high - middle], axis=-1).astype(jnp.bfloat16)
+    return jnp.dot(pieces, jnp.tile(select, (3, 1)).astype(jnp.bfloat16), preferred_element_type=v.dtype)
+
+
+_select.defvjp(
+    lambda v, select: (_select(v, select), select), lambda select, g: (jnp.dot(g, select.T, precision="high"), None)
+)
 
 
 @jax.custom_vjp
