@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
@@ -12,7 +12,11 @@ from biomamba_jax.tables import Table, print_tables
 
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128
+_DIRECTIONS = ("forward", "forward and backward")
 OPS = ("selective_scan", "ssd", "ssd_mamba3", "causal_conv1d")
+Op = Literal["selective_scan", "ssd", "ssd_mamba3", "causal_conv1d", "rotary_embedding", "mamba3"]
+_MIXER: Op = "mamba3"
+_MIXER_KERNELS: tuple[Op, ...] = ("ssd_mamba3", "rotary_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +34,8 @@ class KernelsBenchmark:
     """d_inner: 1,536 for the 130m models."""
     segments: bool = True
     """Packed rows: reset state and convolution between documents."""
+    ops: list[Op] = dataclasses.field(default_factory=lambda: list(get_args(Op)))
+    """TPU: these ops; mamba3 is a mixer without its projections and needs ssd_mamba3 and rotary_embedding before it."""
     limit_seconds: float = 600
     """Time limit of the compiler for one op."""
 
@@ -38,6 +44,8 @@ class KernelsBenchmark:
             raise UserError("rows, length and channels must be positive")
         if self.channels % HEADDIM:
             raise UserError(f"channels = {self.channels}: must be a multiple of the head size {HEADDIM}")
+        if _MIXER in self.ops and set(_MIXER_KERNELS) - set(self.ops[: self.ops.index(_MIXER)]):
+            raise UserError(f"ops = {' '.join(self.ops)}: {_MIXER} needs {' and '.join(_MIXER_KERNELS)} before it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +104,9 @@ def measure_kernels(settings: KernelsBenchmark) -> None:
     print(
         "vector, matrix, memory: roofline bounds in ms; share: the highest of them over the estimate. Pallas kernels: "
         "the static profile of the schedule, without stalls on memory. XLA forms: XLA's own cost model, which can be a "
-        "few times off; the profile does not work for them. Temporary memory: of the program with the forward pass "
-        "alone, and of the one with both passes, which the rows of the backward pass show too."
+        "few times off; the profile does not work for them. mamba3: the mixer without projections, its kernels as "
+        "above and the rest by XLA's model. Temporary memory: of the program with the forward pass alone, and of "
+        "the one with both passes, which the rows of the backward pass show too."
     )
 
 
@@ -106,13 +115,21 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
     topology = parse_topology(f"{settings.target}:{SMALLEST[settings.target]}")
     chip = topology.chip
     assert chip.clock is not None
-    for op in OPS:
-        yield from _pallas_lines(op, settings, topology)
-        forward, both = _estimates(op, "xla", settings, settings.rows, [settings.length], profile=False)[0]
-        for direction, estimate in (("forward", forward), ("forward and backward", both)):
+    kernels = dict.fromkeys(_DIRECTIONS, 0.0)
+    for op in settings.ops:
+        if op != _MIXER:
+            for line in _pallas_lines(op, settings, topology):
+                yield line
+                if op in _MIXER_KERNELS and line.direction in kernels and line.seconds:
+                    kernels[line.direction] += line.seconds
+        implementation = "pallas_tpu" if op == _MIXER else "xla"
+        found = _estimates(op, implementation, settings, settings.rows, [settings.length], profile=False)[0]
+        for direction, estimate in zip(_DIRECTIONS, found, strict=True):
             memory = (estimate.argument_bytes + estimate.output_bytes) / chip.bandwidth
             seconds = None if estimate.xla_cycles is None else estimate.xla_cycles / chip.clock
-            yield Line(op, "xla", direction, seconds, None, None, memory, estimate.temporary_bytes)
+            if seconds is not None and op == _MIXER:
+                seconds += kernels[direction]
+            yield Line(op, implementation, direction, seconds, None, None, memory, estimate.temporary_bytes)
 
 
 def _estimates(

@@ -7,9 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
+from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import causal_conv1d, dispatch, selective_scan, ssd
+from biomamba_jax.model.mamba3 import Mamba3Mixer
+from biomamba_jax.ops import causal_conv1d, dispatch, rotary_embedding, selective_scan, ssd
 from biomamba_jax.planning.ahead_of_time import Request, estimates
 from biomamba_jax.planning.costs import Operation, program_costs
 from biomamba_jax.planning.topology import parse_topology
@@ -19,7 +22,8 @@ logger = logging.getLogger(__name__)
 D_STATE, SSD_D_STATE, HEADDIM = 16, 128, 64
 """Sizes of the published models: d_state of Mamba-1, d_state and headdim of Mamba-2."""
 _WIDTH = 4
-_OPS = {"mamba1": "selective_scan", "mamba2": "ssd", "mamba3": "ssd_mamba3"}
+_ANGLES = 32  # of a head of Mamba-3 at its published rope_fraction
+_OPS = {"mamba1": ("selective_scan",), "mamba2": ("ssd",), "mamba3": ("ssd_mamba3", "rotary_embedding")}
 _LENGTHS = (256, 512)  # multiples of every kernel's chunk
 _CHANNELS = 1536  # whole tiles and heads of every kernel
 
@@ -41,7 +45,8 @@ def build(
     """Return an op, or the op with its vector-Jacobian product, and the shapes of its arguments: a `Request.builder`.
 
     Args:
-      op: "selective_scan", "ssd", "ssd_mamba3" (a head's own B and C, decays given) or "causal_conv1d".
+      op: "selective_scan", "ssd", "ssd_mamba3" (a head's own B and C, decays given), "rotary_embedding", "mamba3" (all
+        of its mixer but the projections) or "causal_conv1d".
       implementation: its implementation; None for the default.
       rows: batch size.
       length: tokens of a row.
@@ -58,6 +63,7 @@ def build(
     full = shape(rows, length, channels)
     ids = shape(rows, length, dtype=jnp.int32) if segments else None
     run: Callable[..., Any]
+    arrays: dict[str, Any]
     options: dict[str, Any] = {"implementation": implementation}
     if op == "selective_scan":
         run, states, vector = selective_scan, shape(rows, length, D_STATE), shape(channels, dtype=f32)
@@ -73,6 +79,28 @@ def build(
         heads, run = channels // HEADDIM, functools.partial(ssd, dt=None)
         x, states = shape(rows, length, heads, HEADDIM), shape(rows, length, heads, SSD_D_STATE)
         arrays = {"x": x, "A": shape(rows, length, heads, dtype=f32), "B": states, "C": states}
+    elif op == "rotary_embedding":
+        heads, states = channels // HEADDIM, shape(rows, length, 1, 1, SSD_D_STATE, dtype=f32)
+        bias, angle = shape(1, heads, SSD_D_STATE, dtype=f32), shape(rows, length, heads, _ANGLES, dtype=f32)
+        arrays = {"B": states, "C": states, "B_bias": bias, "C_bias": bias, "angle": angle}
+
+        def rotary(segment_ids, implementation, **arrays):
+            results = rotary_embedding(**arrays, dtype=bf16, implementation=implementation)
+            return tuple(v.reshape(rows, length, -1) for v in results)  # as SSD's kernels read them
+
+        run = rotary
+    elif op == "mamba3":
+        config = ModelConfig(kind="mamba3", d_model=channels // 2, kernels=implementation != "xla")
+        graph, params = nnx.split(nnx.eval_shape(lambda: Mamba3Mixer(config, dtype=bf16, rngs=nnx.Rngs(0))))
+        of_head = shape(rows, length, channels // HEADDIM)
+        arrays = {"z": full, "x": full, "dt": of_head, "A": of_head, "trap": of_head}
+        arrays |= {"bc": shape(rows, length, 2 * SSD_D_STATE), "angle": shape(rows, length, _ANGLES)}
+        arrays["params"] = params
+
+        def mixer(segment_ids, implementation, params, **arrays):
+            return nnx.merge(graph, params).mix(**arrays, state=None, segment_ids=segment_ids)[0]
+
+        run = mixer
     else:
         run = causal_conv1d
         arrays = {"x": full, "weight": shape(channels, _WIDTH, dtype=f32), "bias": shape(channels, dtype=f32)}
@@ -84,7 +112,8 @@ def build(
         y, pull_back = jax.vjp(lambda v: forward(v, ids), arrays)
         return y, pull_back(dy)
 
-    return (with_gradients, (arrays, ids, arrays["x"])) if gradient else (forward, (arrays, ids))
+    results = arrays.get("x", (shape(rows, length, channels // HEADDIM * SSD_D_STATE),) * 2)
+    return (with_gradients, (arrays, ids, results)) if gradient else (forward, (arrays, ids))
 
 
 @functools.cache
@@ -105,20 +134,21 @@ def kernel_rates(kind: str, target: str, timeout: float = 600) -> Mapping[str, f
     chip = parse_topology(topology).chip
     assert chip.clock is not None  # known for every generation in SMALLEST
     shape = {"rows": 1, "channels": _CHANNELS, "segments": True, "implementation": "pallas_tpu", "gradient": True}
-    arguments = [{"op": _OPS[kind], "length": length, **shape} for length in _LENGTHS]
-    requests = [Request(topology, f"{__name__}:build", a) for a in arguments]
-    try:
-        short, long = (e.static_cycles for e in estimates(requests, profile=True, timeout=timeout))
-    except UserError as error:  # the profile can abort the compiler; the kernels' own cost estimates remain
-        reason = f"no profile, so the time of its kernels is a lower bound: {error}"
-        logger.warning("%s on %s: %s", _OPS[kind], target, reason)
-        return {}
-    few, many = ({kernel.name: kernel.bytes for kernel in kernel_costs(a)} for a in arguments)
     rates: dict[str, float] = {}
-    for name in few:
-        cycles = sum(long[key] for key in long if name in key) - sum(short[key] for key in short if name in key)
-        if cycles > 0:
-            rates[name] = cycles / (many[name] - few[name]) / chip.clock
+    for op in _OPS[kind]:
+        arguments = [{"op": op, "length": length, **shape} for length in _LENGTHS]
+        requests = [Request(topology, f"{__name__}:build", a) for a in arguments]
+        try:
+            short, long = (e.static_cycles for e in estimates(requests, profile=True, timeout=timeout))
+        except UserError as error:  # the profile can abort the compiler; the kernels' own cost estimates remain
+            reason = f"no profile, so the time of its kernels is a lower bound: {error}"
+            logger.warning("%s on %s: %s", op, target, reason)
+            continue
+        few, many = ({kernel.name: kernel.bytes for kernel in kernel_costs(a)} for a in arguments)
+        for name in few:
+            cycles = sum(long[key] for key in long if name in key) - sum(short[key] for key in short if name in key)
+            if cycles > 0:
+                rates[name] = cycles / (many[name] - few[name]) / chip.clock
     return rates
 
 

@@ -16,7 +16,7 @@ D_INNER = (1536, 2048, 3072, 4096, 5120)  # of the published sizes of all kinds;
 OPS = {
     "mamba1": {"selective_scan": 0, "causal_conv1d": 0},
     "mamba2": {"ssd": 0, "causal_conv1d": 2 * 128},
-    "mamba3": {"ssd_mamba3": 0},
+    "mamba3": {"ssd_mamba3": 0, "rotary_embedding": 0},
 }
 """The heavy operations of a mixer, and the channels of each beside d_inner: Mamba-2 convolves B and C too."""
 
