@@ -136,72 +136,103 @@ def evaluate(
       UserError: a model, text or question file cannot be read; all texts are read before anything is measured.
     """
     inputs, scorers = inputs or read_inputs(config), scorers or {}
-    domains = {name: documents for name, (documents, _) in inputs.domains.items()}
-    resampling = Resampling(config.resamples, config.confidence, config.seed)
-    results = Evaluation(config, config.reference or next(iter(config.models)))
-    for name, (documents, left_out) in inputs.domains.items():
-        sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
-        results.domains[name] = Domain(config.domains[name].paths, len(documents), *sizes, left_out=left_out)
-        if left_out:
-            say(f"{name}: documents left out: {counted(left_out)}")
-    results.tasks = {key: dataclasses.replace(task, models={}, comparisons={}) for key, task in inputs.tasks.items()}
-    for name, task in results.tasks.items():
-        if task.left_out:
-            say(f"{name}: questions left out: {counted(task.left_out)}")
+    evaluator = _Evaluator(config, inputs, output, say)
     for name, path in config.models.items():
         if name not in scorers:
             check_model(name, path, config)
-    scores: dict[str, dict[str, DomainScores]] = {name: {} for name in domains}
     for name, path in config.models.items():
         scorer = scorers.get(name) or load_scorer(name, path, config)
-        results.models[name] = scorer.facts
-        say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
-        for key, documents in domains.items():
-            domain = results.domains[key]
-            domain.unspelled[name] = lost = unspelled_share(scorer, [document.text for document in documents])
-            if lost == 1:
-                raise UserError(
-                    f"models.{name}: the tokenizer of {path} spells nothing of domains.{key}; leave one out"
-                )
-            spelling = f"{100 * lost:.2f} % of bytes not spelled"
-            if lost > config.max_unspelled:
-                domain.not_compared.append(name)
-                spelling += ": not compared"
-            if config.protocol == "paper":
-                domain.paper[name] = paper.domain_perplexity(scorer, documents, config.domains[key].paper_rows)
-                figure = domain.paper[name]["perplexity"]
-                say(f"{name} on {key}: perplexity {figure:.4f}, mean of batch means (protocol paper); {spelling}")
-                continue
-            if config.protocol == "paper_v1":
-                domain.paper_v1[name] = found = paper_v1.domain_figures(scorer, documents)
-                say(
-                    f"{name} on {key}: perplexity {found.perplexity:.4f} with padding in the loss (protocol paper_v1), "
-                    f"{100 * found.padding:.1f} % of the tokens; nats per token: {found.padding_cross_entropy:.3f} of "
-                    f"padding, {found.text_cross_entropy:.3f} of text"
-                )
-            scores[key][name] = score_domain(scorer, documents)
-            domain.models[name] = measure(scores[key][name], resampling)
-            if scorer.documents_by_word:
-                by_word = score_domain(scorer, documents, scorer.documents_by_word)
-                domain.models[name] = dataclasses.replace(
-                    domain.models[name], pll_word_l2r=measure(by_word, resampling)
-                )
-            _write_lines(output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores[key][name]))
-            say(f"{name} on {key}: {_domain_line(domain.models[name])}; {spelling}")
-        for key, task in results.tasks.items():
-            task.models[name] = result = inputs.answer[key](scorer)
-            _write_lines(output / "predictions" / key / f"{name}.jsonl", map(dataclasses.asdict, result.predictions))
+        evaluator.measure(name, scorer)
+        del scorer  # before the next one is loaded
+    return evaluator.compared()
+
+
+class _Evaluator:
+    """Measures one model after the other on the same texts and questions, and then compares them."""
+
+    def __init__(self, config: EvaluateConfig, inputs: Inputs, output: Path, say: Callable[[str], None]):
+        self._config, self._inputs, self._output, self._say = config, inputs, output, say
+        self._resampling = Resampling(config.resamples, config.confidence, config.seed)
+        self._scores: dict[str, dict[str, DomainScores]] = {key: {} for key in inputs.domains}
+        self._results = Evaluation(config, config.reference or next(iter(config.models)))
+        for key, (documents, left_out) in inputs.domains.items():
+            sizes = sum(d.bytes for d in documents), sum(d.words for d in documents)
+            self._results.domains[key] = Domain(config.domains[key].paths, len(documents), *sizes, left_out=left_out)
+            if left_out:
+                say(f"{key}: documents left out: {counted(left_out)}")
+        for key, task in inputs.tasks.items():
+            self._results.tasks[key] = dataclasses.replace(task, models={}, comparisons={})
+            if task.left_out:
+                say(f"{key}: questions left out: {counted(task.left_out)}")
+
+    def measure(self, name: str, scorer: Scorer) -> None:
+        """Measure a model on every domain and task."""
+        self._results.models[name] = scorer.facts
+        self._say(f"{name}: {scorer.facts.parameters:,} parameters, run by {scorer.facts.run_by}")
+        for key, (documents, _) in self._inputs.domains.items():
+            spelling = self._check_spelling(name, key, scorer, documents)
+            if self._config.protocol == "paper":
+                self._measure_as_published(name, key, scorer, documents, spelling)
+            else:
+                self._measure_domain(name, key, scorer, documents, spelling)
+        for key, answer in self._inputs.answer.items():
+            self._results.tasks[key].models[name] = result = answer(scorer)
+            path = self._output / "predictions" / key / f"{name}.jsonl"
+            _write_lines(path, map(dataclasses.asdict, result.predictions))
             shown = ", ".join(f"{m} {e.value:.4f}" for m, e in result.measures.items())
-            say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
-        del scorer
-    _compare(results, scores, resampling)
-    for key, domain in results.domains.items():
-        for name, ratio in padded_ratios(domain, results.reference).items():
-            pair = domain.comparisons.get(name)
-            honest = pair.perplexity_ratio if pair else None
-            of_text = f"{honest.value:.3f} on the text itself" if honest else "not comparable on the text itself"
-            say(f"{name} on {key}: {results.reference}'s perplexity over its own: {ratio:.1f} by paper_v1, {of_text}")
-    return results
+            self._say(f"{name} on {key}: {shown} ({result.answered / max(result.seconds, 1e-9):.1f} questions/s)")
+
+    def _check_spelling(self, name: str, key: str, scorer: Scorer, documents: Sequence[Document]) -> str:
+        """Record the share of a domain that a model's tokenizer does not spell, and return it in words."""
+        domain = self._results.domains[key]
+        domain.unspelled[name] = lost = unspelled_share(scorer, [document.text for document in documents])
+        if lost == 1:
+            path = self._config.models[name]
+            raise UserError(f"models.{name}: the tokenizer of {path} spells nothing of domains.{key}; leave one out")
+        if lost <= self._config.max_unspelled:
+            return f"{100 * lost:.2f} % of bytes not spelled"
+        domain.not_compared.append(name)
+        return f"{100 * lost:.2f} % of bytes not spelled: not compared"
+
+    def _measure_as_published(
+        self, name: str, key: str, scorer: Scorer, documents: Sequence[Document], spelling: str
+    ) -> None:
+        found = paper.domain_perplexity(scorer, documents, self._config.domains[key].paper_rows)
+        self._results.domains[key].paper[name] = found
+        figure = f"perplexity {found['perplexity']:.4f}, mean of batch means (protocol paper)"
+        self._say(f"{name} on {key}: {figure}; {spelling}")
+
+    def _measure_domain(
+        self, name: str, key: str, scorer: Scorer, documents: Sequence[Document], spelling: str
+    ) -> None:
+        domain = self._results.domains[key]
+        if self._config.protocol == "paper_v1":
+            domain.paper_v1[name] = found = paper_v1.domain_figures(scorer, documents)
+            self._say(
+                f"{name} on {key}: perplexity {found.perplexity:.4f} with padding in the loss (protocol paper_v1), "
+                f"{100 * found.padding:.1f} % of the tokens; nats per token: {found.padding_cross_entropy:.3f} of "
+                f"padding, {found.text_cross_entropy:.3f} of text"
+            )
+        self._scores[key][name] = scores = score_domain(scorer, documents)
+        measures = measure(scores, self._resampling)
+        if scorer.documents_by_word:
+            by_word = score_domain(scorer, documents, scorer.documents_by_word)
+            measures = dataclasses.replace(measures, pll_word_l2r=measure(by_word, self._resampling))
+        domain.models[name] = measures
+        _write_lines(self._output / "documents" / key / f"{name}.jsonl", _document_records(documents, scores))
+        self._say(f"{name} on {key}: {_domain_line(measures)}; {spelling}")
+
+    def compared(self) -> Evaluation:
+        """Return the results of all models, compared with the reference."""
+        results, reference = self._results, self._results.reference
+        _compare(results, self._scores, self._resampling)
+        for key, domain in results.domains.items():
+            for name, ratio in padded_ratios(domain, reference).items():
+                pair = domain.comparisons.get(name)
+                honest = pair.perplexity_ratio if pair else None
+                of_text = f"{honest.value:.3f} on the text itself" if honest else "not comparable on the text itself"
+                self._say(f"{name} on {key}: {reference}'s perplexity over its own: {ratio:.1f} by paper_v1, {of_text}")
+        return results
 
 
 def read_inputs(config: EvaluateConfig) -> Inputs:

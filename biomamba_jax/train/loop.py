@@ -2,13 +2,15 @@
 
 Run directory: config.yaml, checkpoints/, metrics.jsonl, timing.jsonl, tensorboard/, profile/, environment.json,
 report.html.
-`train` assembles a `TrainingRun` for pretraining, `supervised.finetune` one for fine-tuning.
+`train` assembles a `TrainingRun` for pretraining, `supervised.finetune` one for fine-tuning, and
+`contrastive.train_embeddings` one for embeddings; `run` runs it.
 """
 
 import dataclasses
 import math
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import jax
 from biomamba_jax import files
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig
 from biomamba_jax.data.mixture import MixedDocuments
-from biomamba_jax.data.pipeline import Documents, TrainIterator
+from biomamba_jax.data.pipeline import Batch, Documents, TrainIterator
 from biomamba_jax.data.shards import Manifest
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
@@ -122,170 +124,260 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
 
 def run(training: TrainingRun, params: Any = None) -> bool:
     """Run the loop; see `train`."""
-    config, program, steps = training.config, training.program, training.steps
-    run_dir, mesh = Path(config.run_dir), program.layout.mesh
-    frozen = jax.device_put(training.frozen, replicated(mesh))
-
+    config, run_dir = training.config, Path(training.config.run_dir)
     with (
         files.naming_full_disks(run_dir, "free space, then run the same command to resume from the newest checkpoint"),
-        Progress(steps) as progress,
+        Progress(training.steps) as progress,
         StopRequest() as stop,
-        TrainIterator(
-            training.documents,
-            sequence_length=config.data.sequence_length,
-            seed=config.train.seed,
-            num_workers=training.num_workers,
-            **host_batch(config.data.batch_size, mesh, config.train.accumulation),
-        ) as batches,
+        _open_batches(training) as batches,
         Checkpoints(run_dir, config.checkpoint, config.resume_from) as checkpoints,
     ):
-        # --- Restore the newest checkpoint, or start from initial weights ------------------------------------------
         start = checkpoints.start
         changed = setup.changed_settings(config, start)
-        saved: dict[str, Any] = {}
-        if start is not None:
-            state, saved = checkpoints.restore(program.state, changed)
-            batches.set_state(saved["data"])
-            for name, value in training.identity.items():
-                if saved.get(name, value) != value:  # one of an earlier version names no tokenizer
-                    raise UserError(
-                        f"{run_dir}: was started with {name} {saved.get(name)}, not {value}; name another run_dir"
-                    )
-        elif params is None and config.init_from is not None:
-            raise UserError(f"{run_dir}: its checkpoint disappeared during the start; run again to use init_from")
+        if start is None:
+            state, saved = _initial_state(training, params), {}
         else:
-            state = program.init(params)
+            state, saved = _restore(training, checkpoints, batches, changed)
         best = BestEvaluation(**saved.get("best", {}))
-        if start is not None and (start >= steps or best.is_stale(config.train.patience)):
-            progress.log(f"nothing to do: the run is at step {start:,} of the {steps:,} steps of this config")
+        if start is not None and (start >= training.steps or best.is_stale(config.train.patience)):
+            progress.log(f"nothing to do: the run is at step {start:,} of the {training.steps:,} steps of this config")
             return True
         if start is None:
             setup.record_settings(config, training.tokenizer, start)
-
         with (
             RunReport(run_dir if jax.process_index() == 0 else None, progress.log) as page,
             MetricsWriter(config, start) as metrics,
             StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
         ):
-            about = setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
-            news = (*training.messages, *(f"changed since this run began: {each}" for each in changed))
-            for message in (about, *setup.compilation_cache(), *news):
+            for message in _messages(training, state, start, changed):
                 progress.log(message)
-
-            recorded = start is None
-
-            traced = config.train.profile_steps
-            if traced and (traced[1] <= (start or 0) or traced[0] > steps):
-                where = f"this start goes from step {start or 0:,} to {steps:,}"
-                progress.log(f"train.profile_steps = {traced}: no trace, {where}")
-
-            # --- Hooks between steps -------------------------------------------------------------------------------
-            def report_metrics(step: int, split: str, values: Metrics, name: str = "") -> None:
-                metrics.write(step, split, values)
-                shown = ", ".join(
-                    f"{key.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
-                    for key, value in values.items()
-                )
-                progress.log(f"step {step:,}: {name or split} {shown}")
-
-            def evaluate(step: int, state: TrainState) -> None:
-                values = training.evaluate(evaluation_weights(state.params, state.optimizer))
-                report_metrics(step, "validation", values, name="held-out")
-                best.add(step, values["loss"])
-                if config.checkpoint.keep_best and best.step == step:
-                    save(step, state)
-                is_last = step == steps or best.is_stale(config.train.patience)
-                if (is_last or not step) and not math.isfinite(values["loss"]):
-                    if step:
-                        save(step, state)
-                    raise UserError(
-                        f"step {step:,}: the held-out loss is {values['loss']}; "
-                        + (NOT_FINITE if step else "check the weights of init_from and the held-out text")
-                    )
-
-            def save(step: int, state: TrainState) -> None:
-                nonlocal recorded
-                if not recorded and step != start:  # from here on, the new settings have trained
-                    setup.record_settings(config, training.tokenizer, start)
-                    recorded = True
-                metrics.sync()
-                loop = {"data": batches.get_state(), "totals": interval.state(), "best": dataclasses.asdict(best)}
-                kept = best.step if config.checkpoint.keep_best else None
-                checkpoints.save(step, state, loop | training.identity, best=kept)
-                page.update()
-
-            def log(step: int, state: TrainState) -> None:
-                drawn = {f"tokens/{name}": tokens for name, tokens in batches.tokens_by_source.items()}
-                values = interval.values()
-                rate = float(program.schedule(max(step - 1 - interval.skipped, 0)))  # skipped updates do not count
-                metrics.write(step, "train", values | {"learning_rate": rate} | drawn)
-                throughput.update(interval.totals.tokens)
-                metrics.write_timing(step, throughput.speed._asdict() | {"peak_memory_bytes": peak_memory_bytes()})
-                throughput.restart(interval.totals.tokens)
-
-            def report_skipped(origin: Any, loss: float, norm: float) -> None:
-                if jax.process_index() == 0:
-                    step, rows = origin[0], batches.documents_of(origin[1])
-                    metrics.write_skipped(step, {"loss": loss, "gradient_norm": norm, "rows": rows})
-                    names = [document["pmid"] or document["document"] for row in rows for document in row["documents"]]
-                    progress.log(
-                        f"step {step:,}: update skipped, loss {loss}, gradient norm {norm}; rows {rows[0]['row']} to "
-                        f"{rows[-1]['row']} hold documents {', '.join(map(str, names[:5]))} ... ({len(names)}, all in "
-                        "skipped.jsonl)"
-                    )
-
-            hooks = [  # checkpoints come last: a checkpoint's metrics are written before it
-                *training.hooks,
-                (config.train.log_every, log),
-                (config.train.eval_every, evaluate),
-                (config.checkpoint.every, save),
-            ]
-
-            # --- The loop ------------------------------------------------------------------------------------------
-            failure: UserError | None = None
-            step, interval = start or 0, IntervalMeter(IntervalTotals(**saved.get("totals", {})), report_skipped)
-            peak = setup.total_peak_flops(compute_dtype(config.model))
-            throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
-            if start is None:
-                if stop.requested:  # nothing is worth saving
-                    raise SystemExit(128 + signal.Signals[stop.requested])
-                evaluate(0, state)
-            while step < steps and not stop.at(step) and not best.is_stale(config.train.patience):
-                try:
-                    with throughput.waiting():
-                        batch = next(batches)
-                except UserError as error:  # of a data worker or a shard; the state is healthy
-                    failure = error
-                    break
-                step += 1
-                with profiler.step(step):
-                    state, report = program.step(state, shard_batch(batch, mesh), *frozen)
-                profiler.ended(step, report)
-                interval.add(report, (step, batches.origin))
-                if step == (start or 0) + 1:  # leave compilation out of the speed
-                    interval.finish()
-                    throughput.restart(interval.totals.tokens)
-                throughput.update(interval.totals.tokens)
-                progress.update(step, interval.last_loss, throughput.speed)
-                for every, hook in hooks:
-                    if step == steps or (every and step % every == 0):
-                        with throughput.pause():
-                            for name, values in (hook(step, state) or {}).items():
-                                report_metrics(step, name, values)
-                trained = step - (start or 0)
-                most = min(config.train.max_skipped_steps, trained if step == steps else math.inf)
-                if interval.skipped_in_a_row >= most:
-                    reason = f"{interval.skipped_in_a_row} consecutive losses or gradients were not finite"
-                    raise UserError(f"step {step}: {reason}; {NOT_FINITE}")
-            if stop.requested:
-                progress.log(f"{stop.requested}: saving step {step:,}; run the same command to resume")
-                save(step, state)
-            elif failure is not None:
-                if jax.process_count() > 1 or step == start:  # the other processes cannot save this step
-                    raise failure
-                save(step, state)
-                raise UserError(f"{failure}; step {step:,} is saved: run the same command to resume")
-            elif step < steps:
-                progress.log(f"step {step:,}: no better since step {best.step or 0:,}; ending early")
-                save(step, state)
+            loop = _Loop(
+                training=training,
+                state=state,
+                batches=batches,
+                totals=IntervalTotals(**saved.get("totals", {})),
+                best=best,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                page=page,
+                profiler=profiler,
+                progress=progress,
+                stop=stop,
+            )
+            loop.run()
     return not stop.requested
+
+
+def _open_batches(training: TrainingRun) -> TrainIterator:
+    data, train = training.config.data, training.config.train
+    return TrainIterator(
+        training.documents,
+        sequence_length=data.sequence_length,
+        seed=train.seed,
+        num_workers=training.num_workers,
+        **host_batch(data.batch_size, training.program.layout.mesh, train.accumulation),
+    )
+
+
+def _initial_state(training: TrainingRun, params: Any) -> TrainState:
+    if params is None and training.config.init_from is not None:
+        run_dir = training.config.run_dir
+        raise UserError(f"{run_dir}: its checkpoint disappeared during the start; run again to use init_from")
+    return training.program.init(params)
+
+
+def _restore(
+    training: TrainingRun, checkpoints: Checkpoints, batches: TrainIterator, changed: Sequence[str]
+) -> tuple[TrainState, dict[str, Any]]:
+    """Return the newest checkpoint's state and loop data, and continue its batches."""
+    state, saved = checkpoints.restore(training.program.state, changed)
+    batches.set_state(saved["data"])
+    for name, value in training.identity.items():
+        if saved.get(name, value) != value:  # one of an earlier version names no tokenizer
+            raise UserError(
+                f"{training.config.run_dir}: was started with {name} {saved.get(name)}, not {value}; name another "
+                "run_dir"
+            )
+    return state, saved
+
+
+def _messages(training: TrainingRun, state: TrainState, start: int | None, changed: Sequence[str]) -> Iterator[str]:
+    """Yield the lines that are logged before the first step."""
+    config, steps = training.config, training.steps
+    yield setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
+    yield from setup.compilation_cache()
+    yield from training.messages
+    yield from (f"changed since this run began: {each}" for each in changed)
+    traced = config.train.profile_steps
+    if traced and (traced[1] <= (start or 0) or traced[0] > steps):
+        where = f"this start goes from step {start or 0:,} to {steps:,}"
+        yield f"train.profile_steps = {traced}: no trace, {where}"
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Loop:
+    """The steps of one start of a run, and the evaluations, metrics and checkpoints between them."""
+
+    training: TrainingRun
+    state: TrainState
+    batches: TrainIterator
+    totals: dataclasses.InitVar[IntervalTotals]
+    best: BestEvaluation
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    page: RunReport
+    profiler: StepProfiler
+    progress: Progress
+    stop: StopRequest
+
+    def __post_init__(self, totals: IntervalTotals) -> None:
+        config, program = self.training.config, self.training.program
+        self.config, self.program, self.steps = config, program, self.training.steps
+        self.frozen = jax.device_put(self.training.frozen, replicated(program.layout.mesh))
+        self.start = self.checkpoints.start
+        self.step = self.first_step = self.start or 0
+        self.settings_recorded = self.start is None
+        self.interval = IntervalMeter(totals, self._report_skipped)
+        peak = setup.total_peak_flops(compute_dtype(config.model))
+        self.throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
+
+    def run(self) -> None:
+        """Train to the last step, or until a signal, patience or a failure ends the run early.
+
+        Raises:
+          UserError: gradients stayed non-finite, a batch could not be read, or a hook refused to go on.
+        """
+        if self.start is None:
+            if self.stop.requested:  # nothing is worth saving
+                raise SystemExit(128 + signal.Signals[self.stop.requested])
+            self._evaluate()
+        failure: UserError | None = None
+        while self.step < self.steps and not self.stop.at(self.step) and not self._is_stale():
+            try:
+                with self.throughput.waiting():
+                    batch = next(self.batches)
+            except UserError as error:  # of a data worker or a shard; the state is healthy
+                failure = error
+                break
+            self._train(batch)
+            self._run_hooks()
+            self._check_skipped()
+        self._end(failure)
+
+    def _train(self, batch: Batch) -> None:
+        self.step += 1
+        with self.profiler.step(self.step):
+            placed = shard_batch(batch, self.program.layout.mesh)
+            self.state, report = self.program.step(self.state, placed, *self.frozen)
+        self.profiler.ended(self.step, report)
+        self.interval.add(report, (self.step, self.batches.origin))
+        if self.step == self.first_step + 1:  # leave compilation out of the speed
+            self.interval.finish()
+            self.throughput.restart(self.interval.totals.tokens)
+        self.throughput.update(self.interval.totals.tokens)
+        self.progress.update(self.step, self.interval.last_loss, self.throughput.speed)
+
+    def _run_hooks(self) -> None:
+        train, checkpoint = self.config.train, self.config.checkpoint
+        hooks: list[tuple[int, Callable[[], None]]] = [
+            *((every, partial(self._measure, hook)) for every, hook in self.training.hooks),
+            (train.log_every, self._log),
+            (train.eval_every, self._evaluate),
+            (checkpoint.every, self._save),  # last: a checkpoint's metrics are written before it
+        ]
+        for every, hook in hooks:
+            if self.step == self.steps or (every and self.step % every == 0):
+                with self.throughput.pause():
+                    hook()
+
+    def _check_skipped(self) -> None:
+        """Raise a UserError if too many updates in a row, or all of a start that has ended, were skipped."""
+        trained = self.step - self.first_step
+        most = min(self.config.train.max_skipped_steps, trained if self.step == self.steps else math.inf)
+        if self.interval.skipped_in_a_row >= most:
+            reason = f"{self.interval.skipped_in_a_row} consecutive losses or gradients were not finite"
+            raise UserError(f"step {self.step}: {reason}; {NOT_FINITE}")
+
+    def _end(self, failure: UserError | None) -> None:
+        """Save the step at which a run ends early, and say why it does."""
+        if self.stop.requested:
+            self.progress.log(f"{self.stop.requested}: saving step {self.step:,}; run the same command to resume")
+            self._save()
+        elif failure is not None:
+            if jax.process_count() > 1 or self.step == self.start:  # the other processes cannot save this step
+                raise failure
+            self._save()
+            raise UserError(f"{failure}; step {self.step:,} is saved: run the same command to resume")
+        elif self.step < self.steps:
+            self.progress.log(f"step {self.step:,}: no better since step {self.best.step or 0:,}; ending early")
+            self._save()
+
+    # --- Hooks -------------------------------------------------------------------------------------------------------
+
+    def _measure(self, hook: Hook) -> None:
+        for name, values in (hook(self.step, self.state) or {}).items():
+            self._write_metrics(name, values, name)
+
+    def _log(self) -> None:
+        drawn = {f"tokens/{name}": tokens for name, tokens in self.batches.tokens_by_source.items()}
+        values = self.interval.values()
+        updates = self.step - self.interval.skipped  # skipped updates do not count
+        rate = float(self.program.schedule(max(updates - 1, 0)))
+        self.metrics.write(self.step, "train", values | {"learning_rate": rate} | drawn)
+        self.throughput.update(self.interval.totals.tokens)
+        speed = self.throughput.speed._asdict()
+        self.metrics.write_timing(self.step, speed | {"peak_memory_bytes": peak_memory_bytes()})
+        self.throughput.restart(self.interval.totals.tokens)
+
+    def _evaluate(self) -> None:
+        values = self.training.evaluate(evaluation_weights(self.state.params, self.state.optimizer))
+        self._write_metrics("validation", values, "held-out")
+        self.best.add(self.step, values["loss"])
+        if self.config.checkpoint.keep_best and self.best.step == self.step:
+            self._save()
+        is_first, is_last = self.step == 0, self.step == self.steps or self._is_stale()
+        if (is_first or is_last) and not math.isfinite(values["loss"]):
+            if not is_first:
+                self._save()
+            remedy = "check the weights of init_from and the held-out text" if is_first else NOT_FINITE
+            raise UserError(f"step {self.step:,}: the held-out loss is {values['loss']}; {remedy}")
+
+    def _save(self) -> None:
+        if not self.settings_recorded and self.step != self.start:  # from here on, the new settings have trained
+            setup.record_settings(self.config, self.training.tokenizer, self.start)
+            self.settings_recorded = True
+        self.metrics.sync()
+        loop = {
+            "data": self.batches.get_state(),
+            "totals": self.interval.state(),
+            "best": dataclasses.asdict(self.best),
+            **self.training.identity,
+        }
+        kept = self.best.step if self.config.checkpoint.keep_best else None
+        self.checkpoints.save(self.step, self.state, loop, best=kept)
+        self.page.update()
+
+    # --- Reports -----------------------------------------------------------------------------------------------------
+
+    def _is_stale(self) -> bool:
+        return self.best.is_stale(self.config.train.patience)
+
+    def _write_metrics(self, split: str, values: Metrics, name: str) -> None:
+        self.metrics.write(self.step, split, values)
+        shown = ", ".join(
+            f"{key.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else f'{value:,.4f}'}"
+            for key, value in values.items()
+        )
+        self.progress.log(f"step {self.step:,}: {name} {shown}")
+
+    def _report_skipped(self, origin: Any, loss: float, norm: float) -> None:
+        if jax.process_index() != 0:
+            return
+        step, rows = origin[0], self.batches.documents_of(origin[1])
+        self.metrics.write_skipped(step, {"loss": loss, "gradient_norm": norm, "rows": rows})
+        names = [document["pmid"] or document["document"] for row in rows for document in row["documents"]]
+        self.progress.log(
+            f"step {step:,}: update skipped, loss {loss}, gradient norm {norm}; rows {rows[0]['row']} to "
+            f"{rows[-1]['row']} hold documents {', '.join(map(str, names[:5]))} ... ({len(names)}, all in "
+            "skipped.jsonl)"
+        )
