@@ -121,31 +121,46 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for document in root.iter("document"):
         where = f"{path}, document {document.findtext('id')}"
         try:
-            text = ""
-            spans: list[_Stated] = []
-            concepts: dict[str, tuple[str, ...]] = {}
-            for passage in document.iter("passage"):
-                # Offsets count characters of the whole document, of which passages may leave some out.
-                for part in [passage] if passage.find("text") is not None else passage.iter("sentence"):
-                    own, offset = part.findtext("text") or "", int(part.findtext("offset", "0"))
-                    if not 0 <= offset <= len(content):  # no text is longer than its file
-                        raise ValueError(f"passage at {offset}")
-                    text = text.ljust(offset)[:offset] + own
-                for annotation in passage.iter("annotation"):
-                    facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
-                    stated = next((facts[key] for key in ("identifier", "mesh") if key in facts), "")
-                    ids = tuple(each for each in re.split(r"[|,;]", stated) if each not in _NO_CONCEPT)
-                    concepts[annotation.get("id", "")] = ids
-                    places = annotation.findall("location")
-                    if len(places) == 1:  # a span in several parts has no offsets of its own
-                        start = int(places[0].get("offset", ""))
-                        end = start + int(places[0].get("length", ""))
-                        spans.append((Span(start, end, facts.get("type", ""), ids), annotation.findtext("text")))
+            text = _bioc_text(document, len(content))  # no text is longer than its file
+            spans, concepts = _bioc_annotations(document)
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
             raise UserError(f"{where}: has an offset that is not a number, or not in the text ({error})") from None
         kept = _checked(text, spans, where, config.types)
         yield AnnotatedText(document.findtext("id") or "", text, kept, relations=tuple(relations))
+
+
+def _bioc_text(document: Any, most: int) -> str:
+    """Return a document's text; offsets count characters of all of it, of which passages may leave some out.
+
+    Raises:
+      ValueError: a passage begins before the document or after `most` characters.
+    """
+    text = ""
+    for passage in document.iter("passage"):
+        for part in [passage] if passage.find("text") is not None else passage.iter("sentence"):
+            offset = int(part.findtext("offset", "0"))
+            if not 0 <= offset <= most:
+                raise ValueError(f"passage at {offset}")
+            text = text.ljust(offset)[:offset] + (part.findtext("text") or "")
+    return text
+
+
+def _bioc_annotations(document: Any) -> tuple[list[_Stated], dict[str, tuple[str, ...]]]:
+    """Return a document's spans, and the concepts of each annotation by its id."""
+    spans: list[_Stated] = []
+    concepts: dict[str, tuple[str, ...]] = {}
+    for annotation in (each for passage in document.iter("passage") for each in passage.iter("annotation")):
+        facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
+        stated = next((facts[key] for key in ("identifier", "mesh") if key in facts), "")
+        ids = tuple(each for each in re.split(r"[|,;]", stated) if each not in _NO_CONCEPT)
+        concepts[annotation.get("id", "")] = ids
+        places = annotation.findall("location")
+        if len(places) == 1:  # a span in several parts has no offsets of its own
+            start = int(places[0].get("offset", ""))
+            end = start + int(places[0].get("length", ""))
+            spans.append((Span(start, end, facts.get("type", ""), ids), annotation.findtext("text")))
+    return spans, concepts
 
 
 def _bioc_relation(element: Any, concepts: dict[str, tuple[str, ...]]) -> Iterator[Relation]:

@@ -194,10 +194,15 @@ def _strings(path: Path, name: str, value: Any) -> Iterator[Item]:
                 if isinstance(value, dict) and len(key.split()) >= WORDS:
                     yield Item(f"{path.name}: {name}", key)
                 inner = name if named or (name and isinstance(part, str)) else f"{name}.{key}".lstrip(".")
-                of_pubmedqa = "QUESTION" in part if isinstance(part, dict) else part in ("yes", "no", "maybe")
-                pmid = key if of_pubmedqa else str(part) if key.lower() == "pmid" else ""
-                if pmid.isdecimal() and len(pmid) <= 10 and int(pmid) < 2**32:
-                    yield Item(f"{path.name}: {inner}", "", (int(pmid),))
+                if (pmid := _stated_pmid(key, part)) is not None:
+                    yield Item(f"{path.name}: {inner}", "", (pmid,))
                 pending.append((inner, named, key if key.lower() in _TEXT_KEYS else text_key, part))
         elif text_key and value is not None and not isinstance(value, str):
             raise UserError(f"{path}: {text_key!r} of {name} is {value!r}, not text; correct it or leave the file out")
+
+
+def _stated_pmid(key: str, value: Any) -> int | None:
+    """Return the PMID that an entry of a JSON object states: under "pmid", or as the key of PubMedQA's questions."""
+    of_pubmedqa = "QUESTION" in value if isinstance(value, dict) else value in ("yes", "no", "maybe")
+    pmid = key if of_pubmedqa else str(value) if key.lower() == "pmid" else ""
+    return int(pmid) if pmid.isdecimal() and len(pmid) <= 10 and int(pmid) < 2**32 else None

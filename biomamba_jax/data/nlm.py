@@ -6,8 +6,7 @@ are kept. Memory is bounded since every record is cleared once it is read.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from lxml import etree
@@ -40,37 +39,34 @@ def read_articles(path: str | Path) -> Iterator[Article | Deletion | NotAnArticl
       UserError: the file is truncated, is not well-formed, declares or uses XML entities, or is not a PubmedArticleSet
         (a lone PubmedArticle or PubmedBookArticle counts as one); names the file and the last good record.
     """
-    last = ["before the first record"]
     _check_head(path)
+    last = "before the first record"
     parser = etree.XMLPullParser(events=("end",), tag=_KNOWN, **_SAFE)
-    with _well_formed(path, last):
+    try:
         for element in _elements(path, parser):
             parent = element.getparent()
             if parent is not None and parent.getparent() is not None:
                 continue  # part of a record
             yield from _foreign_elements(element.itersiblings(preceding=True))
-            for record in _read_record(element, f"{path}: {last[-1]}"):
+            for record in _read_record(element, f"{path}: {last}"):
                 if isinstance(record, Article):
-                    last[-1] = f"after the record with PMID {record.pmid}"
+                    last = f"after the record with PMID {record.pmid}"
                 yield record
             if parent is not None:
                 element.clear()
                 while element.getprevious() is not None:
                     del parent[0]
         root = parser.close()
+    except etree.XMLSyntaxError as error:
+        raise _not_well_formed(path, last, error) from None
     if root.tag == _SET:
         yield from _foreign_elements(root)
 
 
-@contextmanager
-def _well_formed(path: str | Path, last: Sequence[str]) -> Iterator[None]:
-    """Convert the parser's error into one that names the file and the last good record, `last`[-1]."""
-    try:
-        yield
-    except etree.XMLSyntaxError as error:
-        joined = error.code in _SECOND_DOCUMENT
-        remedy = "it may be several documents one after another; give each a file of its own" if joined else _AGAIN
-        raise UserError(f"{path}: not well-formed XML, {last[-1]}: {clean_line(error.msg)}; {remedy}") from None
+def _not_well_formed(path: str | Path, where: str, error: etree.XMLSyntaxError) -> UserError:
+    joined = error.code in _SECOND_DOCUMENT
+    remedy = "it may be several documents one after another; give each a file of its own" if joined else _AGAIN
+    return UserError(f"{path}: not well-formed XML, {where}: {clean_line(error.msg)}; {remedy}")
 
 
 def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
@@ -84,7 +80,7 @@ def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
     found: dict[int, str] = {}
     _check_head(path)
     parser = etree.XMLPullParser(events=("end",), tag="PubmedArticle", **_SAFE)
-    with _well_formed(path, ["of which some records are shown"]):
+    try:
         for element in _elements(path, parser):
             pmid = _number(element.find("MedlineCitation/PMID"), _MAX_PMID)
             if pmid is not None and pmid in pmids:
@@ -94,6 +90,8 @@ def find_records(path: str | Path, pmids: Collection[int]) -> dict[int, str]:
                 )
             element.clear()
         parser.close()
+    except etree.XMLSyntaxError as error:
+        raise _not_well_formed(path, "of which some records are shown", error) from None
     return found
 
 

@@ -47,14 +47,7 @@ def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
             f"{folder / run_dir.CHECKPOINTS}: no checkpoint; run `python -m biomamba_jax.pretrain` until it saves one"
         )
     settings, config, expected = read_settings(folder)
-    verify = run_dir.verify if settings["checkpoint"].get("verify", True) else lambda *_: None
-    step = max(steps)
-    verify(folder, step)
-    loop = run_dir.read_loop(folder, step)
-    best = (loop.get("best") or {}).get("step")
-    if settings["checkpoint"].get("keep_best") and best in steps and best != step:
-        step = best
-        verify(folder, step)
+    step, loop = _chosen_step(folder, steps, settings["checkpoint"])
     checkpoint = run_dir.checkpoint_folder(folder, step) / "state"
     with run_dir.reading(folder, step):
         shapes = native.saved_shapes(checkpoint)
@@ -64,21 +57,12 @@ def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
     if head is not None:
         earlier = f"{prefix}classifier" in shapes  # a run of an earlier version
         expected |= {"classifier": (len(head.labels), config.d_model)} if earlier else heads.shapes(head, config)
-    base, lora = None, settings["lora"]
-    if lora.get("rank"):
-        try:
-            base = Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}: its config or {step}/loop lacks the adapters' base weights ({error!r})"
-            ) from None
+    base = _base(folder, settings, step, loop)
+    if base is not None:
         expected = {path.removeprefix(prefix): shape for path, shape in shapes.items() if path.startswith(prefix)}
     data = Path(settings["data"].get("path") or "")
     manifest = Manifest.load(data) if (data / MANIFEST_NAME).exists() else None
-    tokenizer_file = tokenizers.find(folder)
-    if tokenizer_file is None and manifest and (data / manifest.tokenizer.file).exists():
-        tokenizer_file = data / manifest.tokenizer.file
-        manifest.check_tokenizer(load_tokenizer(tokenizer_file).sha256)
+    tokenizer_file = _tokenizer_file(folder, data, manifest)
     tokenizer = load_tokenizer(tokenizer_file) if tokenizer_file else None
     vocabulary.check_recorded(folder, tokenizer, loop.get("tokenizer"))
     about = describe(folder, settings, step, manifest)
@@ -88,6 +72,45 @@ def read(folder: Path) -> tuple[Weights, Base | None, HeadConfig | None]:
         weight = params.pop("classifier")
         params["head"] = {"weight": weight, "bias": np.zeros(len(weight), np.float32)}
     return Weights(config, params, tokenizer_file, about), base, head
+
+
+def _chosen_step(folder: Path, steps: list[int], settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Verify the best step where the run keeps it, else the newest; return it, and the newest step's loop entry.
+
+    Args:
+      folder: the run directory.
+      steps: those that have a checkpoint, at least one.
+      settings: the run's checkpoint section.
+    """
+    verify = run_dir.verify if settings.get("verify", True) else lambda *_: None
+    newest = max(steps)
+    verify(folder, newest)
+    loop = run_dir.read_loop(folder, newest)
+    best = (loop.get("best") or {}).get("step")
+    if not settings.get("keep_best") or best not in steps or best == newest:
+        return newest, loop
+    verify(folder, best)
+    return best, loop
+
+
+def _base(folder: Path, settings: dict[str, Any], step: int, loop: dict[str, Any]) -> Base | None:
+    """Return the base weights of a run's adapters, None if it trains the whole model."""
+    lora = settings["lora"]
+    if not lora.get("rank"):
+        return None
+    try:
+        return Base(settings["init_from"], loop["base_sha256"], lora["alpha"] / lora["rank"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its config or {step}/loop lacks the adapters' base weights ({error!r})") from None
+
+
+def _tokenizer_file(folder: Path, data: Path, manifest: Manifest | None) -> Path | None:
+    """Return the run's tokenizer, or that of its shards where it has none; None if neither is there."""
+    file = tokenizers.find(folder)
+    if file is None and manifest and (data / manifest.tokenizer.file).exists():
+        file = data / manifest.tokenizer.file
+        manifest.check_tokenizer(load_tokenizer(file).sha256)
+    return file
 
 
 def _head(folder: Path, settings: dict[str, Any]) -> HeadConfig | None:
