@@ -78,37 +78,42 @@ class Program:
 
     def _walk(self, computation: str, on_sparse_core: bool = False) -> tuple[Item, ...]:
         """Return the schedule of a computation; collectives that run on SparseCores end where they are awaited."""
-        found: list[Item] = []
-        for i in self._computations.get(computation, ()):
-            called = hlo.called_computations(i)
-            if hlo.is_kernel(i):
-                sizes = (shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
-                size = sum(sizes) + shape_bytes(i.results, everywhere=True)
-                found.append(Operation(i.name, 1, 0.0, size, is_kernel=True))
-            elif i.opcode == "while":
-                body = self._walk(called["body"][0], on_sparse_core)
-                found.append(Loop(self._trips(i, computation), body))
-            elif i.opcode in ("call", "async-start") or "called_computations" in called:
-                starts = i.opcode == "async-start"
-                for inner in next(iter(called.values()), ()):
-                    for item in self._walk(inner, on_sparse_core or starts):
-                        if starts and isinstance(item, Collective):
-                            item = dataclasses.replace(item, name=i.name)
-                        found.append(item)
-            elif i.opcode == "conditional":
-                for inner in [*called.get("branch_computations", ()), *called.get("true_computation", ())][:1]:
-                    found += self._walk(inner, on_sparse_core)
-            elif kind := _collective_kind(i.opcode):
-                found += self._collective(i, kind, computation, on_sparse_core or i.opcode.endswith("-start"))
-            elif i.opcode.endswith("-done") and i.operands:
-                found.append(Wait(self._started_by(i, computation)))
-            elif i.opcode == "send":
-                found += self._send(i, computation)
-            elif i.opcode == "fusion":
-                found += self._fusion(i, computation, called["calls"][0])
-            elif i.opcode not in _FREE:
-                found += self._operation(i, self._flops(i, computation), self._moved(i, computation))
-        return tuple(found)
+        instructions = self._computations.get(computation, ())
+        return tuple(item for i in instructions for item in self._items(i, computation, on_sparse_core))
+
+    def _items(self, i: Instruction, computation: str, on_sparse_core: bool) -> Sequence[Item]:
+        """Return the schedule of an instruction."""
+        called = hlo.called_computations(i)
+        if hlo.is_kernel(i):
+            sizes = (shape_bytes(self._type(name, computation), everywhere=True) for name in i.operands)
+            size = sum(sizes) + shape_bytes(i.results, everywhere=True)
+            return [Operation(i.name, 1, 0.0, size, is_kernel=True)]
+        if i.opcode == "while":
+            return [Loop(self._trips(i, computation), self._walk(called["body"][0], on_sparse_core))]
+        if i.opcode in ("call", "async-start") or "called_computations" in called:
+            return self._called(i, next(iter(called.values()), []), on_sparse_core)
+        if i.opcode == "conditional":
+            branches = [*called.get("branch_computations", ()), *called.get("true_computation", ())]
+            return self._walk(branches[0], on_sparse_core) if branches else ()
+        if kind := _collective_kind(i.opcode):
+            return self._collective(i, kind, computation, on_sparse_core or i.opcode.endswith("-start"))
+        if i.opcode.endswith("-done") and i.operands:
+            return [Wait(self._started_by(i, computation))]
+        if i.opcode == "send":
+            return self._send(i, computation)
+        if i.opcode == "fusion":
+            return self._fusion(i, computation, called["calls"][0])
+        if i.opcode in _FREE:
+            return ()
+        return self._operation(i, self._flops(i, computation), self._moved(i, computation))
+
+    def _called(self, i: Instruction, computations: Sequence[str], on_sparse_core: bool) -> list[Item]:
+        """Return the schedule of a call; collectives that it starts are awaited by its own name."""
+        starts = i.opcode == "async-start"
+        items = [item for name in computations for item in self._walk(name, on_sparse_core or starts)]
+        if not starts:
+            return items
+        return [dataclasses.replace(item, name=i.name) if isinstance(item, Collective) else item for item in items]
 
     def _operation(self, i: Instruction, flops: float, moved: float) -> list[Item]:
         return [Operation(i.name, 1, flops, moved)] if flops or moved else []

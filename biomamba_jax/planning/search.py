@@ -205,38 +205,56 @@ def guessed_seconds(config: PlanConfig, topology: Topology) -> float:
     work += tokens * model.n_layers * model.d_inner * _TRAFFIC / chip.bandwidth
     work += 4 * weights / mesh.fsdp * _UPDATE_PASSES / chip.bandwidth
 
-    def exchange(sent: float, devices: int, calls: float = 0) -> float:
-        """Return the seconds of `sent` bytes among so many devices: two links along a whole axis, one along a part."""
-        if not topology.is_tpu:
-            return sent / topology.kind.link
-        links, hops, left = 0, 0.0, devices
-        for size in sorted(topology.shape, reverse=True):
-            if left >= size > 1:
-                links, hops, left = links + 2, hops + size / 2, left // size
-        if left > 1 or not links:
-            links, hops = links + 1, hops + left - 1
-        return sent / (topology.kind.link * links) + calls * hops * HOP
+    exposed, hidden = _guessed_collectives(config, topology, weights)
+    return max(work, hidden) + exposed - hidden
+
+
+def _guessed_collectives(config: PlanConfig, topology: Topology, weights: float) -> tuple[float, float]:
+    """Return rough seconds of a step's collectives: of all of them, and of those that XLA overlaps.
+
+    Args:
+      config: the setting.
+      topology: the machine.
+      weights: parameters of a device before they are sharded over fsdp.
+    """
+    mesh, model, train = resolved_mesh(config, topology.devices), config.model, config.train
+
+    def seconds(sent: float, devices: int, calls: float = 0) -> float:
+        return _collective_seconds(topology, sent, devices, calls)
 
     exposed = hidden = 0.0
     if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
-        exposed += exchange(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
+        exposed += seconds(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
     if mesh.fsdp > 1:
-        calls = config.train.accumulation * model.n_layers * _GATHERED
-        sent = config.train.accumulation * weights
-        gather = exchange(4 * sent, mesh.fsdp, 2 * calls)  # bfloat16, in both passes
+        calls, sent = train.accumulation * model.n_layers * _GATHERED, train.accumulation * weights
+        gather = seconds(4 * sent, mesh.fsdp, 2 * calls)  # bfloat16, in both passes
         # A shard that is not whole tiles is all-reduced instead of reduce-scattered.
         whole = 1 if not topology.is_tpu or model.d_model % (_ROWS * mesh.fsdp) == 0 else 2
-        reduce = exchange(whole * (2 if config.train.reduce_dtype == "bfloat16" else 4) * sent, mesh.fsdp, calls)
-        offloaded = config.train.offload_collectives
-        hidden += gather if offloaded or topology.generation == "v5e" else 0
-        hidden += reduce if offloaded else 0
+        itemsize = 2 if train.reduce_dtype == "bfloat16" else 4
+        reduce = seconds(whole * itemsize * sent, mesh.fsdp, calls)
+        hidden += gather if train.offload_collectives or topology.generation == "v5e" else 0
+        hidden += reduce if train.offload_collectives else 0
         exposed += gather + reduce
     if mesh.tensor > 1:  # two all-reduces of the residual stream per pass, on every device of the group
-        exposed += exchange(4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model, mesh.tensor)
+        tokens = config.data.batch_size * config.data.sequence_length / topology.devices
+        exposed += seconds(4 * 2 * 4 * model.n_layers * tokens * mesh.tensor * model.d_model, mesh.tensor)
     if mesh.sequence > 1:  # each row's state, in both passes, in log2 steps
         rows = config.data.batch_size / (mesh.data * mesh.fsdp)
         state = 4 * model.d_inner * model.state_size / mesh.tensor
-        exposed += exchange(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
+        exposed += seconds(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
     if topology.slices > 1:
         exposed += 8 * weights / mesh.fsdp / topology.kind.network
-    return max(work, hidden) + exposed - hidden
+    return exposed, hidden
+
+
+def _collective_seconds(topology: Topology, sent: float, devices: int, calls: float) -> float:
+    """Return the seconds of `sent` bytes among devices: two links along a whole axis, one along a part."""
+    if not topology.is_tpu:
+        return sent / topology.kind.link
+    links, hops, left = 0, 0.0, devices
+    for size in sorted(topology.shape, reverse=True):
+        if left >= size > 1:
+            links, hops, left = links + 2, hops + size / 2, left // size
+    if left > 1 or not links:
+        links, hops = links + 1, hops + left - 1
+    return sent / (topology.kind.link * links) + calls * hops * HOP
