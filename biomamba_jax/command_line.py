@@ -94,27 +94,37 @@ def _read_words(
         if not option.startswith("--"):
             raise UserError(f"{word!r} is not an option; write --KEY VALUE, or --config FILE for a file of settings")
         key, hint = keys.find(schema, option[2:])
-        is_list, plain = accepts(hint, list), key in verbatim
-        values = [value] if equals else []
-        if not equals and words and (plain or not words[0].startswith("--")):
-            values.append(words.popleft())
-            while is_list and words and not words[0].startswith("--"):
-                values.append(words.popleft())
+        plain = key in verbatim
+        values = [value] if equals else _following(words, hint, plain)
         if not values and not accepts(hint, bool):
             raise UserError(f"--{key}: give a value")
         if key == "config":
             configs += values
-        elif not is_list:
-            texts[key] = values[0] if values else "true"
-        elif not plain and values[0].startswith("["):
-            texts[key] = files.parse_yaml(" ".join(values), f"--{key}", yaml.BaseLoader)  # scalars stay text
+        elif accepts(hint, list):
+            texts[key] = _listed(key, hint, texts.get(key, []), values, plain)
         else:
-            earlier = texts.get(key, [])
-            values = [*([earlier] if isinstance(earlier, str) else earlier), *values]
-            if plain:
-                values = [valid_unicode(f"--{key}", text) for text in values]
-            texts[key] = values[0] if len(values) == 1 and accepts(hint, str) else values
+            texts[key] = values[0] if values else "true"
     return configs, texts
+
+
+def _following(words: deque[str], hint: Any, plain: bool) -> list[str]:
+    """Remove and return the words that are values of the option before them: of a list all up to the next option."""
+    values: list[str] = []
+    if words and (plain or not words[0].startswith("--")):
+        values.append(words.popleft())
+        while accepts(hint, list) and words and not words[0].startswith("--"):
+            values.append(words.popleft())
+    return values
+
+
+def _listed(key: str, hint: Any, earlier: Any, values: list[str], plain: bool) -> Any:
+    """Return a list's texts: those given earlier and new ones, or one text where the type also accepts that."""
+    if not plain and values[0].startswith("["):
+        return files.parse_yaml(" ".join(values), f"--{key}", yaml.BaseLoader)  # scalars stay text
+    if plain:
+        values = [valid_unicode(f"--{key}", text) for text in values]
+    values = [*([earlier] if isinstance(earlier, str) else earlier), *values]
+    return values[0] if len(values) == 1 and accepts(hint, str) else values
 
 
 def _merge(schema: Any, given: dict[str, Any], new: Any) -> None:

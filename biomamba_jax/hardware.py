@@ -48,13 +48,13 @@ class Chip:
     """True if the compiler can run collectives on its SparseCores, beside the TensorCore."""
 
 
-def _chip(name: str, device_kind: str, teraflops: Mapping[str, float], gib: float, gbps: float, **tpu: Any) -> Chip:
+def _chip(name: str, device_kind: str, teraflops: Mapping[str, float], gib: float, gbps: float, **details: Any) -> Chip:
     flops = {dtype: value * 1e12 for dtype, value in teraflops.items()}
-    return Chip(name, device_kind, flops, int(gib * GIB), gbps * 1e9, **tpu)
+    return Chip(name, device_kind, flops, int(gib * GIB), gbps * 1e9, **details)
 
 
-def _tpu(name: str, device_kind: str, teraflops: float, gib: float, gbps: float, **cores: Any) -> Chip:
-    return _chip(name, device_kind, {"bfloat16": teraflops, "float32": teraflops}, gib, gbps, **cores)
+def _tpu(name: str, device_kind: str, teraflops: float, gib: float, gbps: float, **details: Any) -> Chip:
+    return _chip(name, device_kind, {"bfloat16": teraflops, "float32": teraflops}, gib, gbps, **details)
 
 
 def _gpu(name: str, device_kind: str, half: float, single: float, gib: float, gbps: float) -> Chip:

@@ -99,12 +99,7 @@ def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> Questions:
 
 def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> Iterator[Question]:
     rows = list(_rows(path))
-    first = config.first_option
-    stated = {str(row["cop"]) for _, row in rows if "cop" in row} - {"-1", "None"}
-    if first is None and stated:  # the authors' files count from 1, those on the hub from 0
-        first = 0 if "0" in stated else 1 if "4" in stated else None
-        if first is None:
-            raise UserError(f"{path}: its cop may count options from 0 or from 1; say which with first_option")
+    first = _first_option(path, [row for _, row in rows], config)
     subject = re.sub("_(test|dev|val|train)$", "", Path(uncompressed_name(path)).stem) if _is_csv(path) else ""
     for where, row in rows:
         question, (keys, options) = row.get("question") or "", _options(row)
@@ -114,7 +109,7 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
                 f"{where}: has no question with 2 to {len(LETTERS)} options and an answer; give MedQA, MedMCQA or MMLU "
                 "as published"
             )
-        answer = _answer(row, keys, options, first or 0, where)
+        answer = _answer(row, keys, options, first, where)
         if answer is None:
             left_out["without an answer"] += 1
         elif not all(option.strip() for option in options):
@@ -125,6 +120,16 @@ def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> I
             of = str(row.get("subject") or row.get("subject_name") or subject)
             stripped = tuple(option.strip() for option in options)
             yield Question(str(row.get("id") or where), question.strip(), stripped, LETTERS[answer], of)
+
+
+def _first_option(path: Path, rows: Sequence[dict[str, Any]], config: MultipleChoiceConfig) -> int:
+    """Return the number of the first option in MedMCQA's cop: 1 in the authors' files, 0 in those on the hub."""
+    stated = {str(row["cop"]) for row in rows if "cop" in row} - {"-1", "None"}
+    if config.first_option is not None or not stated:
+        return config.first_option or 0
+    if not stated & {"0", "4"}:
+        raise UserError(f"{path}: its cop may count options from 0 or from 1; say which with first_option")
+    return 0 if "0" in stated else 1
 
 
 def _is_csv(path: Path) -> bool:
