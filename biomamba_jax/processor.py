@@ -1,4 +1,4 @@
-"""Name and instruction sets of this machine's CPU."""
+"""Name, cores and instruction sets of this machine's CPU."""
 
 import functools
 import hashlib
@@ -20,15 +20,19 @@ def description() -> Mapping[str, str]:
     return {"model name": platform.processor()}
 
 
+def cores() -> int:
+    """Return the number of cores available to this process; in a container fewer than the machine may have."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def name() -> str:
     """Return the CPU's name with its family and model, its widest vectors, and the number of cores of this process."""
     cpu = description()
     known = [f"{key.removeprefix('cpu ')} {cpu[key]}" for key in ("cpu family", "model", "CPU part") if key in cpu]
     features = (cpu.get("flags") or cpu.get("Features", "")).split()
     vectors = next((shown for flag, shown in _VECTORS if flag in features), None)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = cpu.get("model name") or platform.machine()
-    parts = [f"{model} ({', '.join(known)})" if known else model, vectors, f"{cores} cores"]
+    parts = [f"{model} ({', '.join(known)})" if known else model, vectors, f"{cores()} cores"]
     return ", ".join(part for part in parts if part)
 
 

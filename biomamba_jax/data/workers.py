@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import TypeVar
 
+from biomamba_jax import processor
 from biomamba_jax.errors import UserError
 
 Task = TypeVar("Task")
@@ -62,7 +63,7 @@ def start_workers(count: int) -> Iterator[Workers]:
     Args:
       count: processes; 0: one per core.
     """
-    count = count or _cores()
+    count = count or processor.cores()
     if count == 1:
         yield Workers(1, None)
         return
@@ -80,11 +81,6 @@ def start_workers(count: int) -> Iterator[Workers]:
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _cores() -> int:
-    """Return the number of cores available to this process; in a container fewer than the machine may have."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin() -> None:
