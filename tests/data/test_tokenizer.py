@@ -5,6 +5,7 @@ import random
 import hypothesis
 import pytest
 import tokenizers
+from corpora import WORDS
 from hypothesis import strategies as st
 
 from biomamba_jax.config.prepare import TokenizerTraining
@@ -12,18 +13,6 @@ from biomamba_jax.data.text import clean_document
 from biomamba_jax.data.tokenizer import EOS, load_tokenizer, train_sentencepiece
 from biomamba_jax.errors import UserError
 
-WORDS = [
-    "tumour",
-    "cells",
-    "grew in mice",
-    "inhibited by",
-    "the drug",
-    "at 25 mg",
-    "per kg",
-    "p53 expression",
-    "rose",
-    "3.5 fold",
-]
 TEXTS = [" ".join(random.Random(i).choices(WORDS, k=40)) + "\nResults: α-helix." for i in range(200)]
 
 
