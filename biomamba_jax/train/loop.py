@@ -10,6 +10,7 @@ import dataclasses
 import math
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,122 +125,98 @@ def train(config: PretrainConfig, params: Any = None, measure: Measure | None = 
 
 def run(training: TrainingRun, params: Any = None) -> bool:
     """Run the loop; see `train`."""
-    config, run_dir = training.config, Path(training.config.run_dir)
-    with (
-        files.naming_full_disks(run_dir, "free space, then run the same command to resume from the newest checkpoint"),
-        Progress(training.steps) as progress,
-        StopRequest() as stop,
-        _open_batches(training) as batches,
-        Checkpoints(run_dir, config.checkpoint, config.resume_from) as checkpoints,
-    ):
-        start = checkpoints.start
-        changed = setup.changed_settings(config, start)
-        if start is None:
-            state, saved = _initial_state(training, params), {}
-        else:
-            state, saved = _restore(training, checkpoints, batches, changed)
-        best = BestEvaluation(**saved.get("best", {}))
-        if start is not None and (start >= training.steps or best.is_stale(config.train.patience)):
-            progress.log(f"nothing to do: the run is at step {start:,} of the {training.steps:,} steps of this config")
+    run_dir = Path(training.config.run_dir)
+    remedy = "free space, then run the same command to resume from the newest checkpoint"
+    with files.naming_full_disks(run_dir, remedy), ExitStack() as contexts:
+        loop = _Loop(training, params, contexts)
+        if loop.start is not None and (loop.start >= loop.steps or loop.is_stale()):
+            where = f"the run is at step {loop.start:,} of the {loop.steps:,} steps of this config"
+            loop.progress.log(f"nothing to do: {where}")
             return True
-        if start is None:
-            setup.record_settings(config, training.tokenizer, start)
-        with (
-            RunReport(run_dir if jax.process_index() == 0 else None, progress.log) as page,
-            MetricsWriter(config, start) as metrics,
-            StepProfiler(run_dir / "profile", config.train.profile_steps) as profiler,
-        ):
-            for message in _messages(training, state, start, changed):
-                progress.log(message)
-            loop = _Loop(
-                training=training,
-                state=state,
-                batches=batches,
-                totals=IntervalTotals(**saved.get("totals", {})),
-                best=best,
-                checkpoints=checkpoints,
-                metrics=metrics,
-                page=page,
-                profiler=profiler,
-                progress=progress,
-                stop=stop,
-            )
-            loop.run()
-    return not stop.requested
+        loop.open_writers(contexts)
+        loop.run()
+        return not loop.stop.requested
 
 
-def _open_batches(training: TrainingRun) -> TrainIterator:
-    data, train = training.config.data, training.config.train
-    return TrainIterator(
-        training.documents,
-        sequence_length=data.sequence_length,
-        seed=train.seed,
-        num_workers=training.num_workers,
-        **host_batch(data.batch_size, training.program.layout.mesh, train.accumulation),
-    )
-
-
-def _initial_state(training: TrainingRun, params: Any) -> TrainState:
-    if params is None and training.config.init_from is not None:
-        run_dir = training.config.run_dir
-        raise UserError(f"{run_dir}: its checkpoint disappeared during the start; run again to use init_from")
-    return training.program.init(params)
-
-
-def _restore(
-    training: TrainingRun, checkpoints: Checkpoints, batches: TrainIterator, changed: Sequence[str]
-) -> tuple[TrainState, dict[str, Any]]:
-    """Return the newest checkpoint's state and loop data, and continue its batches."""
-    state, saved = checkpoints.restore(training.program.state, changed)
-    batches.set_state(saved["data"])
-    for name, value in training.identity.items():
-        if saved.get(name, value) != value:  # one of an earlier version names no tokenizer
-            raise UserError(
-                f"{training.config.run_dir}: was started with {name} {saved.get(name)}, not {value}; name another "
-                "run_dir"
-            )
-    return state, saved
-
-
-def _messages(training: TrainingRun, state: TrainState, start: int | None, changed: Sequence[str]) -> Iterator[str]:
-    """Yield the lines that are logged before the first step."""
-    config, steps = training.config, training.steps
-    yield setup.describe(config, steps / training.epoch_steps, steps, start, state.params)
-    yield from setup.compilation_cache()
-    yield from training.messages
-    yield from (f"changed since this run began: {each}" for each in changed)
-    traced = config.train.profile_steps
-    if traced and (traced[1] <= (start or 0) or traced[0] > steps):
-        where = f"this start goes from step {start or 0:,} to {steps:,}"
-        yield f"train.profile_steps = {traced}: no trace, {where}"
-
-
-@dataclasses.dataclass(kw_only=True)
 class _Loop:
     """The steps of one start of a run, and the evaluations, metrics and checkpoints between them."""
 
-    training: TrainingRun
-    state: TrainState
-    batches: TrainIterator
-    totals: dataclasses.InitVar[IntervalTotals]
-    best: BestEvaluation
-    checkpoints: Checkpoints
-    metrics: MetricsWriter
-    page: RunReport
-    profiler: StepProfiler
-    progress: Progress
-    stop: StopRequest
+    def __init__(self, training: TrainingRun, params: Any, contexts: ExitStack) -> None:
+        """Restore the newest checkpoint, or start from initial weights.
 
-    def __post_init__(self, totals: IntervalTotals) -> None:
-        config, program = self.training.config, self.training.program
-        self.config, self.program, self.steps = config, program, self.training.steps
-        self.frozen = jax.device_put(self.training.frozen, replicated(program.layout.mesh))
+        Args:
+          training: the run.
+          params: see `train`.
+          contexts: closes what the loop opens.
+        """
+        config, program = training.config, training.program
+        self.training, self.config, self.program, self.steps = training, config, program, training.steps
+        self.run_dir, self.mesh = Path(config.run_dir), program.layout.mesh
+        self.frozen = jax.device_put(training.frozen, replicated(self.mesh))
+        self.progress = contexts.enter_context(Progress(self.steps))
+        self.stop = contexts.enter_context(StopRequest())
+        batches = TrainIterator(
+            training.documents,
+            sequence_length=config.data.sequence_length,
+            seed=config.train.seed,
+            num_workers=training.num_workers,
+            **host_batch(config.data.batch_size, self.mesh, config.train.accumulation),
+        )
+        self.batches = contexts.enter_context(batches)
+        self.checkpoints = contexts.enter_context(Checkpoints(self.run_dir, config.checkpoint, config.resume_from))
         self.start = self.checkpoints.start
+        self.changed = setup.changed_settings(config, self.start)
+        saved: dict[str, Any] = {}
+        if self.start is not None:
+            self.state, saved = self._restore()
+        elif params is None and config.init_from is not None:
+            raise UserError(f"{self.run_dir}: its checkpoint disappeared during the start; run again to use init_from")
+        else:
+            self.state = program.init(params)
         self.step = self.first_step = self.start or 0
+        self.best = BestEvaluation(**saved.get("best", {}))
+        self.interval = IntervalMeter(IntervalTotals(**saved.get("totals", {})), self._report_skipped)
+
+    def _restore(self) -> tuple[TrainState, dict[str, Any]]:
+        """Return the newest checkpoint's state and loop data, and continue its batches."""
+        state, saved = self.checkpoints.restore(self.program.state, self.changed)
+        self.batches.set_state(saved["data"])
+        for name, value in self.training.identity.items():
+            if saved.get(name, value) != value:  # one of an earlier version names no tokenizer
+                raise UserError(
+                    f"{self.run_dir}: was started with {name} {saved.get(name)}, not {value}; name another run_dir"
+                )
+        return state, saved
+
+    def open_writers(self, contexts: ExitStack) -> None:
+        """Open the files that the run writes, and log what is about to run."""
+        if self.start is None:
+            setup.record_settings(self.config, self.training.tokenizer, self.start)
         self.settings_recorded = self.start is None
-        self.interval = IntervalMeter(totals, self._report_skipped)
-        peak = setup.total_peak_flops(compute_dtype(config.model))
-        self.throughput = ThroughputMeter(training_flops_per_token(config.model), peak)
+        page = RunReport(self.run_dir if jax.process_index() == 0 else None, self.progress.log)
+        self.page = contexts.enter_context(page)
+        self.metrics = contexts.enter_context(MetricsWriter(self.config, self.start))
+        profiler = StepProfiler(self.run_dir / "profile", self.config.train.profile_steps)
+        self.profiler = contexts.enter_context(profiler)
+        for message in self._messages():
+            self.progress.log(message)
+        peak = setup.total_peak_flops(compute_dtype(self.config.model))
+        self.throughput = ThroughputMeter(training_flops_per_token(self.config.model), peak)
+
+    def _messages(self) -> Iterator[str]:
+        """Yield the lines that are logged before the first step."""
+        epochs, traced = self.steps / self.training.epoch_steps, self.config.train.profile_steps
+        yield setup.describe(self.config, epochs, self.steps, self.start, self.state.params)
+        yield from setup.compilation_cache()
+        yield from self.training.messages
+        yield from (f"changed since this run began: {each}" for each in self.changed)
+        if traced and (traced[1] <= self.first_step or traced[0] > self.steps):
+            where = f"this start goes from step {self.first_step:,} to {self.steps:,}"
+            yield f"train.profile_steps = {traced}: no trace, {where}"
+
+    def is_stale(self) -> bool:
+        """Return True if evaluations have been no better for as long as the config's patience."""
+        return self.best.is_stale(self.config.train.patience)
 
     def run(self) -> None:
         """Train to the last step, or until a signal, patience or a failure ends the run early.
@@ -252,7 +229,7 @@ class _Loop:
                 raise SystemExit(128 + signal.Signals[self.stop.requested])
             self._evaluate()
         failure: UserError | None = None
-        while self.step < self.steps and not self.stop.at(self.step) and not self._is_stale():
+        while self.step < self.steps and not self.stop.at(self.step) and not self.is_stale():
             try:
                 with self.throughput.waiting():
                     batch = next(self.batches)
@@ -267,8 +244,7 @@ class _Loop:
     def _train(self, batch: Batch) -> None:
         self.step += 1
         with self.profiler.step(self.step):
-            placed = shard_batch(batch, self.program.layout.mesh)
-            self.state, report = self.program.step(self.state, placed, *self.frozen)
+            self.state, report = self.program.step(self.state, shard_batch(batch, self.mesh), *self.frozen)
         self.profiler.ended(self.step, report)
         self.interval.add(report, (self.step, self.batches.origin))
         if self.step == self.first_step + 1:  # leave compilation out of the speed
@@ -335,7 +311,7 @@ class _Loop:
         self.best.add(self.step, values["loss"])
         if self.config.checkpoint.keep_best and self.best.step == self.step:
             self._save()
-        is_first, is_last = self.step == 0, self.step == self.steps or self._is_stale()
+        is_first, is_last = self.step == 0, self.step == self.steps or self.is_stale()
         if (is_first or is_last) and not math.isfinite(values["loss"]):
             if not is_first:
                 self._save()
@@ -358,9 +334,6 @@ class _Loop:
         self.page.update()
 
     # --- Reports -----------------------------------------------------------------------------------------------------
-
-    def _is_stale(self) -> bool:
-        return self.best.is_stale(self.config.train.patience)
 
     def _write_metrics(self, split: str, values: Metrics, name: str) -> None:
         self.metrics.write(self.step, split, values)
