@@ -73,24 +73,34 @@ def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
 
 def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for block in _blocks(path, [[]]):
-        parts: list[str] = []
-        spans: list[_Stated] = []
-        relations: list[Relation] = []
-        key = ""
-        for number, line in block:
-            columns = line.split("\t")
-            if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
-                key = head[1]
-                parts.append(head[2])
-            elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
-                relations.append(Relation(*columns[1:]))
-            elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
-                concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
-                spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
-            else:
-                raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
-        text = AnnotatedText(key, "\n".join(parts), relations=tuple(relations))
-        yield replace(text, spans=_checked(text.text, spans, f"{path}, PMID {key}", config.types))
+        yield _pubtator_text(path, block, config)
+
+
+def _pubtator_text(path: str, block: Sequence[tuple[int, str]], config: ExamplesConfig) -> AnnotatedText:
+    """Return the text of the numbered lines of one PMID.
+
+    Raises:
+      UserError: a line of another form, or a mention that is not in the text.
+    """
+    parts: list[str] = []
+    spans: list[_Stated] = []
+    relations: list[Relation] = []
+    key = ""
+    for number, line in block:
+        columns = line.split("\t")
+        if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
+            key = head[1]
+            parts.append(head[2])
+        elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
+            relations.append(Relation(*columns[1:]))
+        elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
+            concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
+            spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
+        else:
+            raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
+    text = "\n".join(parts)
+    kept = _checked(text, spans, f"{path}, PMID {key}", config.types)
+    return AnnotatedText(key, text, kept, relations=tuple(relations))
 
 
 def _checked(text: str, spans: Sequence[_Stated], where: str, types: Sequence[str] = ()) -> tuple[Span, ...]:

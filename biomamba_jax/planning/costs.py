@@ -149,11 +149,8 @@ def vector_operations(jaxpr: Any) -> float:
     """
     total = 0.0
     for equation in jaxpr.eqns:
-        name, parameters, result = (
-            equation.primitive.name,
-            equation.params,
-            equation.outvars and equation.outvars[0].aval,
-        )
+        name, parameters = equation.primitive.name, equation.params
+        result: Any = equation.outvars[0].aval if equation.outvars else None
         if name == "scan":
             total += parameters["length"] * vector_operations(parameters["jaxpr"].jaxpr)
         elif name in _REDUCTIONS:
