@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from biomamba_jax import files
-from biomamba_jax.config import EvaluateConfig
+from biomamba_jax.config import EvaluateConfig, MultipleChoiceConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import multiple_choice, paper, paper_v1
@@ -23,6 +23,9 @@ from biomamba_jax.tasks.perplexity import Comparison, DomainMeasures, DomainScor
 from biomamba_jax.tasks.scoring import ModelFacts, Scorer
 from biomamba_jax.tasks.spelling import unspelled_share
 from biomamba_jax.tasks.statistics import Resampling, mcnemar
+
+Answer = Callable[[Scorer], qa.TaskResult]
+"""Lets a model answer the questions of a task."""
 
 
 @dataclass
@@ -111,7 +114,7 @@ class Inputs:
     """Documents of each text domain, and the number of those left out, by reason."""
     tasks: dict[str, Task]
     """Each task, without results."""
-    answer: dict[str, Callable[[Scorer], qa.TaskResult]]
+    answer: dict[str, Answer]
     """For each task, the function that lets a model answer it."""
 
 
@@ -152,7 +155,7 @@ class _Evaluator:
 
     def __init__(self, config: EvaluateConfig, inputs: Inputs, output: Path, say: Callable[[str], None]):
         self._config, self._inputs, self._output, self._say = config, inputs, output, say
-        self._resampling = Resampling(config.resamples, config.confidence, config.seed)
+        self._resampling = _resampling(config)
         self._scores: dict[str, dict[str, DomainScores]] = {key: {} for key in inputs.domains}
         self._results = Evaluation(config, config.reference or next(iter(config.models)))
         for key, (documents, left_out) in inputs.domains.items():
@@ -242,40 +245,59 @@ def read_inputs(config: EvaluateConfig) -> Inputs:
       UserError: a file cannot be read.
     """
     domains = {name: read_domain(name, domain, config.seed) for name, domain in config.domains.items()}
-    resampling = Resampling(config.resamples, config.confidence, config.seed)
-    published, asked = config.protocol == "paper", config.bioasq
-    protocol: ModuleType = paper if published else qa  # both have the same functions
-    tasks: dict[str, Task] = {}
-    answer: dict[str, Callable[[Scorer], qa.TaskResult]] = {}
+    asked: dict[str, tuple[Task, Answer]] = {}
     if config.pubmedqa.path:
-        split, left_out = protocol.read_pubmedqa(config.pubmedqa, config.seed)
-        title = "PubMedQA, official test set"
-        if published:
-            title = f"PubMedQA, {len(split.test)} random questions, thresholds chosen on them (protocol paper)"
-        elif left_out:
-            title += f", a sample of {len(split.test)} questions stratified by answer (seed {config.seed})"
-        answer["pubmedqa"] = partial(
-            protocol.answer_pubmedqa, config=config.pubmedqa, split=split, resampling=resampling
-        )
-        majority = qa.pubmedqa_majority(split, resampling)
-        tasks["pubmedqa"] = Task(title, majority.questions, majority, left_out=left_out)
-    if asked.path:
-        asked = dataclasses.replace(asked, types=["yesno"]) if published else asked
-        questions, left_out = qa.read_bioasq(asked, asked.path)
-        development = qa.read_bioasq(asked, asked.development)[0] if asked.thresholds != "none" else []
-        answer["bioasq"] = partial(
-            protocol.answer_bioasq, config=asked, questions=questions, development=development, resampling=resampling
-        )
-        title = "BioASQ task B, all files pooled" + (", yes/no only (protocol paper)" if published else "")
-        majority = protocol.bioasq_majority(questions, resampling)
-        tasks["bioasq"] = Task(title, majority.questions, majority, left_out=left_out)
+        asked["pubmedqa"] = _pubmedqa(config)
+    if config.bioasq.path:
+        asked["bioasq"] = _bioasq(config)
     for name, choice in config.multiple_choice.items():
-        found = multiple_choice.read_task(name, choice, config.seed)
-        answer[name] = partial(multiple_choice.answer, config=choice, questions=found, resampling=resampling)
-        title = f"{name}: multiple choice by {choice.answer}, {choice.shots} shots, chance {100 * found.chance:.1f} %"
-        most = multiple_choice.majority(found, resampling)
-        tasks[name] = Task(title, len(found.asked), most, left_out=found.left_out)
-    return Inputs(domains, tasks, answer)
+        asked[name] = _multiple_choice(name, choice, config)
+    tasks = {name: task for name, (task, _) in asked.items()}
+    return Inputs(domains, tasks, {name: answer for name, (_, answer) in asked.items()})
+
+
+def _protocol(config: EvaluateConfig) -> ModuleType:
+    """Return the module that asks PubMedQA and BioASQ; both have the same functions."""
+    return paper if config.protocol == "paper" else qa
+
+
+def _resampling(config: EvaluateConfig) -> Resampling:
+    return Resampling(config.resamples, config.confidence, config.seed)
+
+
+def _pubmedqa(config: EvaluateConfig) -> tuple[Task, Answer]:
+    protocol, resampling = _protocol(config), _resampling(config)
+    split, left_out = protocol.read_pubmedqa(config.pubmedqa, config.seed)
+    title = "PubMedQA, official test set"
+    if config.protocol == "paper":
+        title = f"PubMedQA, {len(split.test)} random questions, thresholds chosen on them (protocol paper)"
+    elif left_out:
+        title += f", a sample of {len(split.test)} questions stratified by answer (seed {config.seed})"
+    majority = qa.pubmedqa_majority(split, resampling)
+    answer = partial(protocol.answer_pubmedqa, config=config.pubmedqa, split=split, resampling=resampling)
+    return Task(title, majority.questions, majority, left_out=left_out), answer
+
+
+def _bioasq(config: EvaluateConfig) -> tuple[Task, Answer]:
+    protocol, resampling, bioasq = _protocol(config), _resampling(config), config.bioasq
+    title = "BioASQ task B, all files pooled"
+    if config.protocol == "paper":
+        bioasq, title = dataclasses.replace(bioasq, types=["yesno"]), f"{title}, yes/no only (protocol paper)"
+    questions, left_out = qa.read_bioasq(bioasq, bioasq.path)
+    development = qa.read_bioasq(bioasq, bioasq.development)[0] if bioasq.thresholds != "none" else []
+    majority = protocol.bioasq_majority(questions, resampling)
+    answer = partial(
+        protocol.answer_bioasq, config=bioasq, questions=questions, development=development, resampling=resampling
+    )
+    return Task(title, majority.questions, majority, left_out=left_out), answer
+
+
+def _multiple_choice(name: str, choice: MultipleChoiceConfig, config: EvaluateConfig) -> tuple[Task, Answer]:
+    task, resampling = multiple_choice.read_task(name, choice, config.seed), _resampling(config)
+    title = f"{name}: multiple choice by {choice.answer}, {choice.shots} shots, chance {100 * task.chance:.1f} %"
+    majority = multiple_choice.majority(task, resampling)
+    answer = partial(multiple_choice.answer, config=choice, task=task, resampling=resampling)
+    return Task(title, len(task.asked), majority, left_out=task.left_out), answer
 
 
 def counted(left_out: Mapping[str, int]) -> str:

@@ -52,7 +52,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Questions:
+class ChoiceTask:
     """The questions of a task."""
 
     asked: list[Question]
@@ -68,7 +68,7 @@ class Questions:
         return sum(1 / len(question.options) for question in self.asked) / len(self.asked)
 
 
-def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> Questions:
+def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> ChoiceTask:
     """Read the questions of a task.
 
     Args:
@@ -94,7 +94,7 @@ def read_task(name: str, config: MultipleChoiceConfig, seed: int) -> Questions:
             f"multiple_choice.{name}.shots = {config.shots}: multiple_choice.{name}.train holds {len(train)} questions "
             "that are not asked; give more files or fewer shots"
         )
-    return Questions([asked[index] for index in chosen], train, dict(+left_out))
+    return ChoiceTask([asked[index] for index in chosen], train, dict(+left_out))
 
 
 def _read(path: Path, config: MultipleChoiceConfig, left_out: Counter[str]) -> Iterator[Question]:
@@ -202,16 +202,16 @@ def continuations(question: Question, config: MultipleChoiceConfig) -> tuple[str
     return tuple(f" {each}" for each in shown)
 
 
-def answer(scorer: Scorer, config: MultipleChoiceConfig, questions: Questions, resampling: Resampling) -> TaskResult:
+def answer(scorer: Scorer, config: MultipleChoiceConfig, task: ChoiceTask, resampling: Resampling) -> TaskResult:
     """Answer each question by the likeliest option; also measure the likeliest per byte of its text.
 
     Raises:
       UserError: a log-likelihood is NaN.
     """
-    start, asked = time.perf_counter(), questions.asked
+    start, asked = time.perf_counter(), task.asked
     texts = [continuations(question, config) for question in asked]
     requests = [
-        Request(prompt_of(question, config, questions.train), each) for question, each in zip(asked, texts, strict=True)
+        Request(prompt_of(question, config, task.train), each) for question, each in zip(asked, texts, strict=True)
     ]
     scores = [np.array([each.total for each in row]) for row in scorer.continuations(requests)]
     check_finite(scorer, np.concatenate(scores))
@@ -223,12 +223,12 @@ def answer(scorer: Scorer, config: MultipleChoiceConfig, questions: Questions, r
     return _result(asked, chosen, scores, resampling, seconds)
 
 
-def majority(questions: Questions, resampling: Resampling) -> TaskResult | None:
+def majority(task: ChoiceTask, resampling: Resampling) -> TaskResult | None:
     """Return the result of always giving the most frequent letter of the training questions; None without any."""
-    if not questions.train:
+    if not task.train:
         return None
-    chosen = {"accuracy": [mode(question.answer for question in questions.train)] * len(questions.asked)}
-    return _result(questions.asked, chosen, None, resampling, 0.0)
+    chosen = {"accuracy": [mode(question.answer for question in task.train)] * len(task.asked)}
+    return _result(task.asked, chosen, None, resampling, 0.0)
 
 
 def _result(
