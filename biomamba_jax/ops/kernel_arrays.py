@@ -22,6 +22,11 @@ def check_shapes(op: str, arrays: Mapping[str, Any], **expected: tuple[int, ...]
             raise UserError(f"{op}: {name} has shape {arrays[name].shape}, expected {shape}")
 
 
+def float64_reason(x: Array, name: str = "x") -> str | None:
+    """Return why kernels that compute in float32 cannot take x, called `name` in the message; None if they can."""
+    return f"it computes in float32, and {name} is float64" if x.dtype == jnp.float64 else None
+
+
 def pad(v: Array, shape: tuple[int, ...], fill: float = 0.0) -> Array:
     """Pad v at the end of each axis to `shape`."""
     if v.shape == shape:

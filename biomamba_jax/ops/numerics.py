@@ -7,6 +7,9 @@ from jax.typing import DTypeLike
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Bool, Float, Int
 
+_CUMSUM_CHUNK = 64
+"""Tokens that `segment_cumsum` sums by one product with a triangular matrix."""
+
 
 def accumulator_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Return the dtype of statistics, states and sums of `dtype` values: float32, or float64 for float64."""
@@ -66,7 +69,6 @@ def segment_cumsum(
     initial: Float[Array, "B C"] | None = None,
     *,
     period: float,
-    chunk: int = 64,
 ) -> Float[Array, "B L C"]:
     """Sum v along L within each segment, up to multiples of `period`, which keep the sum small and so exact.
 
@@ -75,12 +77,11 @@ def segment_cumsum(
       segment_ids: document of each token; the sum restarts where it changes.
       initial: sum before the first token, whose segment it belongs to.
       period: subtracted from the carried sum as often as it fits.
-      chunk: tokens summed by one product with a triangular matrix.
     """
     batch, length, channels = v.shape
     starts = jnp.zeros((batch, length), bool) if segment_ids is None else segment_starts(segment_ids)
     initial = jnp.zeros((batch, channels), v.dtype) if initial is None else initial.astype(v.dtype)
-    chunk = min(chunk, length)
+    chunk = min(_CUMSUM_CHUNK, length)
     padding = ((0, 0), (0, -length % chunk))
     parts = jnp.pad(v, (*padding, (0, 0))).reshape(batch, -1, chunk, channels)
     segment = jnp.cumsum(jnp.pad(starts, padding).reshape(batch, -1, chunk), axis=2)

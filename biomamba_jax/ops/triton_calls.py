@@ -62,11 +62,6 @@ def recording() -> Iterator[list[Call]]:
         _recorded.reset(token)
 
 
-def unsupported_reason(x: Array) -> str | None:
-    """Return why no Triton kernel can compute with x, or None."""
-    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
-
-
 def kernels(module: str) -> Any:
     """Import and return the module of Triton kernels of that name.
 

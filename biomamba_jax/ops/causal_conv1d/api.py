@@ -5,12 +5,11 @@ from functools import partial
 from typing import Literal
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch, triton_calls
+from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.causal_conv1d import native, reference, triton, xla
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
-from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.native import call
+from biomamba_jax.ops.kernel_arrays import check_shapes, float64_reason
 
 _FOLDER = __name__.rpartition(".")[0]
 _IMPLEMENTATIONS: Mapping[str, Callable[..., tuple[Array, Array]]] = {
@@ -76,9 +75,9 @@ def causal_conv1d(
     if activation not in ("silu", None):
         raise UserError(f'causal_conv1d: activation {activation!r} is unknown; give "silu" or None')
     unsupported: dict[str, Callable[[], str | None]] = {
-        "native": partial(call.unsupported_reason, x),
+        "native": partial(float64_reason, x),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, weight),
-        "triton": partial(triton_calls.unsupported_reason, x),
+        "triton": partial(float64_reason, x),
     }
     prefer: dispatch.Implementation | None = "xla" if length < _MIN_KERNEL_TOKENS else None
     conv = dispatch.choose("causal_conv1d", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)

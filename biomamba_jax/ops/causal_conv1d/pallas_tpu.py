@@ -14,7 +14,15 @@ from jax.experimental.pallas import tpu as pltpu
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.ops.causal_conv1d.inputs import Inputs
 from biomamba_jax.ops.causal_conv1d.xla import last_inputs, reach
-from biomamba_jax.ops.kernel_arrays import crop_like, differentiable, out_struct, pad, round_up, vary_alike
+from biomamba_jax.ops.kernel_arrays import (
+    crop_like,
+    differentiable,
+    float64_reason,
+    out_struct,
+    pad,
+    round_up,
+    vary_alike,
+)
 
 _LANES = 128
 _EDGE = 8  # rows kept of the previous chunk: as far as a width of 9 reaches
@@ -92,11 +100,9 @@ def causal_conv1d(
 def unsupported_reason(x: Array, weight: Array) -> str | None:
     """Return why the kernels cannot compute these arrays, or None if they can."""
     width = weight.shape[1]
-    if x.dtype == jnp.float64:
-        return "it computes in float32, and x is float64"
-    if width > _EDGE + 1:
-        return f"it is made for widths up to {_EDGE + 1}, not {width}"
-    return None
+    if reason := float64_reason(x):
+        return reason
+    return f"it is made for widths up to {_EDGE + 1}, not {width}" if width > _EDGE + 1 else None
 
 
 def _run(inputs: _Filled, static: tuple[bool, Any], save: bool) -> tuple[Array, None]:

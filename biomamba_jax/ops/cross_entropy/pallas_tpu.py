@@ -25,7 +25,7 @@ from biomamba_jax.ops.cross_entropy.loss import (
     token_sums,
     vocabulary_ids,
 )
-from biomamba_jax.ops.kernel_arrays import LOG2_E, cdiv, out_struct, pad, round_up, vary_alike
+from biomamba_jax.ops.kernel_arrays import LOG2_E, cdiv, float64_reason, out_struct, pad, round_up, vary_alike
 
 _LANES = 128
 _LEAST_ROWS = 16  # sublanes of a bfloat16 block
@@ -88,7 +88,7 @@ def linear_cross_entropy(
 
 def unsupported_reason(hidden: Array) -> str | None:
     """Return why the kernels cannot compute with these hidden states, or None if they can."""
-    return "it computes in float32, and hidden is float64" if hidden.dtype == jnp.float64 else None
+    return float64_reason(hidden, "hidden")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

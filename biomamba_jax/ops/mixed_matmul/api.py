@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.kernel_arrays import check_shapes
+from biomamba_jax.ops.kernel_arrays import check_shapes, float64_reason
 from biomamba_jax.ops.mixed_matmul import native, reference, xla
-from biomamba_jax.ops.native import call
 
 _IMPLEMENTATIONS: Mapping[str, Callable[[Array, Array, Array | None], Array]] = {
     "xla": xla.mixed_matmul,
@@ -46,7 +45,7 @@ def mixed_matmul(
     check_shapes("mixed_matmul", {"scale": scale}, scale=weight.shape[:1])
     known = (jnp.float32, jnp.bfloat16, jnp.int8)
     of_weight = None if weight.dtype in known else f"its weights are float32, bfloat16 or int8, not {weight.dtype}"
-    unsupported = {"native": lambda: call.unsupported_reason(x) or of_weight}
+    unsupported = {"native": lambda: float64_reason(x) or of_weight}
     prefer: dispatch.Implementation | None = "xla" if x.size > _MAX_NATIVE_ROWS * x.shape[-1] else None
     matmul = dispatch.choose("mixed_matmul", implementation, _IMPLEMENTATIONS, unsupported, prefer=prefer)
     return matmul(x, weight, scale)

@@ -48,11 +48,6 @@ def call(
     return [vary_over(v, axes) for v in outputs]
 
 
-def unsupported_reason(x: Array) -> str | None:
-    """Return why the compiled code cannot compute an op of x, or None if it can."""
-    return "it computes in float32, and x is float64" if x.dtype == jnp.float64 else None
-
-
 def segments(segment_ids: Int[Array, "B L"] | None) -> Int[Array, "..."]:
     """Return the argument for optional segment ids."""
     return jnp.zeros(0, jnp.int32) if segment_ids is None else segment_ids

@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from biomamba_jax.errors import UserError
-from biomamba_jax.ops import dispatch, triton_calls
+from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.native import call
+from biomamba_jax.ops.kernel_arrays import check_shapes, float64_reason
 from biomamba_jax.ops.selective_scan import native, reference, triton, xla
 from biomamba_jax.ops.selective_scan.inputs import Inputs
 
@@ -91,10 +90,10 @@ def selective_scan(
     if length == 0:
         raise UserError("selective_scan: x has no time steps; give at least one token")
     unsupported: dict[str, Callable[[], str | None]] = {
-        "native": partial(call.unsupported_reason, x),
+        "native": partial(float64_reason, x),
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, A),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, A),
-        "triton": partial(triton_calls.unsupported_reason, x),
+        "triton": partial(float64_reason, x),
     }
     # A single token is an elementwise step, which XLA fuses with its neighbours; kernels would pad it to eight.
     prefer: dispatch.Implementation | None = "xla" if length == 1 else None

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from biomamba_jax.ops.array_typing import Array, Float
-from biomamba_jax.ops.kernel_arrays import differentiable, pad, round_up, vary_alike
+from biomamba_jax.ops.kernel_arrays import differentiable, float64_reason, pad, round_up, vary_alike
 from biomamba_jax.ops.selective_scan.inputs import FilledInputs, Inputs
 from biomamba_jax.ops.selective_scan.pallas_arrays import Parameters, Tokens, padded
 from biomamba_jax.ops.selective_scan.pallas_tpu_backward import Incoming, backward
@@ -41,8 +41,8 @@ def selective_scan(
 def unsupported_reason(x: Array, A: Array) -> str | None:
     """Return why the kernels cannot compute these arrays, or None if they can."""
     channels, d_state = A.shape
-    if x.dtype == jnp.float64:
-        return "it computes in float32, and x is float64"
+    if reason := float64_reason(x):
+        return reason
     if d_state > _MAX_STATES:
         return f"d_state is {d_state}, more than {_MAX_STATES}"
     if channels * d_state > _MAX_STATE_SIZE:

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from biomamba_jax.errors import UserError
 from biomamba_jax.ops import dispatch
 from biomamba_jax.ops.array_typing import Array, Float, Int
-from biomamba_jax.ops.kernel_arrays import check_shapes
-from biomamba_jax.ops.native import call
+from biomamba_jax.ops.kernel_arrays import check_shapes, float64_reason
 from biomamba_jax.ops.ssd import native, reference, triton, xla
 from biomamba_jax.ops.ssd.inputs import Inputs
 
@@ -102,7 +101,7 @@ def ssd(
     if chunk_size is not None and chunk_size < 1:
         raise UserError(f"ssd: chunk_size must be at least 1, not {chunk_size}")
     unsupported: dict[str, Callable[[], str | None]] = {
-        "native": partial(call.unsupported_reason, x),
+        "native": partial(float64_reason, x),
         "pallas_gpu": dispatch.late(f"{_FOLDER}.pallas_gpu", "unsupported_reason", x, B, chunk_size),
         "pallas_tpu": dispatch.late(f"{_FOLDER}.pallas_tpu", "unsupported_reason", x, dt, B, chunk_size),
         "triton": partial(triton.unsupported_reason, x, chunk_size),

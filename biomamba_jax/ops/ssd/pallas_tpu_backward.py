@@ -348,67 +348,101 @@ def backward(
     interpret: Any,
 ) -> Gradients:
     """Run the kernel; arrays as in `_Inputs`."""
-    n, width = sizes.d_state, sizes.width
-    channels = sizes.blocks * width
-
-    def reverse(place: Any) -> Any:
-        def reversed_place(*grid: Any) -> tuple[Any, Any, Any]:
-            row, block, step = place(*grid)
-            return row, block, sizes.chunks - 1 - step
-
-        return reversed_place
-
-    here = reverse(sizes.place)
-
-    spec = tiles.block_spec(here)
-    tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
-    one_state = spec((None, n, width), lambda row, block, chunk: (row, 0, block))
-    of_block = spec((None, CHUNK, sizes.bc_width), lambda row, block, chunk: (row, chunk, block))
     ahead = shared._replace(B=None, C=None) if sizes.own else shared
     inputs = _Inputs(x, dy, states, d_final_state, shared, ahead, D)
-    in_specs = _Inputs(
+
+    def kernel(inputs: _Inputs, *refs: Any) -> None:
+        *gradients, d_state, shared, sums = refs
+        _kernel(sizes, inputs, Gradients(*gradients), d_state, shared, sums)
+
+    return pl.pallas_call(
+        kernel,
+        grid=sizes.grid,
+        in_specs=[_input_specs(sizes, inputs)],
+        out_specs=_output_specs(sizes),
+        out_shape=_outputs(sizes, x, shared),
+        scratch_shapes=[
+            tiles.vmem(sizes.d_state, sizes.width),
+            _shared_scratch(sizes, segmented=shared.resets is not None),
+            _sums_scratch(sizes),
+        ],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
+        interpret=interpret,
+        name="ssd_backward",
+    )(inputs)
+
+
+def _reverse(sizes: Sizes, place: Any) -> Any:
+    """Return the place of a grid step where the chunks are visited in reverse."""
+
+    def reversed_place(*grid: Any) -> tuple[Any, Any, Any]:
+        row, block, step = place(*grid)
+        return row, block, sizes.chunks - 1 - step
+
+    return reversed_place
+
+
+def _input_specs(sizes: Sizes, inputs: _Inputs) -> _Inputs:
+    here, n, width = _reverse(sizes, sizes.place), sizes.d_state, sizes.width
+    spec = tiles.block_spec(here)
+    tokens = spec((None, CHUNK, width), lambda row, block, chunk: (row, chunk, block))
+    return _Inputs(
         x=tokens,
         dy=tokens,
         states=spec((None, None, n, width), lambda row, block, chunk: (row, chunk, 0, block)),
-        d_final_state=one_state,
-        here=tiles.shared_specs(sizes, shared, here),
-        ahead=tiles.shared_specs(sizes, ahead, reverse(sizes.place_ahead)),
+        d_final_state=spec((None, n, width), lambda row, block, chunk: (row, 0, block)),
+        here=tiles.shared_specs(sizes, inputs.here, here),
+        ahead=tiles.shared_specs(sizes, inputs.ahead, _reverse(sizes, sizes.place_ahead)),
         D=spec((None, 1, LANES), lambda row, block, chunk: (block, 0, 0)),
     )
+
+
+def _outputs(sizes: Sizes, x: Array, shared: SharedInputs) -> Gradients:
+    channels = sizes.blocks * sizes.width
     # If several blocks share B and C, their gradients are partial sums: in float32.
     partial_dtype = shared.B.dtype if sizes.own or sizes.blocks == sizes.groups else jnp.float32
     of_tokens = (sizes.batch, sizes.chunks * CHUNK, sizes.blocks * sizes.bc_width)
-    outputs = Gradients(
+    return Gradients(
         x=out_struct(x.shape, x.dtype, x),
         dt=out_struct(shared.dt.shape, jnp.float32, x),
         A=None if sizes.own else out_struct((sizes.batch, sizes.blocks, sizes.rows, LANES), jnp.float32, x),
         B=out_struct(of_tokens, partial_dtype, x),
         C=out_struct(of_tokens, partial_dtype, x),
-        D=out_struct((sizes.batch, sizes.blocks, 1, width), jnp.float32, x),
-        initial_state=out_struct((sizes.batch, n, channels), jnp.float32, x),
+        D=out_struct((sizes.batch, sizes.blocks, 1, sizes.width), jnp.float32, x),
+        initial_state=out_struct((sizes.batch, sizes.d_state, channels), jnp.float32, x),
     )
-    out_specs = Gradients(
-        x=tokens,
+
+
+def _output_specs(sizes: Sizes) -> Gradients:
+    spec = tiles.block_spec(_reverse(sizes, sizes.place))
+    of_block = spec((None, CHUNK, sizes.bc_width), lambda row, block, chunk: (row, chunk, block))
+    return Gradients(
+        x=spec((None, CHUNK, sizes.width), lambda row, block, chunk: (row, chunk, block)),
         dt=spec((None, None, sizes.rows, CHUNK), lambda row, block, chunk: (row, block, 0, chunk)),
         A=None if sizes.own else spec((None, None, sizes.rows, LANES), lambda row, block, chunk: (row, block, 0, 0)),
         B=of_block,
         C=of_block,
-        D=spec((None, None, 1, width), lambda row, block, chunk: (row, block, 0, 0)),
-        initial_state=one_state,
+        D=spec((None, None, 1, sizes.width), lambda row, block, chunk: (row, block, 0, 0)),
+        initial_state=spec((None, sizes.d_state, sizes.width), lambda row, block, chunk: (row, 0, block)),
     )
 
-    pieces = tiles.halves(CHUNK)
-    below = sum(CHUNK - piece.start for piece in pieces)
-    of_pieces = len(pieces) * sizes.half_rows
+
+def _rows_below() -> int:
+    """Return the rows of all pieces of a chunk's scores, which are those from a piece's first token on."""
+    return sum(CHUNK - piece.start for piece in tiles.halves(CHUNK))
+
+
+def _shared_scratch(sizes: Sizes, *, segmented: bool) -> _Shared:
     products = _Products(
-        C=tiles.vmem(CHUNK, n, jnp.bfloat16),
-        B=tiles.vmem(CHUNK, n, jnp.bfloat16),
-        C_transposed=tiles.vmem(n, CHUNK, jnp.bfloat16),
-        scores=tiles.vmem(below),
-        scores_transposed=tiles.vmem(below),
+        C=tiles.vmem(CHUNK, sizes.d_state, jnp.bfloat16),
+        B=tiles.vmem(CHUNK, sizes.d_state, jnp.bfloat16),
+        C_transposed=tiles.vmem(sizes.d_state, CHUNK, jnp.bfloat16),
+        scores=tiles.vmem(_rows_below()),
+        scores_transposed=tiles.vmem(_rows_below()),
     )
-    scratch = _Shared(
-        segment=None if shared.resets is None else tiles.vmem(CHUNK, 1),
+    of_pieces = len(tiles.halves(CHUNK)) * sizes.half_rows
+    return _Shared(
+        segment=tiles.vmem(CHUNK, 1) if segmented else None,
         dt=None if sizes.own else tiles.vmem(sizes.rows, CHUNK),
         slope=None if sizes.own else tiles.vmem(sizes.rows, CHUNK),
         s=tiles.vmem(CHUNK),
@@ -419,28 +453,15 @@ def backward(
         s_rows=tiles.vmem(of_pieces),
         products=None if sizes.own else products,
     )
-    sums = _Sums(
-        scores=None if sizes.own else tiles.vmem(below),
-        B=None if sizes.own else tiles.vmem(CHUNK, n),
-        C=None if sizes.own else tiles.vmem(CHUNK, n),
+
+
+def _sums_scratch(sizes: Sizes) -> _Sums:
+    return _Sums(
+        scores=None if sizes.own else tiles.vmem(_rows_below()),
+        B=None if sizes.own else tiles.vmem(CHUNK, sizes.d_state),
+        C=None if sizes.own else tiles.vmem(CHUNK, sizes.d_state),
         ends=tiles.vmem(sizes.rows, CHUNK),
         begins=tiles.vmem(sizes.rows, CHUNK),
-        begins_inside=tiles.vmem(of_pieces),
+        begins_inside=tiles.vmem(len(tiles.halves(CHUNK)) * sizes.half_rows),
         last=tiles.vmem(sizes.half_rows),
     )
-
-    def kernel(inputs: _Inputs, *refs: Any) -> None:
-        *gradients, d_state, shared, sums = refs
-        _kernel(sizes, inputs, Gradients(*gradients), d_state, shared, sums)
-
-    return pl.pallas_call(
-        kernel,
-        grid=sizes.grid,
-        in_specs=[in_specs],
-        out_specs=out_specs,
-        out_shape=outputs,
-        scratch_shapes=[tiles.vmem(n, width), scratch, sums],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary", "arbitrary")),
-        interpret=interpret,
-        name="ssd_backward",
-    )(inputs)

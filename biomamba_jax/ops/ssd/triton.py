@@ -23,6 +23,7 @@ from biomamba_jax.ops.kernel_arrays import (
     cdiv,
     differentiable,
     float32,
+    float64_reason,
     largest_divisor,
     next_power_of_2,
     pad,
@@ -97,7 +98,7 @@ class _Arrays(NamedTuple):
 
 def unsupported_reason(x: Array, chunk_size: int | None) -> str | None:
     """Return why the kernels cannot compute these arrays, or None if they can."""
-    if reason := triton_calls.unsupported_reason(x):
+    if reason := float64_reason(x):
         return reason
     if chunk_size not in (None, CHUNK):
         return f"its chunk_size is {CHUNK}, not {chunk_size}"
