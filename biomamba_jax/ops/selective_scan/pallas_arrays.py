@@ -45,19 +45,19 @@ class Parameters(NamedTuple):
 def padded(inputs: FilledInputs, length: int, channels: int, d_state: int) -> tuple[Tokens, Parameters]:
     """Pad all inputs. Padded steps have delta = softplus(-inf) = 0, which leaves the state unchanged."""
     rows = inputs.x.shape[0]
-    wide, narrow = (rows, length, channels), (rows, length, d_state)
+    per_channel, per_state = (rows, length, channels), (rows, length, d_state)
     A = inputs.A.astype(jnp.float32)
     reset = None
     if inputs.segment_ids is not None:
         A = jnp.minimum(A, WEAKEST_A)
         steps = jnp.where(segment_starts(inputs.segment_ids), RESET_STEP, 0.0)
-        reset = pad(steps.astype(jnp.float32), narrow[:2])
+        reset = pad(steps.astype(jnp.float32), per_state[:2])
     tokens = Tokens(
-        x=pad(inputs.x, wide),
-        dt=pad(inputs.dt, wide, fill=-jnp.inf),
-        z=None if inputs.z is None else pad(inputs.z, wide),
-        B=pad(inputs.B, narrow),
-        C=pad(inputs.C, narrow),
+        x=pad(inputs.x, per_channel),
+        dt=pad(inputs.dt, per_channel, fill=-jnp.inf),
+        z=None if inputs.z is None else pad(inputs.z, per_channel),
+        B=pad(inputs.B, per_state),
+        C=pad(inputs.C, per_state),
         reset=reset,
     )
     parameters = Parameters(

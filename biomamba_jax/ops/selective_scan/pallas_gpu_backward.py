@@ -74,20 +74,20 @@ def backward(inputs: Inputs, blocks: Blocks, interpret: Any) -> Gradients:
     x, dt, z = inputs.tokens.x, inputs.tokens.dt, inputs.tokens.z
 
     state = float32(blocks.rows, blocks.channels, blocks.quarters, VECTOR)
-    d_narrow = float32(blocks.rows, blocks.tiles, blocks.length, blocks.quarters, VECTOR)
+    d_per_state = float32(blocks.rows, blocks.tiles, blocks.length, blocks.quarters, VECTOR)
     vector = float32(blocks.rows, blocks.channels)
     outputs = Gradients(
         x=struct_like(x),
         dt=struct_like(dt),
         z=None if z is None else struct_like(z),
-        B=d_narrow,
-        C=d_narrow,
+        B=d_per_state,
+        C=d_per_state,
         A=state,
         D=vector,
         dt_bias=vector,
         initial=state,
     )
-    steps, narrow = common.smem(CHUNK, blocks.width), common.smem(CHUNK, blocks.quarters, VECTOR)
+    steps, per_state = common.smem(CHUNK, blocks.width), common.smem(CHUNK, blocks.quarters, VECTOR)
     partial = common.smem(_STEPS, blocks.width, blocks.quarters)
     scratch = _Scratch(
         tokens=common.token_buffers(inputs.tokens, blocks, 1),
@@ -97,14 +97,14 @@ def backward(inputs: Inputs, blocks: Blocks, interpret: Any) -> Gradients:
         exponent_step=steps if blocks.segmented else None,
         u=steps,
         g=steps,
-        B=narrow,
-        C=narrow,
+        B=per_state,
+        C=per_state,
         saved=common.smem(_PARTS, blocks.width, blocks.quarters, VECTOR),
         terms=common.smem(_STEPS, GROUP, blocks.quarters, VECTOR),
         partial=partial,
         d_delta=partial,
-        dB=narrow,
-        dC=narrow,
+        dB=per_state,
+        dC=per_state,
     )
     kernel = functools.partial(_kernel, blocks)
     return mosaic_gpu.call(
@@ -171,7 +171,7 @@ def _save_states(blocks: Blocks, A_log2e: list[Array], state: list[Array], scrat
         _save(i, state)
         for k in range(_STEPS):
             t = i * _STEPS + k
-            B = common.read_narrow(scratch.B, t, blocks)
+            B = common.read_per_state(scratch.B, t, blocks)
             state = [_next(blocks, A_log2e[j], state[j], B, t, j, scratch) for j in range(blocks.groups)]
         return state
 
@@ -206,7 +206,7 @@ def _part(
     states = [[mosaic_gpu.to_layout(scratch.saved[part, common.group(j)], common.STATE) for j in groups]]
     for k in range(_STEPS):
         t = start + k
-        B, C = common.read_narrow(scratch.B, t, blocks), common.read_narrow(scratch.C, t, blocks)
+        B, C = common.read_per_state(scratch.B, t, blocks), common.read_per_state(scratch.C, t, blocks)
         after = [_next(blocks, A_log2e[j], states[k][j], B, t, j, scratch) for j in groups]
         # dC_t = sum over channels of h_t g_t
         scratch.terms[k] = sum(h * common.read_channels(scratch.g, t, j, blocks) for j, h in enumerate(after))
@@ -228,7 +228,7 @@ def _part(
     later, dA = list(carry.later), list(carry.dA)
     for k in reversed(range(_STEPS)):
         t = start + k
-        B, C = common.read_narrow(scratch.B, t, blocks), common.read_narrow(scratch.C, t, blocks)
+        B, C = common.read_per_state(scratch.B, t, blocks), common.read_per_state(scratch.C, t, blocks)
         dB = []
         for j in groups:
             refs = (common.exponent_step(scratch), scratch.u, scratch.g)

@@ -29,7 +29,7 @@ MAX_STATES = 64  # more would not fit into registers
 # States [32 Q 4]: a warp has 8 channels, a lane one of four quarters Q.
 STATE = plgpu.Layout.TILED(plgpu.Tiling(((32, 4, 4), (8, 4, 4))), warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1)
 CHANNEL = STATE.reduce((1, 2))  # [32]
-NARROW = STATE.reduce(0)  # [Q 4], replicated over channels
+PER_STATE = STATE.reduce(0)  # [Q 4], replicated over channels
 # Sums over a thread's four states, for many steps [T C Q]: a warp has one step, a lane one channel.
 PARTIAL = plgpu.Layout.TILED(plgpu.Tiling(((4, 32, 4),)), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 TOKEN = PARTIAL.reduce(2)  # [T C]
@@ -131,9 +131,9 @@ def read_channels(ref: Any, t: Any, j: int, blocks: Blocks) -> Array:
     return mosaic_gpu.broadcast(mosaic_gpu.to_layout(ref[t, group(j)], CHANNEL), blocks.state, (0,), STATE)
 
 
-def read_narrow(ref: Any, t: Any, blocks: Blocks) -> Array:
+def read_per_state(ref: Any, t: Any, blocks: Blocks) -> Array:
     """Read the d_state values of step t, broadcast to the channels."""
-    return mosaic_gpu.broadcast(mosaic_gpu.to_layout(ref[t], NARROW), blocks.state, (1, 2), STATE)
+    return mosaic_gpu.broadcast(mosaic_gpu.to_layout(ref[t], PER_STATE), blocks.state, (1, 2), STATE)
 
 
 def read_states(ref: Any, first: Any, blocks: Blocks) -> list[Array]:

@@ -66,15 +66,15 @@ def forward(inputs: Inputs, blocks: Blocks, for_backward: bool, interpret: Any) 
         boundary=float32(blocks.rows, blocks.chunks, *state) if for_backward else None,
     )
     steps = common.smem(CHUNK, blocks.width)
-    narrow = common.smem(CHUNK, blocks.quarters, common.VECTOR)
+    per_state = common.smem(CHUNK, blocks.quarters, common.VECTOR)
     scratch = _Scratch(
         tokens=common.token_buffers(inputs.tokens, blocks, _SLOTS),
         arrived=plgpu.Barrier(num_arrivals=common.copies(inputs.tokens), num_barriers=_SLOTS),
         delta=steps,
         exponent_step=steps if blocks.segmented else None,
         u=steps,
-        B=narrow,
-        C=narrow,
+        B=per_state,
+        C=per_state,
         partial=common.smem(CHUNK, blocks.width, blocks.quarters),
         y=common.smem(CHUNK, blocks.width, dtype=x.dtype),
     )
@@ -132,7 +132,7 @@ def _steps(blocks: Blocks, A_log2e: list[Array], state: list[Array], scratch: _S
     """Step through the chunk."""
 
     def step(t: Any, state: list[Array]) -> list[Array]:
-        B, C = common.read_narrow(scratch.B, t, blocks), common.read_narrow(scratch.C, t, blocks)
+        B, C = common.read_per_state(scratch.B, t, blocks), common.read_per_state(scratch.C, t, blocks)
         after = []
         for j in range(blocks.groups):
             delta, u = (common.read_channels(ref, t, j, blocks) for ref in (common.exponent_step(scratch), scratch.u))

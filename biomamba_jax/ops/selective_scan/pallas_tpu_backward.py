@@ -51,22 +51,22 @@ class _Scratch(NamedTuple):
 def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks: Blocks, interpret: Any) -> Gradients:
     """Return the gradients of all inputs, those of parameters per row."""
     rows, length, channels = tokens.x.shape
-    wide = common.token_spec(blocks, reverse=True)
-    narrow = common.token_spec(blocks, blocks.d_state, reverse=True)
+    per_channel = common.token_spec(blocks, reverse=True)
+    per_state = common.token_spec(blocks, blocks.d_state, reverse=True)
     state, vector = common.row_spec(blocks, blocks.d_state), common.row_spec(blocks, 1)
     x_like = out_struct(tokens.x.shape, tokens.x.dtype, tokens.x)
 
     def row_sums(height: int) -> jax.ShapeDtypeStruct:
         return out_struct((rows, blocks.tiles, height, blocks.tile), jnp.float32, tokens.x)
 
-    d_narrow = out_struct((rows, length, blocks.d_state), jnp.float32, tokens.x)
+    d_per_state = out_struct((rows, length, blocks.d_state), jnp.float32, tokens.x)
     gated = blocks.gated
     out_shape = Gradients(
         x=x_like,
         dt=x_like,
         z=x_like if gated else None,
-        B=d_narrow,
-        C=d_narrow,
+        B=d_per_state,
+        C=d_per_state,
         A=row_sums(blocks.d_state),
         D=row_sums(1),
         dt_bias=row_sums(1),
@@ -95,9 +95,21 @@ def backward(tokens: Tokens, parameters: Parameters, incoming: Incoming, blocks:
         in_specs=[
             common.token_specs(tokens, blocks, reverse=True),
             common.parameter_specs(blocks),
-            Incoming(wide, state, common.boundary_spec(blocks, reverse=True), wide if gated else None),
+            Incoming(per_channel, state, common.boundary_spec(blocks, reverse=True), per_channel if gated else None),
         ],
-        out_specs=[Gradients(wide, wide, wide if gated else None, narrow, narrow, state, vector, vector, state)],
+        out_specs=[
+            Gradients(
+                x=per_channel,
+                dt=per_channel,
+                z=per_channel if gated else None,
+                B=per_state,
+                C=per_state,
+                A=state,
+                D=vector,
+                dt_bias=vector,
+                initial=state,
+            )
+        ],
         out_shape=[out_shape],
         scratch_shapes=[scratch],
         compiler_params=common.compiler_params(),

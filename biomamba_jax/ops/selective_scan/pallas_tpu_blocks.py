@@ -100,10 +100,10 @@ def parameter_spec(blocks: Blocks, height: int) -> pl.BlockSpec:
 
 def token_specs(tokens: Tokens, blocks: Blocks, reverse: bool = False) -> Tokens:
     """Return the specs of all per-token inputs."""
-    wide = token_spec(blocks, reverse=reverse)
+    per_channel = token_spec(blocks, reverse=reverse)
     B, C = (token_spec(blocks, v.shape[2], reverse) for v in (tokens.B, tokens.C))
     reset = token_spec(blocks, 1, reverse) if blocks.segmented else None
-    return Tokens(wide, wide, wide if blocks.gated else None, B, C, reset)
+    return Tokens(per_channel, per_channel, per_channel if blocks.gated else None, B, C, reset)
 
 
 def parameter_specs(blocks: Blocks) -> Parameters:

@@ -44,10 +44,10 @@ def forward(
     final = out_struct((rows, *state), jnp.float32, tokens.x)
     boundary = out_struct((rows, length // blocks.saved, *state), jnp.float32, tokens.x) if for_backward else None
     boundary_spec = common.boundary_spec(blocks) if for_backward else None
-    wide, row = common.token_spec(blocks), common.row_spec(blocks, blocks.d_state)
+    per_channel, row = common.token_spec(blocks), common.row_spec(blocks, blocks.d_state)
     ungated = for_backward and blocks.gated
     out_shape = Outputs(x_like, final, boundary, x_like if ungated else None)
-    out_specs = Outputs(wide, row, boundary_spec, wide if ungated else None)
+    out_specs = Outputs(per_channel, row, boundary_spec, per_channel if ungated else None)
     step, projection = common.step_scratch(blocks), common.broadcast_scratch(blocks)
     steps = rows * length * channels * blocks.d_state
     return pl.pallas_call(

@@ -105,14 +105,14 @@ def _backward(inputs: FilledInputs, boundary: Array, cotangents, static: None) -
     blocks, sizes = BLOCKS["backward"], _sizes("backward", inputs)
     programs = cdiv(channels, blocks.channels)
     extent = length, channels // sizes.VECTOR
-    d_narrow = float32(rows, programs, length, sizes.N)
+    d_per_state = float32(rows, programs, length, sizes.N)
     state, vector = float32(rows, sizes.N, channels), float32(rows, channels)
     dz_like = jax.ShapeDtypeStruct((1,), inputs.x.dtype) if inputs.z is None else struct_like(inputs.z)
     saved = float32(rows, CHUNK // blocks.steps, sizes.N, channels)
     dx, d_dt, dz, dB, dC, dA, dD, d_bias, d_initial, _ = triton_calls.call(
         triton_calls.kernels(_KERNELS).selective_scan_backward,
         [*_kernel_inputs(inputs), boundary, dy.astype(inputs.x.dtype), _channels_last(d_final), *extent],
-        outputs=[struct_like(inputs.x), struct_like(inputs.dt), dz_like, d_narrow, d_narrow]
+        outputs=[struct_like(inputs.x), struct_like(inputs.dt), dz_like, d_per_state, d_per_state]
         + [state, vector, vector, state, saved],
         grid=(programs, rows),
         launch=blocks.launch,

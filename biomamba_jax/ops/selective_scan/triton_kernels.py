@@ -70,7 +70,7 @@ def _tokens(x, dt, z, t, e, L, E, sizes: tl.constexpr):
 
 
 @triton.jit
-def _narrow(row, t, n, L, sizes: tl.constexpr):
+def _per_state(row, t, n, L, sizes: tl.constexpr):
     """Load B or C of time step t as a column; after the end, any finite value: it is multiplied by zero."""
     place = row + tl.minimum(t, L - 1) * sizes.N + n
     if sizes.N == sizes.BN:
@@ -108,7 +108,7 @@ def selective_scan_forward(
     ahead = ()
     for i in tl.static_range(U):
         ahead = ahead + (_tokens(x, dt, z, i, e, L, E, sizes),)
-    B_t, C_t = _narrow(B, 0, n, L, sizes), _narrow(C, 0, n, L, sizes)
+    B_t, C_t = _per_state(B, 0, n, L, sizes), _per_state(C, 0, n, L, sizes)
     for _ in range(0, chunks):
         if sizes.SAVE:
             tl.store(boundary + tile, h, mask=there)
@@ -120,7 +120,7 @@ def selective_scan_forward(
                 x_t = ahead[i][0].to(tl.float32)
                 delta = _softplus(ahead[i][1].to(tl.float32) + bias)
                 loaded = loaded + (_tokens(x, dt, z, t + U, e, L, E, sizes),)
-                next_B, next_C = _narrow(B, t + 1, n, L, sizes), _narrow(C, t + 1, n, L, sizes)
+                next_B, next_C = _per_state(B, t + 1, n, L, sizes), _per_state(C, t + 1, n, L, sizes)
                 # h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t  (Mamba, arXiv 2312.00752, eq. 2)
                 h = _decay(delta, A, reset, t, L, sizes) * h + (delta * x_t)[None, :] * B_t
                 y_t = tl.sum(h * C_t, axis=0) + skip * x_t
@@ -201,7 +201,7 @@ def selective_scan_backward(
                 t = part * U + i
                 delta = _softplus(_channels(dt, t, e, L, E, float("-inf")).to(tl.float32) + bias)
                 u = delta * _channels(x, t, e, L, E, 0).to(tl.float32)
-                h = _decay(delta, A, reset, t, L, sizes) * h + u[None, :] * _narrow(B, t, n, L, sizes)
+                h = _decay(delta, A, reset, t, L, sizes) * h + u[None, :] * _per_state(B, t, n, L, sizes)
         tl.store(scratch + (CHUNK // U - 1) * N * E + tile, h, mask=there)
         tl.debug_barrier()
         for part in range(CHUNK // U - 1, -1, -1):
@@ -218,11 +218,11 @@ def selective_scan_backward(
                 delta = inputs[i][4]
                 u = delta * inputs[i][0].to(tl.float32)
                 decayed = _decay(delta, A, reset, t, L, sizes) * before[i]
-                before = before + (decayed + u[None, :] * _narrow(B, t, n, L, sizes),)
+                before = before + (decayed + u[None, :] * _per_state(B, t, n, L, sizes),)
             for i in tl.static_range(U - 1, -1, -1):
                 t = start + i
                 x_t, g, delta = inputs[i][0].to(tl.float32), inputs[i][3].to(tl.float32), inputs[i][4]
-                B_t, C_t = _narrow(B, t, n, L, sizes), _narrow(C, t, n, L, sizes)
+                B_t, C_t = _per_state(B, t, n, L, sizes), _per_state(C, t, n, L, sizes)
                 in_row = e < tl.where(t < L, E, 0)
                 if sizes.GATED:
                     ungated = tl.sum(before[i + 1] * C_t, axis=0) + skip * x_t

@@ -203,22 +203,24 @@ def gradients(inputs: Inputs, sizes: Sizes, x_dtype: Any, interpret: Any) -> Gra
     x = inputs.x
 
     of_head = (sizes.batch, sizes.chunks, sizes.heads)
-    d_narrow = float32(sizes.batch, sizes.blocks, sizes.chunks * CHUNK, sizes.d_state)
+    d_per_state = float32(sizes.batch, sizes.blocks, sizes.chunks * CHUNK, sizes.d_state)
     outputs = Gradients(
         x=jax.ShapeDtypeStruct(x.shape, x_dtype),
-        B=d_narrow,
-        C=d_narrow,
+        B=d_per_state,
+        C=d_per_state,
         sums=float32(*of_head, len(SUMS), CHUNK),
         through=float32(*of_head, sizes.d_state),
     )
-    wide, state = tiles.tile(CHUNK, HEADDIM, slots=_SLOTS), tiles.tile(sizes.d_state, HEADDIM, slots=_SLOTS)
-    narrow, square = tiles.tile(CHUNK, sizes.d_state), tiles.tile(CHUNK, CHUNK, jnp.float32)
+    per_channel, state = tiles.tile(CHUNK, HEADDIM, slots=_SLOTS), tiles.tile(sizes.d_state, HEADDIM, slots=_SLOTS)
+    per_state, square = tiles.tile(CHUNK, sizes.d_state), tiles.tile(CHUNK, CHUNK, jnp.float32)
     scratch = _Scratch(
-        buffers=_Buffers(wide, wide, state, state, plgpu.SMEM((_SLOTS, len(VECTORS), CHUNK), jnp.float32)),
+        buffers=_Buffers(
+            per_channel, per_channel, state, state, plgpu.SMEM((_SLOTS, len(VECTORS), CHUNK), jnp.float32)
+        ),
         arrived=plgpu.Barrier(num_arrivals=len(_Buffers._fields), num_barriers=_SLOTS),
         consumed=plgpu.Barrier(num_arrivals=2, num_barriers=_SLOTS),
-        B=narrow,
-        C=narrow,
+        B=per_state,
+        C=per_state,
         resets=plgpu.SMEM((CHUNK,), jnp.float32) if sizes.segmented else None,
         shared_arrived=plgpu.Barrier(num_arrivals=3 if sizes.segmented else 2),
         scores=(square, square),

@@ -84,12 +84,12 @@ def forward(inputs: Inputs, sizes: Sizes, y_dtype: Any, save_states: bool, inter
         final_state=float32(sizes.batch, *state),
         states=jax.ShapeDtypeStruct((sizes.batch, sizes.chunks, *state), jnp.bfloat16) if save_states else None,
     )
-    narrow = tiles.tile(CHUNK, sizes.d_state, slots=_SLOTS)
+    per_state = tiles.tile(CHUNK, sizes.d_state, slots=_SLOTS)
     scratch = _Scratch(
         buffers=_Buffers(
             x=tiles.tile(CHUNK, HEADDIM, slots=_SLOTS),
-            B=narrow,
-            C=narrow,
+            B=per_state,
+            C=per_state,
             vectors=plgpu.SMEM((_SLOTS, len(VECTORS), CHUNK), jnp.float32),
             resets=plgpu.SMEM((_SLOTS, CHUNK), jnp.float32) if sizes.segmented else None,
         ),

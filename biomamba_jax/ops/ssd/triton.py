@@ -123,20 +123,20 @@ def ssd(inputs: Inputs, chunk_size: int | None) -> tuple[Array, Array]:
 
     # A padded step has weight and exponent zero, which leaves the state unchanged.
     padded = round_up(length, CHUNK)
-    wide, narrow = (max(_MIN_SIDE, next_power_of_2(n)) for n in (headdim, d_state))
+    padded_headdim, padded_d_state = (max(_MIN_SIDE, next_power_of_2(n)) for n in (headdim, d_state))
     segment = None
     if segment_ids is not None:
         starts = jnp.pad(segment_starts(segment_ids), ((0, 0), (0, padded - length))).reshape(rows, -1, CHUNK)
         segment = jnp.cumsum(starts, axis=2, dtype=jnp.int32)
     d, exponents = (pad(v, (rows, padded, heads)).swapaxes(1, 2) for v in (d, exponents))
     arrays = _Arrays(
-        x=pad(x, (rows, padded, heads, wide)),
+        x=pad(x, (rows, padded, heads, padded_headdim)),
         d=d,
         s=_sums(exponents, segment),
-        B=pad(B.astype(x.dtype), (rows, padded, groups, narrow)),
-        C=pad(C.astype(x.dtype), (rows, padded, groups, narrow)),
+        B=pad(B.astype(x.dtype), (rows, padded, groups, padded_d_state)),
+        C=pad(C.astype(x.dtype), (rows, padded, groups, padded_d_state)),
         D=jnp.zeros(heads, f32) if D is None else D.astype(f32),
-        initial_state=pad(initial_state.astype(f32), (rows, heads, wide, narrow)),
+        initial_state=pad(initial_state.astype(f32), (rows, heads, padded_headdim, padded_d_state)),
     )
     arrays, segment = vary_alike((arrays, segment))
     y, final_state = _ssd((arrays, None if segment is None else segment.reshape(rows, -1)), None)
