@@ -47,33 +47,8 @@ def calls(op: str, capability: int, *, gradient: bool = True, **shape: Any) -> l
     return recorded
 
 
-def compile_call(call: triton_calls.Call, capability: int) -> Any:
-    """Compile one kernel; returns Triton's result: `asm` by stage ("ptx", "cubin", ...) and `metadata`."""
-    import triton
-
-    source, target, options = _source(call, capability)
-    return triton.compile(source, target=target, options=options)
-
-
-def intermediate(call: triton_calls.Call, capability: int) -> str:
-    """Return one kernel in Triton's intermediate representation, functions inlined; needs no assembler."""
-    from triton._C.libtriton import ir
-    from triton.compiler import make_backend
-
-    source, target, given = _source(call, capability)
-    backend = make_backend(target)
-    options = backend.parse_options(given)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    tools = backend.get_codegen_implementation(options), backend.get_module_map()
-    stages: dict[str, Any] = {}
-    backend.add_stages(stages, options, source.language)
-    return str(stages["ttir"](source.make_ir(target, options, *tools, context), {}))
-
-
-def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Return source, target and options of a kernel."""
+def source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return what Triton compiles of a call: its code, target and options."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -85,19 +60,22 @@ def _source(call: triton_calls.Call, capability: int) -> tuple[Any, Any, dict[st
         if not isinstance(value, int):
             attributes[(i,)] = [["tt.divisibility", 16]]
     constants = {(names.index(name),): value for name, value in call.constants.items()}
-    source = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    code = ASTSource(fn=call.kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {
         "num_warps": call.launch.warps,
         "num_stages": call.launch.stages,
         "ptx_version": triton_calls.PTX_VERSION,
         "enable_fp_fusion": True,
     }
-    return source, GPUTarget("cuda", capability, 32), options
+    return code, GPUTarget("cuda", capability, 32), options
 
 
 def usage(call: triton_calls.Call, capability: int) -> Usage:
     """Compile one kernel and read its resources."""
-    compiled = compile_call(call, capability)
+    import triton
+
+    code, target, options = source(call, capability)
+    compiled = triton.compile(code, target=target, options=options)
     version = re.search(r"\.version (\d+\.\d+)", compiled.asm["ptx"])
     assert version is not None  # every PTX file has a version
     return Usage(

@@ -3,10 +3,11 @@ CUDA takes the grids. Shown on the kernels' intermediate code, by the range of e
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
-from benchmarks.triton_static import calls, intermediate
+from benchmarks.triton_static import calls, source
 from biomamba_jax.ops.triton_calls import Call
 from tests.compilers import needs_triton
 
@@ -75,6 +76,23 @@ def overflowing(text: str, given: Mapping[str, int], grid: tuple[int, ...]) -> l
 
 def fits(range_: Range | None) -> bool:
     return range_ is not None and range_[0] >= -(2**31) and range_[1] < 2**31
+
+
+def intermediate(call: Call, capability: int) -> str:
+    """Return one kernel in Triton's intermediate language, functions inlined."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    code, target, given = source(call, capability)
+    backend = make_backend(target)
+    options = backend.parse_options(given)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    tools = backend.get_codegen_implementation(options), backend.get_module_map()
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, code.language)
+    return str(stages["ttir"](code.make_ir(target, options, *tools, context), {}))
 
 
 def integers(call: Call) -> dict[str, int]:
