@@ -114,14 +114,15 @@ def _show_ranking(answer: Answer) -> None:
     rows = []
     for plan in answer.ranking:
         memory = "does not fit" if plan.compiled.refused is None else "refused"
-        step = tokens = share = None
+        step = waits = tokens = share = None
         if plan.times is not None:
-            memory, step = f"{plan.compiled.memory.total / GIB:.2f}", f"{plan.times.step * 1e3:,.1f}"
+            memory = f"{plan.compiled.memory.total / GIB:.2f}"
+            step, waits = (f"{t * 1e3:,.1f}" for t in (plan.times.step, sum(plan.times.exposed.values())))
             tokens, share = f"{plan.tokens_per_second:,.0f}", f"{plan.share_of_peak:.0%}"
         flags = describe(plan.config, answer.plan.config) or "as configured"
         results = "differ" if changed(plan.config, answer.plan.config, CHANGES_RESULTS) else "same"
-        rows.append((flags, memory, step, tokens, share, results))
-    columns = ("setting", "GiB", "step, ms", "tokens/s", "of peak", "results")
+        rows.append((flags, memory, step, waits, tokens, share, results))
+    columns = ("setting", "GiB", "step, ms", "waits, ms", "tokens/s", "of peak", "results")
     summary_table(f"{len(rows)} settings compiled, fastest first", columns, rows)
     best = answer.ranking[0]
     if not best.compiled.fits:

@@ -140,6 +140,8 @@ def test_a_search_ranks_what_it_compiled_and_names_the_fastest_by_its_flags(comp
     compiler[:] = [slow, FOUND, slow]
     text = printed(*"--search --tries 2 --mesh.data 1 --mesh.fsdp 4 --model.remat full".split())
     assert "3 settings compiled, fastest first" in text
+    fastest = next(line for line in text.splitlines() if line.startswith("│"))
+    assert [cell.strip() for cell in fastest.split("│")[1:5]] == ["--model.remat none", "10.00", "115.0", "15.0"]
     assert text.splitlines()[-1] == "the fastest: --model.remat none"
 
 
