@@ -12,7 +12,7 @@ from flax import nnx
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.model.mamba3 import Mamba3Mixer
-from biomamba_jax.ops import causal_conv1d, dispatch, rotary_embedding, selective_scan, ssd
+from biomamba_jax.ops import causal_conv1d, dispatch, linear_cross_entropy, rotary_embedding, selective_scan, ssd
 from biomamba_jax.planning.ahead_of_time import Request, estimates
 from biomamba_jax.planning.costs import Operation, program_costs
 from biomamba_jax.planning.topology import parse_topology
@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 D_STATE, SSD_D_STATE, HEADDIM = 16, 128, 64
 """Sizes of the published models: d_state of Mamba-1, d_state and headdim of Mamba-2."""
+VOCABULARY = 50288
+"""Rows of the embedding of the published Mamba-2 models."""
+_VALID_IDS = 50277
 _WIDTH = 4
 _ANGLES = 32  # of a head of Mamba-3 at its published rope_fraction
 _OPS = {"mamba1": ("selective_scan",), "mamba2": ("ssd",), "mamba3": ("ssd_mamba3", "rotary_embedding")}
@@ -46,7 +49,8 @@ def build(
 
     Args:
       op: "selective_scan", "ssd", "ssd_mamba3" (a head's own B and C, decays given), "rotary_embedding", "mamba3" (all
-        of its mixer but the projections) or "causal_conv1d".
+        of its mixer but the projections), "causal_conv1d" or "linear_cross_entropy" (hidden states of half of
+        `channels`, `VOCABULARY` ids).
       implementation: its implementation; None for the default.
       rows: batch size.
       length: tokens of a row.
@@ -60,6 +64,15 @@ def build(
     def shape(*sizes: int, dtype=bf16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
+    if op == "linear_cross_entropy":
+        targets = shape(rows * length, dtype=jnp.int32)
+        arguments = shape(rows * length, channels // 2), shape(VOCABULARY, channels // 2, dtype=f32), targets
+
+        def loss(hidden, weight, targets):
+            options: dict[str, Any] = {"valid_vocab_size": _VALID_IDS, "implementation": implementation}
+            return linear_cross_entropy(hidden, weight, targets, **options).loss
+
+        return jax.value_and_grad(loss, argnums=(0, 1)) if gradient else loss, arguments
     full = shape(rows, length, channels)
     ids = shape(rows, length, dtype=jnp.int32) if segments else None
     run: Callable[..., Any]

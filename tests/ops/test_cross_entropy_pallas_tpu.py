@@ -19,6 +19,7 @@ from tests.tolerances import TOLERANCES
 
 CASES = {
     "two ragged blocks of tokens and of ids": (Case(600, 24, 1300, 1290, None, 0.1, 1e-2), "float32"),
+    "three blocks of each, the last ones ragged": (Case(1100, 40, 2200, 2190, None, 0.1, 1e-2), "bfloat16"),
     "one ragged block, every id valid": (Case(40, 130, 300, 300, None, 0.0, 0.0), "bfloat16"),
     "blocks of padding alone, all of the target smoothed": (Case(9, 8, 2500, 3, None, 1.0, 1e-3), "float32"),
 }
