@@ -52,8 +52,7 @@ class TokenizerTraining(Settings, section="prepare"):
     train_tokenizer: int | None = None
     """Train a SentencePiece model with this many pieces on the text instead."""
     tokenizer_kind: Literal["unigram", "bpe"] = "unigram"
-    """Kind of SentencePiece model; unigram encodes 3.5 times faster than bpe at the same bytes per token. `convert --to
-    hf` needs unigram, and the defaults of tokenizer_byte_fallback and tokenizer_split_digits."""
+    """Kind of SentencePiece model; unigram encodes 3.5 times faster than bpe at the same bytes per token."""
     tokenizer_sample_bytes: checks.Amount = 10_000_000
     """Bytes of text that it is trained on, sampled from the training split; takes some 20 times as much memory. More
     lowers the bytes per token by less than 1 % at 4,096 pieces; a large vocabulary needs more."""
