@@ -17,7 +17,7 @@ from biomamba_jax.config.generate import Sampling
 from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.model import init_params
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.model.language_model import compute_dtype
@@ -77,8 +77,8 @@ class DecodeBenchmark:
 
 def random_model(config: DecodeBenchmark) -> InferenceModel:
     """Return our model with random weights."""
-    fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
-    return InferenceModel.from_params(config.model, fresh(), config.dtype)
+    params = jax.jit(lambda: init_params(config.model, nnx.Rngs(0)))()
+    return InferenceModel.from_params(config.model, params, config.dtype)
 
 
 def bytes_read(config: DecodeBenchmark) -> int:

@@ -15,7 +15,7 @@ from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.checks import PositiveFloat, PositiveInt, Settings
 from biomamba_jax.config.embed import EmbeddingConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.model import init_params
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.model.flops import training_flops_per_token
 from biomamba_jax.planning.plan import PUBLISHED_VOCABULARY
@@ -50,9 +50,9 @@ class Embedding:
     """Our model; each call embeds every text once, by the mean."""
 
     def __init__(self, config: EmbedBenchmark) -> None:
-        fresh = jax.jit(lambda: nnx.to_pure_dict(nnx.state(LanguageModel(config.model, rngs=nnx.Rngs(0)))))
+        params = jax.jit(lambda: init_params(config.model, nnx.Rngs(0)))()
+        model = InferenceModel.from_params(config.model, params)
         settings = EmbeddingConfig(batch_size=config.batch_size)
-        model = InferenceModel.from_params(config.model, fresh())
         self._embedder = Embedder(model, None, settings)  # type: ignore[arg-type]  # ids need no tokenizer
         self._ids = config.ids()
 

@@ -79,13 +79,13 @@ def write_random_models(config: TextMiningBenchmark) -> None:
     from flax import nnx
 
     from biomamba_jax.interop import Weights, read_model, write_model
-    from biomamba_jax.model import LanguageModel
+    from biomamba_jax.model import init_params
 
     like = read_model(config.model)
     for seed in range(config.seeds):
         if not (folder := Path(config.output, f"random-{seed}")).exists():
-            params = nnx.to_pure_dict(nnx.state(LanguageModel(like.config, rngs=nnx.Rngs(seed))))
-            write_model(Weights(like.config, jax.device_get(params), like.tokenizer_file), folder, "native")
+            params = jax.device_get(init_params(like.config, nnx.Rngs(seed)))
+            write_model(Weights(like.config, params, like.tokenizer_file), folder, "native")
 
 
 def commands(config: TextMiningBenchmark) -> Iterator[list[str]]:

@@ -30,6 +30,8 @@ from biomamba_jax.train.supervised import data_messages
 _LOG = logging.getLogger(__name__)
 _IGNORED = -100
 """Label that the losses of transformers leave out."""
+_TRAINER = "trainer"
+"""Folder of the Trainer's checkpoints in the run directory, until the run is finished."""
 _ONLY = {"reading": "once", "lora.rank": 0, "loss.z_loss": 0, "optimizer.layer_decay": 1, "optimizer.ema": 0}
 """Settings that apply to our models alone, and the values at which they have no effect."""
 
@@ -68,19 +70,37 @@ def train(
     Raises:
       UserError: the run directory has a run with other settings.
     """
-    transformers, run_dir = importlib.import_module("transformers"), Path(config.run_dir)
+    run_dir = Path(config.run_dir)
     if changed := setup.changed_settings(config, 0):
         raise UserError(f"{run_dir}: {changed[0]}; give another run_dir")
-    if (run_dir / "config.json").exists() and not (run_dir / "trainer").exists():
+    if (run_dir / "config.json").exists() and not (run_dir / _TRAINER).exists():
         return
     setup.record_settings(config, None, None)
     for message in data_messages(examples, development):
         _LOG.info(message)
+    trainer = _trainer(config, encoder, examples, development)
+    _run(trainer, run_dir / _TRAINER)
+    with MetricsWriter(config, None) as metrics:
+        for logged in trainer.state.log_history:
+            for key, split in (("loss", "train"), ("eval_loss", "validation")):
+                if key in logged:
+                    metrics.write(logged["step"], split, {"loss": logged[key]})
+    encoder.tokenizer.library.save_pretrained(run_dir)
+    encoder.model.save_pretrained(run_dir)
+    shutil.rmtree(run_dir / _TRAINER)
+    write_report(run_dir)
+
+
+def _trainer(
+    config: FinetuneConfig, encoder: EncoderHeadModel, examples: EncodedExamples, development: EncodedExamples
+) -> Any:
+    """Return transformers' Trainer of the run, with our learning-rate schedule."""
+    transformers = importlib.import_module("transformers")
     optimizer, parts = config.optimizer, config.train.accumulation
     steps = config.train.steps or math.ceil(config.train.epochs * len(examples) / config.data.batch_size)
     every = min(config.train.eval_every or steps, steps)
     arguments = transformers.TrainingArguments(
-        output_dir=str(run_dir / "trainer"),
+        output_dir=str(Path(config.run_dir, _TRAINER)),
         per_device_train_batch_size=config.data.batch_size // parts,
         gradient_accumulation_steps=parts,
         max_steps=steps,
@@ -108,25 +128,23 @@ def train(
     trainer = transformers.Trainer(encoder.model, arguments, partial(_batch, encoder), *splits, callbacks=[stopping])
     schedule, scheduler = learning_rate(config.schedule, 1.0, steps), encoder.torch.optim.lr_scheduler.LambdaLR
     trainer.lr_scheduler = scheduler(trainer.create_optimizer(), lambda step: float(schedule(step)))
-    resumed = any((run_dir / "trainer").glob("checkpoint-*"))
+    return trainer
+
+
+def _run(trainer: Any, folder: Path) -> None:
+    """Train, from the newest checkpoint in the Trainer's folder where there is one.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    resumed = any(folder.glob("checkpoint-*"))
     try:
         trainer.train(resume_from_checkpoint=resumed)
     except Exception as error:  # of transformers, safetensors or PyTorch where a file is damaged
         if not resumed:
             raise
         reason = f"{error} ".splitlines()[0].strip() or type(error).__name__
-        raise UserError(
-            f"{run_dir / 'trainer'}: its newest checkpoint cannot be resumed ({reason}); remove it"
-        ) from None
-    with MetricsWriter(config, None) as metrics:
-        for logged in trainer.state.log_history:
-            for key, split in (("loss", "train"), ("eval_loss", "validation")):
-                if key in logged:
-                    metrics.write(logged["step"], split, {"loss": logged[key]})
-    encoder.tokenizer.library.save_pretrained(run_dir)
-    encoder.model.save_pretrained(run_dir)
-    shutil.rmtree(run_dir / "trainer")
-    write_report(run_dir)
+        raise UserError(f"{folder}: its newest checkpoint cannot be resumed ({reason}); remove it") from None
 
 
 def labels(targets: np.ndarray, head: HeadConfig, length: int) -> dict[str, Any]:

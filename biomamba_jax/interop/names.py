@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from biomamba_jax.config import ModelConfig
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.model import init_params
 from biomamba_jax.parallel.sharding import leaves_by_path
 
 Shape = tuple[int, ...]
@@ -154,8 +155,8 @@ def native_shapes(config: ModelConfig) -> dict[str, Shape]:
 
 @functools.lru_cache(maxsize=32)  # a tenth of a second; reading a folder asks four times
 def _traced_shapes(config: ModelConfig) -> Mapping[str, Shape]:
-    model = nnx.eval_shape(lambda: LanguageModel(config, rngs=nnx.Rngs(0)))
-    return {path: leaf.shape for path, leaf in leaves_by_path(nnx.to_pure_dict(nnx.state(model))).items()}
+    params = jax.eval_shape(lambda: init_params(config, nnx.Rngs(0)))
+    return {path: leaf.shape for path, leaf in leaves_by_path(params).items()}
 
 
 def foreign_tensors(config: ModelConfig, dialect: str, rows: int = 0) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ class Weights:
     config: ModelConfig
     """The model; every size is set, and execution settings are at their defaults."""
     params: dict[str, Any]
-    """Nested dict of float32 numpy arrays, like `nnx.to_pure_dict(nnx.state(LanguageModel(config)))`."""
+    """Nested dict of float32 numpy arrays, like those of `model.init_params`."""
     tokenizer_file: Path | None = None
     """`tokenizer.model` (SentencePiece) or `tokenizer.json` (Hugging Face)."""
     about: dict[str, Any] = field(default_factory=dict)

@@ -84,7 +84,7 @@ class InferenceModel:
 
         Args:
           config: the model.
-          params: nested dict of NumPy or JAX arrays, as `nnx.to_pure_dict(nnx.state(LanguageModel(config)))`.
+          params: nested dict of NumPy or JAX arrays, as of `init_params`.
           dtype: compute dtype, or int8 for int8 matrices and the config's compute dtype; left out, that of the config.
         """
         weight_dtype = jnp.dtype(dtype) if dtype is not None else compute_dtype(config)

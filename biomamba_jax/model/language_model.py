@@ -4,6 +4,8 @@ One function serves training, prefill, chunked prefill and decoding: any split o
 logits. Layers are stacked along a first axis and run by one `jax.lax.scan`. The residual stream is float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -148,3 +150,8 @@ class LanguageModel(nnx.Module):
     def head(self) -> nnx.Param:
         """The output head [V D], which is the embedding unless the config unties them."""
         return self.embedding if self.lm_head is None else self.lm_head
+
+
+def init_params(config: ModelConfig, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Return the parameters of a new model, a nested dict of float32 arrays."""
+    return nnx.to_pure_dict(nnx.state(LanguageModel(config, rngs=rngs)))

@@ -20,7 +20,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from biomamba_jax import folders
 from biomamba_jax.config import CheckpointConfig
 from biomamba_jax.errors import UserError
-from biomamba_jax.interop import run_dir as runs
+from biomamba_jax.interop import run_dir as run_files
 from biomamba_jax.parallel.distributed import DATA_TIMEOUT, barrier
 from biomamba_jax.parallel.sharding import leaves_by_path
 
@@ -73,7 +73,7 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint is damaged, or `resume_from` has none.
         """
-        self.folder, self._run_dir = run_dir / runs.CHECKPOINTS, run_dir
+        self.folder, self._run_dir = run_dir / run_files.CHECKPOINTS, run_dir
         self.start = self._find_start(resume_from, config.verify)
         """The step to resume from; None without checkpoints."""
         self._best = _Best()
@@ -92,14 +92,14 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def _find_start(self, resume_from: int | None, verify: bool) -> int | None:
-        steps = runs.complete_steps(self._run_dir)
+        steps = run_files.complete_steps(self._run_dir)
         replaced = self._run_dir / REPLACED.format(step=resume_from)
         if resume_from is not None and resume_from not in steps:
             raise UserError(f"resume_from = {resume_from}: {self.folder} has checkpoints of steps {steps}; give one")
         go_back = resume_from is not None and not replaced.exists()
         start = resume_from if go_back else max(steps, default=None)
         if start is not None and verify:
-            runs.verify(self._run_dir, start, jax.process_index(), jax.process_count())
+            run_files.verify(self._run_dir, start, jax.process_index(), jax.process_count())
         barrier("checkpoint verified", timeout=DATA_TIMEOUT)
         if go_back and jax.process_index() == 0:
             moved = replaced.with_name(f"{replaced.name}.partial")  # a start that is killed here does not count
@@ -145,11 +145,13 @@ class Checkpoints:
         if self.start is None:
             raise UserError(f"{self.folder}: no checkpoint")
         like = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        with runs.reading(self._run_dir, self.start):
+        with run_files.reading(self._run_dir, self.start):
             saved = self._manager.item_metadata(self.start)["state"]
             check_same_tree(saved, like, f"{self.folder / str(self.start)}", changed)
             items = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-            return self._manager.restore(self.start, args=items)["state"], runs.read_loop(self._run_dir, self.start)
+            return self._manager.restore(self.start, args=items)["state"], run_files.read_loop(
+                self._run_dir, self.start
+            )
 
 
 def check_same_tree(saved: Any, expected: Any, where: str, changed: Sequence[str] = ()) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from biomamba_jax.config import ModelConfig, PretrainConfig, RunConfig, TrainConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import find_chip
-from biomamba_jax.model import LanguageModel
+from biomamba_jax.model import LanguageModel, init_params
 from biomamba_jax.model.sharding import sharding_rules
 from biomamba_jax.parallel.layout import Layout
 from biomamba_jax.parallel.mesh import BATCH_SPEC, replicated, rows_per_host
@@ -118,7 +118,7 @@ def initial_state(
     """Return the state before the first step, with the given parameters or, for None, random ones."""
     initial, key = jax.random.split(jax.random.key(seed))
     if params is None:
-        params = nnx.to_pure_dict(nnx.state(LanguageModel(model, rngs=nnx.Rngs(initial))))
+        params = init_params(model, nnx.Rngs(initial))
     counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), jnp.zeros((), jnp.int32))
     return TrainState(params=params, optimizer=optimizer.init(params), key=jax.random.key_data(key), **counters)
 

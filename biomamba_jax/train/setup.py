@@ -19,7 +19,8 @@ from biomamba_jax.data.shards import Manifest, open_split, tokenizer_file
 from biomamba_jax.data.tokenizer import Tokenizer, load_tokenizer
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import measure_matmul_flops, peak_flops
-from biomamba_jax.interop import run_dir as runs
+from biomamba_jax.interop import run_dir as run_files
+from biomamba_jax.interop.configs import EXECUTION
 from biomamba_jax.parallel import distributed
 from biomamba_jax.train.report import record_start
 
@@ -60,8 +61,8 @@ def shards_tokenizer(folder: str, manifest: Manifest) -> Tokenizer | None:
 
 def with_execution_settings(model: ModelConfig, execution: ModelConfig) -> ModelConfig:
     """Return the sizes of `model`, those of its weights, with the execution settings of `execution`."""
-    settings = ("chunk_size", "compute_dtype", "kernels", "remat", "unroll")
-    return dataclasses.replace(model, **{name: getattr(execution, name) for name in settings})
+    settings = {name: getattr(execution, name) for name in (*EXECUTION, "chunk_size")}
+    return dataclasses.replace(model, **settings)
 
 
 def training_documents(data: DataConfig, manifest: Manifest) -> Documents | MixedDocuments:
@@ -117,10 +118,10 @@ def example_steps(config: RunConfig, examples: EncodedExamples) -> tuple[int, fl
 def changed_settings(config: RunConfig, start: int | None) -> list[str]:
     """Return "KEY was A, is B" for each setting that differs from those that trained the checkpoint of step `start`."""
     run_dir = Path(config.run_dir)
-    if start is None or not (run_dir / runs.CONFIG).exists():
+    if start is None or not (run_dir / run_files.CONFIG).exists():
         return []
-    before = runs.settings_by_step(run_dir, start)[-1][1]
-    changed = runs.changed(before, dataclasses.asdict(config))
+    before = run_files.settings_by_step(run_dir, start)[-1][1]
+    changed = run_files.changed(before, dataclasses.asdict(config))
     return [f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items()]
 
 
@@ -135,7 +136,7 @@ def record_settings(config: RunConfig, tokenizer: Path | None, start: int | None
     if jax.process_index() == 0:
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        runs.write_settings(run_dir, dataclasses.asdict(dataclasses.replace(config, resume_from=None)), start or 0)
+        run_files.write_settings(run_dir, dataclasses.asdict(dataclasses.replace(config, resume_from=None)), start or 0)
         if tokenizer is not None:
             load_tokenizer(tokenizer).save_to(run_dir)
         record_start(run_dir, start or 0)
