@@ -10,32 +10,15 @@ multi-label head, and "probabilities".
 import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TextIO
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config.checks import Settings
-from biomamba_jax.config.model import InferenceDType
+from biomamba_jax.config.classify import ClassifyConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json_lines
 
 _AT_ONCE = 64
 """Lines read, classified and written at a time."""
-
-
-@dataclass(frozen=True)
-class ClassifyConfig(Settings):
-    """The texts to classify, and the model."""
-
-    model: str
-    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
-    owner/name@revision."""
-    file: str | None = None
-    """JSON lines (.jsonl, .jsonl.gz); default: standard input."""
-    prompt: str = "{prompt}"
-    """Template of the prompt, as in training; {name} stands for that key of the line."""
-    dtype: InferenceDType | None = None
-    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
 
 def classify(config: ClassifyConfig, source: Iterable[str], out: TextIO) -> None:

@@ -11,13 +11,11 @@ the next.
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from biomamba_jax.command_line import parse, run_command
-from biomamba_jax.config.checks import Settings, check
-from biomamba_jax.config.model import InferenceDType
+from biomamba_jax.config.tag import TagConfig
 from biomamba_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,30 +23,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 64
 """Texts read, tagged and written at a time."""
-
-
-@dataclass(frozen=True)
-class TagConfig(Settings):
-    """The texts to tag, and the model."""
-
-    model: str
-    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
-    owner/name@revision."""
-    file: str | None = None
-    """Text, JSON lines (.jsonl), tables (.csv, .tsv) or NLM's XML (.xml), each also .gz, .bz2 or .zst; default:
-    standard input, as text."""
-    text: str = "{text}"
-    """JSON lines and tables: template of the text; {name} stands for that key or column."""
-    to: Literal["jsonl", "pubtator", "html"] = "jsonl"
-    """Written: JSON lines with the spans, PubTator, or a page with highlighted spans, which needs `output`."""
-    output: str | None = None
-    """File to write; default: standard output."""
-    dtype: InferenceDType | None = None
-    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.to != "html" or self.output, "output", self.output, "give the HTML file to write")
 
 
 def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
@@ -92,30 +66,42 @@ def tag(config: TagConfig, source: Iterable[str], out: TextIO) -> None:
 
 def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Yield records with "key" and "text"; those of JSON lines keep their other keys."""
-    from biomamba_jax.data.examples import fill_template
-    from biomamba_jax.data.nlm import read_articles
-    from biomamba_jax.data.readers import read_rows
-    from biomamba_jax.data.records import Article
     from biomamba_jax.files import naming_errors, read_json_lines, read_lines, uncompressed_name
 
-    name = config.file or "standard input"
     kind = Path(uncompressed_name(config.file)).suffix.lower() if config.file else ""
-    if kind == ".xml":
-        articles = (each for each in read_articles(name) if isinstance(each, Article))
-        yield from ({"key": str(each.pmid), "text": each.text} for each in articles)
-    elif kind in (".jsonl", ".json", ".csv", ".tsv"):
-        rows = ((number, f"{name}, line {number}", line) for number, line in read_json_lines(name))
-        if kind in (".csv", ".tsv"):
-            rows = ((number, where, line) for number, (where, line) in enumerate(read_rows(Path(name)), 1))
-        for number, where, line in rows:
-            if "spans" in line:
-                raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
-            text = fill_template(config.text, line, where, "text")
-            yield {"key": str(line.get("key", line.get("id", number)))} | line | {"text": text}
+    if config.file and kind == ".xml":
+        yield from _articles(config.file)
+    elif config.file and kind in (".jsonl", ".json"):
+        lines = read_json_lines(config.file)
+        yield from _rows(config, ((number, f"{config.file}, line {number}", line) for number, line in lines))
+    elif config.file and kind in (".csv", ".tsv"):
+        from biomamba_jax.data.readers import read_rows
+
+        rows = enumerate(read_rows(Path(config.file)), 1)
+        yield from _rows(config, ((number, where, row) for number, (where, row) in rows))
     else:
-        with naming_errors(name):
-            lines = read_lines(name) if config.file else (line.rstrip("\r\n") for line in source)
-            yield from ({"key": str(number), "text": line} for number, line in enumerate(lines, 1) if line.strip())
+        with naming_errors(config.file or "standard input"):
+            texts = read_lines(config.file) if config.file else (line.rstrip("\r\n") for line in source)
+            yield from ({"key": str(number), "text": text} for number, text in enumerate(texts, 1) if text.strip())
+
+
+def _articles(path: str) -> Iterator[dict[str, Any]]:
+    from biomamba_jax.data.nlm import read_articles
+    from biomamba_jax.data.records import Article
+
+    articles = (record for record in read_articles(path) if isinstance(record, Article))
+    yield from ({"key": str(article.pmid), "text": article.text} for article in articles)
+
+
+def _rows(config: TagConfig, rows: Iterable[tuple[int, str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Yield the record of each (number, place for messages, values by key)."""
+    from biomamba_jax.data.examples import fill_template
+
+    for number, where, row in rows:
+        if "spans" in row:
+            raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
+        text = fill_template(config.text, row, where, "text")
+        yield {"key": str(row.get("key", row.get("id", number)))} | row | {"text": text}
 
 
 def _as_json(record: dict[str, Any], spans: Sequence["Span"]) -> str:

@@ -14,7 +14,9 @@ import pytest
 from tiny_models import train_tokenizer, write_tiny_model
 
 import biomamba_jax.config as schemas
+from biomamba_jax.config.convert import ConvertConfig
 from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalConfig, SearchConfig
+from biomamba_jax.config.generate import GenerateConfig
 from biomamba_jax.config.plan import PlanConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
 from biomamba_jax.errors import UserError
@@ -158,8 +160,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 SCHEMAS = [schemas.PretrainConfig, schemas.FinetuneConfig, schemas.EvaluateConfig, schemas.PrepareConfig, PlanConfig]
 SCHEMAS += [DownloadConfig, InspectConfig, TokenizersConfig]
-SCHEMAS += [importlib.import_module("biomamba_jax.convert").ConvertConfig]
-SCHEMAS += [importlib.import_module("biomamba_jax.generate").GenerateConfig]
+SCHEMAS += [ConvertConfig, GenerateConfig]
 SCHEMAS += [EmbedConfig, SearchConfig, RetrievalConfig, ContrastiveConfig]
 SETTINGS = {key for schema in SCHEMAS for key in keys(schema)}
 SECTIONS = {key.split(".")[0] for key in SETTINGS if "." in key}

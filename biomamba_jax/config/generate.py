@@ -5,7 +5,7 @@ import math
 from typing import Annotated, ClassVar
 
 from biomamba_jax.config.checks import Fraction, Limit, PositiveFraction, PositiveInt, Seed, Settings, check
-from biomamba_jax.config.model import InferenceDType
+from biomamba_jax.config.model import InferenceConfig
 from biomamba_jax.errors import UserError
 
 _SMALLEST = 1e-30
@@ -42,14 +42,11 @@ class Sampling(Settings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Sampling):
+class GenerateConfig(Sampling, InferenceConfig):
     """The prompts to continue, the model, and how tokens are chosen."""
 
     basic: ClassVar[str] = "model prompt file jsonl max_new_tokens temperature top_p seed stop"
 
-    model: str
-    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
-    owner/name@revision."""
     prompt: list[str] = dataclasses.field(default_factory=list)
     """Texts to continue."""
     file: str | None = None
@@ -58,8 +55,6 @@ class GenerateConfig(Sampling):
     """Prompts and results as JSON lines on standard input and output, instead of --prompt."""
     batch_size: PositiveInt = 8
     """Prompts continued at a time."""
-    dtype: InferenceDType | None = None
-    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

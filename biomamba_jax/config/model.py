@@ -22,6 +22,17 @@ Kind = Literal["mamba1", "mamba2", "mamba3"]
 
 
 @dataclass(frozen=True)
+class InferenceConfig(Settings):
+    """The model that a command runs, and its compute dtype."""
+
+    model: str
+    """Folder of the model, also gs://bucket/folder, or its name on the Hugging Face hub, owner/name or
+    owner/name@revision."""
+    dtype: InferenceDType | None = None
+    """Compute dtype, or int8 matrices; default: bfloat16 on TPU and GPU, float32 on CPU."""
+
+
+@dataclass(frozen=True)
 class ModelConfig(Settings, section="model"):
     """A Mamba language model."""
 

@@ -63,19 +63,19 @@ class MixedDocuments:
         return found
 
 
-def open_mixture(mixture: MixtureConfig, split: str = "train", *, tokenizer_sha256: str) -> MixedDocuments:
-    """Open a split of all sources.
+def open_mixture(mixture: MixtureConfig, *, tokenizer_sha256: str) -> MixedDocuments:
+    """Open the training split of all sources.
 
     Raises:
       UserError: a source is missing, damaged, empty, or made with another tokenizer.
     """
     paths = [source.path for source in mixture.sources.values()]
-    return MixedDocuments(mixture, [open_split(path, split, tokenizer_sha256=tokenizer_sha256)[1] for path in paths])
+    return MixedDocuments(mixture, [open_split(path, "train", tokenizer_sha256=tokenizer_sha256)[1] for path in paths])
 
 
-def mixture_epoch_tokens(mixture: MixtureConfig, split: str = "train") -> int:
+def mixture_epoch_tokens(mixture: MixtureConfig) -> int:
     """Return the tokens of all sources drawn during one epoch of the source with the greatest weight."""
-    infos = {name: Manifest.load(source.path).splits[split] for name, source in mixture.sources.items()}
+    infos = {name: Manifest.load(source.path).splits["train"] for name, source in mixture.sources.items()}
     drawn = dict(mixture.weights)
     if mixture.counts == "documents":
         drawn = {name: weight * infos[name].tokens / max(infos[name].documents, 1) for name, weight in drawn.items()}

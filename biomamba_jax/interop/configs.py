@@ -17,7 +17,8 @@ from biomamba_jax.errors import UserError
 EXECUTION = ("compute_dtype", "kernels", "remat", "unroll")
 """Fields of ModelConfig that do not describe the weights."""
 _DEFAULT_CHUNK = 256  # of both libraries; read as None, since results do not depend on it
-_HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2", "mamba3": "mamba3"}
+HF_TYPES = {"mamba": "mamba1", "mamba2": "mamba2", "mamba3": "mamba3"}
+"""model_type of a Hugging Face config.json -> `ModelConfig.kind`."""
 _SSM_LAYERS = {"Mamba1": "mamba1", "Mamba2": "mamba2", "Mamba3": "mamba3"}
 
 # Foreign key -> field of ModelConfig.
@@ -125,9 +126,9 @@ def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: an unknown model type, or settings that these models do not support.
     """
-    kind = _HF_TYPES.get(raw["model_type"]) if isinstance(raw["model_type"], str) else None
+    kind = HF_TYPES.get(raw["model_type"]) if isinstance(raw["model_type"], str) else None
     if kind is None:
-        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(_HF_TYPES)} are supported")
+        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(HF_TYPES)} are supported")
     unsupported = {key: raw[key] for key in ("hidden_act",) if raw.get(key, "silu") not in ("silu", "swish")}
     if kind == "mamba2" and not _no_clamp(raw.get("time_step_limit", (0.0, math.inf))):
         unsupported["time_step_limit"] = raw["time_step_limit"]
@@ -198,7 +199,7 @@ def write_hf(config: ModelConfig, dtype: str, token_ids: dict[str, Any]) -> dict
             "norm_before_gate": False,
         }
         own |= {"time_step_limit": [0.0, _NO_BOUND]}
-    model_type = {kind: name for name, kind in _HF_TYPES.items()}[config.kind]
+    model_type = {kind: name for name, kind in HF_TYPES.items()}[config.kind]
     return {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],
         "model_type": model_type,

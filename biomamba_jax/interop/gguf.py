@@ -44,7 +44,7 @@ _NAMES = {
 _FLOAT32 = ("ssm_conv1d.weight", "attn_norm.weight", "output_norm.weight", "ssm_norm.weight", "ssm_a", "ssm_d")
 _LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0}  # a block of Q8_0 is scaled by a float16
 _NEVER = -1e4  # score of a piece that llama.cpp's "plamo2" then never makes of text
-_GPT2_SPLITS = ({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}, "gpt-2")
+_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 def write(weights: Weights, path: Path, dtype: str) -> None:
@@ -163,7 +163,7 @@ def _byte_level(gguf: Any, writer: Any, tokenizer: Tokenizer) -> tuple[list[str]
     raw = json.loads(tokenizer.path.read_bytes())
     model, splits = raw["model"], raw.get("pre_tokenizer") or {}
     stages = splits.get("pretokenizers", [splits])
-    plain = [{key: stage.get(key, True) for key in _GPT2_SPLITS[0]} for stage in stages] == [_GPT2_SPLITS[0]]
+    plain = [{key: stage.get(key, True) for key in _GPT2_SPLIT} for stage in stages] == [_GPT2_SPLIT]
     normalizer = (raw.get("normalizer") or {"type": "NFC"})["type"]
     if model.get("type") != "BPE" or not plain or normalizer != "NFC" or model.get("ignore_merges"):
         raise UserError(
@@ -171,7 +171,7 @@ def _byte_level(gguf: Any, writer: Any, tokenizer: Tokenizer) -> tuple[list[str]
             "SentencePiece models; use --to hf"
         )
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_GPT2_SPLITS[1])
+    writer.add_tokenizer_pre("gpt-2")
     pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"])
     writer.add_token_merges(list(pairs))
     added = {token["id"]: token for token in raw.get("added_tokens", [])}

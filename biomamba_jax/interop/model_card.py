@@ -29,11 +29,21 @@ def model_card(name: str, dialect: str, weights: Weights, dtype: str) -> str:
     Raises:
       UserError: `about`, which comes from the model's files, is not what `runs.describe` returns.
     """
-    about, config, head = weights.about, weights.config, weights.head and weights.head.config
+    head = weights.head and weights.head.config
     task = _TASKS[head.kind] if head else "text-generation"
     try:
-        header = yaml.safe_dump(_metadata(name, dialect, weights, task), sort_keys=False, allow_unicode=True)
-        return TEMPLATES.get_template("model_card.md.jinja").render(locals()) + "\n"
+        card = TEMPLATES.get_template("model_card.md.jinja").render(
+            name=name,
+            dialect=dialect,
+            dtype=dtype,
+            header=yaml.safe_dump(_metadata(name, dialect, weights, task), sort_keys=False, allow_unicode=True),
+            task=task,
+            config=weights.config,
+            head=head,
+            about=weights.about,
+            has_tokenizer=weights.tokenizer_file is not None,
+        )
+        return card + "\n"
     except (jinja2.UndefinedError, AttributeError, TypeError, ValueError, KeyError) as error:
         raise UserError(f"the model's information about its training (key about) is damaged ({error!r})") from None
 

@@ -23,12 +23,11 @@ from biomamba_jax.model.decode import InferenceModel, LayerStates
 from biomamba_jax.ops.array_typing import Array, Float
 from biomamba_jax.tasks.devices import over_rows, row_mesh, rows_of
 from biomamba_jax.tasks.embedding import finite
+from biomamba_jax.tasks.measures import MAX_FACTOID_ANSWERS
 from biomamba_jax.tasks.packed import by_document, run_packed
 
 WINDOW = 1024
 """Tokens that are computed at once; a longer text continues with the recurrent state."""
-MAX_ANSWERS = 5
-"""Answers to a question, as many as BioASQ's measures count."""
 _LONGEST_ANSWER = 30
 """Words of an answer, as usual for SQuAD."""
 _BOUNDARIES = 20
@@ -190,4 +189,4 @@ def _answers(logits: np.ndarray, words: Sequence[tuple[int, int]]) -> list[Span]
     first, last = (np.argsort(-logits[:, side], kind="stable")[:_BOUNDARIES].tolist() for side in (0, 1))
     pairs = [(a, b) for a in first for b in last if a <= b < a + _LONGEST_ANSWER]
     pairs.sort(key=lambda pair: -(logits[pair[0], 0] + logits[pair[1], 1]))
-    return [Span(words[a][0], words[b][1], "answer") for a, b in pairs[:MAX_ANSWERS]]
+    return [Span(words[a][0], words[b][1], "answer") for a, b in pairs[:MAX_FACTOID_ANSWERS]]

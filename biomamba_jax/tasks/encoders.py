@@ -15,7 +15,8 @@ from biomamba_jax.config.heads import HeadConfig, HeadKind
 from biomamba_jax.data.examples import windows
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
-from biomamba_jax.interop.heads import CODE, PROBLEM_TYPES, auto_class, transformers_settings
+from biomamba_jax.interop.configs import HF_TYPES
+from biomamba_jax.interop.heads import PROBLEM_TYPES, auto_class, transformers_settings
 from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.architectures import architecture_of
 from biomamba_jax.tasks.padding import by_length
@@ -31,7 +32,7 @@ def stated_kind(folder: Path) -> HeadKind | None:
     """Return the kind of head of an encoder's folder; None if it has none, or is one of our models."""
     path = folder / "config.json"
     raw = read_json(path) if path.exists() else {}
-    if str(raw.get("model_type", "mamba")) in CODE:
+    if str(raw.get("model_type", "mamba")) in HF_TYPES:
         return None
     kinds = (kind for kind in _KINDS if architecture_of(folder).endswith(f"For{auto_class(kind)}"))
     kind = next(kinds, None)

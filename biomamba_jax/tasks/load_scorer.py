@@ -8,14 +8,13 @@ from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 from biomamba_jax.interop import dialect_of
+from biomamba_jax.interop.configs import HF_TYPES
 from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.tasks import span_reader, transformers_scorer
 from biomamba_jax.tasks.architectures import SPANS, TRANSFORMERS_PREFIX, check_architecture
 from biomamba_jax.tasks.model import load
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.scoring import Scorer
-
-_OUR_TYPES = ("mamba", "mamba2", "mamba3")
 
 
 def check_model(name: str, path: str, config: EvaluateConfig) -> None:
@@ -53,5 +52,5 @@ def load_scorer(name: str, path: str, config: EvaluateConfig) -> Scorer:
 def _runner(path: str) -> tuple[Path, bool]:
     """Return the folder of a model, and True if this package runs it."""
     folder = local_folder(path.removeprefix(TRANSFORMERS_PREFIX))
-    ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in _OUR_TYPES
+    ours = dialect_of(folder) != "hf" or read_json(folder / "config.json")["model_type"] in HF_TYPES
     return folder, ours and not path.startswith(TRANSFORMERS_PREFIX)

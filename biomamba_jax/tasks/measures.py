@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 MAX_FACTOID_ANSWERS = 5
+"""Ranked answers to a question that count."""
 
 Synonyms = Sequence[str]
 

@@ -1,6 +1,6 @@
 """Other projects' models, run by transformers on PyTorch, and the embeddings of encoders.
 
-The only module of the package that imports PyTorch, and only when such a model is used (the [hf] extra).
+PyTorch and transformers (the [hf] extra) are imported when such a model is loaded.
 """
 
 import re

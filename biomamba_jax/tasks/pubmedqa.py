@@ -119,13 +119,13 @@ def official_split(
     return Split(_stratified(development, FOLDS, draw, source), test)
 
 
-def random_test(questions: Sequence[Question], seed: int = 42, share: float = 0.2) -> list[Question]:
+def random_test(questions: Sequence[Question]) -> list[Question]:
     """Return the random subset that the published BioMamba code tests on: a permutation of NumPy's default generator.
 
-    It is `train_test_split(test_size=share, seed=seed)["test"]` of Hugging Face's datasets.
+    It is `train_test_split(test_size=0.2, seed=42)["test"]` of Hugging Face's datasets.
     """
-    order = np.random.default_rng(seed).permutation(len(questions))
-    return [questions[index] for index in order[: math.ceil(share * len(questions))]]
+    order = np.random.default_rng(42).permutation(len(questions))
+    return [questions[index] for index in order[: math.ceil(0.2 * len(questions))]]
 
 
 def stratified_sample(questions: Sequence[Question], size: int, seed: int) -> list[Question]:

@@ -15,13 +15,12 @@ from scipy.special import softmax
 
 from biomamba_jax.config import EvaluateConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.measures import MAX_FACTOID_ANSWERS
 from biomamba_jax.tasks.pretrained import load_pretrained
 from biomamba_jax.tasks.scoring import check_finite
 from biomamba_jax.tasks.transformers_scorer import TransformersModel
 
-_ANSWERS = 5
-_SPAN_TOKENS = 30
-_QUESTION_TOKENS = 64
+_SPAN_TOKENS, _QUESTION_TOKENS = 30, 64
 """Tokens of an answer and of a question at most, as in BERT's own program for SQuAD."""
 
 
@@ -61,7 +60,7 @@ class SpanReader(TransformersModel):
         for passage in passages:
             for text, probability in self._spans_of(question, passage):
                 found[text] = max(probability, found.get(text, 0.0))
-        return sorted(found, key=lambda text: -found[text])[:_ANSWERS]
+        return sorted(found, key=lambda text: -found[text])[:MAX_FACTOID_ANSWERS]
 
     def _spans_of(self, question: str, passage: str) -> Iterator[tuple[str, float]]:
         """Yield the likeliest spans of a passage in each window and their probabilities."""
@@ -88,6 +87,6 @@ class SpanReader(TransformersModel):
             starts, ends = softmax(logits, axis=1)
             places = np.flatnonzero(inside)
             spans = [(starts[a] * ends[b], a, b) for a in places for b in places if 0 <= b - a < _SPAN_TOKENS]
-            for probability, first, last in sorted(spans, key=lambda span: -span[0])[:_ANSWERS]:
+            for probability, first, last in sorted(spans, key=lambda span: -span[0])[:MAX_FACTOID_ANSWERS]:
                 if text := passage[offsets[first][0] : offsets[last][1]].strip():
                     yield text, float(probability)
