@@ -25,39 +25,39 @@ the readings of a head's text, see `benchmarks.text_mining`.
 import sys
 from collections.abc import Sequence
 
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import parse, run_command, run_subcommand
 from biomamba_jax.errors import UserError
 
 # Worker processes import this module again: modules that need jax are imported where they are used.
 
 
-def step(argv: Sequence[str], prog: str) -> None:
+def step(argv: Sequence[str], doc: str) -> None:
     """Measure tokens/s, memory and share of peak of the training step, on random tokens."""
     from benchmarks.step import StepBenchmark, measure_step
 
-    measure_step(parse(StepBenchmark, argv, f"{prog}\n\n{step.__doc__}"))
+    measure_step(parse(StepBenchmark, argv, doc))
 
 
-def decode(argv: Sequence[str], prog: str) -> None:
+def decode(argv: Sequence[str], doc: str) -> None:
     """Measure tokens/s and memory of greedy decoding, on random prompts."""
     from benchmarks.decode import DecodeBenchmark, measure_decode
 
-    measure_decode(parse(DecodeBenchmark, argv, f"{prog}\n\n{decode.__doc__}"))
+    measure_decode(parse(DecodeBenchmark, argv, doc))
 
 
-def embed(argv: Sequence[str], prog: str) -> None:
+def embed(argv: Sequence[str], doc: str) -> None:
     """Measure tokens/s of embeddings, on random texts, in paired timing with transformers' model."""
     from benchmarks.embed import EmbedBenchmark, measure_embed
 
-    measure_embed(parse(EmbedBenchmark, argv, f"{prog}\n\n{embed.__doc__}"))
+    measure_embed(parse(EmbedBenchmark, argv, doc))
 
 
-def kernels(argv: Sequence[str], prog: str) -> None:
+def kernels(argv: Sequence[str], doc: str) -> None:
     """Time the kernels and their alternatives: measured on this machine's GPU, the compiler's estimate for others."""
     from benchmarks.kernels import KernelsBenchmark, measure_kernels
     from benchmarks.kernels_gpu import measure_kernels_gpu, print_static
 
-    settings = parse(KernelsBenchmark, argv, f"{prog}\n\n{kernels.__doc__}")
+    settings = parse(KernelsBenchmark, argv, doc)
     if settings.target == "gpu":
         measure_kernels_gpu(settings)
     elif settings.target.startswith("sm_"):
@@ -66,46 +66,46 @@ def kernels(argv: Sequence[str], prog: str) -> None:
         measure_kernels(settings)
 
 
-def prepare(argv: Sequence[str], prog: str) -> None:
+def prepare(argv: Sequence[str], doc: str) -> None:
     """Measure records/s, MB/s and memory of reading NLM's XML; with --peer in paired timing with pubmed_parser."""
     from benchmarks.parsing import PrepareBenchmark, measure_parsing
 
-    measure_parsing(parse(PrepareBenchmark, argv, f"{prog}\n\n{prepare.__doc__}"))
+    measure_parsing(parse(PrepareBenchmark, argv, doc))
 
 
-def input_(argv: Sequence[str], prog: str) -> None:
+def input_(argv: Sequence[str], doc: str) -> None:
     """Measure the tokens/s that one host of a pod reads, shuffles and packs."""
     from benchmarks.input import InputBenchmark, measure_input
 
-    measure_input(parse(InputBenchmark, argv, f"{prog}\n\n{input_.__doc__}"))
+    measure_input(parse(InputBenchmark, argv, doc))
 
 
-def plan(argv: Sequence[str], prog: str) -> None:
+def plan(argv: Sequence[str], doc: str) -> None:
     """Compare the plan's model of time with the published speed of a dense transformer on v5e-256."""
     from benchmarks.published_step import PlanBenchmark, compare_with_published_step
 
-    compare_with_published_step(parse(PlanBenchmark, argv, f"{prog}\n\n{plan.__doc__}"))
+    compare_with_published_step(parse(PlanBenchmark, argv, doc))
 
 
-def startup(argv: Sequence[str], prog: str) -> None:
+def startup(argv: Sequence[str], doc: str) -> None:
     """Measure the CPU time of each command's --help."""
     from benchmarks.startup import StartupBenchmark, measure_startup
 
-    measure_startup(parse(StartupBenchmark, argv, f"{prog}\n\n{startup.__doc__}"))
+    measure_startup(parse(StartupBenchmark, argv, doc))
 
 
-def reproduce(argv: Sequence[str], prog: str) -> None:
+def reproduce(argv: Sequence[str], doc: str) -> None:
     """Train, measure and compare the models of configs/reproduce; a second start goes on where the first one ended."""
     from benchmarks.reproduction import ReproductionBenchmark, reproduce_claim
 
-    reproduce_claim(parse(ReproductionBenchmark, argv, f"{prog}\n\n{reproduce.__doc__}"))
+    reproduce_claim(parse(ReproductionBenchmark, argv, doc))
 
 
-def text_mining(argv: Sequence[str], prog: str) -> None:
+def text_mining(argv: Sequence[str], doc: str) -> None:
     """Fine-tune on entities and relations, from pretrained and from random weights; a second start goes on."""
     from benchmarks.text_mining import TextMiningBenchmark, compare_text_mining
 
-    compare_text_mining(parse(TextMiningBenchmark, argv, f"{prog}\n\n{text_mining.__doc__}"))
+    compare_text_mining(parse(TextMiningBenchmark, argv, doc))
 
 
 SUBJECTS = {
@@ -129,9 +129,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words[:1] in (["--help"], ["-h"]):
         print(__doc__, end="")
         return
-    if not words or words[0] not in SUBJECTS:
+    if not run_subcommand(SUBJECTS, words, prog):
         raise UserError(f"missing or unknown benchmark: choose {', '.join(SUBJECTS)}; for instance {prog} step --help")
-    SUBJECTS[words[0]](words[1:], f"{prog} {words[0]}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import select
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin
@@ -29,6 +29,8 @@ COMPLETE = "--complete"
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")  # of XLA, and of PyTorch
 _NO_BACKEND = "Unable to initialize backend"  # JAX_PLATFORMS names one that is not there
 Schema = TypeVar("Schema")
+Subcommand = Callable[[Sequence[str], str], None]
+"""Runs on its arguments; the text is its documentation, for `--help`."""
 
 
 def parse(
@@ -240,6 +242,15 @@ def run_command(command: Callable[[Sequence[str] | None], None], argv: Sequence[
             raise
         print(f"error: {reason}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def run_subcommand(subcommands: Mapping[str, Subcommand], words: Sequence[str], prog: str) -> bool:
+    """Run the subcommand that the first word names; return False if there is none of that name."""
+    if not words or words[0] not in subcommands:
+        return False
+    subcommand = subcommands[words[0]]
+    subcommand(words[1:], f"{prog} {words[0]}\n\n{subcommand.__doc__}")
+    return True
 
 
 def _shortage(error: Exception) -> str | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from biomamba_jax import folders
-from biomamba_jax.command_line import log_to_stderr, parse, run_command
+from biomamba_jax.command_line import log_to_stderr, parse, run_command, run_subcommand
 from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalConfig, SearchConfig
 from biomamba_jax.errors import UserError
 
@@ -85,9 +85,9 @@ def embed(config: EmbedConfig) -> None:
     summary_table(os.fspath(output), ("", ""), rows)
 
 
-def search(argv: Sequence[str], prog: str) -> None:
+def search(argv: Sequence[str], doc: str) -> None:
     """List the texts of an index that are nearest to a query, by the cosine of their embeddings."""
-    config = parse(SearchConfig, argv, f"{prog}\n\n{search.__doc__}", positional="query")
+    config = parse(SearchConfig, argv, doc, positional="query")
     from biomamba_jax.config.embed import EmbeddingConfig
     from biomamba_jax.tables import Table, print_tables
     from biomamba_jax.tasks import vectors
@@ -104,10 +104,10 @@ def search(argv: Sequence[str], prog: str) -> None:
     print_tables([Table(("cosine", "id", "title"), rows, config.query, left=(1, 2))])
 
 
-def train(argv: Sequence[str], prog: str) -> None:
+def train(argv: Sequence[str], doc: str) -> None:
     """Train a model so that a text's first line, such as a title, is near the rest of it (InfoNCE)."""
     log_to_stderr()
-    config = parse(ContrastiveConfig, argv, f"{prog}\n\n{train.__doc__}")
+    config = parse(ContrastiveConfig, argv, doc)
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
     with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
@@ -137,9 +137,9 @@ def train(argv: Sequence[str], prog: str) -> None:
     exit_if_stopped(complete=complete)
 
 
-def retrieval(argv: Sequence[str], prog: str) -> None:
+def retrieval(argv: Sequence[str], doc: str) -> None:
     """Measure how well models find the rest of each text by its first line: recall, nDCG and MRR."""
-    config = parse(RetrievalConfig, argv, f"{prog}\n\n{retrieval.__doc__}")
+    config = parse(RetrievalConfig, argv, doc)
     from biomamba_jax import files
     from biomamba_jax.interop.hub import local_folder
     from biomamba_jax.tables import Table, print_tables
@@ -184,10 +184,7 @@ SUBCOMMANDS = {"search": search, "train": train, "retrieval": retrieval}
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
     words = list(sys.argv[1:] if argv is None else argv)
-    prog = "python -m biomamba_jax.embed"
-    if words and words[0] in SUBCOMMANDS:
-        SUBCOMMANDS[words[0]](words[1:], f"{prog} {words[0]}")
-    else:
+    if not run_subcommand(SUBCOMMANDS, words, "python -m biomamba_jax.embed"):
         embed(parse(EmbedConfig, words, __doc__))
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from biomamba_jax.command_line import parse, run_command
+from biomamba_jax.command_line import parse, run_command, run_subcommand
 from biomamba_jax.config import PrepareConfig
 from biomamba_jax.config.prepare import DownloadConfig, InspectConfig, TokenizersConfig
 from biomamba_jax.errors import UserError
@@ -78,9 +78,9 @@ def input_files(names: Sequence[str]) -> list[str]:
     return [str(path) for name in names for path in (samples[name]() if name in samples else files_in(name))]
 
 
-def download(argv: Sequence[str], prog: str) -> None:
+def download(argv: Sequence[str], doc: str) -> None:
     """Download NLM's baseline and update files: in parallel, resumable, verified by MD5."""
-    config = parse(DownloadConfig, argv, f"{prog}\n\n{download.__doc__}")
+    config = parse(DownloadConfig, argv, doc)
     from biomamba_jax.data.download import Downloader, Remote, choose, list_files
 
     files = list_files(config.mirror, config.part, tries=config.tries, timeout=config.timeout)
@@ -101,13 +101,15 @@ def download(argv: Sequence[str], prog: str) -> None:
     print(f"{counts['fetched']:,} files fetched, {counts['there']:,} were there: {config.output}")
 
 
-def inspect(argv: Sequence[str], prog: str) -> None:
+def inspect(argv: Sequence[str], doc: str) -> None:
     """Show counts, lengths, samples, remaining markup and a mixture's preview of a folder of shards."""
-    config = parse(InspectConfig, argv, f"{prog}\n\n{inspect.__doc__}", positional="path")
+    config = parse(InspectConfig, argv, doc, positional="path")
     from biomamba_jax.data import inspection
 
     if not config.path:
-        raise UserError(f"no folder is given; name a folder of shards: {prog} data/pubmed")
+        raise UserError(
+            "no folder is given; name a folder of shards: python -m biomamba_jax.prepare inspect data/pubmed"
+        )
     found = inspection.inspect(dataclasses.replace(config, input=input_files(config.input)))
     inspection.show(found)
     if config.report is not None:
@@ -115,9 +117,9 @@ def inspect(argv: Sequence[str], prog: str) -> None:
         print(f"report: {config.report}")
 
 
-def tokenizers(argv: Sequence[str], prog: str) -> None:
+def tokenizers(argv: Sequence[str], doc: str) -> None:
     """Compare bytes per token, tokens per word and the share of biomedical terms that are one token."""
-    config = parse(TokenizersConfig, argv, f"{prog}\n\n{tokenizers.__doc__}")
+    config = parse(TokenizersConfig, argv, doc)
     from biomamba_jax.data.sample import tokenizer_file
     from biomamba_jax.data.tokenizer_comparison import compare_tokenizers, show
 
@@ -132,9 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; `argv` without the program's name, None for this process's arguments."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     words = list(sys.argv[1:] if argv is None else argv)
-    prog = "python -m biomamba_jax.prepare"
-    if words and words[0] in SUBCOMMANDS:
-        SUBCOMMANDS[words[0]](words[1:], f"{prog} {words[0]}")
+    if run_subcommand(SUBCOMMANDS, words, "python -m biomamba_jax.prepare"):
         return
     if words and not words[0].startswith("-"):
         raise UserError(
