@@ -13,6 +13,7 @@ from benchmarks import baselines
 from benchmarks.contenders import Machine, compare, tokens_per_second
 from benchmarks.paired_timing import Contender, Spread
 from biomamba_jax.config import ModelConfig
+from biomamba_jax.config.checks import PositiveFloat, PositiveInt, Settings
 from biomamba_jax.config.generate import Sampling
 from biomamba_jax.config.model import InferenceDType
 from biomamba_jax.errors import UserError
@@ -27,32 +28,27 @@ from biomamba_jax.tasks.generation import Generator
 
 
 @dataclass(frozen=True)
-class DecodeBenchmark:
+class DecodeBenchmark(Settings):
     """Settings of `python -m benchmarks decode`."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig(vocab_size=PUBLISHED_VOCABULARY))
     """The model; by default the 130m shape."""
     dtype: InferenceDType | None = None
     """Compute dtype, or int8 matrices; default: model.compute_dtype."""
-    batch_size: int = 1
+    batch_size: PositiveInt = 1
     """Prompts per batch."""
-    prompt_length: int = 128
+    prompt_length: PositiveInt = 128
     """Tokens of each prompt."""
-    new_tokens: int = 64
+    new_tokens: PositiveInt = 64
     """Tokens generated for each prompt."""
-    rounds: int = 5
+    rounds: PositiveInt = 5
     """Timed runs, after one warm-up run; each processes the prompts and generates all tokens."""
     compare: bool = False
     """Compare in paired timing, on a CPU: with transformers' generate, or bfloat16 and int8 with our float32."""
     allocator: Literal["default", "huge-pages"] = "huge-pages"
     """compare: setting of the C library's allocator for both contenders."""
-    limit_seconds: float = 600
+    limit_seconds: PositiveFloat = 600
     """compare: time limit for a contender's preparation."""
-
-    def __post_init__(self) -> None:
-        for key in ("batch_size", "prompt_length", "new_tokens", "rounds"):
-            if getattr(self, key) < 1:
-                raise UserError(f"{key} = {getattr(self, key)!r}: must be at least 1")
 
     @property
     def tokens(self) -> int:

@@ -2,8 +2,9 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from biomamba_jax.config.checks import Limit, PositiveFloat, PositiveInt, Settings
 from biomamba_jax.errors import UserError
 from biomamba_jax.planning.ahead_of_time import Estimate, Request, estimates
 from biomamba_jax.planning.kernels import HEADDIM, SMALLEST, SSD_D_STATE, kernel_costs
@@ -13,6 +14,7 @@ from biomamba_jax.tables import Table, print_tables
 Target = Literal["v5e", "v5p", "v6e", "gpu", "sm_80", "sm_90", "sm_100"]
 _SSD_CHUNK = 128
 _DIRECTIONS = ("forward", "forward and backward")
+_WHOLE_HEADS = Limit(f"a multiple of the head size {HEADDIM}", lambda x: x % HEADDIM == 0)
 OPS = ("selective_scan", "ssd", "ssd_mamba3", "causal_conv1d")
 Op = Literal["selective_scan", "ssd", "ssd_mamba3", "causal_conv1d", "rotary_embedding", "mamba3"]
 _MIXER: Op = "mamba3"
@@ -20,30 +22,27 @@ _MIXER_KERNELS: tuple[Op, ...] = ("ssd_mamba3", "rotary_embedding")
 
 
 @dataclasses.dataclass(frozen=True)
-class KernelsBenchmark:
+class KernelsBenchmark(Settings):
     """Settings of `python -m benchmarks kernels`."""
 
     target: Target = "v5e"
     """gpu: check and time on this machine's GPU. v5e, v5p, v6e: the compiler's estimates for that TPU. sm_80, sm_90,
     sm_100: compile the Triton kernels for that NVIDIA architecture."""
-    rows: int = 8
+    rows: PositiveInt = 8
     """Rows of the batch."""
-    length: int = 1024
+    length: PositiveInt = 1024
     """Tokens of a row."""
-    channels: int = 1536
+    channels: Annotated[PositiveInt, _WHOLE_HEADS] = 1536
     """d_inner: 1,536 for the 130m models."""
     segments: bool = True
     """Packed rows: reset state and convolution between documents."""
     ops: list[Op] = dataclasses.field(default_factory=lambda: list(get_args(Op)))
     """TPU: these ops; mamba3 is a mixer without its projections and needs ssd_mamba3 and rotary_embedding before it."""
-    limit_seconds: float = 600
+    limit_seconds: PositiveFloat = 600
     """Time limit of the compiler for one op."""
 
     def __post_init__(self) -> None:
-        if min(self.rows, self.length, self.channels) < 1:
-            raise UserError("rows, length and channels must be positive")
-        if self.channels % HEADDIM:
-            raise UserError(f"channels = {self.channels}: must be a multiple of the head size {HEADDIM}")
+        super().__post_init__()
         if _MIXER in self.ops and set(_MIXER_KERNELS) - set(self.ops[: self.ops.index(_MIXER)]):
             raise UserError(f"ops = {' '.join(self.ops)}: {_MIXER} needs {' and '.join(_MIXER_KERNELS)} before it")
 

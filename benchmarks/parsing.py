@@ -9,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.paired_timing import Contender, alternate
 from biomamba_jax.config import PrepareConfig
+from biomamba_jax.config.checks import PositiveInt, Settings
 from biomamba_jax.data.build import FileTask, spool_file
 from biomamba_jax.data.nlm import Deletion, read_articles
 from biomamba_jax.data.sample import nlm_sample
@@ -21,14 +22,14 @@ _LIMIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class PrepareBenchmark:
+class PrepareBenchmark(Settings):
     """Settings of `python -m benchmarks prepare`."""
 
     input: list[str] = field(default_factory=lambda: [NLM_SAMPLE])
     """NLM files, or nlm-sample."""
     peer: str | None = None
     """Folder that contains pubmed_parser and its dependencies, to compare with it."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Timed rounds, after one warm-up round."""
 
 

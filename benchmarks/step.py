@@ -3,7 +3,7 @@
 import functools
 import time
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from benchmarks.contenders import Machine, compare, print_tried, tokens_per_seco
 from benchmarks.paired_timing import Contender, Spread, fastest, try_out
 from biomamba_jax import processor
 from biomamba_jax.config import DataConfig, ModelConfig, PretrainConfig
+from biomamba_jax.config.checks import Limit, PositiveFloat, PositiveInt
 from biomamba_jax.errors import UserError
 from biomamba_jax.hardware import peak_memory_bytes
 from biomamba_jax.model.flops import training_flops_per_token
@@ -32,21 +33,18 @@ class StepBenchmark(PretrainConfig):
     """The model; by default the 130m shape."""
     data: DataConfig = field(default_factory=lambda: DataConfig(batch_size=1, sequence_length=512))
     """Shape of the batch of random tokens."""
-    steps: int = 5
+    steps: PositiveInt = 5
     """Timed steps, after one warm-up step."""
     compare: bool = False
     """Compare with transformers' model in paired timing, each contender with its best settings; CPU only."""
-    allocators: list[Literal["default", "huge-pages"]] = field(default_factory=lambda: ["default", "huge-pages"])
+    allocators: Annotated[list[Literal["default", "huge-pages"]], Limit("a list of at least one", bool)] = field(
+        default_factory=lambda: ["default", "huge-pages"]
+    )
     """compare: settings of the C library's allocator to try for each contender."""
     torch_compile: bool = True
     """compare: also try torch.compile."""
-    limit_seconds: float = 600
+    limit_seconds: PositiveFloat = 600
     """compare: time limit for a contender's preparation; slower ones are left out."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.steps < 1 or not self.allocators:
-            raise UserError("steps must be at least 1 and allocators must not be empty")
 
     @property
     def tokens(self) -> int:
