@@ -254,7 +254,8 @@ def test_pll_word_l2r_masks_the_rest_of_the_word_too(tmp_path):
             with torch.no_grad():
                 expected = -model(masked).logits[0, place].log_softmax(-1)[ids[0, place]]
             assert found[place - 1] == pytest.approx(float(expected), abs=1e-5)
-    assert np.flatnonzero(salazar != by_word).tolist() == [1, 3, 7]  # mice|s, gluc|ose, insul|in|s
+    differing = np.flatnonzero(np.abs(salazar - by_word) > 1e-4).tolist()
+    assert differing == [1, 3, 7]  # mice|s, gluc|ose, insul|ins; here ##in depends on ##s by a bit at most
 
 
 def test_unknown_tokens_spell_nothing(tmp_path):
