@@ -7,7 +7,7 @@ that is replicated along "tensor" has a gradient that is replicated too; `copy_t
 parameters sharded over fsdp are reduce-scattered layer by layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -66,6 +66,10 @@ class Collectives:
         if self.sequence == 1:
             return self
         return replace(self, continues_segment=sequence.continues_segment(segment_ids, rows, self.sequence))
+
+    def without(self, gathered: Collection[str]) -> "Collectives":
+        """Return the collectives of a model whose parameters at these paths are unsharded along fsdp already."""
+        return replace(self, fsdp_axes={path: axis for path, axis in self.fsdp_axes.items() if path not in gathered})
 
     # --- FSDP: parameters ------------------------------------------------------------------------------------------
 
