@@ -210,7 +210,8 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             spans = tuple(Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw)
             mentions = [s.get("text") for s in raw]
             relations = tuple(Relation(*map(str, each)) for each in line.get("relations", ()))
-            if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *filter(None, mentions))):
+            stated_mentions = [each for each in mentions if each is not None]
+            if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *stated_mentions)):
                 raise TypeError("a text, question, type or mention that is not text")
             if not all(type(place) is int for span in spans for place in span[:2]):
                 raise TypeError("a start or end that is not a whole number")

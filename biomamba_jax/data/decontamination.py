@@ -150,7 +150,7 @@ def _items(path: Path) -> list[Item]:
         lines = enumerate(map(str.strip, read_lines(path)), 1)
         found = [Item(f"{path.name}: line {number}", text) for number, text in lines if text]
     elif is_rows(path):
-        rows = read_rows(path)
+        rows = read_rows(path, lone_surrogates=True)
         found = [item for where, row in rows for item in _strings(path, where.removeprefix(f"{path}, "), row)]
     else:
         raise UserError(f"{path}: unknown kind of evaluation text; --decontaminate takes JSON, tables and .txt")

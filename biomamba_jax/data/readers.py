@@ -55,17 +55,18 @@ def read_records(path: str | Path, fields: TextFields = _DEFAULT) -> Iterator[Re
     raise UserError(f"{path}: unknown kind of file; --input takes {KINDS}")
 
 
-def read_rows(path: Path, keys: Collection[str] | None = None) -> Iterator[Row]:
+def read_rows(path: Path, keys: Collection[str] | None = None, *, lone_surrogates: bool = False) -> Iterator[Row]:
     """Yield the rows of JSON lines or of a table.
 
     Args:
       path: a file of rows.
       keys: the only keys that are needed; None: all.
+      lone_surrogates: accept halves of characters in JSON lines; see `files.read_json_lines`.
 
     Raises:
       UserError: the file is broken.
     """
-    return _ROWS[_kind(path)](path, keys)
+    return _ROWS[_kind(path)](path, keys, lone_surrogates)
 
 
 def is_rows(path: Path) -> bool:
@@ -123,7 +124,7 @@ def _documents(path: Path, fields: TextFields) -> Iterator[FreeText]:
     keys = [key for key in (fields.text, title, identity) if key]
     unseen = {key for key in (fields.title, fields.id) if key}
     where = ""
-    for where, row in read_rows(path, keys):
+    for where, row in read_rows(path, keys, lone_surrogates=True):  # which `clean_document` replaces
         found = {key: value for key in keys if (value := _lookup(row, key)) is not _MISSING}
         if fields.text not in found:
             raise UserError(
@@ -172,12 +173,12 @@ def _identity(where: str, key: str, value: Any) -> tuple[int, str]:
     return (int(text or 0), "") if is_pmid else (0, text)
 
 
-def _json_lines(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
-    for number, record in read_json_lines(path, lone_surrogates=True):  # which `clean_document` replaces
+def _json_lines(path: Path, keys: Collection[str] | None, lone_surrogates: bool) -> Iterator[Row]:
+    for number, record in read_json_lines(path, lone_surrogates=lone_surrogates):
         yield f"{path}, line {number}", record
 
 
-def _table(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+def _table(path: Path, keys: Collection[str] | None, lone_surrogates: bool) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns."""
     csv.field_size_limit(_MAX_CELL)
     delimiter = "\t" if _kind(path) == ".tsv" else ","
@@ -197,7 +198,7 @@ def _table(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
         ) from None
 
 
-def _parquet(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+def _parquet(path: Path, keys: Collection[str] | None, lone_surrogates: bool) -> Iterator[Row]:
     purpose = f"{path}: reading Parquet needs pyarrow"
     pyarrow, parquet = (extra("parquet", each, purpose) for each in ("pyarrow", "pyarrow.parquet"))
     number = 0
@@ -216,12 +217,12 @@ def _parquet(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
         raise UserError(f"{path}: is not Parquet ({' '.join(str(error).split())}); convert it") from None
 
 
-def _hub_dataset(path: Path, keys: Collection[str] | None) -> Iterator[Row]:
+def _hub_dataset(path: Path, keys: Collection[str] | None, lone_surrogates: bool) -> Iterator[Row]:
     for number, row in enumerate(hub_dataset.read_part(str(path)), 1):
         yield f"{path}, row {number}", row
 
 
-_ROWS: dict[str, Callable[[Path, Collection[str] | None], Iterator[Row]]] = {
+_ROWS: dict[str, Callable[[Path, Collection[str] | None, bool], Iterator[Row]]] = {
     ".jsonl": _json_lines,
     ".json": _json_lines,
     ".csv": _table,

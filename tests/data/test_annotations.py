@@ -142,6 +142,7 @@ def test_only_the_types_that_are_asked_for_are_read(tmp_path):
         ("spans", '{"text": {"a": 1}}', "line 1: lacks"),
         ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1.5, "type": "x"}]}', "line 1: lacks"),
         ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1, "type": "x", "text": 5}]}', "line 1: lacks"),
+        ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1, "type": "x", "text": {}}]}', "line 1: lacks"),
         ("tsv", "no tab\n", "has no tab"),
         ("squad", "{}", "is not JSON of paragraphs"),
         ("tsv", "", "holds no text"),

@@ -88,6 +88,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path):
         ({"question": "?", "choices": [*"abcdefghijk"], "answer": 10}, "line 1: has no question with 2 to 10 options"),
         ({"question": "?", "choices": OPTIONS, "answer": 0.5}, "line 1: its answer is none of its 4"),
         ({"question": "?", "choices": OPTIONS, "answer": True}, "line 1: its answer is none of its 4"),
+        (MEDQA | {"question": "\ud83d?"}, "line 1: holds half a character"),
     ],
 )
 def test_a_row_of_another_layout_is_refused_by_its_line(tmp_path, row, named):
