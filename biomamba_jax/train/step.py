@@ -17,8 +17,6 @@ from biomamba_jax.parallel.collectives import UNSHARDED, Collectives
 from biomamba_jax.parallel.layout import Layout
 
 Batch = dict[str, Int[Array, "B L"]]
-TABLES = ("embedding", "lm_head")
-"""Parameters with one row for each token of the vocabulary; a tied head is the embedding."""
 LossFunction = Callable[..., tuple[Array, LossSums]]
 """(params, batch, *frozen) -> the summed loss, differentiable in params, and the sums. `frozen` gets no gradient."""
 
@@ -67,14 +65,15 @@ def language_model_loss(graph: nnx.GraphDef, config: LossConfig, collectives: Co
     """
 
     def loss(params: Any, batch: Batch) -> tuple[Array, LossSums]:
-        # Gathered in float32, the dtype in which gradients are summed over tokens; once, so that the two of an
-        # embedding that is the head too are added before they are reduce-scattered.
-        tables = {name: collectives.all_gather(name, params[name], jnp.float32) for name in TABLES if name in params}
-        model: LanguageModel = nnx.merge(graph, params | tables)
-        inside = collectives.without(tables)
+        # Gathered in float32, the dtype in which its gradient is summed over tokens; once, so that the two gradients of
+        # an embedding that is the head too are added before they are reduce-scattered.
+        name = "lm_head" if "lm_head" in params else "embedding"
+        head = collectives.all_gather(name, params[name], jnp.float32)
+        model: LanguageModel = nnx.merge(graph, params | {name: head})
+        inside = collectives.without({name})
         hidden, _ = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"], collectives=inside)
         hidden, vocab = collectives.copy_to_tensor_parallel(hidden), model.config.known_vocab
-        sums = cross_entropy_sums(hidden, model.head[...], vocab, batch, config, collectives.tensor_axis)
+        sums = cross_entropy_sums(hidden, head, vocab, batch, config, collectives.tensor_axis)
         return sums.loss, sums
 
     return loss
