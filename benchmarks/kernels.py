@@ -43,6 +43,8 @@ class KernelsBenchmark(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target not in SMALLEST and self.ops != list(get_args(Op)):
+            raise UserError(f"ops = {' '.join(self.ops)}: only a TPU target chooses ops, not {self.target}")
         if _MIXER in self.ops and set(_MIXER_KERNELS) - set(self.ops[: self.ops.index(_MIXER)]):
             raise UserError(f"ops = {' '.join(self.ops)}: {_MIXER} needs {' and '.join(_MIXER_KERNELS)} before it")
 
@@ -119,7 +121,8 @@ def lines(settings: KernelsBenchmark) -> Iterator[Line]:
         if op != _MIXER:
             for line in _pallas_lines(op, settings, topology):
                 yield line
-                if op in _MIXER_KERNELS and line.direction in kernels and line.seconds:
+                if op in _MIXER_KERNELS and line.direction in kernels:
+                    assert line.seconds is not None  # of the static profile
                     kernels[line.direction] += line.seconds
         implementation = "pallas_tpu" if op == _MIXER else "xla"
         found = _estimates(op, implementation, settings, settings.rows, [settings.length], profile=False)[0]

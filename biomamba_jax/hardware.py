@@ -6,7 +6,6 @@ leave the share of peak out.
 
 import dataclasses
 import functools
-import os
 import re
 import resource
 import statistics
@@ -20,6 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from biomamba_jax import processor
 
 GIB = 2**30
 
@@ -146,7 +147,7 @@ def measure_read_bandwidth(seconds: float = 0.5, megabytes: int = 256) -> float:
     Generating a token reads every weight once, so this bounds the speed of decoding on a CPU. Speeds of decoding are
     medians too; the fastest pass of a virtual machine may be half as fast again as what lasts.
     """
-    cores = os.cpu_count() or 1
+    cores = processor.cores()
     parts = np.array_split(np.ones(megabytes * 2**18, np.float32), cores)
     passes, end = list[float](), time.perf_counter() + seconds
     with ThreadPoolExecutor(cores) as pool:  # NumPy releases Python's lock

@@ -5,10 +5,17 @@ import importlib.util
 import pytest
 
 from benchmarks import __main__ as benchmark
-from benchmarks.kernels import Line, both_directions
+from benchmarks.kernels import KernelsBenchmark, Line, both_directions
 from biomamba_jax.errors import UserError
 from biomamba_jax.planning.ahead_of_time import Request, compiler_environment, estimates
 from tests.compilers import needs_libtpu
+
+
+def test_ops_are_chosen_for_a_tpu_only_and_the_mixer_needs_its_kernels_before_it():
+    with pytest.raises(UserError, match="only a TPU target chooses ops, not gpu"):
+        KernelsBenchmark(target="gpu", ops=["ssd"])
+    with pytest.raises(UserError, match="mamba3 needs ssd_mamba3 and rotary_embedding before it"):
+        KernelsBenchmark(ops=["mamba3", "ssd_mamba3", "rotary_embedding"])
 
 
 def test_without_libtpu_the_remedy_is_named_and_channels_that_are_no_whole_heads_are_refused(monkeypatch):

@@ -29,7 +29,7 @@ _SUBLANES = 8
 
 
 class _Arrays(NamedTuple):
-    """What is differentiated; of B and C one array for each rank."""
+    """The differentiated arrays; of B and C one for each rank."""
 
     vectors: tuple[Any, ...]  # [B L G*N]
     biases: tuple[Any, ...]  # [blocks heads_of_block N]; as gradients sums [B chunks blocks heads_of_block*16 N]
