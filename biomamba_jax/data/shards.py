@@ -165,7 +165,7 @@ class Manifest:
             key = ".".join(map(str, first["loc"]))
             raise UserError(f"{path}: {key}: {first['msg']}; {_PREPARE_AGAIN}") from None
         info = found.tokenizer
-        if Path(info.file).name != info.file:
+        if Path(info.file).name != info.file or len(info.file.encode()) > 255:  # more, and looking for it is an OSError
             raise UserError(f"{path}: tokenizer.file: {info.file!r} is not a file of this folder; {_PREPARE_AGAIN}")
         if not 0 < info.vocab_size < _MAX_VOCABULARY:
             raise UserError(

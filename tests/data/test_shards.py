@@ -123,6 +123,7 @@ def drop(*keys):
         (lambda raw: raw.update(splits=[]), "splits: Input should be an object"),
         (lambda raw: raw["splits"]["train"].update(documents=9), "holds 8 documents, manifest.json says 9"),
         (lambda raw: raw["splits"]["train"].update(shards=2), "holds 3 shards, manifest.json says 2"),
+        (lambda raw: raw["tokenizer"].update(file="a" * 256), r"tokenizer\.file: 'aa*' is not a file of this folder"),
         (lambda raw: raw["tokenizer"].update(eos_id=-1), r"tokenizer\.eos_id: -1 is none of the \d+ ids"),
         (lambda raw: raw["tokenizer"].update(start_id=10**12), r"tokenizer\.start_id: 10{12} is none of the"),
     ],
