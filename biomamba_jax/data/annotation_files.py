@@ -22,13 +22,12 @@ from typing import Any
 from lxml import etree
 
 from biomamba_jax.config import ExamplesConfig
-from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, from_tags
+from biomamba_jax.data.annotations import TAG, AnnotatedText, Relation, Span, from_tags
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json, read_chunks, read_json_lines, read_lines
 
 _Stated = tuple[Span, str | None]
 """A span and what the file says that it spells; None where it does not."""
-_TAG = re.compile(r"O|[BIES]-.+")
 _OFFSET = re.compile("[0-9]{1,9}")
 _NO_CONCEPT = ("-1", "-", "")
 _MARKED = {"head": re.compile(r"<< (.+?) >>"), "tail": re.compile(r"\[\[ (.+?) \]\]")}
@@ -56,10 +55,10 @@ def _blocks(path: str, borders: Sequence[Sequence[str]]) -> Iterator[list[tuple[
 
 def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for block in _blocks(path, ([], ["-DOCSTART-"])):
-        rows = [(number, line.split()) for number, line in block]
+        rows = [(number, _columns(line)) for number, line in block]
         offsets, place = [], 0
         for number, columns in rows:
-            if len(columns) < 2 or not _TAG.fullmatch(columns[-1]):
+            if len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
                 raise UserError(
                     f"{path}, line {number}: is not a word and a tag such as B-Disease or O, but {' '.join(columns)!r}"
                 )
@@ -71,6 +70,11 @@ def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         yield AnnotatedText(f"{Path(path).name}:{rows[0][0]}", text, _checked(text, stated, path, config.types))
 
 
+def _columns(line: str) -> list[str]:
+    """Return the cells of a line, which tabs or spaces separate; other white space may be in a word."""
+    return [cell.strip() for cell in re.split("\t" if "\t" in line else " +", line.strip())]
+
+
 def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for block in _blocks(path, [[]]):
         yield _pubtator_text(path, block, config)
@@ -80,17 +84,19 @@ def _pubtator_text(path: str, block: Sequence[tuple[int, str]], config: Examples
     """Return the text of the numbered lines of one PMID.
 
     Raises:
-      UserError: a line of another form, or a mention that is not in the text.
+      UserError: a line of another form or text, or a mention that is not in the text.
     """
-    parts: list[str] = []
+    parts: dict[str, str] = {}
     spans: list[_Stated] = []
     relations: list[Relation] = []
-    key = ""
+    key = re.split(r"[|\t]", block[0][1])[0]
     for number, line in block:
         columns = line.split("\t")
-        if head := re.match(r"([^|\t]*)\|[ta]\|(.*)", line):
-            key = head[1]
-            parts.append(head[2])
+        if re.split(r"[|\t]", line)[0] != key:
+            raise UserError(f"{path}, line {number}: is not of PMID {key}; put an empty line between two texts")
+        head = re.match(r"[^|\t]*\|([ta])\|(.*)", line)
+        if head and head[1] not in parts and (head[1], *parts) != ("t", "a"):
+            parts[head[1]] = head[2]
         elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
             relations.append(Relation(*columns[1:]))
         elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
@@ -98,7 +104,7 @@ def _pubtator_text(path: str, block: Sequence[tuple[int, str]], config: Examples
             spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
         else:
             raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
-    text = "\n".join(parts)
+    text = "\n".join(parts.values())
     kept = _checked(text, spans, f"{path}, PMID {key}", config.types)
     return AnnotatedText(key, text, kept, relations=tuple(relations))
 
@@ -107,9 +113,11 @@ def _checked(text: str, spans: Sequence[_Stated], where: str, types: Sequence[st
     """Return the spans of some types, by default of all.
 
     Raises:
-      UserError: a span of any type does not fit the text; names `where`.
+      UserError: a span has no type, or one of any type does not fit the text; names `where`.
     """
     for span, mention in spans:
+        if not span.type.strip():
+            raise UserError(f"{where}: span {span.start}-{span.end} has no type; name it, such as Disease")
         if not 0 <= span.start < span.end <= len(text):
             raise UserError(f"{where}: span {span.start}-{span.end} is not in its {len(text)} characters; fix it")
         found = text[span.start : span.end]
@@ -128,16 +136,17 @@ def _bioc(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         root = etree.fromstring(content, parser)
     except etree.XMLSyntaxError as error:
         raise UserError(f"{path}: not well-formed XML ({error.msg}); download it again") from None
-    for document in root.iter("document"):
-        where = f"{path}, document {document.findtext('id')}"
+    for number, document in enumerate(root.iter("document"), 1):
+        where = f"{path}, document {document.findtext('id') or f'number {number}'}"
         try:
             text = _bioc_text(document, len(content))  # no text is longer than its file
-            spans, concepts = _bioc_annotations(document)
+            spans, concepts, unplaced = _bioc_annotations(document)
             relations = [relation for each in document.iter("relation") for relation in _bioc_relation(each, concepts)]
         except ValueError as error:
             raise UserError(f"{where}: has an offset that is not a number, or not in the text ({error})") from None
         kept = _checked(text, spans, where, config.types)
-        yield AnnotatedText(document.findtext("id") or "", text, kept, relations=tuple(relations))
+        left_out = sum(kind in (config.types or [kind]) for kind in unplaced)
+        yield AnnotatedText(document.findtext("id") or where, text, kept, relations=tuple(relations), left_out=left_out)
 
 
 def _bioc_text(document: Any, most: int) -> str:
@@ -156,9 +165,13 @@ def _bioc_text(document: Any, most: int) -> str:
     return text
 
 
-def _bioc_annotations(document: Any) -> tuple[list[_Stated], dict[str, tuple[str, ...]]]:
-    """Return a document's spans, and the concepts of each annotation by its id."""
+def _bioc_annotations(document: Any) -> tuple[list[_Stated], dict[str, tuple[str, ...]], list[str]]:
+    """Return a document's spans, the concepts of each annotation by its id, and types of annotations not in one part.
+
+    Such an annotation, in several parts or without a place, has no offsets of its own.
+    """
     spans: list[_Stated] = []
+    unplaced: list[str] = []
     concepts: dict[str, tuple[str, ...]] = {}
     for annotation in (each for passage in document.iter("passage") for each in passage.iter("annotation")):
         facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
@@ -166,11 +179,13 @@ def _bioc_annotations(document: Any) -> tuple[list[_Stated], dict[str, tuple[str
         ids = tuple(each for each in re.split(r"[|,;]", stated) if each not in _NO_CONCEPT)
         concepts[annotation.get("id", "")] = ids
         places = annotation.findall("location")
-        if len(places) == 1:  # a span in several parts has no offsets of its own
+        if len(places) != 1:
+            unplaced.append(facts.get("type", ""))
+        else:
             start = int(places[0].get("offset", ""))
             end = start + int(places[0].get("length", ""))
             spans.append((Span(start, end, facts.get("type", ""), ids), annotation.findtext("text")))
-    return spans, concepts
+    return spans, concepts, unplaced
 
 
 def _bioc_relation(element: Any, concepts: dict[str, tuple[str, ...]]) -> Iterator[Relation]:
@@ -200,7 +215,8 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for number, line in read_json_lines(path):
         where = f"{path}, line {number}"
         try:
-            texts = line["text"], line.get("question", ""), str(line.get("key", line.get("id", where)))
+            key = next((line[name] for name in ("key", "id") if line.get(name) is not None), where)
+            texts = line["text"], line.get("question", ""), str(key)
             labels = [line["label"]] if "label" in line else line.get("labels", [])
             if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
                 raise TypeError("labels that are not a list of texts or numbers")
@@ -213,6 +229,8 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
             stated_mentions = [each for each in mentions if each is not None]
             if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *stated_mentions)):
                 raise TypeError("a text, question, type or mention that is not text")
+            if not all(isinstance(s.get("ids", []), list) for s in raw):
+                raise TypeError("ids that are not a list")
             if not all(type(place) is int for span in spans for place in span[:2]):
                 raise TypeError("a start or end that is not a whole number")
             text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, score, texts[1])
@@ -229,6 +247,8 @@ def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         text, tab, joined = line.rpartition("\t")
         if not tab:
             raise UserError(f"{path}, line {number}: has no tab between text and labels")
+        if number == 1 and joined.strip().lower() in ("label", "labels"):
+            raise UserError(f"{path}, line 1: names the columns; remove it, or it would be a text of class {joined!r}")
         labels = [each.strip() for each in joined.split(config.separator)]
         kept = tuple(each for each in labels if each not in ("", config.no_label))
         yield AnnotatedText(f"{Path(path).name}:{number}", text, labels=kept)
@@ -244,7 +264,9 @@ def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
                 places = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
                 answers = [(Span(start, start + len(text), "answer"), text) for start, text in places]
                 spans = _checked(context, answers, f"{path}, question {qa['id']}")
-                yield AnnotatedText(str(qa["id"]), context, spans, question=str(qa["question"]))
+                if not isinstance(qa["question"], str):
+                    raise TypeError("a question that is not text")
+                yield AnnotatedText(str(qa["id"]), context, spans, question=qa["question"])
     except UserError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:

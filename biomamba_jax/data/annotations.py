@@ -20,6 +20,8 @@ from biomamba_jax.files import read_chunks
 WORD = re.compile(r"[^\W\d_]+|\d+|_|[^\w\s]")
 _WORD_AFTER_SPACE = re.compile(rf"\s*({WORD.pattern})")
 OUTSIDE = "O"
+TAG = re.compile(rf"{OUTSIDE}|[BIES]-.+")
+"""Tags that `from_tags` reads."""
 
 
 class Span(NamedTuple):
@@ -66,6 +68,8 @@ class AnnotatedText:
     """Question whose answers the spans are."""
     scores: dict[str, float] = field(default_factory=dict)
     """Probability of each label, in a prediction."""
+    left_out: int = 0
+    """Number of its annotations that are in several parts or have no place, and so are not among the spans."""
 
 
 class EncodedWords(NamedTuple):
@@ -160,7 +164,7 @@ def from_tags(words: Sequence[tuple[int, int]], tags: Sequence[str]) -> list[Spa
 
 
 def describe(texts: Sequence[AnnotatedText], source: str) -> list[str]:
-    """Return a line for each kind of span that tags cannot express, with its count."""
+    """Return a line for each kind of span that is not learnt as it is, with its count."""
     overlapping = misplaced = 0
     for text in texts:
         kept = outermost(text.spans)
@@ -171,6 +175,7 @@ def describe(texts: Sequence[AnnotatedText], source: str) -> list[str]:
     lines = {
         "overlap or lie in a longer one: only the outermost is learnt, all are counted": overlapping,
         "begin or end inside a word: they are not learnt, and count as missed": misplaced,
+        "are in several parts or have no place: neither learnt nor counted": sum(text.left_out for text in texts),
     }
     return [f"{source}: {count:,} spans {what}" for what, count in lines.items() if count]
 

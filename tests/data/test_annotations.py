@@ -74,6 +74,12 @@ def test_columns_of_words_and_tags_are_sentences_with_spans(tmp_path):
     assert spelled(second) == [("asthma", "Disease")]
 
 
+@pytest.mark.parametrize("word", ["10\u00a0mg", "type 2"])
+def test_white_space_in_a_word_between_tabs_stays_in_the_text(tmp_path, word):
+    [text] = read(tmp_path, f"{word}\tNN\tB-Dose\ndaily \tO\n", format="conll")
+    assert (text.text, spelled(text)) == (f"{word} daily", [(word, "Dose")])
+
+
 def test_pubtator_has_mentions_with_their_concepts_and_relations(tmp_path):
     first, second = read(tmp_path, PUBTATOR, format="pubtator")
     assert spelled(first) == [("Aspirin", "Chemical"), ("asthma", "Disease"), ("aspirin", "Chemical")]
@@ -85,6 +91,16 @@ def test_bioc_has_the_offsets_of_the_document_and_leaves_out_spans_in_parts(tmp_
     [text] = read(tmp_path, BIOC, format="bioc")
     assert spelled(text) == [("Aspirin", "Chemical"), ("cough", "Disease")]
     assert set(text.relations) == {Relation("CID", "D001241", "D003371"), Relation("Cause", "D001241", "D003371")}
+    assert describe([text], "train") == [
+        "train: 1 spans are in several parts or have no place: neither learnt nor counted"
+    ]
+
+
+def test_bioc_documents_without_an_id_are_told_apart(tmp_path):
+    [one, other] = read(
+        tmp_path, BIOC.replace("<id>12</id>", "").replace("</document>", "</document><document/>"), format="bioc"
+    )
+    assert one.key != other.key
 
 
 def test_marked_sentences_have_their_two_entities_and_class(tmp_path):
@@ -130,6 +146,11 @@ def test_only_the_types_that_are_asked_for_are_read(tmp_path):
         ),
         ("pubtator", PUBTATOR.replace("\t16\t22", "\t16\t99"), r"PMID 12: span 16-99 is not in its 52 characters"),
         ("pubtator", "12|x|text\n", "line 1: is not a title, abstract, mention or relation"),
+        ("pubtator", PUBTATOR.replace("\n\n", "\n"), "line 7: is not of PMID 12; put an empty line between two texts"),
+        ("pubtator", "12|t|a\n12|a|b\n12|a|c\n", "line 3: is not a title"),
+        ("pubtator", "12|a|b\n12|t|a\n", "line 2: is not a title"),
+        ("pubtator", PUBTATOR.replace("\tDisease\t", "\t\t"), "PMID 12: span 16-22 has no type"),
+        ("conll", "\tO\n", "line 1: is not a word and a tag"),
         ("bioc", BIOC.replace('offset="25" length="5"', 'offset="x" length="5"'), "has an offset that is not a number"),
         ("marked", '{"text": "<< a >> b", "label": "x"}', "does not mark one entity"),
         (
@@ -140,10 +161,12 @@ def test_only_the_types_that_are_asked_for_are_read(tmp_path):
         ("pubtator", PUBTATOR.replace("\t16\t22", "\t\u00b2\t22"), "is not a title, abstract, mention or relation"),
         ("spans", '{"text": "a", "spans": [{"start": 0}]}', "line 1: lacks"),
         ("spans", '{"text": {"a": 1}}', "line 1: lacks"),
+        ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1, "type": "x", "ids": "D01"}]}', "ids that are not a"),
         ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1.5, "type": "x"}]}', "line 1: lacks"),
         ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1, "type": "x", "text": 5}]}', "line 1: lacks"),
         ("spans", '{"text": "a", "spans": [{"start": 0, "end": 1, "type": "x", "text": {}}]}', "line 1: lacks"),
         ("tsv", "no tab\n", "has no tab"),
+        ("tsv", "sentence\tlabel\nA cell\tgrowth\n", "line 1: names the columns; remove it"),
         ("squad", "{}", "is not JSON of paragraphs"),
         ("tsv", "", "holds no text"),
     ],
