@@ -9,7 +9,9 @@ the next.
 """
 
 import json
+import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -21,6 +23,8 @@ from biomamba_jax.errors import UserError
 if TYPE_CHECKING:
     from biomamba_jax.data.annotations import Span
 
+_BREAKS = re.compile(r"[\t\r\v\f\x1c-\x1e\x85\u2028\u2029]")
+"""What ends a column or line for some reader, but "\\n"."""
 _AT_ONCE = 64
 """Texts read, tagged and written at a time."""
 
@@ -87,10 +91,16 @@ def _read(config: TagConfig, source: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 def _articles(path: str) -> Iterator[dict[str, Any]]:
     from biomamba_jax.data.nlm import read_articles
-    from biomamba_jax.data.records import Article
+    from biomamba_jax.data.records import Article, NotAnArticle
 
-    articles = (record for record in read_articles(path) if isinstance(record, Article))
-    yield from ({"key": str(article.pmid), "text": article.text} for article in articles)
+    left_out = Counter[str]()
+    for record in read_articles(path):
+        if isinstance(record, Article):
+            yield {"key": str(record.pmid), "text": record.text}
+        else:
+            left_out[record.reason if isinstance(record, NotAnArticle) else "deletion"] += 1
+    for reason, count in sorted(left_out.items()):
+        print(f"{path}: left out: {reason}, {count:,}", file=sys.stderr)
 
 
 def _rows(config: TagConfig, rows: Iterable[tuple[int, str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -101,7 +111,8 @@ def _rows(config: TagConfig, rows: Iterable[tuple[int, str, dict[str, Any]]]) ->
         if "spans" in row:
             raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
         text = fill_template(config.text, row, where, "text")
-        yield {"key": str(row.get("key", row.get("id", number)))} | row | {"text": text}
+        key = next((row[name] for name in ("key", "id") if row.get(name) is not None), number)
+        yield {"key": str(key)} | row | {"text": text}
 
 
 def _as_json(record: dict[str, Any], spans: Sequence["Span"]) -> str:
@@ -111,12 +122,18 @@ def _as_json(record: dict[str, Any], spans: Sequence["Span"]) -> str:
 
 
 def _as_pubtator(record: dict[str, Any], spans: Sequence["Span"]) -> str:
-    """Return a record of PubTator, whose title is the text's first line."""
-    key, (title, _, abstract) = str(record["key"]), record["text"].partition("\n")
+    """Return a record of PubTator, whose title is the text's first line; tabs and other line ends become spaces.
+
+    Raises:
+      UserError: the key would end a column or line.
+    """
+    key, plain = str(record["key"]), _BREAKS.sub(" ", record["text"])
+    if not key or {"|", "\n"} & set(_BREAKS.sub("\n", key)):
+        raise UserError(f"key {key!r}: PubTator has no place for it; give the text another key, or --to json")
+    title, _, abstract = plain.partition("\n")
     lines = [f"{key}|t|{title}", f"{key}|a|{abstract.replace(chr(10), ' ')}"]
     for start, end, kind, _ in spans:
-        spelled = " ".join(record["text"][start:end].splitlines())
-        lines.append(f"{key}\t{start}\t{end}\t{spelled}\t{kind}")
+        lines.append(f"{key}\t{start}\t{end}\t{plain[start:end].replace(chr(10), ' ')}\t{kind}")
     return "\n".join([*lines, ""])
 
 

@@ -151,6 +151,27 @@ def test_tag_keeps_the_keys_of_json_lines_and_reads_what_it_wrote_as_pubtator(tr
 
 
 @pytest.mark.slow
+def test_pubtator_keeps_the_offsets_of_a_text_with_other_line_ends_and_tabs(trained, tmp_path):
+    text = "insulin fell\r\nin\u2028mice\twith\x85diabetes"
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": None, "text": text}))
+    [line] = [json.loads(line) for line in tagged(trained, file=str(tmp_path / "in.jsonl")).splitlines()]
+    tagged(trained, file=str(tmp_path / "in.jsonl"), to="pubtator", output=str(tmp_path / "out.txt"))
+    assert len((tmp_path / "out.txt").read_text().splitlines()) == 2 + len(line["spans"])
+    [again] = read_annotated(str(tmp_path / "out.txt"), ExamplesConfig(format="pubtator"))
+    assert (again.key, again.text.split(), len(again.text)) == ("1", text.split(), len(text))
+    assert [span[:3] for span in again.spans] == [(s["start"], s["end"], s["type"]) for s in line["spans"]]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"id": "a|t", "text": text}))
+    with pytest.raises(UserError, match=r"key 'a\|t': PubTator has no place for it"):
+        tagged(trained, file=str(tmp_path / "in.jsonl"), to="pubtator")
+
+
+@pytest.mark.slow
+def test_records_of_pubmed_that_are_not_tagged_are_counted(trained, shared_data, capsys):
+    tagged(trained, file=str(shared_data / "pubmed_xml" / "pubmed_sample_versions_deletes.xml"))
+    assert "left out: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_tag_reads_pubmed_and_highlights_spans_in_escaped_html(trained, tmp_path, shared_data):
     tagged(trained, to="html", output=str(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
