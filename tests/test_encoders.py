@@ -186,6 +186,19 @@ def test_a_classifier_without_the_weights_below_its_head_is_refused(tmp_path):
         load_head(folder)
 
 
+@pytest.mark.parametrize("labels", [["LABEL_0", "LABEL_1"], ["Disease", "O"], ["U-Disease", "O"]])
+def test_labels_that_are_not_tags_of_entities_are_refused(tmp_path, labels):
+    folder = write_encoder(tmp_path / "bert", "BertForTokenClassification", id2label=dict(enumerate(labels)))
+    with pytest.raises(UserError, match=rf"config\.json: id2label has {labels[0]}"):
+        load_head(folder)
+
+
+def test_one_logit_is_a_score_as_in_transformers_and_no_class(tmp_path):
+    folder = write_encoder(tmp_path / "bert", "BertForSequenceClassification", num_labels=1)
+    with pytest.raises(UserError, match="its head is a regression, not a classifier"):
+        load_head(folder).classify(["insulin"])
+
+
 def test_a_seed_draws_the_head_and_orders_the_texts(tmp_path):
     write_encoder(tmp_path / "base", "BertModel")
     found = {}

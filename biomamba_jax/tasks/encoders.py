@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from biomamba_jax.config.heads import HeadConfig, HeadKind
+from biomamba_jax.data.annotations import TAG
 from biomamba_jax.data.examples import windows
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
@@ -36,8 +37,11 @@ def stated_kind(folder: Path) -> HeadKind | None:
         return None
     kinds = (kind for kind in _KINDS if architecture_of(folder).endswith(f"For{auto_class(kind)}"))
     kind = next(kinds, None)
+    if kind != "classifier":
+        return kind
     of_problem = {problem: of for of, problem in PROBLEM_TYPES.items()}
-    return of_problem.get(str(raw.get("problem_type")), kind) if kind == "classifier" else kind
+    unstated = "regression" if len(raw.get("id2label") or "..") == 1 else kind  # as transformers' classes take it
+    return of_problem.get(str(raw.get("problem_type")), unstated)
 
 
 class EncoderTokenizer:
@@ -90,6 +94,11 @@ class EncoderHeadModel(HeadModel):
         )
         names = self.model.config.id2label
         labels = ("start", "end") if kind == "span" else tuple(names[index] for index in sorted(names))
+        if kind == "token_classifier" and (other := [label for label in labels if not TAG.fullmatch(label)]):
+            raise UserError(
+                f"{key}: {folder / 'config.json'}: id2label has {', '.join(other[:5])}, where tags of entities such as "
+                "B-Disease, I-Disease and O are needed; name each label by its tag"
+            )
         super().__init__(key, head or HeadConfig(kind, labels), EncoderTokenizer(key, library))
         self._rows = rows
         self.limit = int(self.model.config.max_position_embeddings - reserved_positions(self.model))
