@@ -160,7 +160,8 @@ def _options(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         given = [{"key": key, "value": given[key]} for key in sorted(given)]
     listed = given if isinstance(given, list) else []
     pairs = [(each.get("key"), each.get("value")) if isinstance(each, dict) else (None, each) for each in listed]
-    return [key or letter for (key, _), letter in zip(pairs, LETTERS, strict=False)], [text for _, text in pairs]
+    keys = [letter if key is None else str(key) for (key, _), letter in zip(pairs, LETTERS, strict=False)]
+    return keys, [text for _, text in pairs]
 
 
 def _answer(row: dict[str, Any], keys: Sequence[str], options: Sequence[str], first: int, where: str) -> int | None:
@@ -173,6 +174,8 @@ def _answer(row: dict[str, Any], keys: Sequence[str], options: Sequence[str], fi
     if "cop" in row:
         value = None if str(value) in ("-1", "None") else str(value)
         columns = ([str(first + index) for index in range(len(options))],)
+    if type(value) is int and any(key.isdecimal() for key in keys):  # a number is an index unless it is a key
+        value = str(value)
     if isinstance(value, str):
         value = next((list(column).index(value) for column in columns if value in list(column)), -1)
     if value is not None and (type(value) is not int or not 0 <= value < len(options)):

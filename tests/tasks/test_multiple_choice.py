@@ -46,6 +46,8 @@ def read(path, **settings):
         ([{"question": "Which?", "choices": OPTIONS, "answer": 1, "subject": "anatomy"}], "anatomy"),
         ([{"question": "Which?", "choices": OPTIONS, "answer": 1.0}], ""),  # from Parquet
         ([{"question": "Which?", "options": dict(zip("BCDE", OPTIONS, strict=True)), "answer_idx": "C"}], ""),
+        ([{"question": "Which?", "options": dict(zip("1234", OPTIONS, strict=True)), "correct_option": 2}], ""),
+        ([{"question": "Which?", "options": [{"key": i, "value": x} for i, x in enumerate(OPTIONS)], "answer": 1}], ""),
     ],
 )
 def test_published_layouts_are_read(tmp_path, rows, subject):
@@ -87,6 +89,7 @@ def test_what_cannot_be_asked_is_left_out_and_counted(tmp_path):
         (MEDQA | {"options": "Insulin"}, "line 1: has no question with 2 to 10 options"),
         ({"question": "?", "choices": [*"abcdefghijk"], "answer": 10}, "line 1: has no question with 2 to 10 options"),
         ({"question": "?", "choices": OPTIONS, "answer": 0.5}, "line 1: its answer is none of its 4"),
+        ({"question": "?", "options": dict(zip("1234", OPTIONS, strict=True)), "answer": 0}, "its answer is none of"),
         ({"question": "?", "choices": OPTIONS, "answer": True}, "line 1: its answer is none of its 4"),
         (MEDQA | {"question": "\ud83d?"}, "line 1: holds half a character"),
     ],
