@@ -8,6 +8,7 @@ from biomamba_jax.config import checks
 from biomamba_jax.config.checks import Fraction, InnerFraction, Limit, NonNegativeInt, PositiveInt, Settings, check
 from biomamba_jax.config.heads import Reading
 from biomamba_jax.config.model import InferenceDType
+from biomamba_jax.config.prepare import TextFields
 
 YES_NO_MAYBE = ("yes", "no", "maybe")
 
@@ -31,7 +32,7 @@ def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class DomainConfig(Settings, section="domains.NAME"):
+class DomainConfig(TextFields, section="domains.NAME"):
     """A text domain to measure perplexity on."""
 
     path: Annotated[str | list[str], Limit("a folder of shards, or files", bool)] = ""

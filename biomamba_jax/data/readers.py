@@ -128,7 +128,8 @@ def _documents(path: Path, fields: TextFields) -> Iterator[FreeText]:
         found = {key: value for key in keys if (value := _lookup(row, key)) is not _MISSING}
         if fields.text not in found:
             raise UserError(
-                f"{where}: has no {fields.text!r} but {', '.join(row)}; name the key of its text with --text"
+                f"{where}: has no {fields.text!r} but {', '.join(row)}; name the key of its text: --text, of a domain "
+                "--domains.NAME.text"
             )
         unseen -= found.keys()
         text, heading = (clean_document(_as_text(where, key, found.get(key))) for key in (fields.text, title))

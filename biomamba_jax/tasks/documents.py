@@ -63,7 +63,7 @@ def read_domain(name: str, config: DomainConfig, seed: int = 0) -> tuple[list[Do
       UserError: a source that cannot be read, or contains no document.
     """
     reasons: Counter[str] = Counter()
-    documents = list(read_documents(config.paths, config.split, reasons))
+    documents = list(read_documents(config.paths, config.split, reasons, config))
     if not documents:
         stored = reasons[UNSPELLED]
         why = f"no document whose ids spell its text, of {stored}" if stored else "no document"

@@ -105,7 +105,7 @@ def harness_class() -> type:
             rows = int(batch_size) if str(batch_size).isdecimal() else 8
             # The domain is a placeholder: a config without anything to measure is refused.
             config = EvaluateConfig(
-                models={NAME: path}, domains={"requests": DomainConfig("-")}, batch_size=rows, dtype=dtype or None
+                models={NAME: path}, domains={"requests": DomainConfig(path="-")}, batch_size=rows, dtype=dtype or None
             )
             self.scorer = load_scorer(NAME, path, config)
 

@@ -115,7 +115,7 @@ def test_parquet_without_text_or_damaged_is_named(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"content": TEXTS}), path)
     with pytest.raises(
-        UserError, match=r"a\.parquet, row 1: has no 'text' but content; name the key of its text with --text"
+        UserError, match=r"a\.parquet, row 1: has no 'text' but content; name the key of its text: --text"
     ):
         texts_of(path)
     path.write_bytes(path.read_bytes()[:-20])

@@ -29,6 +29,15 @@ def test_json_lines_and_paragraphs_are_documents(jsonl, tmp_path):
     assert [(d.key, d.text) for d in documents] == [("t.txt:1", "first"), ("t.txt:2", "second line\nthird")]
 
 
+def test_a_domain_names_its_keys_of_text_title_and_id(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"paper": {"abstract": "second", "doi": "10/1"}, "name": "first"}))
+    with pytest.raises(UserError, match=r"line 1: has no 'text' but paper, name; .* of a domain --domains\.NAME\.text"):
+        read_domain("d", DomainConfig(path=str(tmp_path / "a.jsonl")))
+    keys = {"text": "paper.abstract", "title": "name", "id": "paper.doi"}
+    [document], _ = read_domain("d", DomainConfig(path=str(tmp_path / "a.jsonl"), **keys))
+    assert (document.key, document.text) == ("10/1", "first\nsecond")
+
+
 def test_bytes_and_words_are_those_of_the_text(jsonl):
     (first, *_), _ = read_domain("d", DomainConfig(path=str(jsonl)))
     assert (first.key, first.bytes, first.words) == ("100", len(TEXTS[0].encode()), 22)

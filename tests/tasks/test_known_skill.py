@@ -103,7 +103,7 @@ def test_an_answerer_gets_its_skill_within_the_interval_in_every_task(asked, tmp
     folder, truth = asked
     config = EvaluateConfig(
         models={"known": "-"},
-        domains={"text": DomainConfig(str(folder / "text.jsonl"))},
+        domains={"text": DomainConfig(path=str(folder / "text.jsonl"))},
         pubmedqa=PubMedQAConfig(str(folder / "pqal.json"), method=method),
         multiple_choice={"medqa": MultipleChoiceConfig([str(folder / "choices.jsonl")])},
         bioasq=BioASQConfig([str(folder / "golden.json")], types=list(KINDS), method=method),
