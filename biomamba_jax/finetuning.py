@@ -57,6 +57,8 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
         config = dataclasses.replace(config, model=with_execution_settings(weights.config, config.model))
     for message in (message for task in tasks for message in task.messages):
         _LOG.info(message)
+    if config.data.negative not in ("", *config.labels):
+        _LOG.info(f"data.negative = {config.data.negative!r} is the class of no text: F1 counts all of them")
 
     def encoded(split: str) -> EncodedExamples:
         examples = [example for task in tasks for example in getattr(task, split)]

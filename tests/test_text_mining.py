@@ -194,6 +194,37 @@ def test_a_long_text_is_tagged_as_in_one_piece(trained):
 # --- Errors and earlier formats --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("head", "line", "words", "message"),
+    [
+        (
+            "token_classifier",
+            {"entities": [[0, 7, "Chemical"]]},
+            [],
+            "labels of the texts are O; check",
+        ),
+        ("classifier", {"label": "x"}, [], "nothing to learn, the labels of the texts are x; check"),
+        ("multi_label", {}, [], "labels of the texts are missing; check"),
+        (
+            "token_classifier",
+            {"spans": [{"start": 0, "end": 7, "type": "Gene"}]},
+            ["--data.types=gene"],
+            "of type gene",
+        ),
+        ("token_classifier", {"spans": [{"start": 0, "end": 7, "type": "A"}]}, ["--labels=[O,B-A,A]"], "must be O or"),
+        ("classifier", {"label": "x"}, ["--labels=[x,y,x]"], "labels = .*: must differ from each other"),
+    ],
+)
+def test_a_head_without_anything_to_learn_is_refused(tmp_path, monkeypatch, head, line, words, message):
+    monkeypatch.chdir(tmp_path)
+    write_tiny_model(Path("base"), "mamba2", train_tokenizer(tmp_path))
+    lines = [json.dumps({"text": text.text} | line) + "\n" for text in texts(20)]
+    Path("train.jsonl").write_text("".join(lines))
+    with pytest.raises(UserError, match=message):
+        finetune([*SETTINGS, f"--head={head}", "--data.format=spans", "--data.files=[train.jsonl]", *words])
+    assert not list(Path("run").glob("checkpoints/*"))
+
+
 def test_a_classifier_of_an_earlier_version_is_still_read(tmp_path):
     write_tiny_model(tmp_path / "m", "mamba1", train_tokenizer(tmp_path))
     weight = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)

@@ -1,5 +1,6 @@
 """Heads on a backbone: what they predict, and how the backbone reads the text for them."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -8,6 +9,8 @@ from biomamba_jax.config.checks import check
 HeadKind = Literal["classifier", "multi_label", "regression", "token_classifier", "span"]
 Reading = Literal["once", "echo", "bidirectional"]
 
+TAG = re.compile("O|[BIES]-.+")
+"""Tags of words in IOB or IOBES."""
 MAX_LABELS = 31
 """Labels of a multi-label head, whose set is one non-negative int32."""
 
@@ -32,6 +35,9 @@ class HeadConfig:
     def __post_init__(self) -> None:
         fits = self.kind != "multi_label" or len(self.labels) <= MAX_LABELS
         check(fits, "labels", f"{len(self.labels)} labels", f"multi_label has at most {MAX_LABELS}")
+        check(len(set(self.labels)) == len(self.labels), "labels", self.labels, "must differ from each other")
+        other = [label for label in self.labels if self.kind == "token_classifier" and not TAG.fullmatch(label)]
+        check(not other, "labels", other, "must be O or tags such as B-Disease where the head labels words")
 
     @property
     def of_words(self) -> bool:

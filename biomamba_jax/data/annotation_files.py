@@ -22,7 +22,8 @@ from typing import Any
 from lxml import etree
 
 from biomamba_jax.config import ExamplesConfig
-from biomamba_jax.data.annotations import TAG, AnnotatedText, Relation, Span, from_tags
+from biomamba_jax.config.heads import TAG
+from biomamba_jax.data.annotations import AnnotatedText, Relation, Span, from_tags
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_any_json, read_chunks, read_json_lines, read_lines
 

@@ -20,8 +20,6 @@ from biomamba_jax.files import read_chunks
 WORD = re.compile(r"[^\W\d_]+|\d+|_|[^\w\s]")
 _WORD_AFTER_SPACE = re.compile(rf"\s*({WORD.pattern})")
 OUTSIDE = "O"
-TAG = re.compile(rf"{OUTSIDE}|[BIES]-.+")
-"""Tags that `from_tags` reads."""
 
 
 class Span(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from biomamba_jax.config.heads import HeadConfig, HeadKind
-from biomamba_jax.data.annotations import TAG
 from biomamba_jax.data.examples import windows
 from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
@@ -94,12 +93,11 @@ class EncoderHeadModel(HeadModel):
         )
         names = self.model.config.id2label
         labels = ("start", "end") if kind == "span" else tuple(names[index] for index in sorted(names))
-        if kind == "token_classifier" and (other := [label for label in labels if not TAG.fullmatch(label)]):
-            raise UserError(
-                f"{key}: {folder / 'config.json'}: id2label has {', '.join(other[:5])}, where tags of entities such as "
-                "B-Disease, I-Disease and O are needed; name each label by its tag"
-            )
-        super().__init__(key, head or HeadConfig(kind, labels), EncoderTokenizer(key, library))
+        try:
+            head = head or HeadConfig(kind, labels)
+        except UserError as error:
+            raise UserError(f"{key}: {folder / 'config.json'}: id2label: {error}") from None
+        super().__init__(key, head, EncoderTokenizer(key, library))
         self._rows = rows
         self.limit = int(self.model.config.max_position_embeddings - reserved_positions(self.model))
         """Tokens of a row at most, special ones included."""

@@ -16,13 +16,14 @@ from biomamba_jax.config.evaluate import QuestionKind
 from biomamba_jax.data.annotation_files import read_annotated
 from biomamba_jax.data.annotations import AnnotatedText, Relation, check_splits, describe, tag_names
 from biomamba_jax.data.examples import Example, held_out_share, read_examples
+from biomamba_jax.errors import UserError
 from biomamba_jax.tasks import bioasq, pubmedqa
 from biomamba_jax.tasks.answers import Prediction, label_predictions, likelihood_scores, score_table
 from biomamba_jax.tasks.measures import classification
 from biomamba_jax.tasks.model import Model
 from biomamba_jax.tasks.native_scorer import NativeScorer
 from biomamba_jax.tasks.question_answering import read_bioasq
-from biomamba_jax.tasks.relations import candidates
+from biomamba_jax.tasks.relations import NO_RELATION, candidates
 
 _MAX_NEW_TOKENS = 64
 _PROMPT = attrgetter("prompt")
@@ -78,6 +79,10 @@ def _annotated(config: ExamplesConfig) -> SupervisedTask:
     """Read annotated texts, say what cannot be learnt of them, and make candidates of documents with relations."""
     files = {"train": config.files, "development": config.development, "test": config.test}
     texts = {split: [text for path in paths for text in read_annotated(path, config)] for split, paths in files.items()}
+    if unknown := set(config.types) - {span.type for text in texts["train"] for span in text.spans}:
+        raise UserError(
+            f"data.types: no span of the training split is of type {', '.join(sorted(unknown))}; correct it"
+        )
     messages = [line for split in texts for line in describe(texts[split], f"{split} split")]
     if not config.development:
         fraction = config.development_fraction
@@ -201,12 +206,24 @@ def measure(predictions: Sequence[Prediction], majority: str | None) -> dict[str
 
 
 def head_labels(config: FinetuneConfig, tasks: Sequence[SupervisedTask]) -> list[str]:
-    """Return the names of the rows of the head that `config` names: its labels, or those that occur in the tasks."""
-    if config.labels or config.head == "language_model":
+    """Return the names of the rows of the head that `config` names: its labels, or those that occur in the tasks.
+
+    Raises:
+      UserError: they leave nothing to choose from.
+    """
+    if config.head == "language_model":
         return config.labels
     if config.head in ("span", "regression"):
-        return {"span": ["start", "end"], "regression": ["score"]}[config.head]
+        return config.labels or {"span": ["start", "end"], "regression": ["score"]}[config.head]
     texts = [text for task in tasks for text in [*task.train, *task.development]]
     if config.head == "token_classifier":
-        return tag_names(sorted({span.type for text in texts for span in text.spans}))
-    return sorted({label for text in texts for label in text.labels})
+        found = config.labels or tag_names(sorted({span.type for text in texts for span in text.spans}))
+    else:
+        unrelated = {NO_RELATION} if config.data.relation else set[str]()
+        found = config.labels or sorted(unrelated.union(*(text.labels for text in texts)))
+    if len(found) < (1 if config.head == "multi_label" else 2):
+        raise UserError(
+            f"head {config.head}: nothing to learn, the labels of the texts are {', '.join(found) or 'missing'}; check "
+            "data.format and the keys of its files, data.types, data.relation, data.answer and labels"
+        )
+    return found

@@ -118,13 +118,13 @@ class IntervalMeter:
 
 
 class Speed(NamedTuple):
-    """Throughput of a run."""
+    """Throughput of a run; None until a step after the first one, which compiles, is measured."""
 
-    tokens_per_second: float
+    tokens_per_second: float | None
     """Tokens per second, over all devices."""
     share_of_peak: float | None
     """Model FLOP/s over the devices' peak (MFU), 0 to 1; None where the peak is unknown."""
-    data_wait_share: float
+    data_wait_share: float | None
     """Share of the time spent waiting for batches, 0 to 1."""
 
 
@@ -133,7 +133,7 @@ class ThroughputMeter:
 
     def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
         self._share = flops_per_token / peak_flops if peak_flops else None
-        self._tokens_per_second = 0.0  # kept from the interval before until this one has tokens
+        self._tokens_per_second: float | None = None  # kept from the interval before until this one has tokens
         self.restart(0)
 
     def restart(self, tokens: int) -> None:
@@ -163,6 +163,8 @@ class ThroughputMeter:
     @property
     def speed(self) -> Speed:
         """Throughput of the interval."""
+        if self._tokens_per_second is None:
+            return Speed(None, None, None)
         share = self._share and self._share * self._tokens_per_second
         return Speed(self._tokens_per_second, share, self._waited / self._elapsed)
 

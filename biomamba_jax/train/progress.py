@@ -73,9 +73,9 @@ class Progress:
             f"step {step:,}/{self._total:,} ({100 * step / max(self._total, 1):.0f} %)",
             f"loss {loss:.4f}",
             f"{timedelta(seconds=round(left))} left" if step > first_step else "",
-            f"{speed.tokens_per_second:,.0f} tokens/s",
+            "" if speed.tokens_per_second is None else f"{speed.tokens_per_second:,.0f} tokens/s",
             "" if speed.share_of_peak is None else f"{100 * speed.share_of_peak:.1f} % of peak",
-            f"data wait {100 * speed.data_wait_share:.1f} %",
+            "" if speed.data_wait_share is None else f"data wait {100 * speed.data_wait_share:.1f} %",
         )
         self._line = "  ".join(filter(None, parts))
         if now - self._drawn < (LIVE_SECONDS if self._live else PLAIN_SECONDS):

@@ -58,6 +58,13 @@ def test_throughput_leaves_pauses_out_and_counts_waiting_for_data(monkeypatch):
     assert ThroughputMeter(3.0, None).speed.share_of_peak is None
 
 
+def test_there_is_no_speed_before_a_step_is_measured():
+    meter = ThroughputMeter(flops_per_token=3.0, peak_flops=100.0)
+    meter.restart(40)  # after the first step, which compiles
+    meter.update(40)
+    assert meter.speed == (None, None, None)
+
+
 def test_the_best_evaluation_is_that_of_the_lowest_loss_and_of_equal_ones_the_first():
     best = BestEvaluation()
     for step, loss in ((0, 3.0), (10, 2.0), (20, 2.0), (30, 2.5)):

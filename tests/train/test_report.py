@@ -230,6 +230,13 @@ def test_an_unknown_peak_is_not_shown():
     assert "peak" not in out.getvalue()
 
 
+def test_a_speed_that_is_not_measured_yet_is_not_shown():
+    out = io.StringIO()
+    with Progress(10, Console(file=out)) as progress:
+        progress.update(1, 5.0, Speed(None, None, None))
+    assert out.getvalue().splitlines() == ["step 1/10 (10 %)  loss 5.0000"]
+
+
 def test_only_the_first_process_shows_progress(monkeypatch, capfd):
     monkeypatch.setattr("jax.process_index", lambda: 1)
     with Progress(10) as progress:
