@@ -60,3 +60,5 @@ class GenerateConfig(Sampling, InferenceConfig):
         super().__post_init__()
         if bool(self.prompt) + bool(self.file) + self.jsonl != 1:
             raise UserError("give one of --prompt, --file and --jsonl")
+        if ".jsonl" in (self.file or ""):
+            raise UserError(f"file = {self.file!r}: is not a prompt a line; give JSON lines as --jsonl < {self.file}")

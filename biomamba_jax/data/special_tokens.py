@@ -1,7 +1,7 @@
 """Special tokens: which ones begin, end and pad a text, as the files next to a tokenizer state it.
 
-tokenizer_config.json counts first, then config.json, then generation_config.json; only an end-of-text token that none
-of them states is found by its name.
+tokenizer_config.json counts first, then special_tokens_map.json, config.json and generation_config.json; only an
+end-of-text token that none of them states is found by its name.
 """
 
 import json
@@ -15,7 +15,7 @@ from biomamba_jax.files import read_json
 
 EOS = "<|endoftext|>"
 EOS_NAMES = (EOS, "</s>", "<|end_of_text|>", "<eos>")
-TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG, _TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _NAMES = ("bos", "eos", "pad", "unk")
 
@@ -78,24 +78,29 @@ def read_stated(
       token: returns the text of a token.
 
     Returns:
-      tokenizer_config.json with the special tokens that config.json states by id, and the ids of those of "bos", "eos",
+      tokenizer_config.json with the special tokens that other files state, and the ids of those of "bos", "eos",
       "pad" and "unk" that are stated.
 
     Raises:
       UserError: a stated id or the stated end-of-text token is not in the vocabulary.
     """
     folder, ids = file.parent, dict[str, int]()
-    config = read_json(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).exists() else {}
+    files = [folder / name for name in (TOKENIZER_CONFIG, _TOKENS_MAP)]
+    config, tokens_map = (read_json(path) if path.exists() else {} for path in files)
     for name in _NAMES:
-        stated = config.get(f"{name}_token")
+        key = f"{name}_token"
+        path = files[config.get(key) is None and tokens_map.get(key) is not None]
+        if path.name == _TOKENS_MAP:
+            config[key] = tokens_map[key]
+        stated = config.get(key)
         text = stated.get("content") if isinstance(stated, dict) else stated
         if not isinstance(text, str | None):
-            raise UserError(f"{folder / TOKENIZER_CONFIG}: {name}_token = {stated!r:.100}: must be text, or null")
+            raise UserError(f"{path}: {key} = {stated!r:.100}: must be text, or null")
         found = None if text is None else token_id(text)
         if found is not None:
             ids[name] = found
         elif stated is not None and name == "eos":
-            raise UserError(f"{folder / TOKENIZER_CONFIG}: eos_token {text!r} is not a token of {file.name}")
+            raise UserError(f"{path}: eos_token {text!r} is not a token of {file.name}")
     if not isinstance(adds := config.get("add_bos_token"), bool | None):
         raise UserError(f"{folder / TOKENIZER_CONFIG}: add_bos_token = {adds!r:.100}: must be true or false")
     for path in (folder / "config.json", folder / "generation_config.json"):

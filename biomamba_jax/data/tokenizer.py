@@ -47,7 +47,7 @@ class Tokenizer(ABC):
         self.unknown_id: int | None = None
         """Id of the token that stands for text that has no other token; None if there is no such token."""
         self.config: dict[str, Any] = {}
-        """tokenizer_config.json next to the file, with the special tokens that config.json states by id."""
+        """tokenizer_config.json next to the file, with the special tokens that other files state."""
         stated: dict[str, int] = {}
         if path.name == self.filename:  # else one of several tokenizers: the files next to it may be another's
             self.config, stated = read_stated(path, vocab_size, self.token_id, self.token)

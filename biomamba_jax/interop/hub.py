@@ -27,7 +27,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
       UserError: there is no such folder, and the model cannot be had from the store or the hub; says why.
     """
     folder = local_copy(name)
-    if folder.is_dir() or not (isinstance(name, str) and HUB_NAME.fullmatch(name)):
+    if folder.exists() or not (isinstance(name, str) and HUB_NAME.fullmatch(name)):
         return folder  # a missing folder is refused by its reader
     return _download(name)
 

@@ -36,7 +36,7 @@ def dialect_of(path: str | os.PathLike[str]) -> Dialect:
     """
     folder = local_folder(path)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give the folder of a model")
+        raise UserError(f"{folder}: {'is a file' if folder.exists() else 'no such folder'}; give the folder of a model")
     if (folder / native.MODEL_JSON).exists():
         return "native"
     if (folder / "checkpoints").is_dir():

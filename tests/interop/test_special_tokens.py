@@ -117,6 +117,7 @@ def test_a_given_tokenizer_takes_the_place_of_the_input_s(folder, tmp_path):
 STATEMENTS = {
     "tokenizer_config.json": {"eos_token": "<over>"},
     "tokenizer_config.json, as an object": {"eos_token": {"content": "<over>", "lstrip": False}},
+    "special_tokens_map.json": {"eos_token": "<over>"},
     "config.json": {"eos_token_id": 257},
     "generation_config.json": {"eos_token_id": [257, 256]},
 }
@@ -135,6 +136,7 @@ def test_the_end_of_text_that_a_file_states_wins_over_a_known_name(tmp_path, fil
 def test_of_two_statements_that_of_the_tokenizer_s_own_config_counts(tmp_path):
     path = write_byte_level(tmp_path / "t", ["<a>", "<b>", "<c>"], eos_token="<b>")
     (tmp_path / "t" / "config.json").write_text('{"eos_token_id": 258, "bos_token_id": 256}')
+    (tmp_path / "t" / "special_tokens_map.json").write_text('{"eos_token": "<c>"}')
     assert load_tokenizer(path).special.named == {"eos": 257, "bos": 256}
 
 
@@ -148,6 +150,8 @@ def test_of_two_statements_that_of_the_tokenizer_s_own_config_counts(tmp_path):
             {"bos_token": ["<s>"]},
             r"bos_token = \[.<s>.\]: must be text",
         ),
+        ("special_tokens_map.json", {"eos_token": "<no>"}, "special_tokens_map.json: eos_token '<no>' is not a token"),
+        ("special_tokens_map.json", {"pad_token": 7}, "special_tokens_map.json: pad_token = 7: must be text"),
         ("tokenizer_config.json", {"add_bos_token": "false"}, "add_bos_token = 'false': must be true or false"),
         ("config.json", {"bos_token_id": 300}, "config.json: bos_token_id = 300, but there are only 257 ids"),
         ("generation_config.json", {"pad_token_id": -2}, "generation_config.json: pad_token_id = -2, but there"),
