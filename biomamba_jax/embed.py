@@ -79,6 +79,7 @@ def embed(config: EmbedConfig) -> None:
         seconds = time.perf_counter() - start
         if config.index != "none":
             folder.build_index(len(sizes), config.index)
+        folders.write_digests(output)
     rows = [("texts", f"{sum(sizes):,}"), ("of them embedded now", f"{new:,}")]
     rows += [(f"left out: {reason}", f"{count:,}") for reason, count in sorted(left_out.items())]
     rows += [("tokens per second, compilation included", f"{embedder.tokens / seconds:,.0f}")] if new else []

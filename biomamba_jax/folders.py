@@ -16,6 +16,7 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import naming_errors, write_text
 
 _LOG = logging.getLogger(__name__)
+_LOCK = "lock"
 DIGESTS = "SHA256SUMS"
 """Name of a folder's file of digests, which `sha256sum --check` reads."""
 
@@ -41,8 +42,8 @@ def state_of(folder: str | os.PathLike[str]) -> str:
 
 
 def write_digests(folder: Path) -> None:
-    """Write the sha256 of every file below a folder into its SHA256SUMS."""
-    names = _files_below(folder)
+    """Write the sha256 of every file below a folder, but of its lock, into its SHA256SUMS."""
+    names = [name for name in _files_below(folder) if name != _LOCK]
     lines = [f"{digest}  {name}\n" for digest, name in zip(_sha256_of(folder, names), names, strict=True)]
     write_text(folder / DIGESTS, "".join(lines))
 
@@ -114,7 +115,7 @@ def locked(folder: str | Path, name: Path | None = None, *, wait: bool = False) 
     name = name or folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "a+b", buffering=0)  # noqa: SIM115
+        lock = open(folder / _LOCK, "a+b", buffering=0)  # noqa: SIM115
     except OSError as error:
         raise UserError(f"{name}: cannot be made ({error.strerror}); name another folder") from None
     with lock:

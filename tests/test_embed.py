@@ -57,6 +57,7 @@ def test_an_interrupted_run_continues_with_the_parts_that_are_missing(folder, tm
     before = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in output.glob("part-*")}
     (output / "part-00001.parquet").unlink()
     about = json.loads((output / "embed.json").read_text())
+    (output / "SHA256SUMS").unlink()  # which is written last
     (output / "embed.json").write_text(json.dumps({key: about[key] for key in ("model", "settings", "probe")}))
     with pytest.raises(UserError, match="not complete"):
         EmbeddingFolder.open(output)
@@ -138,6 +139,22 @@ def test_search_with_another_model_or_without_an_index_is_refused(folder, index,
     run(folder, tmp_path / "plain")
     with pytest.raises(UserError, match="--index exact"):
         main(["search", "insulin", "--index", str(tmp_path / "plain")])
+
+
+@pytest.mark.parametrize("name", ["index.faiss", "part-00000.npy", "part-00000.jsonl"])
+def test_a_flipped_byte_is_noticed_by_a_search_and_by_the_next_run(folder, tmp_path, name):
+    words = ["--index", "exact", "--format", "npy"]
+    run(folder, tmp_path / "out", *words)
+    run(folder, tmp_path / "out", *words)  # a finished one is left whole
+    content = bytearray((tmp_path / "out" / name).read_bytes())
+    content[-3] ^= 1
+    (tmp_path / "out" / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: is damaged .*; remove it, or .* and run `embed` again"):
+        main(["search", "insulin", "--index", str(tmp_path / "out")])
+    with pytest.raises(UserError, match=f"{name}: is damaged"):
+        run(folder, tmp_path / "out", *words)
+    (tmp_path / "out" / name).unlink()
+    run(folder, tmp_path / "out", *words)
 
 
 def test_training_on_json_lines_raises_retrieval_of_the_same_pairs(tmp_path, capsys):

@@ -112,7 +112,7 @@ def test_a_single_prompt_grows_on_a_terminal(folder, expected):
         (["--model", __file__, "--prompt", "a"], "test_generate_command.py: is a file; give the folder of a model"),
         (
             ["--model", "m", "--file", "a.jsonl"],
-            "file = 'a.jsonl': is not a prompt a line; give JSON lines as --jsonl <",
+            "file = 'a.jsonl': is not a prompt a line; give JSON lines as --jsonl",
         ),
         (["--model", "DIR", "--file", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--model", "DIR", "--prompt", "a", "--top_p", "2"], "top_p = 2.0"),

@@ -5,6 +5,7 @@ part-00000.parquet    columns id, title (the text's first line, at most 200 char
 part-00000.npy        format npy: embeddings [texts D]; ids and titles in part-00000.jsonl
 part-00000.jsonl      format jsonl: {"id", "title", "embedding"} a line
 index.faiss           a faiss index of the normalized embeddings, in the order of the parts
+SHA256SUMS            digests of all these files, written last
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from biomamba_jax.config.embed import Format, Pooling
 from biomamba_jax.errors import UserError
 from biomamba_jax.extras import extra
 from biomamba_jax.files import read_array, read_json, read_json_lines, replacing, write_json, write_json_lines
+from biomamba_jax.folders import DIGESTS, check_digests
 from biomamba_jax.tasks.documents import Document
 
 ABOUT, INDEX = "embed.json", "index.faiss"
@@ -66,9 +68,10 @@ class EmbeddingFolder:
         """Return a complete folder and the content of its embed.json.
 
         Raises:
-          UserError: it is not such a folder, or not complete.
+          UserError: it is not such a folder, damaged, or not complete.
         """
         about = _read_about(path)
+        _check_digests(path)
         if "parts" not in about:
             raise UserError(f"{path}: is not complete; run the same `embed` command again")
         return cls(path, about["settings"]["format"]), about
@@ -88,6 +91,8 @@ class EmbeddingFolder:
             write_json(self.path / ABOUT, {"model": model, "settings": settings, "probe": probe.tolist()})
             return
         before = _read_about(self.path)
+        _check_digests(self.path)
+        (self.path / DIGESTS).unlink(missing_ok=True)  # of what may be written next
         changed = [key for key in settings if before["settings"].get(key) != settings[key]]
         if not changed and not same_vector(before["probe"], probe):
             changed = ["weights of model"]
@@ -105,8 +110,8 @@ class EmbeddingFolder:
         return self.path / f"part-{number:05d}.{suffix or self._format}"
 
     def has(self, number: int) -> bool:
-        """Return True if a part is there."""
-        return self._part(number).exists()
+        """Return True if a part is there, with its ids."""
+        return all(self._part(number, suffix).exists() for suffix in {"npy": ("npy", "jsonl")}.get(self._format, ("",)))
 
     def write(self, number: int, part: Part) -> None:
         """Write a part, whole or not at all."""
@@ -207,6 +212,13 @@ def _read_about(path: Path) -> dict[str, Any]:
     ):
         raise UserError(f"{path / ABOUT}: was not written by `embed`; remove the folder and embed again")
     return about
+
+
+def _check_digests(path: Path) -> None:
+    try:
+        check_digests(path, complete=False)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, or if it is embed.json the folder, and run `embed` again") from None
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:
