@@ -61,7 +61,6 @@ class Program(NamedTuple):
     kernels: tuple[Kernel, ...]
     mosaic_calls: int  # in the optimised module
     temporary_bytes: int
-    largest_array: int  # elements, those inside fusions included
 
 
 def compiled(builder: str, **arguments: Any) -> Program:
@@ -100,7 +99,6 @@ def _compile(builder: str, arguments: dict[str, Any]) -> dict[str, int]:
     from jax.experimental import topologies
 
     from biomamba_jax.ops import dispatch
-    from biomamba_jax.planning.hlo import largest_array
 
     topology = topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology="1x1x8")
     module, name = builder.split(":")
@@ -113,7 +111,6 @@ def _compile(builder: str, arguments: dict[str, Any]) -> dict[str, int]:
     return {
         "mosaic_calls": done.as_text().count('custom_call_target="mosaic_gpu'),
         "temporary_bytes": memory.temp_size_in_bytes,
-        "largest_array": largest_array(done.as_text()),
     }
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 from biomamba_jax.errors import UserError
 from biomamba_jax.planning.cycles import kernel_cycles, other_cycles
-from biomamba_jax.planning.hlo import largest_array
 
 _CHILD_ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -108,8 +107,6 @@ class Estimate:
     """Bytes of the results."""
     temporary_bytes: int = 0
     """Bytes of everything else that is allocated."""
-    largest_array: int = 0
-    """Elements of the largest array in the program, those inside fusions included."""
     static_cycles: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Cycles of each Pallas call by name, if the static profile was requested."""
     xla_cycles: int | None = 0
@@ -172,7 +169,6 @@ def _compile(request: Request) -> Estimate:
         argument_bytes=memory.argument_size_in_bytes,
         output_bytes=memory.output_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        largest_array=largest_array(text),
         static_cycles=kernel_cycles(text),
         xla_cycles=other_cycles(text),
     )

@@ -1,7 +1,6 @@
 """Parses the text of an optimized HLO module (`jax.stages.Compiled.as_text()`) into computations of instructions."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 
@@ -85,12 +84,6 @@ def called_computations(i: Instruction) -> dict[str, list[str]]:
         if listed := re.search(key + r"=\{([^}]*)\}", i.attributes):
             found[key] = re.findall(r"%?([\w.\-]+)", listed[1])
     return found
-
-
-def largest_array(text: str) -> int:
-    """Return the number of elements of the largest array in a module, those inside fusions included."""
-    shapes = re.findall(r"\b(?:pred|[a-z]+\d\w*)\[([\d,]+)\]", text)
-    return max((math.prod(map(int, shape.split(","))) for shape in shapes), default=0)
 
 
 def is_kernel(i: Instruction) -> bool:
