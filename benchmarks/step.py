@@ -56,6 +56,7 @@ class TrainingStep:
     """The compiled step with its state and one random batch: each call trains once and returns when that is done."""
 
     def __init__(self, config: StepBenchmark) -> None:
+        processor.keep_freed_memory()  # as `pretrain` does; nothing where the allocator's setting is huge-pages
         mesh = make_mesh(config.mesh)
         program = pretrain_program(config, mesh, config.train.steps or 1000)
         shape = rows_per_host(config.data.batch_size, mesh), config.data.sequence_length

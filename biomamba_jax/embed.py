@@ -22,7 +22,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax import folders
+from biomamba_jax import folders, processor
 from biomamba_jax.command_line import log_to_stderr, parse, run_command, run_subcommand
 from biomamba_jax.config.embed import ContrastiveConfig, EmbedConfig, RetrievalConfig, SearchConfig
 from biomamba_jax.errors import UserError
@@ -109,6 +109,7 @@ def train(argv: Sequence[str], doc: str) -> None:
     """Train a model so that a text's first line, such as a title, is near the rest of it (InfoNCE)."""
     log_to_stderr()
     config = parse(ContrastiveConfig, argv, doc)
+    processor.keep_freed_memory()
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes
 
     with processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
@@ -186,7 +187,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not run_subcommand(SUBCOMMANDS, words, "python -m biomamba_jax.embed"):
-        embed(parse(EmbedConfig, words, __doc__))
+        config = parse(EmbedConfig, words, __doc__)
+        processor.keep_freed_memory()
+        embed(config)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from biomamba_jax import processor
 from biomamba_jax.command_line import parse, run_command, to_yaml
 from biomamba_jax.config import EvaluateConfig
 
@@ -54,7 +55,9 @@ def _evaluate(config: EvaluateConfig, output: Path) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
-    print(f"report: {evaluate(parse(EvaluateConfig, argv, __doc__))}")
+    config = parse(EvaluateConfig, argv, __doc__)
+    processor.keep_freed_memory()
+    print(f"report: {evaluate(config)}")
 
 
 if __name__ == "__main__":

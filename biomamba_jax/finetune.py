@@ -15,7 +15,7 @@ extra).
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from biomamba_jax import folders
+from biomamba_jax import folders, processor
 from biomamba_jax.command_line import log_to_stderr, parse, run_command
 from biomamba_jax.config import FinetuneConfig
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
     log_to_stderr()
     config = parse(FinetuneConfig, argv, __doc__)
+    processor.keep_freed_memory()
     import jax
 
     from biomamba_jax.parallel.distributed import exit_if_stopped, processes

@@ -14,7 +14,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from biomamba_jax import files, folders
+from biomamba_jax import files, folders, processor
 from biomamba_jax.command_line import log_to_stderr, parse, run_command
 from biomamba_jax.config import PretrainConfig
 from biomamba_jax.errors import UserError
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_if_missing(config)
             write_baselines(config)
         distributed.barrier("data", timeout=distributed.DATA_TIMEOUT)
+        processor.keep_freed_memory()
         complete = train(*with_initial_weights(config), measure=task_evaluation(config))
         if first:
             show_results(Path(config.run_dir))
