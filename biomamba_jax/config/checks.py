@@ -38,6 +38,10 @@ Fraction = Annotated[float, Limit("in [0, 1]", lambda x: 0 <= x <= 1)]
 FractionBelowOne = Annotated[float, Limit("in [0, 1)", lambda x: 0 <= x < 1)]
 PositiveFraction = Annotated[float, Limit("in (0, 1]", lambda x: 0 < x <= 1)]
 InnerFraction = Annotated[float, Limit("in (0, 1)", lambda x: 0 < x < 1)]
+Files = Annotated[
+    list[str], Limit("files, each named once", lambda files: isinstance(files, str) or len(set(files)) == len(files))
+]
+"""Paths of files; a file that is named twice would count twice."""
 LocalFolder = Annotated[
     str,
     Limit(

@@ -12,7 +12,7 @@ from biomamba_jax.config.train import OptimizerConfig, RunConfig, TrainConfig
 
 Pooling = Literal["mean", "last", "weighted"]
 Format = Literal["parquet", "npy", "jsonl"]
-Paths = Annotated[list[str], checks.Limit("a list of at least one file or folder", bool)]
+Paths = Annotated[checks.Files, checks.Limit("a list of at least one file or folder", bool)]
 
 
 @dataclass(frozen=True, kw_only=True)

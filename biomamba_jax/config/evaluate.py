@@ -35,7 +35,7 @@ def check_template(key: str, template: str, fields: tuple[str, ...]) -> None:
 class DomainConfig(TextFields, section="domains.NAME"):
     """A text domain to measure perplexity on."""
 
-    path: Annotated[str | list[str], Limit("a folder of shards, or files", bool)] = ""
+    path: Annotated[str | checks.Files, Limit("a folder of shards, or files", bool)] = ""
     """A folder of shards, also gs://bucket/folder, or files: what prepare reads (.jsonl, .txt, .parquet ...) or BioASQ
     questions (.json)."""
     split: str = "test"
@@ -87,9 +87,9 @@ class PubMedQAConfig(Settings, section="pubmedqa"):
 class BioASQConfig(Settings, section="bioasq"):
     """BioASQ task B (Tsatsaronis et al. 2015): questions with snippets, answered by yes or no, names, or sentences."""
 
-    path: list[str] = field(default_factory=list)
+    path: checks.Files = field(default_factory=list)
     """Golden files, one per batch; default: no BioASQ."""
-    development: list[str] = field(default_factory=list)
+    development: checks.Files = field(default_factory=list)
     """Golden files of earlier years, to fit thresholds on."""
     types: Annotated[list[QuestionKind], Limit("a list of yesno, factoid, list or summary", bool)] = field(
         default_factory=lambda: ["yesno", "factoid", "list"]
@@ -130,9 +130,9 @@ class BioASQConfig(Settings, section="bioasq"):
 class MultipleChoiceConfig(Settings, section="multiple_choice.NAME"):
     """Questions with options: MedQA, MedMCQA, MMLU's subjects."""
 
-    path: Annotated[list[str], Limit("a list of at least one file", bool)] = field(default_factory=list)
+    path: Annotated[checks.Files, Limit("a list of at least one file", bool)] = field(default_factory=list)
     """Files to answer, as published: JSON lines, Parquet, or MMLU's .csv."""
-    train: list[str] = field(default_factory=list)
+    train: checks.Files = field(default_factory=list)
     """Files of the training split, from which examples are shown and the most frequent letter is known."""
     shots: NonNegativeInt = 0
     """Number of examples before a question: the first ones of its subject in `train`, or of all."""

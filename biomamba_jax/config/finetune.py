@@ -20,11 +20,11 @@ class ExamplesConfig(RowsConfig):
     format: Literal["examples", "conll", "pubtator", "bioc", "marked", "spans", "tsv", "squad"] = "examples"
     """Format of the files: JSON lines of prompts and answers, or annotated texts for a head; see
     docs/text_mining.md."""
-    files: list[str] = field(default_factory=list)
+    files: checks.Files = field(default_factory=list)
     """Files of the training split."""
-    development: list[str] = field(default_factory=list)
+    development: checks.Files = field(default_factory=list)
     """Files of the development split, for early stopping; default: a fraction of `files`."""
-    test: list[str] = field(default_factory=list)
+    test: checks.Files = field(default_factory=list)
     """Files of the test split, predicted at the end."""
     prompt: str = "{prompt}"
     """Template of the prompt; {name} stands for that key of the line."""

@@ -31,7 +31,7 @@ LEAST_SHARED = 4
 _BLOCK_ROWS = 4096
 _PMID_URL = re.compile(r"(?:/pubmed|pubmed\.ncbi\.nlm\.nih\.gov)/(\d{1,8})/?$")
 # A value of these keys is text, or the file is damaged.
-_TEXT_KEYS = ("question", "contexts", "long_answer", "body", "text")
+_TEXT_KEYS = ("question", "contexts", "context", "long_answer", "ideal_answer", "body", "text", "abstract", "sentence")
 
 
 class Item(NamedTuple):

@@ -162,13 +162,14 @@ def _as_text(where: str, key: str, value: Any) -> str:
 def _identity(where: str, key: str, value: Any) -> tuple[int, str]:
     """Return a row's (PMID, other id), of which one is set at most; a key called pmid holds PMIDs.
 
-    Numbers may be written as tables write them: 3.0, or "3".
+    Numbers may be written as tables write them: 3.0, or "3", or NaN where there is none.
     """
+    value = None if value != value else value
     whole = isinstance(value, float) and value.is_integer()
     text = "" if value is None else clean_line(clean_document(str(int(value) if whole else value)))
     is_pmid = key.rpartition(".")[2].lower() == "pmid"
     valid = text.isascii() and text.isdecimal() and int(text[:11]) < 2**32 if is_pmid else len(text.encode()) < 2**16
-    if text and (not valid or isinstance(value, bool | list | dict)):
+    if text and (not valid or isinstance(value, bool | list | dict | bytes)):
         what = "a PMID" if is_pmid else "an id"
         raise UserError(f"{where}: its {key!r} is {value!r:.60}, not {what}; correct it or name another key with --id")
     return (int(text or 0), "") if is_pmid else (0, text)

@@ -14,7 +14,7 @@ from biomamba_jax import files
 from biomamba_jax.config import EvaluateConfig, MultipleChoiceConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
-from biomamba_jax.tasks import multiple_choice, paper, paper_v1
+from biomamba_jax.tasks import multiple_choice, paper, paper_v1, pubmedqa
 from biomamba_jax.tasks import question_answering as qa
 from biomamba_jax.tasks.documents import Document, read_domain
 from biomamba_jax.tasks.load_scorer import check_model, load_scorer
@@ -268,7 +268,9 @@ def _resampling(config: EvaluateConfig) -> Resampling:
 def _pubmedqa(config: EvaluateConfig) -> tuple[Task, Answer]:
     protocol, resampling = _protocol(config), _resampling(config)
     split, left_out = protocol.read_pubmedqa(config.pubmedqa, config.seed)
-    title = "PubMedQA, official test set"
+    title, size = "PubMedQA, official test set", len(split.test) + sum(left_out.values())
+    if size != pubmedqa.OFFICIAL_SIZE:
+        title = f"PubMedQA's split of another file, {size:,} test questions and not {pubmedqa.OFFICIAL_SIZE}"
     if config.protocol == "paper":
         title = f"PubMedQA, {len(split.test)} random questions, thresholds chosen on them (protocol paper)"
     elif left_out:
@@ -284,7 +286,11 @@ def _bioasq(config: EvaluateConfig) -> tuple[Task, Answer]:
     if config.protocol == "paper":
         bioasq, title = dataclasses.replace(bioasq, types=["yesno"]), f"{title}, yes/no only (protocol paper)"
     questions, left_out = qa.read_bioasq(bioasq, bioasq.path)
-    development = qa.read_bioasq(bioasq, bioasq.development)[0] if bioasq.thresholds != "none" else []
+    known = qa.read_bioasq(bioasq, bioasq.development)[0] if bioasq.thresholds != "none" else []
+    asked = {question.question for question in questions}
+    development = [question for question in known if question.question not in asked]  # later files repeat earlier ones
+    if leaked := len(known) - len(development):
+        title += f"; {leaked:,} development questions, which are asked too, are left out of the thresholds"
     majority = protocol.bioasq_majority(questions, resampling)
     answer = partial(
         protocol.answer_bioasq, config=bioasq, questions=questions, development=development, resampling=resampling

@@ -20,6 +20,8 @@ from biomamba_jax.errors import UserError
 from biomamba_jax.files import read_json
 
 _SEED = 0
+OFFICIAL_SIZE = 500
+"""Number of questions of the authors' test set."""
 
 
 @dataclass(frozen=True)

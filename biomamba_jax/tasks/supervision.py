@@ -4,6 +4,7 @@ Each task is split into examples to train on, to stop early by (development) and
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,7 +112,21 @@ def _json_lines(config: ExamplesConfig) -> SupervisedTask:
     train, development = read(config.files), read(config.development)
     if not config.development:
         train, development = held_out_share(train, config.development_fraction, _PROMPT)
-    return SupervisedTask("examples", train, development, read(config.test))
+    test = read(config.test)
+    return SupervisedTask("examples", train, development, test, messages=_shared(train, development, test))
+
+
+def _shared(train: Sequence[Example], development: Sequence[Example], test: Sequence[Example] = ()) -> list[str]:
+    """Return a line for each two splits that share prompts."""
+    splits = {"training": train, "development": development, "test": test}
+    prompts = {name: {example.prompt for example in examples} for name, examples in splits.items()}
+    pairs = itertools.combinations(prompts, 2)
+    counts = {(one, other): len(prompts[one] & prompts[other]) for one, other in pairs}
+    return [
+        f"{count:,} prompts of the {other} split are also in the {one} split"
+        for (one, other), count in counts.items()
+        if count
+    ]
 
 
 def _pubmedqa(config: PubMedQAConfig, fold: int, development_fraction: float) -> SupervisedTask:
@@ -158,10 +173,12 @@ def _bioasq(config: BioASQConfig, development_fraction: float) -> list[Supervise
         if not config.development:
             train, development = held_out_share(train, development_fraction, _PROMPT)
         if train or development:
-            tasks.append(SupervisedTask(name, train, development, answers=answers))
+            messages = _shared(train, development)
+            tasks.append(SupervisedTask(name, train, development, answers=answers, messages=messages))
     if counts := Counter(left_out) + Counter(others):
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
-        tasks[0] = dataclasses.replace(tasks[0], messages=[f"bioasq: questions left out: {reasons}"])
+        messages = [*tasks[0].messages, f"bioasq: questions left out: {reasons}"]
+        tasks[0] = dataclasses.replace(tasks[0], messages=messages)
     return tasks
 
 

@@ -231,6 +231,8 @@ def test_binary_columns_of_parquet_are_text_where_they_are_utf_8(tmp_path):
         ({"1": {"QUESTION": ASKED, "CONTEXTS": [ASKED, 5]}}, "CONTEXTS"),
         ({"1": {"QUESTION": ASKED, "LONG_ANSWER": {"a": 1}}}, "LONG_ANSWER"),
         ({"questions": [{"id": "1", "body": True}]}, "body"),
+        ({"questions": [{"id": "1", "body": ASKED, "ideal_answer": [2]}]}, "ideal_answer"),
+        ({"data": [{"id": "1", "context": 7, "qas": [{"question": ASKED}]}]}, "context"),
         ({"questions": [{"id": "1", "body": ASKED, "snippets": [{"text": 3.5}]}]}, "text"),
     ],
 )

@@ -168,6 +168,15 @@ def test_an_id_is_a_pmid_only_where_its_key_says_so(tmp_path):
     assert [(r.pmid, r.id) for r in candidates(path, id="meta.PMID")] == [(7, "")]
 
 
+def test_an_id_that_is_nan_is_missing_and_bytes_are_refused(tmp_path):
+    ids = pyarrow.table({"text": TEXTS[:2], "id": [7.0, float("nan")]})  # as pandas has them where some are missing
+    parquet.write_table(ids, tmp_path / "a.parquet")
+    assert [record.id for record in candidates(tmp_path / "a.parquet", id="id")] == ["7", ""]
+    parquet.write_table(pyarrow.table({"text": TEXTS[:1], "id": [b"x"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet, row 1: its 'id' is b'x', not an id"):
+        candidates(tmp_path / "b.parquet", id="id")
+
+
 def test_a_list_of_strings_is_text_of_as_many_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines({"parts": TEXTS[:2]}))
     assert [record.text for record in candidates(tmp_path / "a.jsonl", text="parts")] == ["\n".join(TEXTS[:2])]

@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from biomamba_jax.config import BioASQConfig, DomainConfig
+from biomamba_jax.config import BioASQConfig, DomainConfig, EvaluateConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.bioasq import read_questions
 from biomamba_jax.tasks.documents import read_domain
+from biomamba_jax.tasks.evaluation import read_inputs
 
 
 def question(kind="factoid", **changes):
@@ -53,6 +54,23 @@ def test_ideal_answers_and_snippets_of_old_files_are_strings(tmp_path):
     (read,) = read_questions(write(tmp_path, question(ideal_answer="It is.", snippets=["one", "two"])))
     assert (read.ideal_answers, read.snippets) == (("It is.",), ("one", "two"))
     assert read.prompt(BioASQConfig(max_snippets=1)).startswith("one\n\nQuestion: ")
+
+
+def test_thresholds_are_not_fitted_on_questions_that_are_asked(tmp_path):
+    asked = write(tmp_path, question("yesno", body="Is it?", exact_answer="yes"))
+    known = (
+        asked.rename(tmp_path / "asked.json"),
+        write(tmp_path, *(question("yesno", body=body, exact_answer="no") for body in ("Is it?", "Is it not?"))),
+    )
+    bioasq = {"path": [str(known[0])], "development": [str(known[1])], "thresholds": "accuracy"}
+    inputs = read_inputs(EvaluateConfig(models={"m": "unused"}, bioasq=BioASQConfig(**bioasq)))
+    assert "1 development questions, which are asked too, are left out" in inputs.tasks["bioasq"].title
+    assert [each.question for each in inputs.answer["bioasq"].keywords["development"]] == ["Is it not?"]
+
+
+def test_a_file_that_is_named_twice_is_refused():
+    with pytest.raises(UserError, match=r"bioasq\.path = .*: must be files, each named once"):
+        BioASQConfig(path=["a.json", "a.json"])
 
 
 def test_its_own_text_is_a_domain_each_question_a_document(tmp_path):

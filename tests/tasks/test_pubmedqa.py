@@ -7,7 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from biomamba_jax.config import EvaluateConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
+from biomamba_jax.tasks.evaluation import read_inputs
 from biomamba_jax.tasks.pubmedqa import Question, official_split, random_test, read_questions, stratified_sample
 
 
@@ -36,6 +38,17 @@ def test_every_question_is_in_the_test_set_or_in_one_fold(questions):
     split = official_split(questions)
     assert sorted(map(id, split.test + split.development)) == sorted(map(id, questions))
     assert [len(fold) for fold in split.folds] == [50] * 10
+
+
+@pytest.mark.parametrize(
+    ("repeats", "title"),
+    [(1, "PubMedQA, official test set"), (2, "PubMedQA's split of another file, 1,000 test questions and not 500")],
+)
+def test_only_the_authors_file_gives_the_official_test_set(tmp_path, repeats, title):
+    answers = (["yes"] * 552 + ["no"] * 338 + ["maybe"] * 110) * repeats
+    path = write(tmp_path / "q.json", {str(i): entry(a) for i, a in enumerate(answers)})
+    config = EvaluateConfig(models={"m": "unused"}, pubmedqa=PubMedQAConfig(path=str(path)), resamples=2)
+    assert read_inputs(config).tasks["pubmedqa"].title == title
 
 
 def test_labels_are_spread_evenly_over_the_test_set_and_the_folds(questions):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from biomamba_jax.config import BioASQConfig, FinetuneConfig, PubMedQAConfig
+from biomamba_jax.config import BioASQConfig, ExamplesConfig, FinetuneConfig, PubMedQAConfig
 from biomamba_jax.errors import UserError
 from biomamba_jax.tasks.supervision import read_tasks
 
@@ -49,7 +49,7 @@ def test_the_folds_development_questions_are_the_500_that_are_not_the_test(path)
 
 def test_questions_of_bioasq_that_are_not_learnt_are_counted(tmp_path):
     answers = {"yesno": "yes", "factoid": [["a"]], "list": None, "summary": None}
-    questions = [{"type": kind, "body": "?", "exact_answer": answer} for kind, answer in answers.items()]
+    questions = [{"type": kind, "body": f"{kind}?", "exact_answer": answer} for kind, answer in answers.items()]
     (tmp_path / "b.json").write_text(json.dumps({"questions": questions}))
     asked = BioASQConfig(path=[str(tmp_path / "b.json")])
     first, second = read_tasks(FinetuneConfig(init_from="unused", bioasq=asked))
@@ -57,3 +57,16 @@ def test_questions_of_bioasq_that_are_not_learnt_are_counted(tmp_path):
     assert not second.messages
     with pytest.raises(UserError, match=r"b\.json: no question of bioasq.types \(list\) with a golden answer"):
         read_tasks(FinetuneConfig(init_from="unused", bioasq=dataclasses.replace(asked, types=["list"])))
+
+
+def test_prompts_that_two_splits_share_are_said(tmp_path):
+    lines = [{"prompt": f"Is {word}?", "answer": " yes"} for word in "abcd"]
+    for name, part in (("train", lines[:3]), ("dev", lines[2:]), ("test", lines[3:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    files, development, test = ([str(tmp_path / f"{name}.jsonl")] for name in ("train", "dev", "test"))
+    data = ExamplesConfig(files=files, development=development, test=test)
+    [task] = read_tasks(FinetuneConfig(init_from="unused", data=data))
+    assert task.messages == [
+        "1 prompts of the development split are also in the training split",
+        "1 prompts of the test split are also in the development split",
+    ]
