@@ -79,7 +79,9 @@ def evaluate_blurb(config: EvaluateConfig) -> Path:
     """
     output, here = Path(config.output), {name: data for name, each in SETS.items() if (data := _data(config, each))}
     if not here:
-        raise UserError(f"blurb.data = {config.blurb.data!r}: has none of {', '.join(s.folder for s in SETS.values())}")
+        raise UserError(
+            f"blurb.data = {config.blurb.data!r}: has none of {', '.join({s.folder: s for s in SETS.values()})}"
+        )
     given = config.blurb
     recipe = f"--data.batch_size={given.batch_size} --optimizer.learning_rate={given.learning_rate} {_RECIPE}".split()
     recipe += [f"--train.epochs={given.epochs}", f"--train.steps={'null' if given.steps is None else given.steps}"]

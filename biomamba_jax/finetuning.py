@@ -10,11 +10,12 @@ from typing import Any
 import jax
 
 from biomamba_jax import encoder_training, files, folders
-from biomamba_jax.config import FinetuneConfig
+from biomamba_jax.config import FinetuneConfig, RowsConfig
 from biomamba_jax.config.finetune import FOLDS
 from biomamba_jax.data.examples import EncodedExamples, encode_examples, encode_texts
 from biomamba_jax.errors import UserError
 from biomamba_jax.interop import Weights, read_model
+from biomamba_jax.interop import run_dir as run_files
 from biomamba_jax.tasks import mining_measures
 from biomamba_jax.tasks.annotate import HeadModel
 from biomamba_jax.tasks.answers import Prediction, label_predictions
@@ -72,6 +73,13 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
         encoder_training.train(config, encoder, encoded("train"), encoded("development"))
     elif not finetune(config, weights, encoded("train"), encoded("development")):
         return None
+    # A finished run trains nothing and keeps its config.yaml: figures of other data would not be what that says.
+    asked = run_files.changed(run_files.read_settings(Path(config.run_dir)), dataclasses.asdict(config))
+    shape = tuple(f"data.{field.name}" for field in dataclasses.fields(RowsConfig))
+    if others := [key for key in asked if key.startswith(("data.", "pubmedqa.", "bioasq.")) and key not in shape]:
+        raise UserError(
+            f"{config.run_dir}: is finished, and was trained with another {others[0]}; give another run_dir"
+        )
     return answer(config, tasks) if jax.process_count() == 1 else {}
 
 

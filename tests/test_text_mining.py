@@ -242,6 +242,16 @@ def test_a_classifier_of_an_earlier_version_is_still_read(tmp_path):
     [
         (["--data.format=conll"], "data.format = 'conll': needs a head"),
         (["--reading=echo"], "reading = 'echo': needs a head"),
+        (["--data.types=Disease"], r"data.types = .'Disease'.: has no effect with data.format examples"),
+        (
+            ["--head=classifier", "--data.format=tsv", "--data.relation=CID"],
+            "data.relation = 'CID': has no effect with",
+        ),
+        (
+            ["--head=span", "--data.format=squad", "--data.negative=no"],
+            "data.negative = 'no': has no effect with .* span",
+        ),
+        (["--pubmedqa.max_questions=3"], "pubmedqa.max_questions = 3: counts in `evaluate`, not here"),
         (["--head=span", "--loss.z_loss=0.1"], "loss.z_loss = 0.1: must be 0 for head span"),
         (["--head=multi_label", "--data.format=tsv", "--data.test=[a.tsv]"], "is byte for byte a.tsv"),
     ],
@@ -253,6 +263,25 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, monkeypatch, settings, m
     Path("b.tsv").write_text("the cell\tx\n")
     with pytest.raises(UserError, match=message):
         finetune([*SETTINGS, "--data.files=[b.tsv]", "--data.development=[a.tsv]", "--train.steps=1", *settings])
+
+
+def test_results_of_a_finished_run_stay_those_of_the_data_that_its_config_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_tiny_model(Path("base"), "mamba2", train_tokenizer(tmp_path))
+    lines = [json.dumps({"text": text.text, "label": text.text[0]}) + "\n" for text in texts(20)]
+    Path("train.jsonl").write_text("".join(lines))
+    Path("test.jsonl").write_text(lines[0] + lines[1])
+    given = [*SETTINGS, "--head=classifier", "--data.format=spans", "--data.files=train.jsonl", "--train.steps=1"]
+    finetune(given)
+    before = Path("run/results.json").read_text()
+    Path("run/results.json").unlink()
+    finetune([*given, "--data.batch_size=4", "--optimizer.learning_rate=1"])  # nothing that the results depend on
+    assert Path("run/results.json").read_text() == before
+    with pytest.raises(
+        UserError, match=r"run: is finished, and was trained with another data\.test; give another run_dir"
+    ):
+        finetune([*given, "--data.test=test.jsonl"])
+    assert Path("run/results.json").read_text() == before
 
 
 def test_relations_of_documents_are_learnt_as_pairs(tmp_path, monkeypatch):

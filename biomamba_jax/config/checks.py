@@ -135,7 +135,8 @@ def _words(leaf: Any, key: str) -> str:
     if get_origin(leaf) is dict:
         return f"a mapping; write --{key}.NAME VALUE"
     if dataclasses.is_dataclass(leaf):
-        return f"a mapping with keys such as {next(iter(field_types(leaf)))}"
+        known = field_types(leaf)
+        return f"a mapping with keys such as {'path' if 'path' in known else next(iter(known))}"
     return _WORDS.get(leaf, "a list")
 
 

@@ -240,7 +240,7 @@ class EvaluateConfig(MeasuresConfig):
     protocol: Literal["standard", "paper", "paper_v1"] = "standard"
     """standard: this project's definitions; paper: those of the published BioMamba code, including its weaknesses;
     paper_v1: standard, and perplexity as that code's first version computes it, with padding in the loss."""
-    resamples: PositiveInt = 2000
+    resamples: Annotated[int, Limit("at least 2, below 2^31", lambda x: 2 <= x < 2**31)] = 2000
     """Bootstrap resamples for each interval."""
     confidence: InnerFraction = 0.95
     """Confidence level of the intervals."""

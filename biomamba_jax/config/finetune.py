@@ -1,6 +1,7 @@
 """Settings of a fine-tuning run."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated, ClassVar, Literal
 
 from biomamba_jax.config import checks
@@ -11,6 +12,15 @@ from biomamba_jax.config.heads import HeadConfig, HeadKind, Reading
 from biomamba_jax.config.train import CheckpointConfig, RunConfig, TrainConfig
 
 FOLDS = 10
+_OF_EVALUATE = {
+    "pubmedqa.method": "likelihood",
+    "pubmedqa.normalize": "none",
+    "pubmedqa.thresholds": "none",
+    "pubmedqa.max_questions": None,
+    "bioasq.method": "likelihood",
+    "bioasq.thresholds": "none",
+}
+"""Settings that training does not read, and their defaults."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +126,19 @@ class FinetuneConfig(RunConfig):
         softmax = plain or self.head in ("classifier", "token_classifier")
         extra = self.loss.label_smoothing or self.loss.z_loss
         check(softmax or not extra, "loss.label_smoothing, loss.z_loss", extra, f"must be 0 for head {self.head}")
+        for key, default in _OF_EVALUATE.items():
+            value = attrgetter(key)(self)
+            check(value == default, key, value, "counts in `evaluate`, not here; leave it out")
+        used = {
+            "data.types": self.data.format != "examples",
+            "data.relation": self.data.format in ("pubtator", "bioc", "spans"),
+            "data.negative": self.head in ("classifier", "multi_label"),
+        }
+        for key, counts in used.items():
+            value = attrgetter(key)(self)
+            check(
+                not value or counts, key, value, f"has no effect with data.format {self.data.format}, head {self.head}"
+            )
         check(bool(self.init_from), "init_from", self.init_from, "give the weights to start from")
         check(self.checkpoint.keep_best, "checkpoint.keep_best", False, "must be true: the best weights are the result")
 

@@ -250,7 +250,8 @@ def _padding_plot(key: str, domain: Domain, reference: str) -> html.Plot:
         axes.set_yscale("log")
         axes.set_xlabel("padding, % of the tokens (dot: these texts; 0 %: the text itself)")
         axes.set_ylabel(f"perplexity of {reference} over the model's")
-        axes.legend()
+        if domain.paper_v1.keys() - {reference}:
+            axes.legend()
 
     return html.plot(f"Perplexity ratio with padding in the loss: {key}", draw)
 
