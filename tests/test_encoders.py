@@ -193,6 +193,15 @@ def test_labels_that_are_not_tags_of_entities_are_refused(tmp_path, labels):
         load_head(folder)
 
 
+def test_a_decoder_without_a_padding_id_classifies_several_texts(tmp_path):
+    write_encoder(tmp_path / "gpt2", "RobertaModel")  # for its tokenizer
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 62, "num_labels": 3}
+    transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    model = load_head(f"hf:{tmp_path / 'gpt2'}")
+    together, alone = model.classify(["insulin", "glucose in mice"]), model.classify(["insulin"])
+    assert together[0].probabilities == pytest.approx(alone[0].probabilities, abs=1e-5)
+
+
 def test_one_logit_is_a_score_as_in_transformers_and_no_class(tmp_path):
     folder = write_encoder(tmp_path / "bert", "BertForSequenceClassification", num_labels=1)
     with pytest.raises(UserError, match="its head is a regression, not a classifier"):

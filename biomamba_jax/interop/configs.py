@@ -128,7 +128,10 @@ def read_hf(path: Path, raw: dict[str, Any]) -> dict[str, Any]:
     """
     kind = HF_TYPES.get(raw["model_type"]) if isinstance(raw["model_type"], str) else None
     if kind is None:
-        raise UserError(f"{path}: model_type {raw['model_type']!r}; only {', '.join(HF_TYPES)} are supported")
+        raise UserError(
+            f"{path}: model_type {raw['model_type']!r}; only {', '.join(HF_TYPES)} are supported; `evaluate`, "
+            "`finetune --head` and `embed retrieval` take other models as hf:FOLDER"
+        )
     unsupported = {key: raw[key] for key in ("hidden_act",) if raw.get(key, "silu") not in ("silu", "swish")}
     if kind == "mamba2" and not _no_clamp(raw.get("time_step_limit", (0.0, math.inf))):
         unsupported["time_step_limit"] = raw["time_step_limit"]

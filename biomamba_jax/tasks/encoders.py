@@ -91,6 +91,8 @@ class EncoderHeadModel(HeadModel):
         self.torch, self.model, library = load_pretrained(
             key, folder, lambda: f"AutoModelFor{auto_class(kind)}", dtype, needs=needs, **settings
         )
+        if getattr(self.model.config, "pad_token_id", None) is None:  # GPT-2's classes then refuse several rows
+            self.model.config.pad_token_id = library.pad_token_id or 0
         names = self.model.config.id2label
         labels = ("start", "end") if kind == "span" else tuple(names[index] for index in sorted(names))
         try:

@@ -28,6 +28,7 @@ from biomamba_jax.interop.hub import local_folder
 from biomamba_jax.model.decode import InferenceModel
 from biomamba_jax.ops.array_typing import Array, Float, Int
 from biomamba_jax.tasks.annotate import HeadModel, NativeHeadModel, TextClass
+from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.embedding import Embedder
 from biomamba_jax.tasks.encoders import EncoderHeadModel, stated_kind
 from biomamba_jax.tasks.generation import Generation, Generator
@@ -89,10 +90,11 @@ def load_head(path: str | os.PathLike[str], dtype: InferenceDType | None = None)
     Raises:
       UserError: the model has no head, see `load`; or transformers cannot load the encoder.
     """
-    folder = local_folder(path)
+    name = os.fspath(path).removeprefix(TRANSFORMERS_PREFIX)  # which `finetune` needs
+    folder = local_folder(name)
     if stated_kind(folder) is not None:
-        return EncoderHeadModel(os.fspath(path), folder, dtype=dtype, rows=_ROWS)
-    return load(path, dtype).head_model
+        return EncoderHeadModel(name, folder, dtype=dtype, rows=_ROWS)
+    return load(name, dtype).head_model
 
 
 class Model:
