@@ -11,6 +11,8 @@ import dataclasses
 import errno
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -58,7 +60,8 @@ def write(weights: Weights, folder: Path) -> None:
         save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), weights.params),
         ocdbt_target_data_file_size=_CHUNK_BYTES,
     )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)) as checkpointer:
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=in_place)
+    with ocp.Checkpointer(handler) as checkpointer, _interrupted_later():
         checkpointer.save((folder / PARAMS).absolute(), args=arguments)
     raw = {"format_version": FORMAT_VERSION, "model": {key: config[key] for key in config if key not in EXECUTION}}
     raw |= {"about": weights.about}
@@ -144,7 +147,24 @@ def _restore_one(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path, tree: A
     )
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray, dtype=np.float32), item)
     options = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
-    return leaves_by_path(handler.restore(epath.Path(checkpoint.absolute()), args=options))[wanted]
+    with _interrupted_later():
+        return leaves_by_path(handler.restore(epath.Path(checkpoint.absolute()), args=options))[wanted]
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Let Ctrl-C count after the block: orbax's threads, which go on without the main one, end in tracebacks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    requests: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: requests.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if requests:
+        raise KeyboardInterrupt
 
 
 def _metadata(handler: ocp.PyTreeCheckpointHandler, checkpoint: Path) -> Any:

@@ -2,10 +2,13 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from random_weights import random_weights, write_undigested
 from safetensors.numpy import load_file, save_file
@@ -201,6 +204,20 @@ def test_without_torch_the_command_says_which_file_is_missing(weights, tmp_path,
     monkeypatch.setitem(sys.modules, "torch", None)
     convert.main(["--input", str(tmp_path / "native"), "--output", str(tmp_path / "out"), "--to", "mamba_ssm"])
     assert "torch is not installed: pytorch_model.bin" in capsys.readouterr().out
+
+
+def test_ctrl_c_counts_once_the_threads_that_write_have_ended_and_leaves_nothing(tmp_path, monkeypatch):
+    ended, save = [], ocp.Checkpointer.save
+
+    def interrupted(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*arguments, **options)
+        ended.append(True)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_model(random_weights(MODELS["mamba2"]), tmp_path / "native", "native")
+    assert ended and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["file/out", "n" * 300])
