@@ -32,11 +32,11 @@ _HF_FIELDS = {
 }
 _HF_CONV_FIELDS = {"conv_kernel": "d_conv", "use_bias": "bias", "use_conv_bias": "conv_bias"}
 _HF_HEAD_FIELDS = {"head_dim": "headdim", "n_groups": "n_groups", "chunk_size": "chunk_size"}
-_MAMBA3_FIELDS = ("mimo_rank", "rope_fraction", "a_floor", "outproj_norm", "d_intermediate")
+_MAMBA3_FIELDS = ("mimo_rank", "rope_fraction", "a_floor", "outproj_norm")
 _HF_KIND_FIELDS = {
     "mamba1": _HF_CONV_FIELDS | {"time_step_rank": "dt_rank"},
     "mamba2": _HF_CONV_FIELDS | _HF_HEAD_FIELDS,
-    "mamba3": _HF_HEAD_FIELDS | dict(zip(_MAMBA3_FIELDS, _MAMBA3_FIELDS, strict=True)),  # our own class, our names
+    "mamba3": _HF_HEAD_FIELDS | {name: name for name in (*_MAMBA3_FIELDS, "d_intermediate")},  # our own class's names
 }
 # In this order: what the rows of our embedding are padded to wins over padding in the file.
 _HF_VOCABULARY = {
@@ -78,10 +78,9 @@ _SSM_FIXED = {"d_ssm": (None,), "D_has_hdim": (False,), "rmsnorm": (True,), "nor
 
 def portable(config: ModelConfig) -> ModelConfig:
     """Return `config` with every size filled in and all settings that do not describe the weights at their defaults."""
-    mamba3 = ("mimo_rank", "rope_fraction", "a_floor", "outproj_norm")
     unused = {
-        "mamba1": ("headdim", "n_groups", "chunk_size", *mamba3),
-        "mamba2": ("dt_rank", *mamba3),
+        "mamba1": ("headdim", "n_groups", "chunk_size", *_MAMBA3_FIELDS),
+        "mamba2": ("dt_rank", *_MAMBA3_FIELDS),
         "mamba3": ("dt_rank", "d_conv", "conv_bias"),
     }[config.kind]
     defaults: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(ModelConfig)}

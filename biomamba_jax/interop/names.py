@@ -88,12 +88,9 @@ MIXERS: dict[str, tuple[Row, ...]] = {
     ),
     "mamba3": (
         ("in_proj.weight", tuple(f"in_{part}/kernel" for part in ("z", "x", "bc", "dt", "A", "trap", "angle")), LINEAR),
-        ("dt_bias", ("dt_bias",), SAME),
-        ("B_bias", ("B_bias",), SAME),
-        ("C_bias", ("C_bias",), SAME),
         ("B_norm.weight", ("norm_B/weight",), SAME),
         ("C_norm.weight", ("norm_C/weight",), SAME),
-        *((name, (name,), SAME) for name in ("mimo_x", "mimo_z", "mimo_o", "D")),
+        *((name, (name,), SAME) for name in ("dt_bias", "B_bias", "C_bias", "mimo_x", "mimo_z", "mimo_o", "D")),
         ("norm.weight", ("norm/weight",), SAME),
         ("out_proj.weight", ("out/kernel",), LINEAR),
     ),

@@ -91,115 +91,81 @@ class Mamba3Mixer(nnx.Module):
         rows, length, heads = dt.shape
         compute_dtype, dtype = x.dtype, accumulator_dtype(x.dtype)
         dt = jax.nn.softplus(dt.astype(dtype) + self.dt_bias[...].astype(dtype))
-        rate = jnp.maximum(_heavy_tail(A.astype(dtype)), self.a_floor)
+        log_decay = -dt * jnp.maximum(_heavy_tail(A.astype(dtype)), self.a_floor)
         trap = jax.nn.sigmoid(trap.astype(dtype))
+        here, from_last = trap * dt, (1 - trap) * dt
+        weight = here + collectives.next_in_segment(from_last, segment_ids)
 
         angles, speed = angle.shape[2], math.pi * jnp.tanh(angle.astype(dtype))
         turns = broadcast_merged(dt[..., None], heads, angles) * broadcast_merged(speed[:, :, None], heads, angles)
         past = None if state is None or state.angle is None else state.angle.reshape(rows, -1)
-        total = collectives.segment_cumsum(turns, segment_ids, past, 2 * math.pi).reshape(rows, length, heads, angles)
-        B, C = (
-            self._of_groups(v, norm, collectives)
-            for v, norm in zip(jnp.split(bc, 2, axis=-1), (self.norm_B, self.norm_C), strict=True)
-        )
-        biases = self._per_rank(self.B_bias), self._per_rank(self.C_bias)
-        own = _own_products(B, C, *biases)
-        B, C = rotary_embedding(B, C, *biases, total, dtype=compute_dtype, implementation=self.implementation)
+        total = collectives.segment_cumsum(turns, segment_ids=segment_ids, initial=past, period=2 * math.pi)
+        total = total.reshape(rows, length, heads, angles)
+        B, C, own = self._rotated(bc, total, compute_dtype, collectives)
         x, z = x[:, :, None], z[:, :, None].astype(dtype)
         if self.mimo_x is not None:
-            x = (x * self._merged(self.mimo_x)).astype(compute_dtype)
-        y, ssm = self._scan(x, dt, dt * -rate, trap, B, C, own, state, segment_ids, collectives)
-
-        if self.norm is not None:
-            y = self.norm(y, collectives=collectives)
-        if self.mimo_z is not None and self.mimo_o is not None:
-            z = z * self._merged(self.mimo_z)
-            y = y * self._merged(self.mimo_o)
-        y = jnp.sum(y * jax.nn.silu(z), axis=2).astype(compute_dtype)
-        last_x = x[:, -1].reshape(rows, self.ranks, heads, -1)
-        return y, MixerState(ssm, angle=total[:, -1], last_x=last_x, last_B=B[:, -1])
-
-    def _of_groups(self, v: Float[Array, "B L RGN"], norm: RMSNorm, collectives: Collectives) -> Array:
-        """Return B or C [B L R G N] of this device's groups, normalized."""
-        rows, length = v.shape[:2]
-        v = norm(v.reshape(rows, length * self.ranks, self.groups, -1))
-        v = collectives.local_groups(collectives.copy_to_tensor_parallel(v))
-        return v.reshape(rows, length, self.ranks, *v.shape[2:])
-
-    def _scan(
-        self,
-        x: Float[Array, "B L R HP"],
-        dt: Float[Array, "B L H"],
-        log_decay: Float[Array, "B L H"],
-        trap: Float[Array, "B L H"],
-        B: Float[Array, "B L R H N"],
-        C: Float[Array, "B L R H N"],
-        own: Float[Array, "B L R R H"],
-        state: MixerState | None,
-        segment_ids: Int[Array, "B L"] | None,
-        collectives: Collectives,
-    ) -> tuple[Float[Array, "B L R HP"], Float[Array, "B H P N"]]:
-        """Return y of the module's recurrence and the state after the last token; `own` is C_r . B_k of each token."""
-        rows, length, ranks = x.shape[:3]
-        heads = dt.shape[2]
-        here, from_last = trap * dt, (1 - trap) * dt
-        weight = here + collectives.next_in_segment(from_last, segment_ids)
+            x = (x * _merged(self.mimo_x)).astype(compute_dtype)
         initial = None
         if state is not None and state.last_x is not None and state.last_B is not None:
-            term = jnp.einsum("brhp,brhn->bhpn", state.last_x, state.last_B, preferred_element_type=dt.dtype)
+            term = jnp.einsum("brhp,brhn->bhpn", state.last_x, state.last_B, preferred_element_type=dtype)
             initial = state.ssm + from_last[:, 0, :, None, None] * term
 
         def of_channels(v: Float[Array, "*batch H"]) -> Float[Array, "*batch HP"]:
             return broadcast_merged(v[..., None], heads, self.headdim)
 
         def steps(v: Array) -> Array:  # the ranks of a token are steps one after the other
-            return v.reshape(rows, length * ranks, heads, -1)
+            return v.reshape(rows, length * self.ranks, heads, -1)
 
         y, ssm = collectives.ssd(
-            steps((x * of_channels(weight)[:, :, None]).astype(x.dtype)),
+            steps((x * of_channels(weight)[:, :, None]).astype(compute_dtype)),
             None,
-            jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, ranks - 1), (0, 0))).reshape(rows, -1, heads),
+            jnp.pad(log_decay[:, :, None], ((0, 0), (0, 0), (0, self.ranks - 1), (0, 0))).reshape(rows, -1, heads),
             steps(B),
             steps(C),
-            segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, ranks, axis=1),
+            segment_ids=None if segment_ids is None else jnp.repeat(segment_ids, self.ranks, axis=1),
             initial_state=initial,
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
         # So far rank r has read its token's ranks up to r, with the next step's weight; it reads all, with this one's.
-        read = jnp.tril(jnp.ones((ranks, ranks), dt.dtype))[..., None]
+        read = jnp.tril(jnp.ones((self.ranks, self.ranks), dtype))[..., None]
         own = own * (here[:, :, None, None] - weight[:, :, None, None] * read)
-        own += self.D[...].astype(dt.dtype) * jnp.eye(ranks, dtype=dt.dtype)[..., None]
-        y = y.reshape(x.shape).astype(dt.dtype)
-        for k in range(ranks):
+        own += self.D[...].astype(dtype) * jnp.eye(self.ranks, dtype=dtype)[..., None]
+        y = y.reshape(x.shape).astype(dtype)
+        for k in range(self.ranks):
             y += of_channels(own[:, :, :, k]) * x[:, :, k : k + 1]
-        return y, ssm
 
-    @staticmethod
-    def _per_rank(parameter: nnx.Param) -> Float[Array, "R H C"]:
-        """Return a parameter of each head and rank in the axes of activations."""
-        return parameter[...].swapaxes(0, 1)
+        if self.norm is not None:
+            y = self.norm(y, collectives=collectives)
+        if self.mimo_z is not None and self.mimo_o is not None:
+            z, y = z * _merged(self.mimo_z), y * _merged(self.mimo_o)
+        y = jnp.sum(y * jax.nn.silu(z), axis=2).astype(compute_dtype)
+        last_x = x[:, -1].reshape(rows, self.ranks, heads, -1)
+        return y, MixerState(ssm, angle=total[:, -1], last_x=last_x, last_B=B[:, -1])
 
-    @classmethod
-    def _merged(cls, parameter: nnx.Param) -> Float[Array, "R HP"]:
-        """Return a parameter of each head, rank and channel likewise, with the axes of x."""
-        v = cls._per_rank(parameter)
-        return v.reshape(v.shape[0], -1)
+    def _rotated(
+        self, bc: Float[Array, "B L RGN2"], angle: Float[Array, "B L H S"], dtype: DTypeLike, collectives: Collectives
+    ) -> tuple[Float[Array, "B L R H N"], Float[Array, "B L R H N"], Float[Array, "B L R R H"]]:
+        """Return B and C of each head, and C_r . B_k of each token and head, which the rotation leaves unchanged."""
+
+        def of_groups(v: Float[Array, "B L RGN"], norm: RMSNorm) -> Float[Array, "B L R g N"]:
+            v = norm(v.reshape(*v.shape[:2], self.ranks, self.groups, -1))
+            return collectives.local_groups(collectives.copy_to_tensor_parallel(v))
+
+        B, C = map(of_groups, jnp.split(bc, 2, axis=-1), (self.norm_B, self.norm_C))
+        B_bias, C_bias = (bias[...].swapaxes(0, 1) for bias in (self.B_bias, self.C_bias))
+        b, c = (v.reshape(self.ranks, B.shape[3], -1, B.shape[4]).astype(B.dtype) for v in (B_bias, C_bias))
+        dot = functools.partial(jnp.einsum, precision="highest")
+        own = dot("blrgn,blkgn->blrkg", C, B)[..., None] + dot("rghn,kghn->rkgh", c, b)
+        own += dot("blrgn,kghn->blrkgh", C, b) + dot("rghn,blkgn->blrkgh", c, B)
+        B, C = rotary_embedding(B, C, B_bias, C_bias, angle, dtype=dtype, implementation=self.implementation)
+        return B, C, own.reshape(*own.shape[:4], -1)
 
 
-def _own_products(
-    B: Float[Array, "B L R G N"],
-    C: Float[Array, "B L R G N"],
-    B_bias: Float[Array, "R H N"],
-    C_bias: Float[Array, "R H N"],
-) -> Float[Array, "B L R R H"]:
-    """Return C_r . B_k of each token and head: the rotation, the same for both, leaves it unchanged."""
-    groups = B.shape[3]
-    b, c = (v.reshape(v.shape[0], groups, -1, v.shape[2]).astype(B.dtype) for v in (B_bias, C_bias))
-    dot = functools.partial(jnp.einsum, precision="highest")
-    own = dot("blrgn,blkgn->blrkg", C, B)[..., None] + dot("rghn,kghn->rkgh", c, b)
-    own += dot("blrgn,kghn->blrkgh", C, b) + dot("rghn,blkgn->blrkgh", c, B)
-    return own.reshape(*own.shape[:4], -1)
+def _merged(parameter: nnx.Param) -> Float[Array, "R HP"]:
+    """Return a parameter of each head, rank and channel [H R P] in the axes of x."""
+    v = parameter[...].swapaxes(0, 1)
+    return v.reshape(v.shape[0], -1)
 
 
 def _heavy_tail(v: Array) -> Array:

@@ -54,13 +54,12 @@ def next_in_segment(
     v: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None, after_last: Float[Array, "B C"] | None = None
 ) -> Float[Array, "B L C"]:
     """Return v of each token's successor, zero where that begins another segment; `after_last` or zero at the end."""
-    following = jnp.pad(v[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    if after_last is not None:
-        following = following.at[:, -1].set(after_last)
+    last = jnp.zeros_like(v[:, 0]) if after_last is None else after_last
+    following = jnp.concatenate([v[:, 1:], last[:, None]], axis=1)
     if segment_ids is None:
         return following
-    ends = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)))
-    return jnp.where(ends[..., None], 0, following)
+    # No segment starts at a row's first token, so nothing is masked at its last one.
+    return jnp.where(jnp.roll(segment_starts(segment_ids), -1, axis=1)[..., None], 0, following)
 
 
 def segment_cumsum(

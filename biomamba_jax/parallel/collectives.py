@@ -101,13 +101,13 @@ class Collectives:
         """Return the sum of x over tensor. Forward: all-reduce. Backward: identity."""
         return _reduce(x) if self.tensor > 1 else x
 
-    def local_groups(self, x: Float[Array, "B L G N"]) -> Float[Array, "B L g N"]:
+    def local_groups(self, x: Float[Array, "*batch G N"]) -> Float[Array, "*batch g N"]:
         """Return the groups of this device's heads: its shard of them, or the one it shares with its neighbours."""
         if self.tensor == 1:
             return x
-        groups = x.shape[2]
+        groups = x.shape[-2]
         count = max(groups // self.tensor, 1)
-        return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * groups // self.tensor, count, axis=2)
+        return lax.dynamic_slice_in_dim(x, lax.axis_index("tensor") * groups // self.tensor, count, axis=-2)
 
     def vocab_parallel_embedding(self, table: Float[Array, "V D"], tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
         """Return the embeddings of tokens from a table whose rows are sharded over tensor.
@@ -137,43 +137,30 @@ class Collectives:
 
     def causal_conv1d(self, *inputs: Array | None, **options: Any) -> tuple[Array, Array]:
         """Return `ops.causal_conv1d` and its final state; see `sequence.causal_conv1d`."""
-        return self._along_sequence(ops.causal_conv1d, sequence.causal_conv1d, *inputs, **options)
+        return self._op(ops.causal_conv1d, sequence.causal_conv1d)(*inputs, return_final_state=True, **options)
 
     def selective_scan(self, *inputs: Array, **options: Any) -> tuple[Array, Array]:
         """Return `ops.selective_scan` and its final state; see `sequence.selective_scan`."""
-        return self._along_sequence(ops.selective_scan, sequence.selective_scan, *inputs, **options)
+        return self._op(ops.selective_scan, sequence.selective_scan)(*inputs, return_final_state=True, **options)
 
     def ssd(self, *inputs: Array | None, **options: Any) -> tuple[Array, Array]:
         """Return `ops.ssd` and its final state; see `sequence.ssd`."""
-        return self._along_sequence(ops.ssd, sequence.ssd, *inputs, **options)
+        return self._op(ops.ssd, sequence.ssd)(*inputs, return_final_state=True, **options)
 
-    def segment_cumsum(self, v: Array, segment_ids: Array | None, initial: Array | None, period: float) -> Array:
+    def segment_cumsum(self, v: Array, **options: Any) -> Array:
         """Return `numerics.segment_cumsum`; see `sequence.segment_cumsum`."""
-        if self.sequence == 1:
-            return numerics.segment_cumsum(v, segment_ids, initial, period=period)
-        assert self.continues_segment is not None  # with_segments was called
-        return sequence.segment_cumsum(
-            v,
-            continues=self.continues_segment,
-            size=self.sequence,
-            segment_ids=segment_ids,
-            initial=initial,
-            period=period,
-        )
+        return self._op(numerics.segment_cumsum, sequence.segment_cumsum)(v, **options)
 
-    def next_in_segment(self, v: Float[Array, "B L C"], segment_ids: Array | None) -> Float[Array, "B L C"]:
-        """Return `numerics.next_in_segment`; the device's last token has its successor on the right neighbour."""
-        if self.sequence == 1:
-            return numerics.next_in_segment(v, segment_ids)
-        assert self.continues_segment is not None  # with_segments was called
-        first = jnp.where(self.continues_segment[:, None], v[:, 0], 0)
-        return numerics.next_in_segment(v, segment_ids, sequence.receive_from_right(first, self.sequence))
+    def next_in_segment(self, v: Array, segment_ids: Array | None) -> Array:
+        """Return `numerics.next_in_segment`; see `sequence.next_in_segment`."""
+        return self._op(numerics.next_in_segment, sequence.next_in_segment)(v, segment_ids)
 
-    def _along_sequence(self, local: Callable, sharded: Callable, *inputs: Any, **options: Any) -> tuple[Array, Array]:
+    def _op(self, local: Callable[..., Any], sharded: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the op for whole rows, or the one for rows whose tokens are sharded over sequence."""
         if self.sequence == 1:
-            return local(*inputs, return_final_state=True, **options)
+            return local
         assert self.continues_segment is not None  # with_segments was called
-        return sharded(*inputs, continues=self.continues_segment, size=self.sequence, **options)
+        return partial(sharded, continues=self.continues_segment, size=self.sequence)
 
 
 UNSHARDED = Collectives()

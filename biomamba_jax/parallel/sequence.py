@@ -80,24 +80,29 @@ def incoming_state(
 
 def segment_cumsum(
     v: Float[Array, "B L C"],
+    segment_ids: Int[Array, "B L"] | None = None,
+    initial: Float[Array, "B C"] | None = None,
     *,
     continues: Bool[Array, " B"],
     size: int,
-    segment_ids: Int[Array, "B L"] | None = None,
-    initial: Float[Array, "B C"] | None = None,
     period: float,
 ) -> Float[Array, "B L C"]:
     """Return `numerics.segment_cumsum` of a row sharded over `size` devices.
 
     `continues` and `size` as in `incoming_state`; everything else as in `numerics.segment_cumsum`, for local tokens.
     """
-    sums = numerics.segment_cumsum(v, segment_ids, period=period)
+    last = numerics.segment_cumsum(v, segment_ids, period=period)[:, -1]
     unbroken = _single_segment(segment_ids, v)[:, None].astype(v.dtype)
-    incoming = incoming_state(unbroken, sums[:, -1], continues, size, initial)
-    first = jnp.ones(v.shape[:2], bool)
-    if segment_ids is not None:
-        first = lax.cumsum(numerics.segment_starts(segment_ids).astype(jnp.int32), axis=1) == 0
-    return sums + jnp.where(first[..., None], incoming[:, None], 0)
+    incoming = incoming_state(unbroken, last, continues, size, initial)
+    return numerics.segment_cumsum(v, segment_ids, incoming, period=period)
+
+
+def next_in_segment(
+    v: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None, *, continues: Bool[Array, " B"], size: int
+) -> Float[Array, "B L C"]:
+    """Return `numerics.next_in_segment` of a row sharded over `size` devices; see `segment_cumsum`."""
+    first = jnp.where(continues[:, None], v[:, 0], 0)
+    return numerics.next_in_segment(v, segment_ids, receive_from_right(first, size))
 
 
 def causal_conv1d(

@@ -73,7 +73,7 @@ def build(
             return linear_cross_entropy(hidden, weight, targets, **options).loss
 
         return jax.value_and_grad(loss, argnums=(0, 1)) if gradient else loss, arguments
-    full = shape(rows, length, channels)
+    full, heads = shape(rows, length, channels), channels // HEADDIM
     ids = shape(rows, length, dtype=jnp.int32) if segments else None
     run: Callable[..., Any]
     arrays: dict[str, Any]
@@ -83,17 +83,16 @@ def build(
         A = shape(channels, D_STATE, dtype=f32)
         arrays = {"x": full, "dt": full, "A": A, "B": states, "C": states, "D": vector, "z": full, "dt_bias": vector}
     elif op == "ssd":
-        heads = channels // HEADDIM
         run, states, vector = ssd, shape(rows, length, 1, SSD_D_STATE), shape(heads, dtype=f32)
         x = shape(rows, length, heads, HEADDIM)
         dt = shape(rows, length, heads)
         arrays = {"x": x, "dt": dt, "A": vector, "B": states, "C": states, "D": vector, "dt_bias": vector}
     elif op == "ssd_mamba3":
-        heads, run = channels // HEADDIM, functools.partial(ssd, dt=None)
+        run = functools.partial(ssd, dt=None)
         x, states = shape(rows, length, heads, HEADDIM), shape(rows, length, heads, SSD_D_STATE)
         arrays = {"x": x, "A": shape(rows, length, heads, dtype=f32), "B": states, "C": states}
     elif op == "rotary_embedding":
-        heads, states = channels // HEADDIM, shape(rows, length, 1, 1, SSD_D_STATE, dtype=f32)
+        states = shape(rows, length, 1, 1, SSD_D_STATE, dtype=f32)
         bias, angle = shape(1, heads, SSD_D_STATE, dtype=f32), shape(rows, length, heads, _ANGLES, dtype=f32)
         arrays = {"B": states, "C": states, "B_bias": bias, "C_bias": bias, "angle": angle}
 
@@ -105,10 +104,9 @@ def build(
     elif op == "mamba3":
         config = ModelConfig(kind="mamba3", d_model=channels // 2, kernels=implementation != "xla")
         graph, params = nnx.split(nnx.eval_shape(lambda: Mamba3Mixer(config, dtype=bf16, rngs=nnx.Rngs(0))))
-        of_head = shape(rows, length, channels // HEADDIM)
-        arrays = {"z": full, "x": full, "dt": of_head, "A": of_head, "trap": of_head}
+        of_head = shape(rows, length, heads)
+        arrays = {"params": params, "z": full, "x": full, "dt": of_head, "A": of_head, "trap": of_head}
         arrays |= {"bc": shape(rows, length, 2 * SSD_D_STATE), "angle": shape(rows, length, _ANGLES)}
-        arrays["params"] = params
 
         def mixer(segment_ids, implementation, params, **arrays):
             return nnx.merge(graph, params).mix(**arrays, state=None, segment_ids=segment_ids)[0]
@@ -125,7 +123,7 @@ def build(
         y, pull_back = jax.vjp(lambda v: forward(v, ids), arrays)
         return y, pull_back(dy)
 
-    results = arrays.get("x", (shape(rows, length, channels // HEADDIM * SSD_D_STATE),) * 2)
+    results = arrays.get("x", (shape(rows, length, heads * SSD_D_STATE),) * 2)
     return (with_gradients, (arrays, ids, results)) if gradient else (forward, (arrays, ids))
 
 

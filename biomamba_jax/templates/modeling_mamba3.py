@@ -35,8 +35,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         """Return the norm of x in its own dtype."""
-        groups = x.float().unflatten(-1, (-1, self.group))
-        groups = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + self.eps)
+        groups = functional.rms_norm(x.float().unflatten(-1, (-1, self.group)), (self.group,), eps=self.eps)
         return (groups.flatten(-2) * self.weight.float()).to(x.dtype)
 
 
@@ -132,16 +131,15 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.norm, self.mixer = RMSNorm(config.hidden_size, config.layer_norm_epsilon), Mamba3Mixer(config)
-        if config.d_intermediate:
-            self.norm2, self.mlp = RMSNorm(config.hidden_size, config.layer_norm_epsilon), GatedMLP(config)
-        self.has_mlp = bool(config.d_intermediate)
+        self.norm2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon) if config.d_intermediate else None
+        self.mlp = GatedMLP(config) if config.d_intermediate else None
 
     def forward(self, h, state=None, keep=None):
         """Return the residual stream and the mixer's state."""
         dtype = self.norm.weight.dtype
         y, state = self.mixer(self.norm(h).to(dtype), state, keep)
         h = h + y.float()
-        return (h + self.mlp(self.norm2(h).to(dtype)).float() if self.has_mlp else h), state
+        return (h if self.mlp is None else h + self.mlp(self.norm2(h).to(dtype)).float()), state
 
 
 class Mamba3PreTrainedModel(PreTrainedModel):

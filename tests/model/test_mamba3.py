@@ -15,10 +15,11 @@ import biomamba_jax
 from biomamba_jax import convert
 from biomamba_jax.config import ModelConfig
 from biomamba_jax.config.generate import Sampling
-from biomamba_jax.interop import write_model
+from biomamba_jax.interop import read_model, write_model
 from biomamba_jax.interop.names import foreign_tensors
 from biomamba_jax.model.decode import InferenceModel
-from biomamba_jax.model.state import empty_state
+from biomamba_jax.model.mamba3 import Mamba3Mixer
+from biomamba_jax.model.state import MixerState, empty_state
 from biomamba_jax.ops.numerics import segment_cumsum
 from biomamba_jax.parallel.sharding import leaves_by_path
 from tests.model import mamba3_reference
@@ -53,6 +54,68 @@ def test_the_logits_are_those_of_the_plain_loop(name):
     assert np.max(np.abs(logits[0] - want)) <= 1e-6 * np.max(np.abs(want))
 
 
+def authors(n, p, ranks, heads, length, groups=1, **options) -> tuple[ModelConfig, int]:
+    """A mixer of a test of the authors', and the length of its rows."""
+    sizes = {"d_model": 64, "expand": heads * p // 64, "d_state": n, "headdim": p, "n_groups": groups}
+    return ModelConfig(kind="mamba3", n_layers=1, vocab_size=16, mimo_rank=ranks, **sizes, **options), length
+
+
+# Their kernels' tests, row by row of the batch: test_mamba3_siso.py, test_mamba3_mimo.py and test_mamba3_mimo_step.py.
+MIMO_SIZES = [
+    *((16, 64, 4), (32, 64, 4), (64, 64, 4), (128, 64, 4), (256, 64, 4), (64, 128, 4), (128, 32, 4), (128, 128, 4)),
+    *((128, 64, 8), (128, 64, 2), (128, 64, 1)),
+]
+AUTHORS = {
+    "siso step": authors(128, 64, None, 64, 32),
+    "siso step, norm": authors(128, 64, None, 64, 32, outproj_norm=True),
+    "mimo step": authors(128, 64, 4, 64, 32),
+    "mimo step, norm": authors(128, 64, 4, 64, 32, outproj_norm=True),
+    "mimo smoke": authors(64, 32, 4, 8, 64, rope_fraction=1.0),
+}
+LONG = {"siso": authors(128, 64, None, 32, 2345, groups=4)}
+LONG |= {f"mimo N{n} P{p} R{ranks}": authors(n, p, ranks, 16, 2048) for n, p, ranks in MIMO_SIZES}
+MIXERS = AUTHORS | {f"ours: {name}": (config, 37) for name, config in CONFIGS.items()}
+
+
+@pytest.mark.parametrize("name", [*MIXERS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)])
+def test_a_mixers_outputs_and_states_are_those_of_the_step_and_chunk_references(name):
+    """From a state and to a state, in float64, at the sizes of the authors' tests and at ours."""
+    config, length = (MIXERS | LONG)[name]
+    weights, random = random_weights(config), np.random.default_rng(2)
+    flat = leaves_by_path(weights.params)
+    tensors = {tensor.key: tensor.build(flat) for tensor in foreign_tensors(config, "mamba_ssm")}
+    prefix = "backbone.layers.0.mixer."
+    released = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+    inputs = random.standard_normal((length, config.d_model))
+    before = mamba3_reference.State(*map(random.standard_normal, map(np.shape, mamba3_reference.empty_state(config))))
+    order = np.arange(config.state_size)  # of the state's dimensions: their rotating pairs are neighbours in SISO
+    if config.mimo_rank is None:
+        order = order.reshape(-1, 2).T.ravel()
+    with jax.enable_x64(True):
+        graph = nnx.graphdef(nnx.eval_shape(lambda: Mamba3Mixer(config, dtype=jnp.float64, rngs=nnx.Rngs(0))))
+        params = jax.tree.map(lambda x: x[0].astype(np.float64), weights.params["layers"]["mixer"])
+        state = MixerState(
+            before.ssm[None, ..., order],
+            angle=before.angle[None],
+            last_x=before.last_v[None],
+            last_B=before.last_k[None, ..., order],
+        )
+        run = jax.jit(lambda params, inputs, state: nnx.merge(graph, params)(inputs, state, None))
+        y, after = jax.device_get(run(params, inputs[None], state))
+    for recurrence in (mamba3_reference.token_by_token, mamba3_reference.in_chunks):
+        want_y, want = mamba3_reference.mixer(config, released, inputs, before, recurrence)
+        pairs = {
+            "y": (y[0], want_y),
+            "angle": (np.exp(1j * after.angle[0]), np.exp(1j * want.angle)),
+            "ssm": (after.ssm[0], want.ssm[..., order]),
+            "last x": (after.last_x[0], want.last_v),
+            "last B": (after.last_B[0], want.last_k[..., order]),
+        }
+        for part, (got, wanted) in pairs.items():
+            error = np.max(np.abs(got - wanted)) / np.max(np.abs(wanted))
+            assert error <= 1e-6, f"{recurrence.__name__}: {part} is off by {error:.1e}"
+
+
 @pytest.mark.parametrize("name", ["siso", "mimo"])
 def test_nothing_at_all_crosses_the_end_of_a_document(name):
     """Not even a rounding error: the terms of the next document's first token and the angles of the last one."""
@@ -76,20 +139,22 @@ def test_a_running_sum_keeps_its_digits_over_a_long_row():
 
 
 @pytest.mark.parametrize("name", ["siso", "mimo, all flags"])
-def test_decoding_with_a_state_gives_the_logits_of_the_whole_text(name):
-    config = CONFIGS[name]
-    weights = random_weights(config)
-    text = jnp.asarray(np.random.default_rng(1).integers(0, 64, (2, 12), np.int32))
-    want, _ = nnx.jit(lambda model: model(text))(random_model(config))
-    model = InferenceModel.from_params(config, weights.params)
+def test_prefill_in_one_call_or_in_two_and_decoding_give_the_plain_loops_logits_from_the_authors_layout(name, tmp_path):
+    folder = tmp_path / "released"
+    write_model(random_weights(CONFIGS[name]), folder, "mamba_ssm")
+    text = np.random.default_rng(1).integers(0, 64, 24, np.int32)
+    want = mamba3_reference.language_model(CONFIGS[name], load_file(folder / "model.safetensors"), text)
+    weights = read_model(folder)
+    model = InferenceModel.from_params(weights.config, weights.params, jnp.float32)
     call = jax.jit(lambda model, tokens, states: model.hidden(tokens, states))
-    hidden, states = call(model, text[:, :9], (empty_state(config, 2, jnp.float32),) * config.n_layers)
-    parts = [hidden]
-    for t in range(9, 12):
-        hidden, states = call(model, text[:, t : t + 1], states)
-        parts.append(hidden)
-    got = model.logits(jnp.asarray(np.concatenate(parts, axis=1)))
-    assert np.max(np.abs(got - want)) <= 1e-5 * np.max(np.abs(want))
+    for lengths in ((24,), (12, 12), (12, *[1] * 12)):
+        states = (empty_state(weights.config, 1, jnp.float32),) * weights.config.n_layers
+        parts = []
+        for part in np.split(text, np.cumsum(lengths)[:-1]):
+            hidden, states = call(model, part[None], states)
+            parts.append(hidden[0])
+        got = model.logits(jnp.asarray(np.concatenate(parts)))
+        assert np.max(np.abs(got - want)) <= 1e-5 * np.max(np.abs(want)), lengths
 
 
 @pytest.mark.parametrize("name", ["siso", "mimo, all flags"])

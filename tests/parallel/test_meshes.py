@@ -1,5 +1,6 @@
 """Training on any mesh gives the losses and gradients of one device."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -70,11 +71,11 @@ def train(config: ModelConfig, sizes: tuple[int, ...], accumulation: int = 1, re
     return losses, gradients, jax.device_get(state.params)
 
 
-def check_meshes(kind: str, meshes: list[tuple[int, ...]]) -> None:
-    expected = train(CONFIGS[kind], (1, 1, 1, 1))
+def check_meshes(config: ModelConfig, meshes: list[tuple[int, ...]]) -> None:
+    expected = train(config, (1, 1, 1, 1))
     for sizes in meshes:
         where = str(dict(zip(AXES, sizes, strict=True)))
-        losses, gradients, _ = train(CONFIGS[kind], sizes)
+        losses, gradients, _ = train(config, sizes)
         np.testing.assert_allclose(losses, expected[0], rtol=1e-5, err_msg=where)
         for path, want in jax.tree_util.tree_leaves_with_path(expected[1]):
             got = gradients
@@ -87,7 +88,7 @@ def check_meshes(kind: str, meshes: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 @on_devices(8)
 def test_devices_train_as_one(kind):
-    check_meshes(kind, [(1, 2, 2, 2)])
+    check_meshes(CONFIGS[kind], [(1, 2, 2, 2)])
 
 
 @on_devices(8)
@@ -109,4 +110,10 @@ def test_gradients_reduce_scattered_in_bfloat16_are_those_of_float32_to_its_roun
 @pytest.mark.parametrize("kind", CONFIGS)
 @on_devices(8)
 def test_every_mesh_of_eight_devices_trains_as_one(kind):
-    check_meshes(kind, ALL_MESHES)
+    check_meshes(CONFIGS[kind], ALL_MESHES)
+
+
+@on_devices(8)
+def test_mamba_3_of_one_rank_trains_as_one_along_every_axis():
+    config = dataclasses.replace(CONFIGS["mamba3"], mimo_rank=None, outproj_norm=False, n_groups=1)
+    check_meshes(config, [(2, 2, 2, 1), (2, 1, 2, 2)])

@@ -4,23 +4,19 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from biomamba_jax.ops.array_typing import Array
+from biomamba_jax.ops.kernel_arrays import pad
 from biomamba_jax.ops.rotary.inputs import Inputs
 
 
 def rotary_embedding(inputs: Inputs, dtype: DTypeLike) -> tuple[Array, Array]:
     """Return B and C of each head; see `api.rotary_embedding`."""
     B, C, B_bias, C_bias, angle = inputs
-    heads, rotating = angle.shape[2:]
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    pairs = *angle.shape[:3], B.shape[4] // 2
+    # A pair that does not rotate has an angle of zero.
+    cos, sin = pad(jnp.cos(angle), pairs, 1.0)[:, :, None], pad(jnp.sin(angle), pairs)[:, :, None]
 
     def of_heads(v: Array, bias: Array) -> Array:
-        batch, groups, d_state = v.shape[:3], v.shape[3], v.shape[4]
-        v = jnp.broadcast_to(v[..., None, :], (*batch, groups, heads // groups, d_state))
-        v = v.reshape(*batch, heads, d_state) + bias
-        pairs = d_state // 2
-        left, right = v[..., :rotating], v[..., pairs : pairs + rotating]
-        fixed = v[..., rotating:pairs], v[..., pairs + rotating :]
-        turned = [left * cos - right * sin, fixed[0], left * sin + right * cos, fixed[1]]
-        return jnp.concatenate(turned, axis=-1).astype(dtype)
+        left, right = jnp.split(jnp.repeat(v, angle.shape[2] // v.shape[3], axis=3) + bias, 2, axis=-1)
+        return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], axis=-1).astype(dtype)
 
     return of_heads(B, B_bias), of_heads(C, C_bias)
