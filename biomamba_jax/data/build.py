@@ -34,7 +34,7 @@ from biomamba_jax.data.encode import plan_shards, write_shard
 from biomamba_jax.data.filters import judge
 from biomamba_jax.data.input_files import checksums, identity, in_order
 from biomamba_jax.data.near_duplicates import Bands, choose_bands
-from biomamba_jax.data.readers import read_records
+from biomamba_jax.data.readers import is_nlm, read_records
 from biomamba_jax.data.records import CODE, REASONS
 from biomamba_jax.data.resolve import drop_near_duplicates, resolve
 from biomamba_jax.data.shards import Manifest, SplitInfo, TokenizerInfo, join_shards
@@ -52,6 +52,16 @@ RECENT = "recent"
 REMOVED_NAME = "removed.jsonl"
 # Settings that do not decide what the shards hold.
 _NOT_CONTENT = ("input", "output", "tokenizer", "spools", "workers", "max_unspelled")
+# Settings that only records of NLM's XML are compared with.
+_OF_NLM = (
+    "languages",
+    "article_types",
+    "exclude_article_types",
+    "first_year",
+    "last_year",
+    "require_pmcid",
+    "recent_from",
+)
 Progress = Callable[[str, int, int], None]
 """Called with the name of a step, and how many parts of it are done, of how many."""
 T = TypeVar("T")
@@ -145,6 +155,8 @@ def build_shards(config: PrepareConfig, progress: Progress = lambda step, done, 
     paths = _paths(config)
     if (config.tokenizer is None) == (config.train_tokenizer is None):
         raise UserError("give either --tokenizer FILE or --train-tokenizer VOCAB_SIZE")
+    if not any(is_nlm(str(path)) for path in paths) and (unread := [key for key in _OF_NLM if getattr(config, key)]):
+        raise UserError(f"--{unread[0]}: counts for NLM's records alone, and no --input is NLM's XML; leave it out")
     given = None if config.tokenizer is None else load_tokenizer(config.tokenizer)  # refused now, not hours later
     kept = None if config.spools is None else Path(config.spools)
     with work_folder(Path(config.output), kept) as work, start_workers(config.workers) as pool:

@@ -302,6 +302,17 @@ def test_one_of_a_given_and_a_trained_tokenizer_must_be_chosen(files, output, tm
             make_shards(files, tmp_path / "o", tokenizer, settings, workers=1)
 
 
+@pytest.mark.parametrize(
+    "option", ["--languages=eng", "--first_year=2000", "--require_pmcid", "--recent_from=2025-01-01"]
+)
+def test_filters_of_nlm_s_records_are_refused_where_no_input_has_any(tmp_path, option):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    words = ["--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "o"), "--train-tokenizer=300"]
+    with pytest.raises(UserError, match=rf"{option.partition('=')[0]}: counts for NLM's records alone"):
+        prepare.main([*words, option])
+    assert not (tmp_path / "o").exists()
+
+
 def test_the_command_prints_what_became_of_every_record(files, tmp_path, capsys):
     prepare.main(["--input", *files, "--output", str(tmp_path / "o"), "--train-tokenizer=300", "--workers=1"])
     printed = capsys.readouterr().out
