@@ -4,6 +4,8 @@ import importlib.util
 
 import pytest
 
+from biomamba_jax.ops import dispatch
+
 
 def installed(module: str) -> bool:
     """Whether the module could be imported, found without importing it."""
@@ -22,6 +24,9 @@ needs_jax_triton = pytest.mark.skipif(
 )
 needs_triton = pytest.mark.skipif(
     not installed("triton"), reason="needs triton: pip install triton==3.9.0 (or the [gpu] extra)"
+)
+needs_traceable_triton = pytest.mark.skipif(
+    dispatch.triton_unavailable_reason() is not None, reason=f"Triton kernels: {dispatch.triton_unavailable_reason()}"
 )
 
 

@@ -99,11 +99,12 @@ def unavailable_reason(implementation: str) -> str | None:
     if not first <= capability < end:
         supported = f"sm_{first} or newer" if end == 1000 else f"sm_{first} to below sm_{end}"
         return f"it needs a GPU of {supported}, and this one is sm_{capability}"
-    return _triton_unavailable_reason() if implementation == "triton" else None
+    return triton_unavailable_reason() if implementation == "triton" else None
 
 
 @functools.cache
-def _triton_unavailable_reason() -> str | None:
+def triton_unavailable_reason() -> str | None:
+    """Return why Triton kernels cannot be traced here, whatever the target, or None if they can."""
     remedy = "pip install 'biomamba-jax[gpu]'"
     versions = {}
     for package in ("jax-triton", "triton"):

@@ -5,6 +5,7 @@ it to shared memory.
 """
 
 import contextvars
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -113,7 +114,10 @@ def to_layout(v: Array, layout: Any) -> Array:
 
 def read(ref: Any, layout: Any = None) -> Array:
     """Load a ref, of global memory too, to registers; a scalar needs no layout."""
-    return ref[...] if _interpreted.get() else plgpu.load(ref, (), layout=layout, optimized=False)
+    if _interpreted.get():
+        return ref[...]
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()  # jax 0.12 takes none
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
 def broadcast(v: Array, shape: tuple[int, ...], axes: tuple[int, ...], layout: Any) -> Array:

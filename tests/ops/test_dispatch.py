@@ -16,7 +16,7 @@ IMPLEMENTATIONS = {name: (lambda name=name: name) for name in ("xla", "pallas_tp
 
 @pytest.fixture(autouse=True)
 def triton_is_there(monkeypatch):
-    monkeypatch.setattr(dispatch, "_triton_unavailable_reason", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_unavailable_reason", lambda: None)
 
 
 def chosen(platform, capability=None, implementation=None, **rest) -> str:

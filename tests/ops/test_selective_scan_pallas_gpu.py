@@ -143,7 +143,18 @@ def gradients_at_130m(devices, segments: bool, gated: bool, d_state: int = 16, d
     return run, (arrays, ids)
 
 
-@pytest.mark.parametrize(("d_state", "dtype"), [(16, "bfloat16"), (32, "float32"), (64, "float32")])
+LARGEST = pytest.param(
+    64,
+    "float32",
+    marks=pytest.mark.xfail(
+        jax.__version_info__ >= (0, 12),
+        reason="jax 0.12 stores no such states without bank conflicts; the [gpu] extra installs an older one",
+        strict=True,
+    ),
+)
+
+
+@pytest.mark.parametrize(("d_state", "dtype"), [(16, "bfloat16"), (32, "float32"), LARGEST])
 def test_they_lower_for_hopper_wherever_jax_is_and_fit_into_shared_memory(d_state, dtype):
     function, arguments = gradients_at_130m(None, segments=True, gated=True, d_state=d_state, dtype=dtype)
     with dispatch.target_platform("gpu", 90):

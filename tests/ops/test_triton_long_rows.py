@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.triton_static import calls, source
 from biomamba_jax.ops.triton_calls import Call
-from tests.compilers import needs_triton
+from tests.compilers import needs_traceable_triton
 
 LENGTH = 2**20
 SHAPE = {"rows": 2, "length": LENGTH, "channels": 2560, "segments": True}
@@ -99,14 +99,14 @@ def integers(call: Call) -> dict[str, int]:
     return {n: v for n, v in zip(call.kernel.arg_names, call.arguments, strict=False) if isinstance(v, int)}
 
 
-@needs_triton
+@needs_traceable_triton
 @pytest.mark.parametrize("op", OPS)
 def test_no_offset_into_a_row_of_more_than_two_billion_values_overflows(op):
     for call in calls(op, 80, **SHAPE):
         assert overflowing(intermediate(call, 80), integers(call), call.grid) == [], call.kernel.__name__
 
 
-@needs_triton
+@needs_traceable_triton
 @pytest.mark.parametrize("op", OPS)
 def test_cuda_takes_the_grid_of_a_row_of_a_million_tokens(op):
     for call in calls(op, 80, **SHAPE):
