@@ -38,8 +38,8 @@ def summary_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[An
 
 def print_tables(tables: Iterable[Table]) -> None:
     """Print tables to stdout."""
-    # Where stdout is not a terminal, rich would squeeze a table into 80 columns.
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+    # Where stdout is not a terminal, rich would squeeze a table into 80 columns and cut cells off.
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 250, highlight=False)
     for table in tables:
         console.print(_as_rich(table))
 

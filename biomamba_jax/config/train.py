@@ -84,8 +84,8 @@ class TrainConfig(Settings, section="train"):
     accumulation: checks.PositiveInt = 1
     """Microbatches that a batch is split into; gradients are weighted by tokens."""
     reduce_dtype: DType = "float32"
-    """Dtype in which gradients of weights sharded over fsdp are reduce-scattered; bfloat16 halves what is sent, and its
-    sums are rounded. They are accumulated in float32."""
+    """Dtype in which gradients of matrices are summed over devices; bfloat16 halves what is sent, and its sums are
+    rounded. They are accumulated in float32."""
     offload_collectives: bool = False
     """Run all-gathers and reduce-scatters on the SparseCores of v5p, v6e and TPU7x, beside the products."""
     seed: checks.Seed = 0

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from biomamba_jax.parallel.collectives import Collectives
 from biomamba_jax.parallel.mesh import BATCH_SPEC, TOKEN_AXES
@@ -21,7 +23,7 @@ class Layout:
     specs: Specs = field(default_factory=dict)
     """PartitionSpec of each parameter, by path."""
     reduce_dtype: str = "float32"
-    """See `Collectives.reduce_dtype`."""
+    """Dtype in which gradients of parameters that fsdp can shard are summed over devices; the others are small."""
 
     @classmethod
     def from_rules(cls, mesh: Mesh, params: Any, rules: Rules, reduce_dtype: str = "float32") -> "Layout":
@@ -53,19 +55,21 @@ class Layout:
           A function of global arrays: the sums are replicated, the gradients sharded as the parameters are.
         """
 
-        def all_reduce(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+        def all_reduce(x: jax.Array, axes: Sequence[str], dtype: DTypeLike | None = None) -> jax.Array:
             axes = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
-            return jax.lax.psum(x, axes) if axes else x
+            return jax.lax.psum(x.astype(dtype or x.dtype), axes).astype(x.dtype) if axes else x
+
+        def reduce_gradient(g: jax.Array, spec: PartitionSpec) -> jax.Array:
+            sharded = mesh_axes(spec)
+            rounded = self.reduce_dtype == "bfloat16" and "fsdp" in sharded
+            axes = [axis for axis in TOKEN_AXES if axis not in sharded]
+            return all_reduce(g, axes, jnp.bfloat16 if rounded else None)
 
         def local(params: Any, batch: Any, frozen: Any) -> Any:
             sums, gradients = function(params, batch, *frozen)
             sums = jax.tree.map(lambda x: all_reduce(x, TOKEN_AXES), sums)
             if gradients is not None:
-                gradients = jax.tree.map(
-                    lambda g, spec: all_reduce(g, [axis for axis in TOKEN_AXES if axis not in mesh_axes(spec)]),
-                    gradients,
-                    tree_specs(gradients, self.specs),
-                )
+                gradients = jax.tree.map(reduce_gradient, gradients, tree_specs(gradients, self.specs))
             return sums, gradients
 
         def total(params: Any, batch: Any, *frozen: Any) -> Any:

@@ -150,7 +150,7 @@ def search_settings(config: PlanConfig, topology: Topology) -> list[PlanConfig]:
         data = dataclasses.replace(config.data, batch_size=batch)
         offload = config.train.offload_collectives or (topology.chip.sparse_cores and mesh.fsdp > 1)
         for parts, dtype in itertools.product(_doublings(1, batch // across), dtypes):
-            if batch % (parts * across) or (dtype != config.train.reduce_dtype and mesh.fsdp == 1):
+            if batch % (parts * across) or (dtype != config.train.reduce_dtype and across * mesh.sequence == 1):
                 continue
             train = dataclasses.replace(
                 config.train, accumulation=parts, reduce_dtype=dtype, offload_collectives=offload
@@ -223,14 +223,14 @@ def _guessed_collectives(config: PlanConfig, topology: Topology, weights: float)
         return _collective_seconds(topology, sent, devices, calls)
 
     exposed = hidden = 0.0
+    itemsize = 2 if train.reduce_dtype == "bfloat16" else 4
     if mesh.data * mesh.sequence > 1:  # all-reduce of the gradients over both axes
-        exposed += seconds(8 * weights / mesh.fsdp, mesh.data * mesh.sequence)
+        exposed += seconds(2 * itemsize * weights / mesh.fsdp, mesh.data * mesh.sequence)
     if mesh.fsdp > 1:
         calls, sent = train.accumulation * model.n_layers * _GATHERED, train.accumulation * weights
         gather = seconds(4 * sent, mesh.fsdp, 2 * calls)  # bfloat16, in both passes
         # A shard that is not whole tiles is all-reduced instead of reduce-scattered.
         whole = 1 if not topology.is_tpu or model.d_model % (_ROWS * mesh.fsdp) == 0 else 2
-        itemsize = 2 if train.reduce_dtype == "bfloat16" else 4
         reduce = seconds(whole * itemsize * sent, mesh.fsdp, calls)
         hidden += gather if train.offload_collectives or topology.generation == "v5e" else 0
         hidden += reduce if train.offload_collectives else 0
@@ -243,7 +243,7 @@ def _guessed_collectives(config: PlanConfig, topology: Topology, weights: float)
         state = 4 * model.d_inner * model.state_size / mesh.tensor
         exposed += seconds(2 * math.log2(mesh.sequence) * rows * model.n_layers * state, mesh.sequence)
     if topology.slices > 1:
-        exposed += 8 * weights / mesh.fsdp / topology.kind.network
+        exposed += 2 * itemsize * weights / mesh.fsdp / topology.kind.network
     return exposed, hidden
 
 

@@ -91,9 +91,10 @@ def test_devices_train_as_one(kind):
     check_meshes(CONFIGS[kind], [(1, 2, 2, 2)])
 
 
+@pytest.mark.parametrize("sizes", [(2, 4, 1, 1), (8, 1, 1, 1)], ids=["fsdp", "copies"])
 @on_devices(8)
-def test_gradients_reduce_scattered_in_bfloat16_are_those_of_float32_to_its_rounding():
-    exact, rounded = (train(CONFIGS["mamba2"], (2, 4, 1, 1), reduce_dtype=dtype) for dtype in ("float32", "bfloat16"))
+def test_gradients_summed_over_devices_in_bfloat16_are_those_of_float32_to_its_rounding(sizes):
+    exact, rounded = (train(CONFIGS["mamba2"], sizes, reduce_dtype=dtype) for dtype in ("float32", "bfloat16"))
     np.testing.assert_allclose(rounded[0], exact[0], rtol=2e-3)
     specs = abstract_model(CONFIGS["mamba2"], make_mesh(MeshConfig(2, 4)))[1].specs
     for path, want in jax.tree_util.tree_leaves_with_path(exact[1]):

@@ -127,8 +127,8 @@ def test_a_search_covers_every_accumulation_that_divides_the_batch_and_a_larger_
     varied = dataclasses.replace(CONFIG, vary=["data.batch_size", "train.reduce_dtype"])
     settings = search_settings(varied, V5E)
     assert {s.data.batch_size for s in settings} == {64, 128, 256, 512}
-    rounded = {s.train.reduce_dtype == "bfloat16" for s in settings if s.mesh.fsdp == 1}
-    assert rounded <= {False}  # without fsdp nothing is reduce-scattered
+    rounded = {s.mesh.data * s.mesh.fsdp * s.mesh.sequence for s in settings if s.train.reduce_dtype == "bfloat16"}
+    assert rounded and 1 not in rounded  # one replica sums no gradients over devices
 
 
 # --- The rough formula, by hand -------------------------------------------------------------------------------------
@@ -154,26 +154,29 @@ def saved_by_bfloat16(config, data, fsdp, topology=POD, **train):
 
 def test_gradients_take_half_as_long_over_both_axes_of_a_pod_as_over_one():
     half = 2 * matrix_parameters(WIDE.model)
-    assert saved_by_bfloat16(WIDE, 16, 16) == pytest.approx(half / 100e9)  # two links of 50 GB/s
+    # Reduce-scattered over fsdp, then all-reduced over data: twice the bytes of a device's shard.
+    assert saved_by_bfloat16(WIDE, 16, 16) == pytest.approx(half / 100e9 + 2 * half / 16 / 100e9)  # two links
     assert saved_by_bfloat16(WIDE, 1, 256) == pytest.approx(half / 200e9)
-    assert saved_by_bfloat16(WIDE, 4, 64) == pytest.approx(half / 150e9)  # an axis, and a quarter of the other
+    assert saved_by_bfloat16(WIDE, 4, 64) == pytest.approx(half / 150e9 + 2 * half / 64 / 50e9)  # an axis and a quarter
+    assert saved_by_bfloat16(WIDE, 256, 1) == pytest.approx(2 * half / 200e9)
 
 
 def test_a_shard_that_is_no_whole_tile_is_all_reduced():
     half = 2 * matrix_parameters(CONFIG.model)  # 2,560 rows over 256 devices: 10, and a tile has 8
     config = dataclasses.replace(CONFIG, data=WIDE.data)
     assert saved_by_bfloat16(config, 1, 256) == pytest.approx(2 * half / 200e9)
-    assert saved_by_bfloat16(config, 16, 16) == pytest.approx(half / 100e9)
+    assert saved_by_bfloat16(config, 16, 16) == pytest.approx(half / 100e9 + 2 * half / 16 / 100e9)
 
 
 def test_what_sparse_cores_run_counts_only_as_far_as_it_takes_longer_than_the_rest():
     v6e = parse_topology("v6e-256")
     few = dataclasses.replace(WIDE, data=DataConfig(batch_size=256, sequence_length=8))
     half = 2 * matrix_parameters(WIDE.model) / 200e9
-    assert saved_by_bfloat16(WIDE, 16, 16, v6e) == pytest.approx(half)
-    assert saved_by_bfloat16(few, 16, 16, v6e, offload_collectives=True) == pytest.approx(half)
+    all_reduce = 2 * half / 16
+    assert saved_by_bfloat16(WIDE, 16, 16, v6e) == pytest.approx(half + all_reduce)
+    assert saved_by_bfloat16(few, 16, 16, v6e, offload_collectives=True) == pytest.approx(half + all_reduce)
     many = dataclasses.replace(WIDE, data=DataConfig(batch_size=256, sequence_length=16384))
-    assert saved_by_bfloat16(many, 16, 16, v6e, offload_collectives=True) == 0
+    assert saved_by_bfloat16(many, 16, 16, v6e, offload_collectives=True) == pytest.approx(all_reduce)
 
 
 @pytest.mark.parametrize(
