@@ -32,16 +32,8 @@ class _Arrays(NamedTuple):
     """The differentiated arrays; of B and C one for each rank."""
 
     vectors: tuple[Any, ...]  # [B L G*N]
-    biases: tuple[Any, ...]  # [blocks heads_of_block N]; as gradients sums [B chunks blocks heads_of_block*16 N]
+    biases: tuple[Any, ...]  # v and then J(v) of a block's heads, [blocks 2*heads_of_block N]
     angle: Any  # [B L H*S]
-
-
-class _Inputs(NamedTuple):
-    """Inputs of the kernels."""
-
-    arrays: _Arrays
-    turned_biases: tuple[Any, ...]  # J(biases)
-    cotangents: tuple[Any, ...]  # [B L H*N] of each result; none in the forward pass
 
 
 class _Sizes(NamedTuple):
@@ -81,10 +73,14 @@ def rotary_embedding(inputs: Inputs, dtype: DTypeLike, *, interpret: Any = False
         v = v.reshape(rows, length, -1).astype(jnp.float32)
         return pad(v, (rows, round_up(length, chunk), v.shape[2]))
 
-    biases = *inputs.B_bias, *inputs.C_bias
+    def of_blocks(bias: Array) -> Array:
+        v = bias.reshape(-1, sizes.heads_of_block, _D_STATE).astype(jnp.float32)
+        left, right = jnp.split(v, 2, axis=-1)
+        return jnp.concatenate([v, jnp.concatenate([-right, left], axis=-1)], axis=1)
+
     arrays = _Arrays(
         vectors=tuple(merged(v[:, :, rank]) for v in (inputs.B, inputs.C) for rank in range(ranks)),
-        biases=tuple(v.reshape(-1, sizes.heads_of_block, _D_STATE).astype(jnp.float32) for v in biases),
+        biases=tuple(map(of_blocks, (*inputs.B_bias, *inputs.C_bias))),
         angle=merged(inputs.angle),
     )
     turned = [v[:, :length].reshape(rows, length, heads, _D_STATE) for v in _rotate(vary_alike(arrays), sizes)]
@@ -104,90 +100,70 @@ def unsupported_reason(inputs: Inputs) -> str | None:
     return None
 
 
-def _specs(sizes: _Sizes, ranks: int, *, gradients: bool = False) -> tuple[_Arrays, tuple[pl.BlockSpec, ...]]:
-    """Return the block specs of `_Arrays`, or of its gradients, and of the results."""
+def _call(sizes: _Sizes, arrays: _Arrays, cotangents: tuple[Array, ...] = ()) -> Any:
+    """Return the results [B L H*N] of each rank of B and C, or with their cotangents the gradients of `arrays`.
+
+    The gradients of biases are sums over a chunk's tokens in each sublane, [B chunks blocks 2*heads_of_block*8 N].
+    """
+    rows, length = arrays.angle.shape[:2]
+    count, heads = len(arrays.vectors), sizes.heads_of_block
+    grid = rows, length // sizes.chunk, sizes.heads // heads
 
     def of_tokens(width: int, blocks: int = 1) -> pl.BlockSpec:
         shape = None, sizes.chunk, width
         return pl.BlockSpec(shape, lambda row, chunk, block: (row, chunk, jax.lax.div(block, jnp.int32(blocks))))
 
-    heads = sizes.heads_of_block
-    if gradients:
-        shape = None, None, None, 2 * _SUBLANES * heads, _D_STATE
-        bias = pl.BlockSpec(shape, lambda row, chunk, block: (row, chunk, block, 0, 0))
-    else:
-        bias = pl.BlockSpec((None, heads, _D_STATE), lambda row, chunk, block: (block, 0, 0))
-    vector = of_tokens(_D_STATE, sizes.blocks_of_group)
-    return _Arrays((vector,) * ranks, (bias,) * ranks, of_tokens(_D_STATE)), (of_tokens(heads * _D_STATE),) * ranks
-
-
-def _call(kernel: Any, sizes: _Sizes, arrays: _Arrays, cotangents: tuple[Array, ...], specs: Any, shapes: Any) -> Any:
-    """Run a kernel on a chunk of a row and a block of heads at a time; return its outputs, of `specs` and `shapes`."""
-    of_arrays, of_results = _specs(sizes, len(arrays.vectors))
-    rows, length = arrays.angle.shape[:2]
+    bias = pl.BlockSpec((None, 2 * heads, _D_STATE), lambda row, chunk, block: (block, 0, 0))
+    vector, of_heads = of_tokens(_D_STATE, sizes.blocks_of_group), of_tokens(heads * _D_STATE)
+    in_specs = _Arrays((vector,) * count, (bias,) * count, of_tokens(_D_STATE))
+    like: Any = (jax.ShapeDtypeStruct((rows, length, sizes.heads * _D_STATE), sizes.dtype),) * count
+    out_specs: Any = (of_heads,) * count
+    if cotangents:
+        sums = jax.ShapeDtypeStruct((*grid, 2 * heads * _SUBLANES, _D_STATE), jnp.float32)
+        like = arrays._replace(biases=(sums,) * count)
+        of_sums = pl.BlockSpec((None, None, None, *sums.shape[3:]), lambda row, chunk, block: (row, chunk, block, 0, 0))
+        out_specs = in_specs._replace(biases=(of_sums,) * count)
     return pl.pallas_call(
-        partial(kernel, sizes),
-        grid=(rows, length // sizes.chunk, sizes.heads // sizes.heads_of_block),
-        in_specs=[_Inputs(of_arrays, of_arrays.biases, of_results[: len(cotangents)])],
-        out_specs=[specs],
-        out_shape=[shapes],
+        partial(_backward_kernel if cotangents else _forward_kernel, sizes),
+        grid=grid,
+        in_specs=[in_specs, (of_heads,) * len(cotangents)],
+        out_specs=[out_specs],
+        out_shape=[jax.tree.map(lambda v: out_struct(v.shape, v.dtype, arrays.angle), like)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=sizes.interpret,
         name="rotary_backward" if cotangents else "rotary_forward",
-    )(_Inputs(arrays, tuple(map(_quarter_turn, arrays.biases)), cotangents))[0]
+    )(arrays, cotangents)[0]
 
 
 def _run(arrays: _Arrays, sizes: _Sizes, save: bool) -> tuple[tuple[Array, ...], None]:
-    """Return the results [B L H*N] of each rank of B and C; the residuals are the inputs alone."""
-    ranks = len(arrays.vectors)
-    shape = out_struct((*arrays.angle.shape[:2], sizes.heads * _D_STATE), sizes.dtype, arrays.angle)
-    return _call(_forward_kernel, sizes, arrays, (), _specs(sizes, ranks)[1], (shape,) * ranks), None
+    return _call(sizes, arrays), None  # the residuals are the inputs alone
 
 
 def _backward(arrays: _Arrays, residuals: None, cotangents: tuple[Array, ...], sizes: _Sizes) -> _Arrays:
-    ranks, like = len(arrays.vectors), arrays.angle
-    rows, length, lanes = like.shape
-    shape = rows, length // sizes.chunk, lanes // _D_STATE, 2 * _SUBLANES * sizes.heads_of_block, _D_STATE
-    shapes = arrays._replace(biases=(jax.ShapeDtypeStruct(shape, jnp.float32),) * ranks)
-    shapes = jax.tree.map(lambda v: out_struct(v.shape, jnp.float32, like), shapes)
-    specs = _specs(sizes, ranks, gradients=True)[0]
-    gradients = _call(_backward_kernel, sizes, arrays, cotangents, specs, shapes)
-
-    def bias(sums: Array) -> Array:
-        sums = jnp.sum(sums.reshape(-1, *arrays.biases[0].shape[:2], 2, _SUBLANES, _D_STATE), (0, 4))
-        return sums[:, :, 0] - _quarter_turn(sums[:, :, 1])
-
-    return gradients._replace(biases=tuple(map(bias, gradients.biases)))
+    gradients = _call(sizes, arrays, cotangents)
+    shape = -1, *arrays.biases[0].shape[:2], _SUBLANES, _D_STATE
+    return gradients._replace(biases=tuple(jnp.sum(sums.reshape(shape), (0, 3)) for sums in gradients.biases))
 
 
 _rotate = differentiable(_run, _backward)
 
 
-def _quarter_turn(v: Array) -> Array:
-    """Return J(v)."""
-    left, right = jnp.split(v, 2, axis=-1)
-    return jnp.concatenate([-right, left], axis=-1)
-
-
-def _forward_kernel(sizes: _Sizes, inputs: _Inputs, outputs: tuple[Any, ...]) -> None:
-    arrays = inputs.arrays
-
+def _forward_kernel(sizes: _Sizes, arrays: _Arrays, cotangents: tuple[()], results: tuple[Any, ...]) -> None:
     def piece(step: Array, _: None) -> None:
         tokens = _tokens(step)
         cos, sin = _cos_sin(arrays.angle[tokens, :])
         vectors = [(v[tokens, :], _turn(v[tokens, :])) for v in arrays.vectors]
         for head in sizes.head_order:
             c, s = _of_head(cos, head, sizes.angles, 1.0), _of_head(sin, head, sizes.angles, 0.0)
-            for k, (v, turned) in enumerate(vectors):
-                v, turned = v + _row(arrays.biases[k], head), turned + _row(inputs.turned_biases[k], head)
-                outputs[k][tokens, _lanes(head)] = (v * c + turned * s).astype(outputs[k].dtype)
+            for (v, turned), bias, out in zip(vectors, arrays.biases, results, strict=True):
+                v, turned = v + _row(bias, head), turned + _row(bias, head + sizes.heads_of_block)
+                out[tokens, _lanes(head)] = (v * c + turned * s).astype(out.dtype)
 
     jax.lax.fori_loop(0, sizes.chunk // _PIECE, piece, None, unroll=_UNROLL)
 
 
-def _backward_kernel(sizes: _Sizes, inputs: _Inputs, gradients: _Arrays) -> None:
+def _backward_kernel(sizes: _Sizes, arrays: _Arrays, cotangents: tuple[Any, ...], gradients: _Arrays) -> None:
     """With g the cotangent: v + bias has g cos - J(g sin), the angle the sum over its pair of g (J(v) cos - v sin)."""
-    arrays = inputs.arrays
 
     @pl.when(jax.lax.rem(pl.program_id(2), sizes.blocks_of_group) == 0)
     def _() -> None:
@@ -205,14 +181,14 @@ def _backward_kernel(sizes: _Sizes, inputs: _Inputs, gradients: _Arrays) -> None
         d_angle, straight, across = zeros, [zeros for _ in vectors], [zeros for _ in vectors]
         for head in sizes.head_order:
             c, s = _of_head(cos, head, sizes.angles, 1.0), _of_head(sin, head, sizes.angles, 0.0)
-            d_cos, d_sin = zeros, zeros
+            d_cos, d_sin, of_turned = zeros, zeros, head + sizes.heads_of_block
             for k, (v, turned) in enumerate(vectors):
-                g = inputs.cotangents[k][tokens, _lanes(head)].astype(jnp.float32)
+                g = cotangents[k][tokens, _lanes(head)].astype(jnp.float32)
                 d_cos += g * (v + _row(arrays.biases[k], head))
-                d_sin += g * (turned + _row(inputs.turned_biases[k], head))
-                for sums, part, of_bias in ((straight, g * c, 2 * head), (across, g * s, 2 * head + 1)):
+                d_sin += g * (turned + _row(arrays.biases[k], of_turned))
+                for sums, part, row in ((straight, g * c, head), (across, g * s, of_turned)):
                     sums[k] += part
-                    rows = slice(_SUBLANES * of_bias, _SUBLANES * (of_bias + 1))
+                    rows = slice(_SUBLANES * row, _SUBLANES * (row + 1))
                     gradients.biases[k][rows, :] += jnp.sum(part.reshape(-1, _SUBLANES, _D_STATE), 0)
             d_pairs = d_sin * c - d_cos * s
             d_pairs += pltpu.roll(d_pairs, _PAIRS, 1)
@@ -244,7 +220,7 @@ def _lane(v: Array) -> Array:
 
 
 def _turn(v: Array) -> Array:
-    """Return J(v) within a kernel."""
+    """Return J(v)."""
     swapped = pltpu.roll(v, _PAIRS, 1)
     return jnp.where(_lane(v) < _PAIRS, -swapped, swapped)
 

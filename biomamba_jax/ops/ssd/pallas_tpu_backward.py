@@ -105,10 +105,7 @@ def _keep_transposed(piece: slice, resets: Any, segment: Any) -> Array:
 
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     """Compute what the heads share, in stages; the last one yields it."""
-    resets = segment = None
-    if inputs.resets is not None:
-        resets = inputs.resets[...]
-        segment = tiles.to_column(resets)
+    resets, segment = tiles.segments(inputs.resets)
     yield None
     decays = tiles.decays(inputs, segment)
     yield None
@@ -140,17 +137,13 @@ def _products(sizes: Sizes, B: Array, C: Array, resets: Any, segment: Any) -> It
         C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == segment[CHUNK - 1 :])
         C_transposed = tiles.masked(C_transposed, (jnp.concatenate([resets] * 2, 1) if sizes.own else resets) == 0)
     yield None
-    spread = tiles.own_rows if sizes.own else tiles.repeat_rows
-    scores, transposed = [], []
-    for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], spread(B[piece]), tiles.AS_ROWS)
-        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
+    scores, transposed = tiles.scores(B, C, sizes.own, resets, segment), []
     yield None
     for piece in tiles.halves(CHUNK):
-        product = tiles.dot(B[: piece.stop], spread(C[piece]), tiles.AS_ROWS)
+        product = tiles.dot(B[: piece.stop], tiles.for_both_heads(C[piece], sizes.own), tiles.AS_ROWS)
         transposed.append(jnp.where(_keep_transposed(piece, resets, segment), product, 0.0))
     yield None
-    yield _Products(C_in, B_out, C_transposed, jnp.concatenate(scores, 0), jnp.concatenate(transposed, 0))
+    yield _Products(C_in, B_out, C_transposed, scores, jnp.concatenate(transposed, 0))
 
 
 def _store_head_sums(rows: Any, sizes: Sizes, pair: int, values: Array) -> None:
@@ -188,12 +181,7 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
         decay = jnp.exp2(jnp.minimum(s[piece.start :] - shared.g_rows[i : i + 1], LARGEST_EXPONENT))
         d_scores = tiles.dot(dy[piece.start :], tiles.block_diagonal(x[piece]), tiles.AS_ROWS) * decay
         if sizes.own:
-            kept = (tiles.keep(piece, resets, segment).astype(jnp.float32) * d_scores).astype(jnp.bfloat16)
-            to_C = tiles.dot(kept, tiles.own_rows(B[piece]))
-            for n in range(k, len(d_C)):
-                d_C[n] = tiles.plus(d_C[n], to_C[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
-            to_B = tiles.dot(kept, C[piece.start :], tiles.AS_COLUMNS)
-            d_B.append(jnp.concatenate([to_B[:HEADDIM, : sizes.d_state], to_B[HEADDIM:, sizes.d_state :]], 1))
+            _add_of_scores(d_scores, piece, sizes, B, C, resets, segment, d_B, d_C)
         else:
             sums.scores[rows] += d_scores
         paths = d_scores * products.scores[rows]
@@ -229,12 +217,10 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
     state_to_B = tiles.dot(factor(x_weighted), d_after_rounded, tiles.AS_ROWS)
     if sizes.own:
         state_to_B, state_to_C = (tiles.side_by_side(v) for v in (state_to_B, state_to_C))
-        if segment is not None:
-            state_to_C *= (segment == 0).astype(jnp.float32)
-            state_to_B *= (segment == segment[CHUNK - 1 :]).astype(jnp.float32)
-        own = slice(2 * sizes.d_state * pair, 2 * sizes.d_state * (pair + 1))
-        out.C[:, own] = (state_to_C + jnp.concatenate(d_C, 0)).astype(out.C.dtype)
-        out.B[:, own] = (state_to_B + jnp.concatenate(d_B, 0)).astype(out.B.dtype)
+        state_to_B, state_to_C = _through_state(state_to_B, state_to_C, segment)
+        columns = slice(2 * sizes.d_state * pair, 2 * sizes.d_state * (pair + 1))
+        out.C[:, columns] = (state_to_C + jnp.concatenate(d_C, 0)).astype(out.C.dtype)
+        out.B[:, columns] = (state_to_B + jnp.concatenate(d_B, 0)).astype(out.B.dtype)
     else:
         sums.C[...] += state_to_C
         sums.B[...] += state_to_B
@@ -247,31 +233,42 @@ def _pair(sizes: Sizes, pair: int, inputs: _Inputs, out: Gradients, d_state: Any
     _store_head_sums(sums.begins, sizes, pair, begins)
 
 
+def _add_of_scores(
+    d_scores: Array, piece: slice, sizes: Sizes, B: Any, C: Any, resets: Any, segment: Any, d_B: list, d_C: list
+) -> None:
+    """Add the gradients of B and C through the scores of 64 columns to those of each 64 tokens; pieces in order."""
+    kept = (tiles.keep(piece, resets, segment).astype(jnp.float32) * d_scores).astype(jnp.bfloat16)
+    to_C = tiles.dot(kept, tiles.for_both_heads(B[piece], sizes.own))
+    for n, rows in enumerate(tiles.halves(CHUNK - piece.start), start=len(d_B)):
+        d_C[n] = tiles.plus(d_C[n], to_C[rows])
+    to_B = tiles.dot(kept, C[piece.start :], tiles.AS_COLUMNS)
+    if sizes.own:
+        d_B.append(jnp.concatenate([to_B[:HEADDIM, : sizes.d_state], to_B[HEADDIM:, sizes.d_state :]], 1))
+    else:
+        d_B.append(to_B[:HEADDIM] + to_B[HEADDIM:])
+
+
+def _through_state(d_B: Array, d_C: Array, segment: Any) -> tuple[Array, Array]:
+    """Return the gradients of B and C through the state, which only tokens of its segment write or read."""
+    if segment is None:
+        return d_B, d_C
+    return d_B * (segment == segment[CHUNK - 1 :]).astype(jnp.float32), d_C * (segment == 0).astype(jnp.float32)
+
+
 def _finish_B_and_C(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:
     """Compute the gradients of shared B and C from the sums over heads."""
     B, C = inputs.B[...], inputs.C[...]
-    d_B, d_C = sums.B[...], sums.C[...]
-    resets, segment = None, None
-    if inputs.resets is not None:
-        resets, segment = inputs.resets[...], shared.segment[...]
-        d_B *= (segment == segment[CHUNK - 1 :]).astype(jnp.float32)
-        d_C *= (segment == 0).astype(jnp.float32)
-    pieces = tiles.halves(CHUNK)
-    from_scores: list[Any] = [None] * len(pieces)
-    to_scores = []
+    resets, segment = (None, None) if inputs.resets is None else (inputs.resets[...], shared.segment[...])
+    state_to_B, state_to_C = _through_state(sums.B[...], sums.C[...], segment)
+    d_B: list[Any] = []
+    d_C: list[Any] = [None] * (CHUNK // HEADDIM)
     start = 0
-    for k, piece in enumerate(pieces):
-        rows = CHUNK - piece.start
-        keep = tiles.keep(piece, resets, segment).astype(jnp.float32)
-        d_scores = (keep * sums.scores[start : start + rows]).astype(jnp.bfloat16)
-        start += rows
-        product = tiles.dot(d_scores, tiles.repeat_rows(B[piece]))
-        for n in range(k, len(pieces)):
-            from_scores[n] = tiles.plus(from_scores[n], product[(n - k) * HEADDIM : (n - k + 1) * HEADDIM])
-        product = tiles.dot(d_scores, C[piece.start :], tiles.AS_COLUMNS)
-        to_scores.append(product[:HEADDIM] + product[HEADDIM:])
-    out.B[...] = (d_B + jnp.concatenate(to_scores, 0)).astype(out.B.dtype)
-    out.C[...] = (d_C + jnp.concatenate(from_scores, 0)).astype(out.C.dtype)
+    for piece in tiles.halves(CHUNK):
+        rows = slice(start, start + CHUNK - piece.start)
+        start = rows.stop
+        _add_of_scores(sums.scores[rows], piece, sizes, B, C, resets, segment, d_B, d_C)
+    out.B[...] = (state_to_B + jnp.concatenate(d_B, 0)).astype(out.B.dtype)
+    out.C[...] = (state_to_C + jnp.concatenate(d_C, 0)).astype(out.C.dtype)
 
 
 def _finish(sizes: Sizes, inputs: SharedInputs, out: Gradients, shared: _Shared, sums: _Sums) -> None:

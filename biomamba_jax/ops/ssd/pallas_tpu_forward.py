@@ -65,29 +65,9 @@ class _Products(NamedTuple):
     scores: Any  # C B^T, masked: for each 64 columns, repeated or of each head, the rows from there on
 
 
-def _own_products(sizes: Sizes, inputs: SharedInputs, pair: int) -> _Products:
-    """Compute what the heads of a pair need of their own B and C."""
-    B, C = (tiles.own_columns(v, pair, sizes.d_state) for v in (inputs.B, inputs.C))
-    resets = segment = None
-    C_in, B_transposed = C, tiles.stack_heads(B).T  # masked after the transpose, see the backward kernel
-    if inputs.resets is not None:
-        resets = inputs.resets[...]
-        segment = tiles.to_column(resets)
-        C_in = tiles.masked(C, segment == 0)
-        B_transposed = tiles.masked(B_transposed, jnp.concatenate([resets == resets[:, CHUNK - 1 :]] * 2, 1))
-    scores = []
-    for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], tiles.own_rows(B[piece]), tiles.AS_ROWS)
-        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
-    return _Products(C_in, B_transposed, jnp.concatenate(scores, 0))
-
-
 def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     """Compute what the heads share, in stages; the last one yields it."""
-    resets = segment = None
-    if inputs.resets is not None:
-        resets = inputs.resets[...]
-        segment = tiles.to_column(resets)
+    resets, segment = tiles.segments(inputs.resets)
     decays = tiles.decays(inputs, segment)
     yield None
     s = tiles.to_columns(decays.s)
@@ -95,28 +75,28 @@ def _prepare(sizes: Sizes, inputs: SharedInputs) -> Iterator[Any]:
     to_end = tiles.to_columns(decays.to_end)
     across = jnp.exp2(s[CHUNK - 1 :])
     if segment is not None:
-        last = segment[CHUNK - 1 :]
-        across = jnp.where(last == 0, across, 0.0)
-    if sizes.own:
-        rows = [tiles.pair_rows(decays.g, sizes.half_rows, piece) for piece in tiles.halves(CHUNK)]
-        yield _Shared(s, to_end, jnp.broadcast_to(across, (8, LANES)), jnp.concatenate(rows, 0), None)
-        return
-    B, C = inputs.B[...], inputs.C[...]
-    C_in, B_out = C, B
-    if segment is not None:
-        C_in, B_out = tiles.masked(C, segment == 0), tiles.masked(B, segment == last)
-    yield None
-    scores, rows = [], []
-    for piece in tiles.halves(CHUNK):
-        product = tiles.dot(C[piece.start :], tiles.repeat_rows(B[piece]), tiles.AS_ROWS)
-        scores.append(jnp.where(tiles.keep(piece, resets, segment), product, 0.0))
-        rows.append(tiles.pair_rows(decays.g, sizes.half_rows, piece))
-    yield None
-    B_transposed = B_out.T
-    yield None
+        across = jnp.where(segment[CHUNK - 1 :] == 0, across, 0.0)
     across = jnp.broadcast_to(across, (8, LANES))
-    products = _Products(C_in, B_transposed, jnp.concatenate(scores, 0))
+    rows = [tiles.pair_rows(decays.g, sizes.half_rows, piece) for piece in tiles.halves(CHUNK)]
+    products = None
+    if not sizes.own:
+        for stage in _products(sizes, inputs.B[...], inputs.C[...], resets, segment):
+            products = stage
+            yield None
     yield _Shared(s, to_end, across, jnp.concatenate(rows, 0), products)
+
+
+def _products(sizes: Sizes, B: Array, C: Array, resets: Any, segment: Any) -> Iterator[Any]:
+    """Compute what depends on B and C, of all heads or of a pair with its own, in stages; the last one yields it."""
+    C_in = C if segment is None else tiles.masked(C, segment == 0)
+    yield None
+    scores = tiles.scores(B, C, sizes.own, resets, segment)
+    yield None
+    B_transposed = (tiles.stack_heads(B) if sizes.own else B).T  # masked after the transpose, see the backward kernel
+    if segment is not None:
+        last = resets == resets[:, CHUNK - 1 :]
+        B_transposed = tiles.masked(B_transposed, jnp.concatenate([last] * (2 if sizes.own else 1), 1))
+    yield _Products(C_in, B_transposed, scores)
 
 
 def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared: _Shared) -> None:
@@ -138,6 +118,7 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
     stages, values = _prepare(sizes, inputs.ahead), None
     columns, to_end, across = (ref[...] for ref in shared[:3])
     products = shared.products
+    resets, segment = tiles.segments(inputs.here.resets if sizes.own else None)
     if not sizes.own:
         C, B_transposed = products.C[...], products.B_transposed[...]
     pieces = tiles.halves(CHUNK)
@@ -152,7 +133,8 @@ def _kernel(sizes: Sizes, inputs: _Inputs, outputs: _Outputs, state: Ref, shared
         start = 0
         state_factor = before.astype(jnp.bfloat16)
         if sizes.own:
-            products = _own_products(sizes, inputs.here, pair)
+            B, C = (tiles.own_columns(v, pair, sizes.d_state) for v in (inputs.here.B, inputs.here.C))
+            *_, products = _products(sizes, B, C, resets, segment)
             C, B_transposed, state_factor = products.C, products.B_transposed, tiles.block_diagonal(state_factor)
         from_state = tiles.dot(C, state_factor) * jnp.exp2(s)
         for k, piece in enumerate(pieces):

@@ -155,18 +155,15 @@ def block_diagonal(v: Array) -> Array:
     return jnp.concatenate(halves, 0)
 
 
-def repeat_rows(v: Array) -> Array:
-    """Repeat the rows of v, as the common factor of both heads of a pair."""
-    return jnp.concatenate([v, v], 0)
-
-
 def own_columns(v: Ref, pair: int, d_state: int) -> Array:
     """Return a pair's columns [l 2N] of a block's B or C."""
     return v[:, 2 * d_state * pair : 2 * d_state * (pair + 1)]
 
 
-def own_rows(v: Array) -> Array:
-    """Return [[left 0] [0 right]], [2r 2N] of [r 2N]: what `repeat_rows` is for shared B and C."""
+def for_both_heads(v: Array, own: bool) -> Array:
+    """Repeat the rows of v, a factor of both heads of a pair; of their own, [r 2N], return [[left 0] [0 right]]."""
+    if not own:
+        return jnp.concatenate([v, v], 0)
     n = v.shape[1] // 2
     zeros = jnp.zeros((v.shape[0], n), v.dtype)
     left, right = jnp.concatenate([v[:, :n], zeros], 1), jnp.concatenate([zeros, v[:, n:]], 1)
@@ -200,6 +197,11 @@ def masked(v: Array, keep: Array) -> Array:
     return (v.astype(jnp.float32) * keep.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def segments(resets: Ref | None) -> tuple[Any, Any]:
+    """Return the resets up to each token as a row [1 l] and as a column [l 1]; None without segments."""
+    return (None, None) if resets is None else (resets[...], to_column(resets[...]))
+
+
 def keep(piece: slice, resets: Any, segment: Any) -> Array:
     """Return where token j of `piece` (lanes, repeated) reaches token t >= piece.start (rows)."""
     shape = (CHUNK - piece.start, LANES)
@@ -207,6 +209,15 @@ def keep(piece: slice, resets: Any, segment: Any) -> Array:
     if resets is not None:
         reached &= segment[piece.start :] == jnp.concatenate([resets[:, piece]] * 2, 1)
     return reached
+
+
+def scores(B: Array, C: Array, own: bool, resets: Any, segment: Any) -> Array:
+    """Return C B^T, masked: for each 64 columns, repeated or of each head, the rows from there on."""
+    found = []
+    for piece in halves(CHUNK):
+        product = dot(C[piece.start :], for_both_heads(B[piece], own), AS_ROWS)
+        found.append(jnp.where(keep(piece, resets, segment), product, 0.0))
+    return jnp.concatenate(found, 0)
 
 
 class SharedInputs(NamedTuple):
@@ -236,12 +247,10 @@ def vmem(rows: int, columns: int = LANES, dtype: Any = jnp.float32) -> Any:
 
 def shared_specs(sizes: Sizes, like: SharedInputs, place: Callable[..., tuple[Any, Any, Any]]) -> SharedInputs:
     """Return the block specs, where `place` maps grid indices to (row, block, chunk)."""
-    blocks_of_group = sizes.blocks // sizes.groups
+    blocks_of_group = max(sizes.blocks // sizes.groups, 1)  # a block has several groups where heads have their own
     spec = block_spec(place)
 
     def of_group(row: Any, block: Any, chunk: Any) -> tuple[Any, Any, Any]:
-        if sizes.own:
-            return row, chunk, block
         return row, chunk, 0 if sizes.groups == 1 else jax.lax.div(block, jnp.int32(blocks_of_group))
 
     return SharedInputs(
