@@ -22,7 +22,7 @@ from biomamba_jax.config import EvaluateConfig, FinetuneConfig
 from biomamba_jax.environment import environment
 from biomamba_jax.errors import UserError
 from biomamba_jax.finetuning import PREDICTIONS, RESULTS, read_weights, train_and_answer
-from biomamba_jax.interop.run_dir import read_settings
+from biomamba_jax.interop.run_dir import changed, read_settings
 from biomamba_jax.tables import Table, print_tables
 from biomamba_jax.tasks.architectures import TRANSFORMERS_PREFIX
 from biomamba_jax.tasks.mining_measures import by_group
@@ -79,9 +79,8 @@ def evaluate_blurb(config: EvaluateConfig) -> Path:
     """
     output, here = Path(config.output), {name: data for name, each in SETS.items() if (data := _data(config, each))}
     if not here:
-        raise UserError(
-            f"blurb.data = {config.blurb.data!r}: has none of {', '.join({s.folder: s for s in SETS.values()})}"
-        )
+        names = ", ".join({each.folder: each for each in SETS.values()})
+        raise UserError(f"blurb.data = {config.blurb.data!r}: has none of {names}")
     given = config.blurb
     recipe = f"--data.batch_size={given.batch_size} --optimizer.learning_rate={given.learning_rate} {_RECIPE}".split()
     recipe += [f"--train.epochs={given.epochs}", f"--train.steps={'null' if given.steps is None else given.steps}"]
@@ -115,16 +114,14 @@ def _measures(each: Set, words: Sequence[str]) -> RunMeasures:
     """Return the measures of a run on the test split; one that has results is not trained again."""
     settings = parse(FinetuneConfig, [*words, f"--head={each.head}", *each.setting.split()])
     run_dir = Path(settings.run_dir)
-    results: dict[str, Any] | None
-    if (run_dir / RESULTS).exists():
-        before, results = read_settings(run_dir), files.read_json(run_dir / RESULTS)
-        now = json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples, as in the file
-        for key in ("init_from", "reading", "data", "optimizer", "train"):
-            if before.get(key) != now[key]:
-                raise UserError(f"{run_dir}: was trained with another {key}; give another --output")
-    else:
+    if not (run_dir / RESULTS).exists():
         with folders.locked(run_dir):
             results = train_and_answer(settings, read_weights(settings))
+    else:
+        results = files.read_json(run_dir / RESULTS)
+        for key in changed(read_settings(run_dir), dataclasses.asdict(settings)):
+            if key.split(".")[0] in ("init_from", "reading", "data", "optimizer", "train"):
+                raise UserError(f"{run_dir}: was trained with another {key}; give another --output")
     if results is None:
         raise UserError(f"{run_dir}: was stopped; run the same command to go on")
     measures = next((values for split, values in results.items() if split.endswith(" test")), None)

@@ -57,8 +57,7 @@ def embed(config: EmbedConfig) -> None:
     output, left_out, sizes = Path(config.output), Counter[str](), list[int]()
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
     sources = [local_copy(path, config.split) for path in config.input]
-    sources = [path / MANIFEST_NAME if path.is_dir() else path for path in sources]
-    settings["input"] = [list(identity(path)) for path in sources]
+    settings["input"] = [list(identity(path / MANIFEST_NAME if path.is_dir() else path)) for path in sources]
 
     documents = read_documents(config.input, config.split, left_out, config)
     start, new = time.perf_counter(), 0

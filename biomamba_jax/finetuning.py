@@ -74,12 +74,11 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
     elif not finetune(config, weights, encoded("train"), encoded("development")):
         return None
     # A finished run trains nothing and keeps its config.yaml: figures of other data would not be what that says.
-    asked = run_files.changed(run_files.read_settings(Path(config.run_dir)), dataclasses.asdict(config))
+    run_dir = Path(config.run_dir)
+    asked = run_files.changed(run_files.read_settings(run_dir), dataclasses.asdict(config))
     shape = tuple(f"data.{field.name}" for field in dataclasses.fields(RowsConfig))
     if others := [key for key in asked if key.startswith(("data.", "pubmedqa.", "bioasq.")) and key not in shape]:
-        raise UserError(
-            f"{config.run_dir}: is finished, and was trained with another {others[0]}; give another run_dir"
-        )
+        raise UserError(f"{run_dir}: is finished, and was trained with another {others[0]}; give another run_dir")
     return answer(config, tasks) if jax.process_count() == 1 else {}
 
 
@@ -112,10 +111,8 @@ def _answer(
         gold, named = [task.relations[key] for key in keys], [pairs.get(key, set()) for key in keys]
         measures |= {"texts": len(keys)} | mining_measures.micro(gold, named, resampling)
     if config.head != "classifier":
-        return [
-            dataclasses.asdict(each) | {"gold": dataclasses.asdict(text)}
-            for each, text in zip(found, examples, strict=True)
-        ], measures
+        both = zip(found, examples, strict=True)
+        return [dataclasses.asdict(each) | {"gold": dataclasses.asdict(text)} for each, text in both], measures
     truth, labels = ([text.labels[0] for text in texts] for texts in (examples, found))
     scores = [text.scores for text in found]
     predictions = label_predictions([text.key for text in examples], truth, labels, scores=scores)

@@ -14,8 +14,7 @@ Each may be compressed: .gz, .bz2 or .zst.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,6 @@ def read_annotated(path: str, config: ExamplesConfig) -> list[AnnotatedText]:
     Raises:
       UserError: the file is not of the format, or offsets do not fit a text; names the record.
     """
-    assert config.format != "examples"
     texts = list(_READERS[config.format](path, config))
     if not texts:
         raise UserError(f"{path}: holds no text; is it of data.format {config.format}?")
@@ -59,15 +57,14 @@ def _conll(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         rows = [(number, _columns(line)) for number, line in block]
         offsets, place = [], 0
         for number, columns in rows:
-            if len(columns) < 2 or not columns[0] or not TAG.fullmatch(columns[-1]):
+            if len(columns) < 2 or not TAG.fullmatch(columns[-1]):
                 raise UserError(
                     f"{path}, line {number}: is not a word and a tag such as B-Disease or O, but {' '.join(columns)!r}"
                 )
             offsets.append((place, place + len(columns[0])))
             place += len(columns[0]) + 1
-        spans = from_tags(offsets, [columns[-1] for _, columns in rows])
+        stated = [(span, None) for span in from_tags(offsets, [columns[-1] for _, columns in rows])]
         text = " ".join(columns[0] for _, columns in rows)
-        stated = [(span, None) for span in spans]
         yield AnnotatedText(f"{Path(path).name}:{rows[0][0]}", text, _checked(text, stated, path, config.types))
 
 
@@ -78,36 +75,25 @@ def _columns(line: str) -> list[str]:
 
 def _pubtator(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     for block in _blocks(path, [[]]):
-        yield _pubtator_text(path, block, config)
-
-
-def _pubtator_text(path: str, block: Sequence[tuple[int, str]], config: ExamplesConfig) -> AnnotatedText:
-    """Return the text of the numbered lines of one PMID.
-
-    Raises:
-      UserError: a line of another form or text, or a mention that is not in the text.
-    """
-    parts: dict[str, str] = {}
-    spans: list[_Stated] = []
-    relations: list[Relation] = []
-    key = re.split(r"[|\t]", block[0][1])[0]
-    for number, line in block:
-        columns = line.split("\t")
-        if re.split(r"[|\t]", line)[0] != key:
-            raise UserError(f"{path}, line {number}: is not of PMID {key}; put an empty line between two texts")
-        head = re.match(r"[^|\t]*\|([ta])\|(.*)", line)
-        if head and head[1] not in parts and (head[1], *parts) != ("t", "a"):
-            parts[head[1]] = head[2]
-        elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
-            relations.append(Relation(*columns[1:]))
-        elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
-            concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
-            spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
-        else:
-            raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
-    text = "\n".join(parts.values())
-    kept = _checked(text, spans, f"{path}, PMID {key}", config.types)
-    return AnnotatedText(key, text, kept, relations=tuple(relations))
+        parts, spans, relations = dict[str, str](), list[_Stated](), list[Relation]()
+        key = re.split(r"[|\t]", block[0][1])[0]
+        for number, line in block:
+            columns = line.split("\t")
+            if re.split(r"[|\t]", line)[0] != key:
+                raise UserError(f"{path}, line {number}: is not of PMID {key}; put an empty line between two texts")
+            head = re.match(r"[^|\t]*\|([ta])\|(.*)", line)
+            if head and head[1] not in parts and (head[1], *parts) != ("t", "a"):
+                parts[head[1]] = head[2]
+            elif len(columns) == 4 and not _OFFSET.fullmatch(columns[1]):
+                relations.append(Relation(*columns[1:]))
+            elif len(columns) >= 5 and _OFFSET.fullmatch(columns[1]) and _OFFSET.fullmatch(columns[2]):
+                concepts = [each for each in "|".join(columns[5:6]).split("|") if each not in _NO_CONCEPT]
+                spans.append((Span(int(columns[1]), int(columns[2]), columns[4], tuple(concepts)), columns[3]))
+            else:
+                raise UserError(f"{path}, line {number}: is not a title, abstract, mention or relation of PubTator")
+        text = "\n".join(parts.values())
+        kept = _checked(text, spans, f"{path}, PMID {key}", config.types)
+        yield AnnotatedText(key, text, kept, relations=tuple(relations))
 
 
 def _checked(text: str, spans: Sequence[_Stated], where: str, types: Sequence[str] = ()) -> tuple[Span, ...]:
@@ -171,9 +157,7 @@ def _bioc_annotations(document: Any) -> tuple[list[_Stated], dict[str, tuple[str
 
     Such an annotation, in several parts or without a place, has no offsets of its own.
     """
-    spans: list[_Stated] = []
-    unplaced: list[str] = []
-    concepts: dict[str, tuple[str, ...]] = {}
+    spans, unplaced, concepts = list[_Stated](), list[str](), dict[str, tuple[str, ...]]()
     for annotation in (each for passage in document.iter("passage") for each in passage.iter("annotation")):
         facts = {infon.get("key", "").lower(): infon.text or "" for infon in annotation.iter("infon")}
         stated = next((facts[key] for key in ("identifier", "mesh") if key in facts), "")
@@ -205,10 +189,9 @@ def _marked(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         text, label = line.get("text"), line.get("label")
         if not isinstance(text, str) or not isinstance(label, str):
             raise UserError(f'{where}: lacks a "text" or a "label" that is text')
-        found = {name: mark.findall(text) for name, mark in _MARKED.items()}
-        if any(len(mentions) != 1 for mentions in found.values()):
+        spans = [Span(*match.span(1), name) for name, mark in _MARKED.items() for match in mark.finditer(text)]
+        if [span.type for span in spans] != list(_MARKED):
             raise UserError(f"{where}: does not mark one entity with << >> and one with [[ ]]")
-        spans = (Span(*match.span(1), name) for name, mark in _MARKED.items() for match in mark.finditer(text))
         yield AnnotatedText(f"{Path(path).name}:{number}", text, tuple(spans), (label,))
 
 
@@ -217,34 +200,31 @@ def _spans(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
         where = f"{path}, line {number}"
         try:
             key = next((line[name] for name in ("key", "id") if line.get(name) is not None), where)
-            texts = line["text"], line.get("question", ""), str(key)
+            text, question = line["text"], line.get("question", "")
             labels = [line["label"]] if "label" in line else line.get("labels", [])
             if not isinstance(labels, list) or not all(isinstance(label, str | int | float) for label in labels):
                 raise TypeError("labels that are not a list of texts or numbers")
             raw, score = line.get("spans", ()), None if line.get("score") is None else float(line["score"])
             if score is not None and not math.isfinite(score):
                 raise ValueError(f"a score of {score}")
-            spans = tuple(Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw)
+            spans = [Span(s["start"], s["end"], s["type"], tuple(map(str, s.get("ids", ())))) for s in raw]
             mentions = [s.get("text") for s in raw]
             relations = tuple(Relation(*map(str, each)) for each in line.get("relations", ()))
-            stated_mentions = [each for each in mentions if each is not None]
-            if not all(isinstance(each, str) for each in (*texts, *(s.type for s in spans), *stated_mentions)):
+            read = [text, question, *(s.type for s in spans), *(each for each in mentions if each is not None)]
+            if not all(isinstance(each, str) for each in read):
                 raise TypeError("a text, question, type or mention that is not text")
             if not all(isinstance(s.get("ids", []), list) for s in raw):
                 raise TypeError("ids that are not a list")
             if not all(type(place) is int for span in spans for place in span[:2]):
                 raise TypeError("a start or end that is not a whole number")
-            text = AnnotatedText(texts[2], texts[0], (), tuple(map(str, labels)), relations, score, texts[1])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f'{where}: lacks "text", or a span\'s "start", "end" or "type" ({error!r})') from None
-        stated = list(zip(spans, mentions, strict=True))
-        yield replace(text, spans=_checked(text.text, stated, where, config.types))
+        kept = _checked(text, list(zip(spans, mentions, strict=True)), where, config.types)
+        yield AnnotatedText(str(key), text, kept, tuple(map(str, labels)), relations, score, question)
 
 
 def _tsv(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip():
-            continue
+    for number, line in chain.from_iterable(_blocks(path, [[]])):
         text, tab, joined = line.rpartition("\t")
         if not tab:
             raise UserError(f"{path}, line {number}: has no tab between text and labels")
@@ -259,14 +239,12 @@ def _squad(path: str, config: ExamplesConfig) -> Iterator[AnnotatedText]:
     try:
         for paragraph in (each for article in read_any_json(path)["data"] for each in article["paragraphs"]):
             context = paragraph["context"]
-            if not isinstance(context, str):
-                raise TypeError("a context that is not text")
             for qa in paragraph["qas"]:
+                if not isinstance(context, str) or not isinstance(qa["question"], str):
+                    raise TypeError("a context or question that is not text")
                 places = [(int(each["answer_start"]), each["text"]) for each in qa.get("answers", ())]
                 answers = [(Span(start, start + len(text), "answer"), text) for start, text in places]
                 spans = _checked(context, answers, f"{path}, question {qa['id']}")
-                if not isinstance(qa["question"], str):
-                    raise TypeError("a question that is not text")
                 yield AnnotatedText(str(qa["id"]), context, spans, question=qa["question"])
     except UserError:
         raise

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,13 +89,10 @@ def encode_words(texts: Sequence[str], tokenizer: Tokenizer) -> list[EncodedWord
     ids = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     encoded = []
     for words in found:
-        one = EncodedWords([], [], [])
-        for word in words:
-            if ids[word[0]]:
-                one.ids.extend(ids[word[0]])
-                one.words.append(word.span(1))
-                one.last.append(len(one.ids) - 1)
-        encoded.append(one)
+        kept = [word for word in words if ids[word[0]]]
+        tokens = [ids[word[0]] for word in kept]
+        last = [end - 1 for end in accumulate(map(len, tokens))]
+        encoded.append(EncodedWords(list(chain.from_iterable(tokens)), [word.span(1) for word in kept], last))
     return encoded
 
 

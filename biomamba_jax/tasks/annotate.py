@@ -72,10 +72,8 @@ class HeadModel(ABC):
 
     def classify(self, texts: Sequence[str]) -> list[TextClass]:
         """See `tasks.model.Model.classify`."""
-        return [
-            TextClass(max(found.scores, key=found.scores.__getitem__), found.scores, found.labels)
-            for found in self._predicted(texts, "classifier", "multi_label")
-        ]
+        found = self._predicted(texts, "classifier", "multi_label")
+        return [TextClass(max(each.scores, key=each.scores.__getitem__), each.scores, each.labels) for each in found]
 
     def _predicted(self, texts: Sequence[str], *kinds: str) -> list[AnnotatedText]:
         if self.head.kind not in kinds:
@@ -155,12 +153,10 @@ class NativeHeadModel(HeadModel):
         both = [forwards, [[start, *ids[::-1]] for ids in texts]]
         found = [self._run(*backbone, rows) for backbone, rows in zip(self._backbones, both, strict=False)]
         results = []
-        for ids, forward, *backward in zip(texts, *found, strict=True):
-            total = forward[-max(len(ids), 1) :] + self._bias
-            for each in backward:
-                each = each[-max(len(ids), 1) :]
-                total = total + (each[::-1] if self.head.of_words else each)
-            results.append(total)
+        for ids, *directions in zip(texts, *found, strict=True):
+            forward, *backward = (logits[-max(len(ids), 1) :] for logits in directions)
+            aligned = (logits[::-1] if self.head.of_words else logits for logits in backward)
+            results.append(sum(aligned, forward + self._bias))
         return results
 
     def _run(self, model: InferenceModel, weight: Array, texts: Sequence[Sequence[int]]) -> list[np.ndarray]:

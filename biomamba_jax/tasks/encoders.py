@@ -34,8 +34,7 @@ def stated_kind(folder: Path) -> HeadKind | None:
     raw = read_json(path) if path.exists() else {}
     if str(raw.get("model_type", "mamba")) in HF_TYPES:
         return None
-    kinds = (kind for kind in _KINDS if architecture_of(folder).endswith(f"For{auto_class(kind)}"))
-    kind = next(kinds, None)
+    kind = next((each for each in _KINDS if architecture_of(folder).endswith(f"For{auto_class(each)}")), None)
     if kind != "classifier":
         return kind
     of_problem = {problem: of for of, problem in PROBLEM_TYPES.items()}

@@ -213,9 +213,8 @@ def answer(scorer: Scorer, config: MultipleChoiceConfig, task: ChoiceTask, resam
     """
     start, asked = time.perf_counter(), task.asked
     texts = [continuations(question, config) for question in asked]
-    requests = [
-        Request(prompt_of(question, config, task.train), each) for question, each in zip(asked, texts, strict=True)
-    ]
+    prompts = [prompt_of(question, config, task.train) for question in asked]
+    requests = [Request(*each) for each in zip(prompts, texts, strict=True)]
     scores = [np.array([each.total for each in row]) for row in scorer.continuations(requests)]
     check_finite(scorer, np.concatenate(scores))
     seconds = time.perf_counter() - start

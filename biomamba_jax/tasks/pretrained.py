@@ -96,12 +96,9 @@ def padded_inputs(torch: Any, rows: Sequence[Sequence[int]], padding_id: int) ->
 
 def reserved_positions(model: Any) -> int:
     """Return the rows of the position embedding that no text uses: RoBERTa's positions start after the padding's."""
-    found = [
-        module.padding_idx + 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-    ]
-    return max(found, default=0)
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    return max((index + 1 for index in padding if index is not None), default=0)
 
 
 class Encoder:

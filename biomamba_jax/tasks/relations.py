@@ -19,19 +19,13 @@ def candidates(document: AnnotatedText, relation: str, pair: Sequence[str]) -> I
       relation: type of the relation.
       pair: types of the first and of the second concept.
     """
-    concepts = [
-        dict.fromkeys(each for span in document.spans if span.type == kind for each in span.ids) for kind in pair
-    ]
-    for head, tail in itertools.product(*concepts):
+    ids = [dict.fromkeys(each for span in document.spans if span.type == kind for each in span.ids) for kind in pair]
+    for head, tail in itertools.product(*ids):
         claim = Relation(relation, head, tail)
         label = relation if claim in document.relations else NO_RELATION
-        parts = []
+        parts, sides = [], list(zip(_MARKS, pair, (head, tail), strict=True))
         for part, span in pieces(document.text, outermost(document.spans)):
-            marks = (
-                mark
-                for mark, kind, concept in zip(_MARKS, pair, (head, tail), strict=True)
-                if span is not None and span.type == kind and concept in span.ids
-            )
+            marks = (mark for mark, kind, concept in sides if span and span.type == kind and concept in span.ids)
             parts.append(next(marks, "{}").format(part))
         yield AnnotatedText(document.key, "".join(parts), labels=(label,), relations=(claim,))
 

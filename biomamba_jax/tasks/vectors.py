@@ -71,7 +71,6 @@ class EmbeddingFolder:
           UserError: it is not such a folder, damaged, or not complete.
         """
         about = _read_about(path)
-        _check_digests(path)
         if "parts" not in about:
             raise UserError(f"{path}: is not complete; run the same `embed` command again")
         return cls(path, about["settings"]["format"]), about
@@ -91,7 +90,6 @@ class EmbeddingFolder:
             write_json(self.path / ABOUT, {"model": model, "settings": settings, "probe": probe.tolist()})
             return
         before = _read_about(self.path)
-        _check_digests(self.path)
         (self.path / DIGESTS).unlink(missing_ok=True)  # of what may be written next
         changed = [key for key in settings if before["settings"].get(key) != settings[key]]
         if not changed and not same_vector(before["probe"], probe):
@@ -197,7 +195,7 @@ def _read_about(path: Path) -> dict[str, Any]:
     """Return the content of the embed.json in a folder.
 
     Raises:
-      UserError: it is damaged.
+      UserError: it is damaged, or another file whose digest the folder has.
     """
     about = read_json(path / ABOUT)
     settings, probe, parts = about.get("settings"), about.get("probe"), about.get("parts", [])
@@ -211,14 +209,11 @@ def _read_about(path: Path) -> dict[str, Any]:
         and all(type(x) is int and x > 0 for x in parts)
     ):
         raise UserError(f"{path / ABOUT}: was not written by `embed`; remove the folder and embed again")
-    return about
-
-
-def _check_digests(path: Path) -> None:
     try:
         check_digests(path, complete=False)
     except UserError as error:
         raise UserError(f"{error}; remove it, or if it is embed.json the folder, and run `embed` again") from None
+    return about
 
 
 def normalized(vectors: np.ndarray) -> np.ndarray:

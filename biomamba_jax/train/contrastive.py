@@ -171,12 +171,11 @@ def contrastive_loss(
         vectors = by_text(jax.ops.segment_sum, weighted.reshape(len(slot), -1))
         vectors *= jax.lax.rsqrt(jnp.sum(vectors**2, -1, keepdims=True) + 1e-12)  # empty slots stay 0
         numbers = by_text(jax.ops.segment_max, number.reshape(-1))  # below 0 in empty slots
-        found = vectors[:, DOCUMENT:].reshape(-1, vectors.shape[-1]), numbers[:, DOCUMENT:].reshape(-1)
+        documents, owners = vectors[:, DOCUMENT:].reshape(-1, vectors.shape[-1]), numbers[:, DOCUMENT:].reshape(-1)
         own = jnp.arange(len(vectors)) * (kinds - 1)
         if axes:
-            own += jax.lax.axis_index(axes) * len(found[1])
-            found = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), found)
-        documents, owners = found
+            own += jax.lax.axis_index(axes) * len(owners)
+            documents, owners = (jax.lax.all_gather(each, axes, tiled=True) for each in (documents, owners))
         exact = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
         logits = jnp.matmul(vectors[:, QUERY], documents.T, **exact) / temperature
         is_own = jnp.arange(len(owners)) == own[:, None]
