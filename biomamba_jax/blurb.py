@@ -158,8 +158,7 @@ def report_of(results: Mapping[str, Mapping[str, Sequence[RunMeasures]]], missin
       results: measures of each run on the test split, by set and model.
       missing: names of the sets that are not there.
     """
-    sets: dict[str, Any] = {}
-    averages: dict[str, dict[str, list[float]]] = {}
+    sets, averages = dict[str, Any](), dict[str, dict[str, list[float]]]()
     for name, models in results.items():
         each, first = SETS[name], next(iter(models.values()))[0]
         size = first["gold" if each.head == "token_classifier" else "texts"]

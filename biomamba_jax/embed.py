@@ -119,8 +119,7 @@ def train(argv: Sequence[str], doc: str) -> None:
         from biomamba_jax.train.setup import with_execution_settings
 
         weights, data = read_model(config.init_from or ""), config.data
-        tokenizer = weights.tokenizer(config.init_from)
-        left_out = Counter[str]()
+        tokenizer, left_out = weights.tokenizer(config.init_from), Counter[str]()
         pairs = retrieval.sample(retrieval.read_pairs(data.input, data.split, data, left_out), data.max_pairs)
 
         def encoded(chosen: Sequence[retrieval.Pair]) -> EncodedExamples:
@@ -153,8 +152,7 @@ def retrieval(argv: Sequence[str], doc: str) -> None:
 
     left_out, resampling = Counter[str](), Resampling(config.resamples, config.confidence)
     pairs = task.sample(task.read_pairs(config.input, config.split, config, left_out), config.max_documents)
-    found: dict[str, dict[str, Estimate]] = {}
-    cut: dict[str, str] = {}
+    found, cut = dict[str, dict[str, Estimate]](), dict[str, str]()
     for name, path in config.models.items():
         if path.startswith(TRANSFORMERS_PREFIX):
             encode: Any = Encoder(name, local_folder(path.removeprefix(TRANSFORMERS_PREFIX)), config)

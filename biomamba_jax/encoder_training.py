@@ -68,18 +68,25 @@ def train(
       development: for early stopping and the choice of the weights.
 
     Raises:
-      UserError: the run directory has a run with other settings.
+      UserError: the run directory has a run with other settings, or whose newest checkpoint is damaged.
     """
-    run_dir = Path(config.run_dir)
+    run_dir, folder = Path(config.run_dir), Path(config.run_dir, _TRAINER)
     if changed := setup.changed_settings(config, 0):
         raise UserError(f"{run_dir}: {changed[0]}; give another run_dir")
-    if (run_dir / "config.json").exists() and not (run_dir / _TRAINER).exists():
+    if (run_dir / "config.json").exists() and not folder.exists():
         return
     setup.record_settings(config, None, None)
     for message in data_messages(examples, development):
         _LOG.info(message)
     trainer = _trainer(config, encoder, examples, development)
-    _run(trainer, run_dir / _TRAINER)
+    resumed = any(folder.glob("checkpoint-*"))
+    try:
+        trainer.train(resume_from_checkpoint=resumed)
+    except Exception as error:  # of transformers, safetensors or PyTorch where a file is damaged
+        if not resumed:
+            raise
+        reason = f"{error} ".splitlines()[0].strip() or type(error).__name__
+        raise UserError(f"{folder}: its newest checkpoint cannot be resumed ({reason}); remove it") from None
     with MetricsWriter(config, None) as metrics:
         for logged in trainer.state.log_history:
             for key, split in (("loss", "train"), ("eval_loss", "validation")):
@@ -87,7 +94,7 @@ def train(
                     metrics.write(logged["step"], split, {"loss": logged[key]})
     encoder.tokenizer.library.save_pretrained(run_dir)
     encoder.model.save_pretrained(run_dir)
-    shutil.rmtree(run_dir / _TRAINER)
+    shutil.rmtree(folder)
     write_report(run_dir)
 
 
@@ -129,22 +136,6 @@ def _trainer(
     schedule, scheduler = learning_rate(config.schedule, 1.0, steps), encoder.torch.optim.lr_scheduler.LambdaLR
     trainer.lr_scheduler = scheduler(trainer.create_optimizer(), lambda step: float(schedule(step)))
     return trainer
-
-
-def _run(trainer: Any, folder: Path) -> None:
-    """Train, from the newest checkpoint in the Trainer's folder where there is one.
-
-    Raises:
-      UserError: the checkpoint is damaged.
-    """
-    resumed = any(folder.glob("checkpoint-*"))
-    try:
-        trainer.train(resume_from_checkpoint=resumed)
-    except Exception as error:  # of transformers, safetensors or PyTorch where a file is damaged
-        if not resumed:
-            raise
-        reason = f"{error} ".splitlines()[0].strip() or type(error).__name__
-        raise UserError(f"{folder}: its newest checkpoint cannot be resumed ({reason}); remove it") from None
 
 
 def labels(targets: np.ndarray, head: HeadConfig, length: int) -> dict[str, Any]:

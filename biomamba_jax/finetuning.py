@@ -64,8 +64,7 @@ def train_and_answer(config: FinetuneConfig, weights: Weights | None) -> dict[st
     def encoded(split: str) -> EncodedExamples:
         examples = [example for task in tasks for example in getattr(task, split)]
         source = f"{' and '.join(task.name for task in tasks)}, {'training' if split == 'train' else split} split"
-        head = config.head_config
-        if head is None:
+        if (head := config.head_config) is None:
             return encode_examples(examples, tokenizer, length, source=source)
         return encode_texts(examples, tokenizer, length, head, source=source)
 

@@ -20,6 +20,7 @@ from biomamba_jax.data.annotations import AnnotatedText
 from biomamba_jax.tasks.measures import factoid
 from biomamba_jax.tasks.statistics import Resampling, bootstrap, ratio_of_sums
 
+Texts = Sequence[AnnotatedText]
 Items = Sequence[Collection[Hashable]]
 """For each text, what it holds or what is predicted of it."""
 
@@ -50,9 +51,7 @@ def _f1(numerator: np.ndarray, denominator: np.ndarray, axis: int = -1) -> np.nd
     return np.nan_to_num(ratio_of_sums(numerator, denominator, axis))
 
 
-def entities(
-    gold: Sequence[AnnotatedText], predicted: Sequence[AnnotatedText], resampling: Resampling | None = None
-) -> dict[str, Any]:
+def entities(gold: Texts, predicted: Texts, resampling: Resampling | None = None) -> dict[str, Any]:
     """Return strict measures of spans: micro, and by type under "types"."""
     true, found = ([{(s.start, s.end, s.type) for s in text.spans} for text in texts] for texts in (gold, predicted))
     types = sorted({kind for spans in [*true, *found] for _, _, kind in spans})
@@ -158,12 +157,7 @@ def _words(text: str) -> list[str]:
 
 
 def measure(
-    head: HeadConfig,
-    gold: Sequence[AnnotatedText],
-    predicted: Sequence[AnnotatedText],
-    resampling: Resampling,
-    *,
-    negative: str = "",
+    head: HeadConfig, gold: Texts, predicted: Texts, resampling: Resampling, *, negative: str = ""
 ) -> dict[str, Any]:
     """Return the measures of a head's predictions.
 

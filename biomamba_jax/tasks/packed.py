@@ -6,6 +6,7 @@ state, so that memory does not depend on their length.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 from jax.sharding import Mesh
@@ -92,11 +93,6 @@ def _batches(lengths: np.ndarray, width: int, rows: int) -> Iterator[list[list[l
     long = np.flatnonzero(lengths > width)
     ascending = long[np.argsort(lengths[long], kind="stable")]  # documents of a batch end at about the same time
     for batch in batched(ascending.tolist(), rows):
-        ends = lengths[batch].tolist()
-        yield [
-            [
-                [Piece(document, start, min(start + width, end))] if start < end else []
-                for document, end in zip(batch, ends, strict=True)
-            ]
-            for start in range(0, ends[-1], width)
-        ]
+        own = zip(batch, lengths[batch].tolist(), strict=True)
+        pieces = [[Piece(document, at, min(at + width, end)) for at in range(0, end, width)] for document, end in own]
+        yield [[[piece] if piece else [] for piece in row] for row in zip_longest(*pieces)]

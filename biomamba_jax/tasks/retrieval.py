@@ -8,8 +8,8 @@ scores the relevant documents are ranked last, so a model that scores all alike 
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -31,8 +31,7 @@ Score = Callable[[slice], np.ndarray]
 """Slice of the queries -> score of each document for each of them, [queries, documents]."""
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """A query and the document that it must find."""
 
     query: str
@@ -106,8 +105,7 @@ def _scored(pairs: Sequence[Pair], score: Score) -> Iterator[tuple[np.ndarray, n
 
 def by_cosine(pairs: Sequence[Pair], encode: Encode) -> Score:
     """Return the `score` of a model: the cosine of the embeddings of query and document."""
-    queries = normalized(encode([pair.query for pair in pairs]))
-    documents = normalized(encode([pair.document for pair in pairs]))
+    queries, documents = (normalized(encode(texts)) for texts in map(list, zip(*pairs, strict=True)))
     return lambda block: queries[block] @ documents.T
 
 

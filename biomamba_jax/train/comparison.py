@@ -1,9 +1,8 @@
 """The page of `report`: several runs side by side, their curves overlaid."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict
@@ -18,8 +17,7 @@ _POINTS = 4000
 """Points of a curve on the page."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """The files of one run directory."""
 
     name: str
