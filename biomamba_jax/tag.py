@@ -111,8 +111,8 @@ def _rows(config: TagConfig, rows: Iterable[tuple[int, str, dict[str, Any]]]) ->
         if "spans" in row:
             raise UserError(f"{where}: has its own spans, which is what is written; rename the key")
         text = fill_template(config.text, row, where, "text")
-        key = next((row[name] for name in ("key", "id") if row.get(name) is not None), number)
-        yield {"key": str(key)} | row | {"text": text}
+        key, known = row.pop("key", None), number if row.get("id") is None else row["id"]
+        yield {"key": str(known) if key is None else key} | row | {"text": text}
 
 
 def _as_json(record: dict[str, Any], spans: Sequence["Span"]) -> str:

@@ -153,7 +153,7 @@ def test_tag_keeps_the_keys_of_json_lines_and_reads_what_it_wrote_as_pubtator(tr
 @pytest.mark.slow
 def test_pubtator_keeps_the_offsets_of_a_text_with_other_line_ends_and_tabs(trained, tmp_path):
     text = "insulin fell\r\nin\u2028mice\twith\x85diabetes"
-    (tmp_path / "in.jsonl").write_text(json.dumps({"id": None, "text": text}))
+    (tmp_path / "in.jsonl").write_text(json.dumps({"key": None, "id": None, "text": text}))
     line = json.loads(tagged(trained, file=str(tmp_path / "in.jsonl")))
     tagged(trained, file=str(tmp_path / "in.jsonl"), to="pubtator", output=str(tmp_path / "out.txt"))
     assert len((tmp_path / "out.txt").read_text().splitlines()) == 3 + len(line["spans"])  # an empty one ends it
