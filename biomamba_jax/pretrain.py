@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command on `argv`, by default this process's arguments."""
     log_to_stderr()
     config = parse(PretrainConfig, argv, __doc__)
+    processor.keep_freed_memory()
     from biomamba_jax.parallel import distributed
 
     with distributed.processes(config) as first, folders.locked(config.run_dir) if first else nullcontext():
@@ -40,7 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             prepare_if_missing(config)
             write_baselines(config)
         distributed.barrier("data", timeout=distributed.DATA_TIMEOUT)
-        processor.keep_freed_memory()
         complete = train(*with_initial_weights(config), measure=task_evaluation(config))
         if first:
             show_results(Path(config.run_dir))

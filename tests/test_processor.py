@@ -20,6 +20,14 @@ def faults_of_a_block():
 print(faults_of_a_block(), faults_of_a_block())
 """
 
+BEFORE_JAX = """
+import sys
+from biomamba_jax import processor
+processor.keep_freed_memory = lambda: sys.exit("jax" in sys.modules)
+from biomamba_jax.{command} import main
+main({argv})
+"""
+
 
 def _calls_of_the_c_library(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     calls: list[str | None] = []
@@ -55,3 +63,17 @@ def test_a_process_that_may_use_an_accelerator_is_left_as_it_is(monkeypatch):
     monkeypatch.setattr("biomamba_jax.processor.find_spec", lambda name: name == "libtpu")
     keep_freed_memory()
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("command", "argv"),
+    [
+        ("pretrain", ["--data.path=x"]),
+        ("finetune", ["--init_from=x", "--data.files=x"]),
+        ("evaluate", ["--models.m=x", "--domains.d.path=x"]),
+        ("embed", ["--model=x", "--input=x", "--output=x"]),
+    ],
+)
+def test_commands_that_compute_keep_it_before_jax_can_start_threads(command, argv):
+    code = BEFORE_JAX.format(command=command, argv=argv)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
