@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from biomamba_jax.data.annotations import Span
 
 _BREAKS = re.compile(r"[\t\r\v\f\x1c-\x1e\x85\u2028\u2029]")
-"""What ends a column or line for some reader, but "\\n"."""
+"""Characters other than "\\n" that end a column or line for some reader."""
 _AT_ONCE = 64
 """Texts read, tagged and written at a time."""
 

@@ -75,6 +75,7 @@ def test_a_folder_of_other_embeddings_is_refused(folder, tmp_path, words, model,
     run(folder, tmp_path / "out")
     with pytest.raises(UserError, match=named):
         run(folder, tmp_path / "out", *words, model=model)
+    assert (tmp_path / "out" / "SHA256SUMS").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,8 @@ from biomamba_jax.config.heads import HeadConfig, HeadKind, Reading
 from biomamba_jax.config.train import CheckpointConfig, RunConfig, TrainConfig
 
 FOLDS = 10
-_OF_EVALUATE = {
-    "pubmedqa.method": "likelihood",
-    "pubmedqa.normalize": "none",
-    "pubmedqa.thresholds": "none",
-    "pubmedqa.max_questions": None,
-    "bioasq.method": "likelihood",
-    "bioasq.thresholds": "none",
-}
-"""Settings that training does not read, and their defaults."""
+_OF_EVALUATE = ("method", "normalize", "thresholds", "max_questions")
+"""Settings of questions that training does not read."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +119,10 @@ class FinetuneConfig(RunConfig):
         softmax = plain or self.head in ("classifier", "token_classifier")
         extra = self.loss.label_smoothing or self.loss.z_loss
         check(softmax or not extra, "loss.label_smoothing, loss.z_loss", extra, f"must be 0 for head {self.head}")
-        for key, default in _OF_EVALUATE.items():
-            value = attrgetter(key)(self)
-            check(value == default, key, value, "counts in `evaluate`, not here; leave it out")
+        for section, asked in (("pubmedqa", self.pubmedqa), ("bioasq", self.bioasq)):
+            for key in _OF_EVALUATE:
+                value, default = (getattr(each, key, None) for each in (asked, type(asked)()))
+                check(value == default, f"{section}.{key}", value, "counts in `evaluate`, not here; leave it out")
         used = {
             "data.types": self.data.format != "examples",
             "data.relation": self.data.format in ("pubtator", "bioc", "spans"),

@@ -90,7 +90,6 @@ class EmbeddingFolder:
             write_json(self.path / ABOUT, {"model": model, "settings": settings, "probe": probe.tolist()})
             return
         before = _read_about(self.path)
-        (self.path / DIGESTS).unlink(missing_ok=True)  # of what may be written next
         changed = [key for key in settings if before["settings"].get(key) != settings[key]]
         if not changed and not same_vector(before["probe"], probe):
             changed = ["weights of model"]
@@ -98,6 +97,7 @@ class EmbeddingFolder:
             raise UserError(
                 f"{self.path}: holds embeddings with another {', '.join(changed)}; give another --output or remove it"
             )
+        (self.path / DIGESTS).unlink(missing_ok=True)  # of what may be written next
 
     def finish(self, sizes: Sequence[int], left_out: dict[str, int]) -> None:
         """State in embed.json how many texts each part holds, which completes the folder."""

@@ -23,7 +23,7 @@ class State(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the recurrence reads of one sequence."""
+    """Inputs of the recurrence for one sequence."""
 
     log_decay: np.ndarray  # [L H]
     dt: np.ndarray  # [L H]
